@@ -1,0 +1,8 @@
+"""`python -m guardsmith` and `accelerate launch -m guardsmith`."""
+
+import sys
+
+from guardsmith.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

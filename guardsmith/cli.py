@@ -1,0 +1,421 @@
+"""The command line. Data goes to stdout, talk to stderr; each command ends by naming the next one.
+
+Nothing heavy is imported here: every command imports what it needs, so that `--help` and `check` stay quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import traceback
+from collections.abc import Sequence
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guardsmith import __version__
+from guardsmith.errors import GuardsmithError, UserError
+
+if TYPE_CHECKING:
+    from guardsmith.recipe import Recipe
+    from guardsmith.registry import Registry, Subject
+
+app = typer.Typer(
+    name="guardsmith",
+    help="Harden a Stable Diffusion checkpoint so that it cannot be personalized on protected subjects, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+registry_app = typer.Typer(help="Write registries of protected subjects.", no_args_is_help=True)
+app.add_typer(registry_app, name="registry")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (by default with sys.argv) and return the exit code.
+
+    0 done, 1 gate failed, 2 wrong usage or input, 3 inconclusive, 4 run failed, 130 interrupted.
+    """
+    try:
+        code = app(args=arguments, prog_name="guardsmith", standalone_mode=False)
+        if code == 130:  # Typer's answer to Ctrl-C
+            return _fail("interrupted", 130)
+        return code if isinstance(code, int) else 0
+    except GuardsmithError as error:
+        return _fail(str(error), error.exit_code, error)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except typer.Abort:
+        return _fail("aborted", 130)
+    except SystemExit as stop:
+        # A command's verdict is a `typer.Exit`, which arrives above as a code. Here the reader of stdout went away.
+        return 4 if stop.code == 1 else int(stop.code or 0)
+    except MemoryError as error:
+        return _fail("out of memory: close other programs, or choose smaller pictures or a smaller batch", 4, error)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"no space left on the disk{_of(error)}: free some space and run again", 4, error)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return _fail(f"no permission to write or read{_of(error)}: choose another place", 2, error)
+        return _bug(error)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # wrong usage; Typer's exception class is not public in every version
+            return _usage(error)
+        return _bug(error)
+
+
+def _of(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""
+
+
+def _usage(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    message = error.format_message()
+    if not context:
+        return _fail(message, 2)
+    if message == context.get_help():  # no command at all
+        say(message)
+        return 2
+    return _fail(f"{message.rstrip('.')}: see `{context.command_path} --help`", 2)
+
+
+def _bug(error: Exception) -> int:
+    reason = str(error).strip().split("\n")[0]
+    sentence = f"{type(error).__name__}: {reason}: this is a bug in guardsmith, please report it"
+    return _fail(f"{sentence} with what GUARDSMITH_DEBUG=1 prints", 4, error)
+
+
+def _fail(sentence: str, code: int, error: BaseException | None = None) -> int:
+    if error is not None and os.environ.get("GUARDSMITH_DEBUG") == "1":
+        traceback.print_exception(error)
+    say(sentence, style="red")
+    return code
+
+
+def say(text: str, style: str = "") -> None:
+    """Print a line of talk to stderr; never wrapped, so that `file:line:` stays clickable."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(text, style=style), soft_wrap=True)
+
+
+def _day(value: datetime | None) -> date | None:
+    return value.date() if value else None
+
+
+DAY = ["%Y-%m-%d"]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"guardsmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(
+    registry: Annotated[Path, typer.Argument(metavar="R.yaml", help="Registry file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
+) -> None:
+    """Check a registry: its keys, pictures, hashes, splits and consents."""
+    from guardsmith.registry import load_registry
+
+    loaded = load_registry(registry, today=_day(today))
+    if as_json:
+        typer.echo(json.dumps(_as_json(loaded), indent=2))
+    else:
+        _print_subjects(loaded)
+    for warning in loaded.warnings:
+        say(f"warning: {warning}", style="yellow")
+    say(f"the registry is in order: {len(loaded.subjects)} protected, {len(loaded.controls)} controls")
+    say(f"next: guardsmith harden --subjects {shlex.quote(str(registry))}")
+
+
+def _print_subjects(registry: Registry) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from guardsmith.registry import SPLITS
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in ("id", "kind", "class", "role", *SPLITS, "consent"):
+        table.add_column(heading, justify="right" if heading in SPLITS else "left", no_wrap=heading != "id")
+    for role, subjects in (("protected", registry.subjects), ("control", registry.controls)):
+        for subject in subjects:
+            counts = [str(len(subject.images_of(split))) for split in SPLITS]
+            table.add_row(subject.id, subject.kind, subject.class_noun, role, *counts, _consent_until(subject))
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 200  # a pipe or file wants whole lines
+    console.print(table)
+
+
+def _consent_until(subject: Subject) -> str:
+    if subject.consent is None:
+        return "not needed"
+    return str(subject.consent.expires_on or "no end")
+
+
+def _as_json(registry: Registry) -> dict[str, Any]:
+    return {
+        "path": str(registry.path),
+        "digest": registry.digest,
+        "subjects": [subject.model_dump(mode="json") for subject in registry.subjects],
+        "controls": [subject.model_dump(mode="json") for subject in registry.controls],
+        "warnings": registry.warnings,
+    }
+
+
+@registry_app.command("add")
+def registry_add(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, or with folders harden, attack and reference.")],
+    registry: Annotated[Path, typer.Option(help="Registry file; created if it does not exist.")],
+    subject_id: Annotated[str, typer.Option("--id", help="Id of the subject: a-z, 0-9, - and _.")],
+    kind: Annotated[str, typer.Option(help="person, object, character or style.")],
+    class_noun: Annotated[str, typer.Option(help="Class noun as it stands in prompts: person, dog, teddy bear.")],
+    consent_basis: Annotated[str | None, typer.Option(help="What the consent rests on: request, self, ...")] = None,
+    reference: Annotated[str | None, typer.Option(help="Where the consent is on record.")] = None,
+    granted_on: Annotated[
+        datetime | None, typer.Option(formats=DAY, help="First day of the consent (by default today).")
+    ] = None,
+    expires: Annotated[datetime | None, typer.Option(formats=DAY, help="Last day of the consent.")] = None,
+    control: Annotated[bool, typer.Option("--control", help="Add a control, which is not protected.")] = False,
+    identifier: Annotated[
+        list[str] | None, typer.Option(help="Name the subject is known under; may be repeated.")
+    ] = None,
+    ratio: Annotated[
+        str, typer.Option(help="Relative sizes of harden:attack:reference (by default 2:1:1; 0:1:1 for a control).")
+    ] = "",
+) -> None:
+    """Hash a folder of pictures into a new entry of a registry."""
+    from guardsmith.registry import SPLITS, add_subject
+
+    subject = add_subject(
+        registry,
+        folder,
+        subject_id,
+        kind,
+        class_noun,
+        identifiers=identifier or [],
+        consent_basis=consent_basis,
+        reference=reference,
+        granted_on=_day(granted_on),
+        expires_on=_day(expires),
+        control=control,
+        ratios=dict(zip(SPLITS, _ratio(ratio), strict=True)) if ratio else None,
+    )
+    counts = ", ".join(f"{len(subject.images_of(split))} {split}" for split in SPLITS)
+    say(f"added {subject.id} to {registry}: {counts}")
+    say(f"next: guardsmith check {shlex.quote(str(registry))}")
+
+
+def _ratio(text: str) -> list[float]:
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or not all(0 <= part < float("inf") for part in parts):
+        raise UserError(f"--ratio is {text!r}, but must be three numbers harden:attack:reference, like 2:1:1")
+    return parts
+
+
+@registry_app.command("schema")
+def registry_schema(
+    output: Annotated[Path | None, typer.Option(help="File to write; by default stdout.")] = None,
+) -> None:
+    """Print the JSON schema of registry files, for editors."""
+    from guardsmith.registry import json_schema
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
+        say(f"wrote {output}")
+
+
+# Words shared by harden, verify and run. Underscore spellings are those of diffusers' scripts.
+SUBJECTS = Annotated[Path | None, typer.Option("--subjects", help="Registry file; by default the recipe's.")]
+OUTPUT = Annotated[Path, typer.Option("--output", "--output_dir", "-o", help="Output folder.")]
+RECIPE = Annotated[str | None, typer.Option("--recipe", help="Recipe name or file (see `guardsmith list recipes`).")]
+CHANGES = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
+]
+RESUME = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in the output folder.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")]
+WORKERS = Annotated[int | None, typer.Option(min=1, help="Attacks run at the same time; by default one per core.")]
+TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
+
+
+def _recipe(name: str | None, base: str | None, changes: list[str] | None, **values: Any) -> Recipe:
+    """The recipe with the flags that were given; without a name, the one that fits the base."""
+    from guardsmith.recipe import load_recipe
+
+    if name is None:
+        name = "demo" if base is None or base.startswith("builtin:") else "apdm-sd15"
+    flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
+    return load_recipe(name, [*(changes or []), *flags])
+
+
+def _registry(subjects: Path | None, recipe: Recipe, today: datetime | None) -> Registry:
+    from guardsmith.registry import load_registry
+
+    if subjects is None and recipe.subjects is None:
+        raise UserError("no registry: name one with --subjects, or in the recipe as `subjects`")
+    registry = load_registry(subjects or str(recipe.subjects), today=_day(today))
+    for warning in registry.warnings:
+        say(f"warning: {warning}", style="yellow")
+    return registry
+
+
+def _quiet_libraries() -> None:
+    """Keep the progress bars and notices of diffusers and transformers out of the output."""
+    import logging
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+
+
+@app.command()
+def harden(
+    subjects: SUBJECTS = None,
+    output: OUTPUT = Path("out"),
+    recipe: RECIPE = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", "--pretrained_model_name_or_path", help="builtin:avatar, a diffusers folder or a Hub id."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None,
+    method: Annotated[str | None, typer.Option(help="Hardening method (see `guardsmith list methods`).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    changes: CHANGES = None,
+    resume: RESUME = False,
+    overwrite: OVERWRITE = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print harden.json on stdout at the end.")] = False,
+    today: TODAY = None,
+) -> None:
+    """Harden a base model on the subjects of a registry: OUTPUT/model and OUTPUT/harden.json."""
+    chosen = _recipe(recipe, base, changes, **{"revision": revision, "method.name": method, "seed": seed})
+    registry = _registry(subjects, chosen, today)
+    if dry_run:
+        _print_plan(chosen, registry, output)
+        return
+    from guardsmith.harden import harden as run_hardening
+
+    _quiet_libraries()
+    info = run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(info, indent=1, sort_keys=True))
+    say(f"hardened on {len(registry.subjects)} subjects in {info['seconds']:.0f} s: {output / 'model'}")
+    say(f"next: guardsmith verify {shlex.quote(str(output))} --subjects {shlex.quote(str(registry.path))}")
+
+
+def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
+    from guardsmith.methods import METHODS
+
+    method = METHODS[recipe.method.name]
+    config = method.config(**recipe.method.params)
+    plan = {
+        "base": recipe.base,
+        "subjects": [subject.id for subject in registry.subjects],
+        "controls": [subject.id for subject in registry.controls],
+        "method": recipe.method.name,
+        "params": config.model_dump(mode="json"),
+        "unet_forward_equivalents": method.cost(config),
+        "output": str(output),
+    }
+    typer.echo(json.dumps(plan, indent=1))
+    say("nothing was written; run again without --dry-run")
+
+
+@app.command()
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of `guardsmith harden`.")],
+    subjects: SUBJECTS = None,
+    recipe: RECIPE = None,
+    changes: CHANGES = None,
+    workers: WORKERS = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout instead of the table.")] = False,
+    today: TODAY = None,
+) -> None:
+    """Attack base and hardened model, judge, and exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
+    chosen = _recipe(recipe, None, changes)
+    registry = _registry(subjects, chosen, today)
+    from guardsmith.verify import verify as run_verification
+
+    _quiet_libraries()
+    report = run_verification(registry, chosen, output, workers=workers, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1, sort_keys=True))
+    raise typer.Exit(report["exit_code"])
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or file.")],
+    output: OUTPUT = Path("out"),
+    subjects: SUBJECTS = None,
+    changes: CHANGES = None,
+    resume: RESUME = False,
+    overwrite: OVERWRITE = False,
+    workers: WORKERS = None,
+    today: TODAY = None,
+) -> None:
+    """Harden, verify and judge as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
+    chosen = _recipe(recipe, None, changes)
+    registry = _registry(subjects, chosen, today)
+    from guardsmith.harden import harden as run_hardening
+    from guardsmith.verify import verify as run_verification
+
+    _quiet_libraries()
+    run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
+    report = run_verification(registry, chosen, output, workers=workers)
+    raise typer.Exit(report["exit_code"])
+
+
+@app.command("list")
+def list_table(
+    what: Annotated[str, typer.Argument(metavar="methods|attacks|recipes", help="Which table.")],
+) -> None:
+    """List hardening methods, attacks or shipped recipes."""
+    from guardsmith.recipe import recipe_names
+
+    if what == "recipes":
+        for name in recipe_names():
+            typer.echo(name)
+    elif what in ("methods", "attacks"):
+        from guardsmith.attacks import ATTACKS
+        from guardsmith.methods import METHODS
+
+        table = METHODS if what == "methods" else ATTACKS
+        for name, entry in table.items():
+            typer.echo(f"{name}\t{entry.paper}")
+    else:
+        raise UserError(f"there is no table {what!r}: methods, attacks or recipes")

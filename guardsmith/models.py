@@ -1,0 +1,235 @@
+"""The Stable Diffusion checkpoint in memory: `builtin:avatar`, a folder, or a Hub id; safetensors only.
+
+A `DiffusionModel` is passed around instead of a pipeline: hardening, attacks and sampling need the parts, not the call.
+Families: SD1.x and SD2.x (one CLIP text encoder; epsilon or v-prediction).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from guardsmith.errors import RunFailed, UserError
+
+BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN_MODELS = ("avatar",)
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
+
+
+@dataclass
+class DiffusionModel:
+    """The parts of one Stable Diffusion checkpoint, float32, in eval mode, without gradients.
+
+    Attributes:
+        unet: predicts noise or velocity; (n, c, h, w) latents, (n,) timesteps, (n, tokens, width) context.
+        vae: pictures in [-1, 1] <-> latents; multiply by `vae.config.scaling_factor` after encoding.
+        text_encoder: token ids -> context (its last hidden state).
+        tokenizer: pads to `model_max_length`.
+        scheduler: the *training* schedule (betas, prediction type).
+        source: where it came from, as the user wrote it.
+        folder: the diffusers folder it was read from.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDPMScheduler
+    source: str
+    folder: Path
+
+    @property
+    def image_size(self) -> int:
+        """Side of its pictures in pixels."""
+        levels = len(self.vae.config.block_out_channels) - 1
+        return int(self.unet.config.sample_size) << levels
+
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon` or `v_prediction`."""
+        return str(self.scheduler.config.prediction_type)
+
+
+def builtin_path(name: str) -> Path:
+    """Folder of an embedded checkpoint, e.g. `builtin_path("avatar")`, for any tool that reads diffusers folders."""
+    if name not in BUILTIN_MODELS:
+        raise UserError(f"There is no embedded model '{name}'; there is: {', '.join(BUILTIN_MODELS)}.")
+    return BUILTIN / name
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """The local diffusers folder of a source (`builtin:NAME`, a folder, or a Hub id, downloaded when needed).
+
+    Raises:
+        UserError: the source is a pickle, or is no Stable Diffusion folder.
+        RunFailed: the Hub cannot be reached or does not have it.
+    """
+    if source.startswith("builtin:"):
+        return builtin_path(source.removeprefix("builtin:"))
+    path = Path(source).expanduser()
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{source}: pickled weights ({path.suffix}) can run code when opened and are refused; convert the model to "
+            "safetensors first (diffusers: `pipeline.save_pretrained(folder, safe_serialization=True)`)."
+        )
+    if path.is_file():
+        raise UserError(f"{source}: single-file checkpoints are not read yet; give a diffusers folder or a Hub id.")
+    if path.exists():
+        _check_folder(path)
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"There is no base model at '{source}'; give a folder, a Hub id (org/name) or builtin:avatar.")
+    return _download(source, revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise RunFailed(
+            f"{repo}: not in the local Hub cache and the Hub cannot be reached; go online, unset HF_HUB_OFFLINE, "
+            "or give a folder."
+        ) from error
+    except (HfHubHTTPError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunFailed(
+            f"{repo}: the Hub did not give this model ({reason}); check the name and your access."
+        ) from error
+    except OSError as error:
+        raise RunFailed(
+            f"{repo}: the Hub cannot be reached ({type(error).__name__}); go online or give a folder."
+        ) from error
+    _check_folder(folder)
+    return folder
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        if (folder / "model" / "model_index.json").is_file():
+            raise UserError(f"{folder} is the output of a hardening run; its model is {folder / 'model'}.")
+        raise UserError(f"{folder}: not a diffusion model, it has no model_index.json; give a diffusers folder.")
+    try:
+        parts = json.loads(index.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{index}: not valid JSON ({error}).") from error
+    kind = parts.get("_class_name") if isinstance(parts, dict) else None
+    if kind != "StableDiffusionPipeline":
+        raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes Stable Diffusion 1.x and 2.x.")
+    for part in ("unet", "vae", "text_encoder"):
+        if not list((folder / part).glob("*.safetensors")):
+            pickled = [f.name for f in (folder / part).glob("*") if f.suffix in PICKLES]
+            if pickled:
+                raise UserError(
+                    f"{folder / part}: only pickled weights ({pickled[0]}), which can run code when opened; convert the "
+                    "model to safetensors first."
+                )
+            raise UserError(f"{folder / part}: no safetensors weights found; the checkpoint is incomplete.")
+    for part in ("tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder}: the folder '{part}' is missing; the checkpoint is incomplete.")
+
+
+def load_model(source: str, revision: str | None = None) -> DiffusionModel:
+    """Load a checkpoint in float32, frozen, in eval mode.
+
+    Raises:
+        UserError: not a Stable Diffusion folder, pickled, corrupt, or with weights that are not finite.
+        RunFailed: the Hub cannot be reached or does not have it.
+    """
+    folder = resolve(source, revision)
+    options: dict[str, Any] = {"use_safetensors": True}
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, **options)
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **options)
+        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32, **options)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source}: the checkpoint cannot be read ({reason}).") from error
+    except Exception as error:  # safetensors' own error class is not exported everywhere
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{source}: a weight file is truncated or corrupt ({error}).") from error
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
+    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+        part.eval().requires_grad_(False)
+        for key, value in part.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise UserError(f"{source}: {name} has weights that are not finite ({key}); the checkpoint is broken.")
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+        raise UserError(
+            f"{source}: the text encoder gives {text_encoder.config.hidden_size} numbers per token and the U-Net takes "
+            f"{unet.config.cross_attention_dim}; they do not belong together."
+        )
+    return DiffusionModel(unet, vae, text_encoder, tokenizer, scheduler, source, folder)
+
+
+def with_own_unet(model: DiffusionModel) -> DiffusionModel:
+    """The same model with a U-Net of its own to change; the frozen parts stay shared."""
+    own = copy.copy(model)
+    own.unet = copy.deepcopy(model.unet)
+    return own
+
+
+def save_model(model: DiffusionModel, folder: Path) -> None:
+    """Write a complete diffusers folder: the U-Net from memory, every other file copied byte for byte from the source.
+
+    The U-Net is stored in the precision of the source's own file, so that a half-precision base stays one.
+    The folder appears whole or not at all.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(model.folder, temporary, ignore=lambda _, names: [n for n in names if n == ".cache"])
+        for file in [
+            *(temporary / "unet").glob("*.safetensors"),
+            *(temporary / "unet").glob("*.safetensors.index.json"),
+        ]:
+            file.unlink()
+        unet = copy.deepcopy(model.unet).to(stored_dtype(model.folder))
+        unet.save_pretrained(temporary / "unet", safe_serialization=True)
+        for file in temporary.rglob("*"):
+            if file.suffix in PICKLES:
+                file.unlink()
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Precision of the U-Net's weights on disk."""
+    from safetensors import safe_open
+
+    file = sorted((folder / "unet").glob("*.safetensors"))[0]
+    with safe_open(file, framework="pt") as weights:
+        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
+        return dtype
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of every weight file of a checkpoint folder, `sha256:<hex>`."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,53 @@
+"""Progress for people: a rich bar with ETA and live losses on a terminal, plain lines elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+
+
+class Stage:
+    """One running bar; call it after every step."""
+
+    def __init__(self, title: str, total: int, progress: Progress | None) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.progress = progress
+        self.task = progress.add_task(title, total=total, losses="") if progress is not None else None
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, losses: Mapping[str, float] | None = None, *, done: int | None = None) -> None:
+        """One step more (or `done` steps in all), with the numbers to show."""
+        self.done = self.done + 1 if done is None else done
+        text = "  ".join(f"{k} {v:.4g}" for k, v in (losses or {}).items())
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=self.done, losses=text)
+        elif time.monotonic() - self.said > 15 or self.done == self.total:
+            self.said = time.monotonic()
+            left = (self.said - self.began) / max(self.done, 1) * (self.total - self.done)
+            console.print(f"{self.title}: {self.done}/{self.total}, {left:.0f} s left  {text}", highlight=False)
+
+
+@contextmanager
+def stage(title: str, total: int) -> Iterator[Stage]:
+    """A bar for `total` steps; a plain line every 15 seconds where stderr is not a terminal."""
+    if not console.is_terminal:
+        yield Stage(title, total, None)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[losses]}"))  # fmt: skip
+    with Progress(*columns, console=console, transient=False) as progress:
+        yield Stage(title, total, progress)

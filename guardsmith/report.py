@@ -1,0 +1,98 @@
+"""What a person looks at: the grid of pictures and the table in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from guardsmith.images import open_image, square
+from guardsmith.recipe import Recipe
+from guardsmith.registry import Registry
+
+COLUMNS = 8
+TILE = 96
+LABEL = 300
+HEADER = 34
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+
+
+def _strip(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, label: str, files: list[Path], size: int) -> None:
+    font = ImageFont.load_default(15)
+    draw.text((10, y + TILE / 2), label, fill="#222222", font=font, anchor="lm")
+    if not files:
+        draw.text(
+            (LABEL + 10, y + TILE / 2), "no pictures: the attack did not run", fill="#b00020", font=font, anchor="lm"
+        )
+    for column, file in enumerate(files[:COLUMNS]):
+        tile = square(open_image(file), size).resize((TILE, TILE), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (LABEL + column * (TILE + 2), y))
+
+
+def save_grid(path: Path, registry: Registry, recipe: Recipe, root: Path, size: int) -> None:
+    """One picture: per subject its real pictures, then what each attack draws on base and on hardened.
+
+    The pictures of a row are the first ones of every identifier in turn, not the best ones.
+    """
+    everyone = [(s, "PROTECTED") for s in registry.subjects] + [(s, "control") for s in registry.controls]
+    labels = list(recipe.verify.attacks)
+    block = HEADER + (1 + 2 * len(labels)) * (TILE + 2) + 8
+    sheet = Image.new("RGB", (LABEL + COLUMNS * (TILE + 2) + 8, block * len(everyone)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (subject, role) in enumerate(everyone):
+        y = number * block
+        colour = "#8a1538" if role == "PROTECTED" else "#14532d"
+        draw.rectangle((0, y, sheet.width, y + HEADER - 4), fill=colour)
+        draw.text(
+            (10, y + 15),
+            f"{subject.id} ({subject.class_noun}), {role}",
+            fill="white",
+            font=ImageFont.load_default(18),
+            anchor="lm",
+        )
+        y += HEADER
+        _strip(
+            sheet, draw, y, "real pictures (judge's references)", [i.path for i in subject.images_of("reference")], size
+        )
+        for label in labels:
+            for side in ("base", "hardened"):
+                y += TILE + 2
+                folders = sorted((root / side / subject.id / label).glob("*/*/images"))
+                per_unit = -(-COLUMNS // max(len(folders), 1))
+                files = [file for folder in folders for file in sorted(folder.glob("*.png"))[:per_unit]]
+                _strip(sheet, draw, y, f"{label} on {side}", files, size)
+    sheet.save(path)
+
+
+def print_report(report: dict[str, Any], root: Path) -> None:
+    """The table of checks and the verdict, on stdout."""
+    console = Console()
+    table = Table(title="guardsmith verify", title_justify="left")
+    for heading in ("check", "subject", "attack", "measured [95 % interval]", "limit", "result"):
+        table.add_column(heading)
+    for check in report["checks"]:
+        bounds = "" if check["low"] is None or check["high"] is None else f" [{check['low']:.3f}, {check['high']:.3f}]"
+        measured = "-" if check["value"] is None else f"{check['value']:.3f}{bounds}"
+        limit = "-" if check["limit"] is None else f"{check['limit']:.3f}"
+        colour = COLOURS[check["status"]]
+        table.add_row(
+            check["name"], check["subject"], check["attack"], measured, limit, f"[{colour}]{check['status']}[/]"
+        )
+    console.print(table)
+    for check in report["checks"]:
+        if check["status"] != "pass":
+            who = " ".join(part for part in (check["subject"], check["attack"]) if part)
+            console.print(
+                f"  [{COLOURS[check['status']]}]{check['status']}[/] {check['name']} {who}: {check['sentence']}",
+                highlight=False,
+            )
+    for name, reason in report["failed_units"].items():
+        console.print(f"  [red]failed to run[/] {name}: {reason}", highlight=False)
+    words = {"pass": "the gate is passed", "fail": "the gate is not passed", "inconclusive": "no verdict can be given"}
+    console.print(
+        f"verdict: [{COLOURS[report['verdict']]}]{report['verdict']}[/] ({words[report['verdict']]})", highlight=False
+    )
+    console.print(f"pictures: {root / 'grid.png'}   data: {root / 'report.json'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,155 @@
+"""What every training loop here shares: seeds, one optimizer step, in-place snapshots, checkpoints in safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def generator(seed: int, *stream: int) -> torch.Generator:
+    """A CPU generator that depends only on `seed` and the numbers after it (step, subject, ...).
+
+    Drawing from a fresh stream per step, not from one long stream, is what makes a resumed run equal an unbroken one.
+    """
+    mixed = 0x9E3779B97F4A7C15
+    for number in (seed, *stream):
+        mixed = ((mixed ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9) % 2**64
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed % 2**63)
+
+
+@contextmanager
+def torch_seed(seed: int) -> Iterator[None]:
+    """Inside, torch's global generator starts at `seed` (for libraries that draw from it); afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], *, max_grad_norm: float | None = 1.0
+) -> float:
+    """Clip, step and clear the gradients; returns the gradient norm before clipping (inf or nan when it diverged)."""
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Snapshot:
+    """A flat copy of parameter values that is written back in place: what replaces `copy.deepcopy(model)`.
+
+    Args:
+        parameters: the tensors to remember; the same objects are restored, so optimizers keep pointing at them.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self.parameters = list(parameters)
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Remember the current values (no new memory)."""
+        torch._foreach_copy_(self.values, [p.detach() for p in self.parameters])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the remembered values back."""
+        torch._foreach_copy_([p.detach() for p in self.parameters], self.values)
+
+
+def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Zero an Adam-like optimizer's moments and step counts in place, as if it had just been made."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
+    """An optimizer's state as flat tensors `prefix.<index>.<name>`, ready for `save_checkpoint`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"
+) -> None:
+    """Put what `optimizer_tensors` gave back into a fresh optimizer over the same parameters."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}."):
+            _, index, name = key.rsplit(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able `info` to one safetensors file, atomically: the old file stays until the new is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(
+            {k: v.detach().contiguous().clone() for k, v in tensors.items()},
+            temporary,
+            metadata={"info": json.dumps(info)},
+        )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote."""
+    with safe_open(path, framework="pt") as file:
+        info = json.loads((file.metadata() or {})["info"])
+        return {k: file.get_tensor(k) for k in file.keys()}, info  # noqa: SIM118 (not a dict)
+
+
+class UNetCost:
+    """Counts U-Net rows while it is active: one forward row, and one more backward row where gradients were on.
+
+    A backward pass with weight gradients costs two forwards, so forward equivalents = forwards + 2 x backwards.
+    """
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.backwards = 0
+
+    def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if type(module).__name__ == "UNet2DConditionModel" and inputs:
+            self.forwards += len(inputs[0])
+            self.backwards += len(inputs[0]) if torch.is_grad_enabled() else 0
+
+    def __enter__(self) -> UNetCost:
+        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def changed_fraction(before: Path, after: Path) -> float:
+    """Share of stored weight entries that differ between two folders of safetensors files, in [0, 1].
+
+    The guard against training that cannot move its weights (half-precision weights under a tiny learning rate).
+    """
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                tensors |= {k: weights.get_tensor(k) for k in weights.keys()}  # noqa: SIM118 (not a dict)
+        return tensors
+
+    old, new = read(before), read(after)
+    different = sum(int((old[k] != new[k]).sum()) for k in old if k in new)
+    return different / sum(v.numel() for v in old.values())

@@ -1,0 +1,54 @@
+import os
+
+# Before anything imports huggingface_hub: no test may depend on the network or on what a cache happens to hold.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline():
+    from huggingface_hub import constants
+
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert constants.HF_HUB_OFFLINE, "huggingface_hub was imported before conftest.py could switch the network off"
+
+
+@pytest.fixture(scope="session")
+def epsilon_folder(tmp_path_factory):
+    """A tiny checkpoint that predicts noise, on Stable Diffusion 1's schedule; copy it before changing it."""
+    from tiny import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "epsilon", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def v_folder(tmp_path_factory):
+    """A tiny checkpoint that predicts velocity, on the cosine schedule; copy it before changing it."""
+    from tiny import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "v", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_epsilon(epsilon_folder):
+    """`epsilon_folder` in memory; nothing may change it."""
+    from guardsmith.models import load_model
+
+    return load_model(str(epsilon_folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_v(v_folder):
+    """`v_folder` in memory; nothing may change it."""
+    from guardsmith.models import load_model
+
+    return load_model(str(v_folder))
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def tiny(request):
+    """Both tiny models, one after the other."""
+    return request.getfixturevalue({"epsilon": "tiny_epsilon", "v_prediction": "tiny_v"}[request.param])

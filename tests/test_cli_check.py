@@ -1,0 +1,277 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import guardsmith
+from guardsmith import registry as registry_module
+from guardsmith.cli import main
+from guardsmith.errors import RunFailed
+
+
+def blobs(seed, size=64):
+    """A smooth random picture; two seeds look nothing alike."""
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def photos(place, count, first):
+    place.mkdir(parents=True)
+    for number in range(count):
+        blobs(first + number).save(place / f"{number:02}.png")
+    return place
+
+
+def add(folder, subject, *options, count=4, first=0):
+    pictures = photos(folder / subject, count, first)
+    arguments = ["registry", "add", str(pictures), "--registry", str(folder / "R.yaml"), "--id", subject]
+    return main([*arguments, "--kind", "person", "--class-noun", "person", *options])
+
+
+CONSENT = ["--consent-basis", "request", "--reference", "T-1", "--granted-on", "2026-01-01", "--expires", "2099-01-01"]
+
+
+@pytest.fixture
+def folder(tmp_path, capsys):
+    assert add(tmp_path, "mira", *CONSENT, "--identifier", "sks", "--identifier", "mira v") == 0
+    assert add(tmp_path, "tom", "--control", first=10) == 0
+    capsys.readouterr()
+    return tmp_path
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def test_check_prints_a_table_to_stdout_and_talk_to_stderr(folder, capsys):
+    assert main(["check", str(folder / "R.yaml")]) == 0
+    out, err = capsys.readouterr()
+    row = next(line for line in out.split("\n") if "mira" in line)
+    assert row.split() == ["mira", "person", "person", "protected", "2", "1", "1", "2099-01-01"]
+    row = next(line for line in out.split("\n") if "tom" in line)
+    assert row.split() == ["tom", "person", "person", "control", "0", "2", "2", "not", "needed"]
+    assert "next" not in out
+    assert err.strip().split("\n")[-1] == f"next: guardsmith harden --subjects {folder / 'R.yaml'}"
+
+
+def test_check_json_is_data_only(folder, capsys):
+    assert main(["check", str(folder / "R.yaml"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert [subject["id"] for subject in data["subjects"]] == ["mira"]
+    assert data["subjects"][0]["identifiers"] == ["sks", "mira v"]
+    assert data["subjects"][0]["consent"]["expires_on"] == "2099-01-01"
+    assert len(data["controls"][0]["images"]) == 4
+    assert data["digest"] == registry_module.load_registry(folder / "R.yaml").digest
+    assert data["warnings"] == []
+    assert "next: guardsmith harden" in err
+
+
+def test_check_warns_about_what_is_not_pinned(folder, capsys):
+    photos(folder / "more", 2, first=40)
+    text = (folder / "R.yaml").read_text()
+    (folder / "R.yaml").write_text(text.replace("controls:", "      - {path: more, split: attack}\ncontrols:"))
+    assert main(["check", str(folder / "R.yaml")]) == 0
+    err = capsys.readouterr().err
+    assert "warning: " in err
+    assert "more is not pinned" in err
+
+
+def test_expired_consent_is_exit_code_2_with_file_and_line(folder, capsys):
+    assert main(["check", str(folder / "R.yaml"), "--today", "2099-01-02"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert (
+        err == f"{folder / 'R.yaml'}:7: subject 'mira': consent expired on 2099-01-01: renew it or remove the subject\n"
+    )
+
+
+def test_problems_are_printed_whole_whatever_the_width_of_the_terminal(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    text = (folder / "R.yaml").read_text().replace("kind: person", "knd: '[bold]person[/bold]'")
+    (folder / "R.yaml").write_text(text)
+    assert main(["check", str(folder / "R.yaml")]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 2
+    assert all(line.startswith(f"{folder / 'R.yaml'}:") for line in lines)
+    assert "did you mean 'kind'" in lines[0]
+
+
+BROKEN = {
+    "yaml": lambda folder: (folder / "R.yaml").write_text("version: [1"),
+    "empty": lambda folder: (folder / "R.yaml").write_text("version: 1\nsubjects: []\n"),
+    "corrupt": lambda folder: (folder / "mira/00.png").write_text("x"),
+    "gone": lambda folder: (folder / "mira/00.png").unlink(),
+    "no registry": lambda folder: (folder / "R.yaml").unlink(),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_bad_input_is_one_sentence_and_no_traceback(folder, how):
+    BROKEN[how](folder)
+    done = run("-m", "guardsmith", "check", "R.yaml", cwd=folder)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().split("\n")) == 1
+    assert done.stderr.startswith("R.yaml")
+
+
+def test_check_imports_nothing_heavy_and_is_quick(tmp_path):
+    """The shape of the shipped registry: 12 subjects with 16 pictures each."""
+    images = {}
+    for number in range(12):
+        photos(tmp_path / f"s{number}", 16, first=100 * number)
+        splits = ["harden"] * 8 + ["attack"] * 4 + ["reference"] * 4
+        images[number] = "".join(
+            f"      - {{path: s{number}/{i:02}.png, sha256: "
+            f"{registry_module.sha256_file(tmp_path / f's{number}/{i:02}.png')}, split: {split}}}\n"
+            for i, split in enumerate(splits)
+        )
+    consent = "    consent: {basis: request, reference: T-1, granted_on: 2026-01-01}\n"
+    entries = [
+        f"  - id: s{number}\n    kind: person\n    class_noun: person\n{consent}    images:\n{images[number]}"
+        for number in range(12)
+    ]
+    text = "version: 1\nsubjects:\n" + "".join(entries[:6]) + "controls:\n" + "".join(entries[6:])
+    (tmp_path / "R.yaml").write_text(text)
+
+    program = """
+import os, sys
+from guardsmith.cli import main
+code = main(["check", "R.yaml"])
+heavy = {"torch", "diffusers", "transformers", "datasets", "scipy", "imagehash", "peft", "accelerate"}
+print("loaded:", sorted(heavy & set(sys.modules)), file=sys.stderr)
+print("seconds:", os.times().user, file=sys.stderr)
+sys.exit(code)
+"""
+    seconds = []
+    for _ in range(3):  # the fastest counts: other work on the machine slows single runs down
+        done = run("-c", program, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "loaded: []" in done.stderr
+        seconds.append(float(done.stderr.rsplit("seconds:", 1)[1]))
+    assert min(seconds) < 1.5
+
+
+def test_help_and_version_are_light():
+    program = (
+        "import sys; from guardsmith.cli import main; main(['--version']); print({'torch', 'numpy'} & {*sys.modules})"
+    )
+    done = run("-c", program)
+    assert done.stdout == f"guardsmith {guardsmith.__version__}\nset()\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["chek"], "chek"),
+        (["check"], "R.yaml"),
+        (["check", "a.yaml", "--nonsense"], "--nonsense"),
+        (["check", "a.yaml", "--today", "tomorrow"], "tomorrow"),
+        (["registry", "add", "x"], "--registry"),
+    ],
+)
+def test_wrong_usage(arguments, word, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert word in err
+    assert "--help`" in err
+    assert len(err.strip().split("\n")) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["registry"]])
+def test_no_command_prints_help(arguments, capsys):
+    assert main(arguments) == 2
+    assert "Usage: guardsmith" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (RunFailed("the training diverged"), 4, ["the training diverged"]),
+        (KeyboardInterrupt(), 130, ["interrupted"]),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/model"), 4, ["no space left", "/out/model"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, ["no permission", "/out"]),
+        (OSError(errno.EROFS, "Read-only file system", "/out"), 2, ["/out"]),
+        (MemoryError(), 4, ["out of memory"]),
+        (ZeroDivisionError("division by zero"), 4, ["division by zero", "bug", "GUARDSMITH_DEBUG=1"]),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 4, ["bug"]),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 4, []),
+    ],
+)
+def test_errors_become_a_sentence_and_an_exit_code(monkeypatch, capsys, error, code, words):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(registry_module, "load_registry", fail)
+    monkeypatch.delenv("GUARDSMITH_DEBUG", raising=False)
+    # Typer wraps the standard streams for a broken pipe.
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    assert main(["check", "R.yaml"]) == code
+    err = capsys.readouterr().err
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+    assert len(err.strip().split("\n")) == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(registry_module, "load_registry", fail)
+    monkeypatch.setenv("GUARDSMITH_DEBUG", "1")
+    assert main(["check", "R.yaml"]) == 4
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_add_says_what_it_did_and_what_comes_next(tmp_path, capsys):
+    assert add(tmp_path, "mira", *CONSENT, "--ratio", "1:1:2") == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "1 harden, 1 attack, 2 reference" in err
+    assert err.strip().split("\n")[-1] == f"next: guardsmith check {tmp_path / 'R.yaml'}"
+
+
+@pytest.mark.parametrize("ratio", ["1:1", "a:b:c", "-1:1:1", "1:nan:1", "1:inf:1"])
+def test_add_refuses_a_wrong_ratio(tmp_path, capsys, ratio):
+    assert add(tmp_path, "mira", *CONSENT, f"--ratio={ratio}") == 2
+    assert "harden:attack:reference" in capsys.readouterr().err
+    assert not (tmp_path / "R.yaml").exists()
+
+
+def test_add_without_consent_is_refused_and_writes_nothing(tmp_path, capsys):
+    assert add(tmp_path, "mira") == 2
+    assert "needs a consent" in capsys.readouterr().err
+    assert not (tmp_path / "R.yaml").exists()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
+def test_add_to_a_read_only_folder(tmp_path, capsys):
+    photos(tmp_path / "p", 4, first=0)
+    place = tmp_path / "locked"
+    place.mkdir()
+    place.chmod(0o555)
+    arguments = ["registry", "add", str(tmp_path / "p"), "--registry", str(place / "R.yaml"), "--id", "a"]
+    assert main([*arguments, "--kind", "person", "--class-noun", "person", *CONSENT]) == 2
+    assert "permission" in capsys.readouterr().err
+
+
+def test_schema_goes_to_stdout_or_to_a_file(tmp_path, capsys):
+    assert main(["registry", "schema"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == registry_module.json_schema()
+    assert main(["registry", "schema", "--output", str(tmp_path / "s.json")]) == 0
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "s.json").read_text() == printed
+    assert (Path(__file__).parent.parent / "registries/schema.json").read_text() == printed
