@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import traceback
 from collections.abc import Sequence
@@ -57,20 +58,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 4 if stop.code == 1 else int(stop.code or 0)
     except MemoryError as error:
         return _fail("out of memory: close other programs, or choose smaller pictures or a smaller batch", 4, error)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(f"no space left on the disk{_of(error)}: free some space and run again", 4, error)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return _fail(f"no permission to write or read{_of(error)}: choose another place", 2, error)
-        return _bug(error)
     except Exception as error:
         if hasattr(error, "format_message"):  # wrong usage; Typer's exception class is not public in every version
             return _usage(error)
+        number = _errno(error)
+        if number == errno.ENOSPC:
+            return _fail(f"no space left on the disk{_of(error)}: free some space and run again", 4, error)
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return _fail(f"no permission to write or read{_of(error)}: choose another place", 2, error)
         return _bug(error)
 
 
-def _of(error: OSError) -> str:
-    return f" ({error.filename})" if error.filename else ""
+def _errno(error: Exception) -> int | None:
+    """The system's error number; safetensors and shutil.copytree have it only in their text."""
+    number = getattr(error, "errno", None)
+    told = re.search(r"(?:os error |Errno )(\d+)", str(error))
+    return number or (int(told[1]) if told else None)
+
+
+def _of(error: Exception) -> str:
+    name = getattr(error, "filename", None)
+    return f" ({name})" if name else ""
 
 
 def _usage(error: Any) -> int:
@@ -205,7 +213,8 @@ def registry_add(
     ] = "",
 ) -> None:
     """Hash a folder of pictures into a new entry of a registry."""
-    from guardsmith.registry import SPLITS, add_subject
+    from guardsmith.registry import SPLITS
+    from guardsmith.registry_add import add_subject
 
     subject = add_subject(
         registry,
@@ -285,19 +294,6 @@ def _registry(subjects: Path | None, recipe: Recipe, today: datetime | None) -> 
     return registry
 
 
-def _quiet_libraries() -> None:
-    """Keep the progress bars and notices of diffusers and transformers out of the output."""
-    import logging
-
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    logging.getLogger("peft").setLevel(logging.ERROR)
-
-
 @app.command()
 def harden(
     subjects: SUBJECTS = None,
@@ -328,8 +324,9 @@ def harden(
         _print_plan(chosen, registry, output)
         return
     from guardsmith.harden import harden as run_hardening
+    from guardsmith.progress import quiet_libraries
 
-    _quiet_libraries()
+    quiet_libraries()
     info = run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps(info, indent=1, sort_keys=True))
@@ -368,9 +365,10 @@ def verify(
     """Attack base and hardened model, judge, and exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
     chosen = _recipe(recipe, None, changes)
     registry = _registry(subjects, chosen, today)
+    from guardsmith.progress import quiet_libraries
     from guardsmith.verify import verify as run_verification
 
-    _quiet_libraries()
+    quiet_libraries()
     report = run_verification(registry, chosen, output, workers=workers, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(report, indent=1, sort_keys=True))
@@ -392,9 +390,10 @@ def run(
     chosen = _recipe(recipe, None, changes)
     registry = _registry(subjects, chosen, today)
     from guardsmith.harden import harden as run_hardening
+    from guardsmith.progress import quiet_libraries
     from guardsmith.verify import verify as run_verification
 
-    _quiet_libraries()
+    quiet_libraries()
     run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
     report = run_verification(registry, chosen, output, workers=workers)
     raise typer.Exit(report["exit_code"])

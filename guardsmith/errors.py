@@ -1,5 +1,8 @@
 """One error class per exit code. Each carries one sentence: what is wrong and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class GuardsmithError(Exception):
     """Base of the errors that the command line prints without a traceback."""
@@ -17,3 +20,9 @@ class RunFailed(GuardsmithError):
     """The input was fine and the run still failed: memory, disk, a diverged training (exit code 4)."""
 
     exit_code = 4
+
+
+def did_you_mean(word: object, choices: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the choice that is spelt nearly like it, or nothing."""
+    close = difflib.get_close_matches(str(word).lower(), list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

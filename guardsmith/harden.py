@@ -9,6 +9,7 @@ out/harden.json        written last: its presence says that the run is complete
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import platform
@@ -37,6 +38,7 @@ from guardsmith.training import UNetCost, changed_fraction
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
 ORDINARY_IMAGES = 128
+WRITTEN = ("harden.json", "model", ".model.tmp", "checkpoints", "cache", "verify")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -49,38 +51,75 @@ def write_json(path: Path, data: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _read_settings(output: Path) -> dict[str, Any] | None:
+    """What an earlier run was asked, if the folder's settings.json is one of guardsmith's."""
+    try:
+        written = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return written if isinstance(written, dict) and "registry_digest" in written else None
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}" if key else section: value
+        for section, content in json.loads(json.dumps(settings)).items()
+        for key, value in (content if isinstance(content, dict) else {"": content}).items()
+    }
+
+
 def prepare_output(output: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make the output folder, or agree to go on in it.
+    """Make the output folder, or agree to go on in it. Overwriting deletes what guardsmith wrote, and nothing else.
 
     Raises:
-        UserError: it exists and neither --resume nor --overwrite was given; it was made with other settings; it cannot
-            be written to.
+        UserError: it exists and neither --resume nor --overwrite was given; it was made with other settings or not by
+            guardsmith; it cannot be written to.
     """
-    written = output / "settings.json"
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; name a folder for the output.")
     if output.exists() and any(output.iterdir()):
-        if overwrite:
-            if not written.exists() and not (output / "harden.json").exists():
-                raise UserError(
-                    f"{output} was not made by guardsmith, so --overwrite will not delete it; name another folder."
-                )
-            shutil.rmtree(output)
-        elif not resume:
+        if not (resume or overwrite):
             raise UserError(
                 f"{output} exists already; go on with --resume, start anew with --overwrite, or name another folder."
             )
-        elif written.exists() and json.loads(written.read_text()) != json.loads(json.dumps(settings)):
-            old, new = json.loads(written.read_text()), json.loads(json.dumps(settings))
-            changed = ", ".join(sorted(k for k in {*old, *new} if old.get(k) != new.get(k)))
-            raise UserError(
-                f"{output} was made with other settings ({changed}); use --overwrite or name another folder."
-            )
+        written = _read_settings(output)
+        if written is None:
+            flag, what = ("--overwrite", "delete it") if overwrite else ("--resume", "write into it")
+            raise UserError(f"{output} was not made by guardsmith, so {flag} will not {what}; name another folder.")
+        if not overwrite:
+            old, new = _flat(written), _flat(settings)
+            changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+            if changed:
+                raise UserError(
+                    f"{output} was made with other settings ({', '.join(changed)}); use --overwrite or name another "
+                    "folder."
+                )
+            return
+        for name in WRITTEN:  # but not settings.json, so that a broken-off --overwrite can be repeated
+            place = output / name
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            else:
+                place.unlink(missing_ok=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(written, settings)
+        write_json(output / "settings.json", settings)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
         raise UserError(f"{output} cannot be written to ({error.strerror}); name another folder.") from error
+
+
+def check_apart(base: Path, output: Path) -> None:
+    """The base may not be what this run writes, nor around it.
+
+    Raises:
+        UserError: it is.
+    """
+    if base.resolve().is_relative_to((output / "model").resolve()):
+        raise UserError(f"{base} is both the base and what would be written; name another folder for the output.")
+    if output.resolve().is_relative_to(base.resolve()):
+        raise UserError(f"{output} is inside of the base {base}; name a folder outside of it for the output.")
 
 
 def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tensor:
@@ -94,16 +133,21 @@ def drawn_by(
     """Pictures of these prompts drawn by the model (seeds seed, seed + 1, ...), kept in `cache` if given."""
     if cache is not None and cache.exists():
         return load_file(cache)["images"]
+    # Contiguous, as they come back from the file: the layout decides the last bits of what the VAE makes of them.
     calls = -(-len(prompts) // recipe.sampling.batch) * recipe.sampling.steps
     with stage(title, calls) as bar:
         images = generate(
             model, prompts, range(seed, seed + len(prompts)), steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
             batch=recipe.sampling.batch, on_step=bar,
-        )  # fmt: skip
+        ).contiguous()  # fmt: skip
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"images": images.contiguous()}, cache.with_suffix(".tmp"))
-        cache.with_suffix(".tmp").replace(cache)
+        temporary = cache.with_suffix(".tmp")
+        try:
+            save_file({"images": images}, temporary)
+            temporary.replace(cache)
+        finally:
+            temporary.unlink(missing_ok=True)
     return images
 
 
@@ -115,6 +159,7 @@ def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe
     """
     problems = unknown_class_nouns(registry, CLASSES_OF_AVATAR) if model.source == "builtin:avatar" else []
     names = {name for subject in registry.subjects for name in subject.identifiers} | set(recipe.verify.identifiers)
+    names |= set(recipe.method.params.get("identifiers", ()))
     problems += [
         f"{registry.path}: the identifier '{word}' has no token in this model's tokenizer; choose another."
         for word in sorted(lost_words(model, names))
@@ -150,6 +195,7 @@ def harden(
     method = METHODS[recipe.method.name]
     config: Any = method.config(**recipe.method.params)
     model = load_model(recipe.base, recipe.revision)
+    check_apart(model.folder, output)
     check_against_base(model, registry, recipe)
     base_digest = weights_digest(model.folder)
     settings = {
@@ -159,7 +205,7 @@ def harden(
     prepare_output(output, settings, resume=resume, overwrite=overwrite)
     record = output / "harden.json"
     if record.exists() and (output / "model").is_dir():
-        console.print(f"{output} is complete already.")
+        console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
         done: dict[str, Any] = json.loads(record.read_text())
         return done
 
@@ -187,14 +233,22 @@ def harden(
         ordinary = OrdinaryData(images, texts)
 
     counter = UNetCost()
+    ran = 0
+
+    def on_step(step: int, losses: dict[str, float]) -> None:
+        nonlocal ran
+        ran += 1
+        bar({key: losses[key] for key in list(losses)[:4]}, done=step + 1)
+
     with stage(f"hardening ({recipe.method.name})", config.outer_steps) as bar, counter:
         hardened, history = method.run(
             model, subjects, ordinary, config, seed=recipe.seed, checkpoint=output / "checkpoints" / "last.safetensors",
-            on_step=lambda step, losses: bar({k: losses[k] for k in list(losses)[:4]}, done=step + 1),
+            on_step=on_step,
         )  # fmt: skip
     save_model(hardened, output / "model")
     changed = changed_fraction(model.folder / "unet", output / "model" / "unet")
     if changed == 0:
+        shutil.rmtree(output / "model")
         raise UserError(
             "Hardening changed no stored weight: the learning rate is too small for the precision of the base."
         )
@@ -205,6 +259,7 @@ def harden(
         "model_digest": weights_digest(output / "model"),
         "subjects": [subject.id for subject in registry.subjects],
         "paper": method.paper,
+        "resumed_after": len(history) - ran,  # outer steps of an earlier session; the costs below are this session's
         "seconds": round(time.monotonic() - began, 1),
         "unet_forward_rows": counter.forwards,
         "unet_backward_rows": counter.backwards,

@@ -23,7 +23,7 @@ from guardsmith.errors import RunFailed, UserError
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("avatar",)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
+HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "*.model"]  # no single-file checkpoints from the top of a repository
 
 
 @dataclass
@@ -77,7 +77,7 @@ def resolve(source: str, revision: str | None = None) -> Path:
     if source.startswith("builtin:"):
         return builtin_path(source.removeprefix("builtin:"))
     path = Path(source).expanduser()
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise UserError(
             f"{source}: pickled weights ({path.suffix}) can run code when opened and are refused; convert the model to "
             "safetensors first (diffusers: `pipeline.save_pretrained(folder, safe_serialization=True)`)."
@@ -141,6 +141,10 @@ def _check_folder(folder: Path) -> None:
     for part in ("tokenizer", "scheduler"):
         if not (folder / part).is_dir():
             raise UserError(f"{folder}: the folder '{part}' is missing; the checkpoint is incomplete.")
+    # Without its vocabulary the tokenizer loads all the same, as one that knows no words.
+    known = {file.name for file in (folder / "tokenizer").iterdir()}
+    if "tokenizer.json" not in known and not {"vocab.json", "merges.txt"} <= known:
+        raise UserError(f"{folder / 'tokenizer'}: no vocabulary found (tokenizer.json); the checkpoint is incomplete.")
 
 
 def load_model(source: str, revision: str | None = None) -> DiffusionModel:
@@ -151,11 +155,15 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         RunFailed: the Hub cannot be reached or does not have it.
     """
     folder = resolve(source, revision)
-    options: dict[str, Any] = {"use_safetensors": True}
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     try:
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, **options)
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **options)
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32, **options)
+        unet, of_unet = UNet2DConditionModel.from_pretrained(
+            folder, subfolder="unet", torch_dtype=torch.float32, **options
+        )
+        vae, of_vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **options)
+        text_encoder, of_text_encoder = CLIPTextModel.from_pretrained(
+            folder, subfolder="text_encoder", dtype=torch.float32, **options
+        )
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -167,11 +175,21 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         raise UserError(f"{source}: a weight file is truncated or corrupt ({error}).") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
-    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+    loaded = (("unet", unet, of_unet), ("vae", vae, of_vae), ("text_encoder", text_encoder, of_text_encoder))
+    for name, part, told in loaded:
+        if missing := sorted(told["missing_keys"]):  # the libraries would go on with random numbers
+            raise UserError(
+                f"{source}: {name} lacks {len(missing)} of its weights ({missing[0]}); the checkpoint is incomplete."
+            )
         part.eval().requires_grad_(False)
         for key, value in part.state_dict().items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise UserError(f"{source}: {name} has weights that are not finite ({key}); the checkpoint is broken.")
+    if len(tokenizer) > text_encoder.config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}; "
+            "they do not belong together."
+        )
     if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
         raise UserError(
             f"{source}: the text encoder gives {text_encoder.config.hidden_size} numbers per token and the U-Net takes "
@@ -204,6 +222,10 @@ def save_model(model: DiffusionModel, folder: Path) -> None:
             file.unlink()
         unet = copy.deepcopy(model.unet).to(stored_dtype(model.folder))
         unet.save_pretrained(temporary / "unet", safe_serialization=True)
+        config = model.folder / "unet" / "config.json"
+        shutil.copyfile(config, temporary / "unet" / config.name)  # diffusers' own tells where the base lay
+        for file in (temporary / "unet").glob("*.safetensors"):
+            shutil.copymode(config, file)  # safetensors writes for the owner only
         for file in temporary.rglob("*"):
             if file.suffix in PICKLES:
                 file.unlink()
@@ -215,20 +237,25 @@ def save_model(model: DiffusionModel, folder: Path) -> None:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Precision of the U-Net's weights on disk."""
+    """Precision of the U-Net's weights on disk; variants beside them (`.fp16.`, `.non_ema.`) do not count."""
     from safetensors import safe_open
 
-    file = sorted((folder / "unet").glob("*.safetensors"))[0]
+    files = sorted((folder / "unet").glob("*.safetensors"))
+    file = min(files, key=lambda file: file.name.count("."))
     with safe_open(file, framework="pt") as weights:
         dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
         return dtype
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of every weight file of a checkpoint folder, `sha256:<hex>`."""
+    """SHA-256 over every weight file and every configuration of a checkpoint folder, `sha256:<hex>`.
+
+    Configurations count: another prediction type or scaling factor makes another model of the same weights.
+    """
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(file.relative_to(folder).as_posix().encode())
+    files = [file for kind in ("*.safetensors", "*.json", "*.txt") for file in folder.rglob(kind)]
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

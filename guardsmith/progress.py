@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ class Stage:
         elif time.monotonic() - self.said > 15 or self.done == self.total:
             self.said = time.monotonic()
             left = (self.said - self.began) / max(self.done, 1) * (self.total - self.done)
-            console.print(f"{self.title}: {self.done}/{self.total}, {left:.0f} s left  {text}", highlight=False)
+            line = f"{self.title}: {self.done}/{self.total}, {left:.0f} s left  {text}".rstrip()
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -51,3 +53,14 @@ def stage(title: str, total: int) -> Iterator[Stage]:
                TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[losses]}"))  # fmt: skip
     with Progress(*columns, console=console, transient=False) as progress:
         yield Stage(title, total, progress)
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and notices of diffusers, transformers and peft out of the output."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)

@@ -70,6 +70,8 @@ def save_grid(path: Path, registry: Registry, recipe: Recipe, root: Path, size: 
 def print_report(report: dict[str, Any], root: Path) -> None:
     """The table of checks and the verdict, on stdout."""
     console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file or a CI log wants whole lines
     table = Table(title="guardsmith verify", title_justify="left")
     for heading in ("check", "subject", "attack", "measured [95 % interval]", "limit", "result"):
         table.add_column(heading)
@@ -84,9 +86,9 @@ def print_report(report: dict[str, Any], root: Path) -> None:
     console.print(table)
     for check in report["checks"]:
         if check["status"] != "pass":
-            who = " ".join(part for part in (check["subject"], check["attack"]) if part)
+            who = " ".join(part for part in (check["name"], check["subject"], check["attack"]) if part)
             console.print(
-                f"  [{COLOURS[check['status']]}]{check['status']}[/] {check['name']} {who}: {check['sentence']}",
+                f"  [{COLOURS[check['status']]}]{check['status']}[/] {who}: {check['sentence']}",
                 highlight=False,
             )
     for name, reason in report["failed_units"].items():

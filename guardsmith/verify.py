@@ -49,7 +49,7 @@ from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid, kid_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.progress import stage
+from guardsmith.progress import quiet_libraries, stage
 from guardsmith.prompts import ORDINARY_VERIFICATION, SAMPLE_TEMPLATES, class_prompt, instance_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry
@@ -140,6 +140,7 @@ def run_unit(unit: Unit, folder: Path) -> None:
 
 def _worker(unit: Unit, folder: Path) -> str:
     torch.set_num_threads(1)
+    quiet_libraries()
     run_unit(unit, folder)
     return unit.name
 
@@ -170,7 +171,7 @@ def plan_units(
                             images_digest=folder_digest([i.sha256 for i in (*attacked, *judged)]), attack=spec.name,
                             params=spec.params, label=label, identifier=identifier, seed=seed,
                             images=recipe.verify.images_per_unit,
-                            class_pictures=str(_class_file(root, side, subject.class_noun)),
+                            class_pictures=str(_class_file(root, side, subject.class_noun, digest, recipe)),
                             class_images=recipe.verify.class_images, sampling=recipe.sampling.model_dump(),
                         )  # fmt: skip
 
@@ -179,8 +180,9 @@ def _source(model: DiffusionModel) -> str:
     return model.source if model.source.startswith("builtin:") else str(model.folder)
 
 
-def _class_file(root: Path, side: Side, noun: str) -> Path:
-    return root / side / f"class-{noun.replace(' ', '-')}.safetensors"
+def _class_file(root: Path, side: Side, noun: str, digest: str, recipe: Recipe) -> Path:
+    key = folder_digest(digest, recipe.sampling.model_dump(), recipe.verify.class_images)
+    return root / side / f"class-{noun.replace(' ', '-')}-{key}.safetensors"
 
 
 def run_units(units: Sequence[Unit], root: Path, workers: int) -> dict[str, str]:
@@ -244,8 +246,8 @@ def measure_ordinary(
     if all(prompt.asked for prompt in asked):
         wanted = [prompt.asked for prompt in asked]
         for name, key in (("base again", "fidelity_base"), ("hardened", "fidelity_hardened")):
-            scores = [s for s in fidelity(drawn[name], wanted) if s is not None]
-            values[key] = sum(scores) / len(scores) if len(scores) == len(texts) else None
+            # a picture that cannot be read shows nothing of what was asked for
+            values[key] = sum(score or 0.0 for score in fidelity(drawn[name], wanted)) / len(texts)
     return values
 
 
@@ -276,20 +278,22 @@ def judge(
             checks.append(check_learnt(control.id, label, base, level, recipe.gate))
             checks.append(check_control(control.id, label, scores["hardened", control.id, label], base, recipe.gate))
     if not registry.controls:
-        checks.append(
-            Check(
-                "control learnable",
-                "",
-                "",
-                "inconclusive",
-                None,
-                None,
-                None,
-                None,
-                "the registry has no controls: breakage cannot be told from protection",
-            )
-        )
+        sentence = "the registry has no controls: breakage cannot be told from protection"
+        checks.append(Check("control learnable", "", "", "inconclusive", sentence))
     return checks + check_utility(utility, recipe.gate)
+
+
+def _hardening(record: Path) -> dict[str, Any]:
+    """What harden.json says, with every key that verification needs."""
+    needed = ("base", "base_revision", "base_digest", "model_digest", "registry_digest", "method", "params", "seed")
+    try:
+        told = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{record} is not valid JSON; harden again.") from error
+    missing = [key for key in needed if not isinstance(told, dict) or key not in told]
+    if missing:
+        raise UserError(f"{record} lacks {', '.join(missing)}; harden again.")
+    return dict(told)
 
 
 def verify(
@@ -307,7 +311,7 @@ def verify(
         raise UserError(
             f"{output} holds no finished hardening (no harden.json and model/); run `guardsmith harden` first."
         )
-    told = json.loads(record.read_text())
+    told = _hardening(record)
     if told["registry_digest"] != registry.digest:
         raise UserError(f"{registry.path} is not the registry that {output} was hardened on (the digests differ).")
     if not recipe.verify.attacks:
@@ -335,10 +339,11 @@ def verify(
     root = output / "verify"
     root.mkdir(exist_ok=True)
     nouns = dict.fromkeys(s.class_noun for s in (*registry.subjects, *registry.controls))
-    for side, (model, _) in models.items():
+    for side, (model, digest) in models.items():
         for noun in nouns if recipe.verify.class_images else ():
             prompts = [class_prompt(noun)] * recipe.verify.class_images
-            drawn_by(model, recipe, prompts, 60_000, _class_file(root, side, noun), f"class pictures ({side}): {noun}")
+            file = _class_file(root, side, noun, digest, recipe)
+            drawn_by(model, recipe, prompts, 60_000, file, f"class pictures ({side}): {noun}")
     units = list(plan_units(registry, recipe, models, root))
     failed = run_units(units, root, workers or os.cpu_count() or 1)
     utility = measure_ordinary(models, recipe, root)

@@ -13,6 +13,7 @@ import guardsmith
 from guardsmith import registry as registry_module
 from guardsmith.cli import main
 from guardsmith.errors import RunFailed
+from guardsmith.images import sha256_file
 
 
 def blobs(seed, size=64):
@@ -132,7 +133,7 @@ def test_check_imports_nothing_heavy_and_is_quick(tmp_path):
         splits = ["harden"] * 8 + ["attack"] * 4 + ["reference"] * 4
         images[number] = "".join(
             f"      - {{path: s{number}/{i:02}.png, sha256: "
-            f"{registry_module.sha256_file(tmp_path / f's{number}/{i:02}.png')}, split: {split}}}\n"
+            f"{sha256_file(tmp_path / f's{number}/{i:02}.png')}, split: {split}}}\n"
             for i, split in enumerate(splits)
         )
     consent = "    consent: {basis: request, reference: T-1, granted_on: 2026-01-01}\n"

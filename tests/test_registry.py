@@ -11,7 +11,8 @@ import yaml
 from PIL import Image, ImageEnhance, ImageOps
 
 from guardsmith.errors import UserError
-from guardsmith.registry import Registry, add_subject, json_schema, load_registry, unknown_class_nouns
+from guardsmith.registry import Registry, json_schema, load_registry, unknown_class_nouns
+from guardsmith.registry_add import add_subject
 
 TODAY = date(2026, 6, 1)
 CONSENT = "{basis: request, reference: TICKET-17, granted_on: 2026-01-01, expires_on: 2028-01-01}"

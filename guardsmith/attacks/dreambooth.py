@@ -7,6 +7,7 @@ Trains the whole U-Net; the text encoder stays frozen unless asked for. Every st
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import draw_rows, join, row_losses
 from guardsmith.models import DiffusionModel, with_own_unet
@@ -70,6 +72,9 @@ def train_on_subject(
 
     Returns:
         The training loss of every step.
+
+    Raises:
+        RunFailed: the loss is not finite any more.
     """
     subject: LatentStore = encode(model, data.images)
     prior = encode(model, data.class_images) if config.prior_weight and len(data.class_images) else None
@@ -94,6 +99,8 @@ def train_on_subject(
         loss.backward()
         optimizer_step(optimizer, parameters, max_grad_norm=config.max_grad_norm)
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise RunFailed(f"the attack diverged at step {step + 1}: its loss is not finite; lower its learning rate")
         if on_step is not None:
             on_step(step, losses[-1])
     return losses

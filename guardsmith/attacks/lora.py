@@ -6,6 +6,7 @@ Low-rank adapters on every attention projection of the U-Net (self and cross), t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from peft import LoraConfig as PeftLoraConfig
 from pydantic import Field
@@ -26,6 +27,8 @@ class LoraConfig(DreamBoothConfig):
     """Optimizer steps."""
     rank: int = Field(4, gt=0)
     """Rank of every adapter."""
+    train_text_encoder: Literal[False] = False
+    """Not with adapters: they sit on the U-Net only."""
 
 
 def attack(

@@ -20,6 +20,7 @@ by never clearing them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class ApdmConfig(BaseModel):
     """Weight of L_ppl in both losses."""
     pairing: Literal["paired", "random"] = "paired"
     """Which class picture is preferred to a subject's picture: always the same one, or any."""
-    identifiers: tuple[str, ...] = ("sks",)
+    identifiers: tuple[str, ...] = Field(("sks",), min_length=1)
     """Identifiers of the personalization path, one drawn per path; the subject's own are added."""
     parameters: Literal["unet", "attention", "cross_attention"] = "unet"
     """Which weights of the U-Net may change for good (the path always moves all of them)."""
@@ -184,8 +185,8 @@ def protection_loss(
     shown = {
         "dpo": dpo.item(),
         "prior": prior_loss.item(),
-        "positive_shift": float((pair[0] - pair[2]).mean()),
-        "negative_shift": float((pair[1] - pair[3]).mean()),
+        "positive_shift": (pair[0] - pair[2]).mean().item(),
+        "negative_shift": (pair[1] - pair[3]).mean().item(),
         "saturation": dpo_saturation(*(e.detach() for e in pair), beta=config.beta, reduction=config.reduction),
     }
     return dpo + config.prior_weight * prior_loss, shown
@@ -196,7 +197,7 @@ def draw_pair(
 ) -> tuple[Rows, Rows]:
     """Rows of (x+, x-) that share timesteps, noise and context."""
     picked = torch.randint(len(prepared.negatives), (config.batch_size,), generator=rng)
-    partner = picked if config.pairing == "paired" else picked[torch.randperm(len(picked), generator=rng)]
+    partner = picked
     if config.pairing == "random":
         partner = torch.randint(len(prepared.positives), (config.batch_size,), generator=rng)
     negative = draw_rows(prepared.negatives.sample(picked, rng), context, rng, steps=timesteps)
@@ -239,6 +240,8 @@ def harden(
     Raises:
         RunFailed: the training diverged; the last checkpoint is the last good state.
     """
+    if config.distillation_weight and ordinary is None:
+        raise ValueError("distillation needs ordinary pictures")
     own = with_own_unet(model)
     unet, reference, scheduler = own.unet.requires_grad_(True), model.unet, model.scheduler
     bank = PromptBank(model)
@@ -288,13 +291,17 @@ def harden(
             )
             protect, parts = protection_loss(unet, reference, scheduler, positive, negative, prior, config)
             torch._foreach_add_(total, torch.autograd.grad(protect, kept))
-            shown = {k: shown.get(k, 0.0) + v / config.inner_steps for k, v in parts.items()}
-            shown["personalization"] = loss.item() if i == 0 else shown["personalization"]
+            if i == 0:
+                shown["personalization"] = loss.item()
+            for key, value in parts.items():
+                shown[key] = shown.get(key, 0.0) + value / config.inner_steps
         theta.restore()
         if keep is not None and ordinary is not None:
             rng = generator(seed, j, -1)
             rows = torch.randint(len(keep), (4 * config.batch_size,), generator=rng)
-            draws = draw_rows(keep.sample(rows, rng), bank.encode([ordinary.prompts[r] for r in rows.tolist()]), rng)
+            draws = draw_rows(
+                keep.sample(rows, rng), bank.encode([ordinary.prompts[r] for r in rows.tolist()]), rng, steps=timesteps
+            )
             with torch.no_grad():
                 teacher = predict(reference, scheduler, draws)
             same = (predict(unet, scheduler, draws) - teacher).square().mean()
@@ -304,10 +311,13 @@ def harden(
         for parameter, gradient in zip(kept, total, strict=True):
             parameter.grad = gradient
         shown["gradient_norm"] = optimizer_step(outer, kept, max_grad_norm=config.max_grad_norm)
-        if not all(torch.isfinite(torch.tensor(list(shown.values())))):
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in kept]))  # infinite also where only a sum overflows
+        if not (torch.isfinite(norms).all() and all(map(math.isfinite, shown.values()))):
+            kept_state = (
+                f"; the last good state is {checkpoint}" if checkpoint is not None and checkpoint.exists() else ""
+            )
             raise RunFailed(
-                f"APDM diverged at step {j + 1}: a loss is not finite; lower the learning rate "
-                "(the last good state is in the checkpoint)."
+                f"APDM diverged at step {j + 1}: a loss is not finite{kept_state}; lower the learning rate."
             )
         theta.take()
         history.append(shown)

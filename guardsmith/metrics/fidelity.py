@@ -6,6 +6,7 @@ A classifier of true traits (class, style, background, hair colour, glasses), tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -60,8 +61,10 @@ def _fit(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def features(images: Tensor) -> Tensor:
-    """Features for KID: (n, 3, h, w) float in [-1, 1] -> (n, 128)."""
-    return torch.cat([load_classifier().features(_fit(chunk)) for chunk in images.split(256)])
+    """Features for KID: (n, 3, h, w) float in [-1, 1] -> (n, 128), each of length sqrt(128) so that the kernel is in [0, 8]."""
+    found = torch.cat([load_classifier().features(_fit(chunk)) for chunk in images.split(256)])
+    scaled: Tensor = F.normalize(found, dim=-1) * math.sqrt(found.shape[-1])
+    return scaled
 
 
 @torch.no_grad()

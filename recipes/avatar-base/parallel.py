@@ -23,6 +23,12 @@ def start() -> None:
         dist.init_process_group("gloo")
 
 
+def wait() -> None:
+    """Until every process is here."""
+    if COUNT > 1:
+        dist.barrier()
+
+
 def mine(batch: torch.Tensor) -> torch.Tensor:
     """This process's slice of the batch."""
     return batch[RANK::COUNT]

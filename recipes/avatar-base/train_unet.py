@@ -62,6 +62,7 @@ def build_scheduler() -> DDPMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,
     )
 
 
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
@@ -100,10 +101,11 @@ def main() -> None:
     torch.manual_seed(0)
 
     latents_file = args.work / "latents.safetensors"
-    if not latents_file.exists():
+    if not latents_file.exists() and parallel.RANK == 0:
         pixels = torch.cat([world.load(args.data, name)[0] for name in ("corpus", "named")])
         mean, std, scale = encode_all(load_vae(args.work), pixels)
         save_checkpoint(latents_file, {"mean": mean, "std": std}, {"scaling_factor": scale})
+    parallel.wait()
     latents, info = load_checkpoint(latents_file)
     mean, std, scale = latents["mean"], latents["std"], info["scaling_factor"]
     colours = world.colour_names(args.data)
@@ -125,8 +127,8 @@ def main() -> None:
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
                 average[name] = tensors[f"ema.{name}"]
-        optimizer.load(tensors)
         start = info["step"]
+        optimizer.load(checkpoint, start)
 
     began, losses = time.time(), []
     for step in range(start, args.steps):
@@ -154,15 +156,17 @@ def main() -> None:
         with torch.no_grad():
             keep = min(0.999, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - keep)
-        if parallel.RANK:
-            continue
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            optimizer.save(checkpoint, step + 1)
+            if parallel.RANK == 0:
+                weights = {n: p.detach() for n, p in parameters.items()} | {f"ema.{n}": v for n, v in average.items()}
+                save_checkpoint(checkpoint, weights, {"step": step + 1})
+            parallel.wait()
+            optimizer.forget_older(checkpoint, step + 1)
+        if (step + 1) % 100 == 0 and parallel.RANK == 0:
             took = (time.time() - began) / (step + 1 - start)
             recent = sum(losses[-100:]) / len(losses[-100:])
             print(f"step {step + 1} loss {recent:.4f} norm {norm:.2f} {took:.3f} s/step", flush=True)
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            weights = {n: p.detach() for n, p in parameters.items()} | {f"ema.{n}": v for n, v in average.items()}
-            save_checkpoint(checkpoint, weights | optimizer.tensors(), {"step": step + 1})
 
 
 if __name__ == "__main__":

@@ -98,12 +98,16 @@ def main() -> None:
         tensors, info = load_checkpoint(checkpoint)
         vae.load_state_dict({k.removeprefix("vae."): v for k, v in tensors.items() if k.startswith("vae.")})
         average = {n: tensors[f"ema.{n}"] for n in average}
-        optimizer.load(tensors)
         start = info["step"]
+        optimizer.load(checkpoint, start)
 
     def save(step: int) -> None:
         weights = {f"vae.{n}": p for n, p in vae.named_parameters()} | {f"ema.{n}": v for n, v in average.items()}
-        save_checkpoint(checkpoint, weights | optimizer.tensors(), {"step": step})
+        optimizer.save(checkpoint, step)
+        if parallel.RANK == 0:
+            save_checkpoint(checkpoint, weights, {"step": step})
+        parallel.wait()
+        optimizer.forget_older(checkpoint, step)
 
     def score() -> float:
         kept: dict[str, Tensor] = {n: p.detach().clone() for n, p in vae.named_parameters()}
@@ -132,6 +136,9 @@ def main() -> None:
         with torch.no_grad():
             keep = min(0.999, (step + 1) / (step + 10))
             torch._foreach_lerp_([average[n] for n in trained], [p.detach() for p in trained.values()], 1 - keep)
+        last = step + 1 == args.steps
+        if (step + 1) % 500 == 0 or last:
+            save(step + 1)
         if parallel.RANK:
             continue
         if (step + 1) % 100 == 0:
@@ -139,8 +146,7 @@ def main() -> None:
             print(
                 f"step {step + 1} fit {fit.item():.4f} kl {kl.item():.3f} norm {norm:.2f} {took:.3f} s/step", flush=True
             )
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            save(step + 1)
+        if (step + 1) % 500 == 0 or last:
             print(f"step {step + 1} held-out PSNR {score():.2f} dB", flush=True)
 
 

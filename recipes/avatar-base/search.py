@@ -1,0 +1,192 @@
+"""Searches settings of a hardening method on the embedded base, on tuning subjects only (never on the shipped registries).
+
+python search.py DATA TRIALS.yaml --name apdm-search       resumes; writes docs/results/<name>.json
+
+TRIALS.yaml: `common` (recipe name, styles, params for all) and `trials` (label -> params). A trial hardens on the first
+tuning identity of every style and then attacks that identity and the next one, the control, with every attack of the
+recipe under the identifier that hardening used and under one it did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import world
+import yaml
+from evaluate import RESULTS
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from guardsmith.attacks import ATTACKS, AttackData
+from guardsmith.harden import ORDINARY_IMAGES, folder_digest, write_json
+from guardsmith.methods import METHODS
+from guardsmith.methods.apdm import OrdinaryData, SubjectData
+from guardsmith.metrics.fidelity import features, fidelity
+from guardsmith.metrics.identity import similarity
+from guardsmith.metrics.kid import kid
+from guardsmith.models import DiffusionModel, load_model, weights_digest
+from guardsmith.prompts import (
+    ORDINARY_HARDENING,
+    ORDINARY_VERIFICATION,
+    SAMPLE_TEMPLATES,
+    class_prompt,
+    instance_prompt,
+    ordinary_prompts,
+)
+from guardsmith.recipe import Recipe, load_recipe
+from guardsmith.sampling import generate, grid
+
+VIEWS = 16
+
+
+def drawn(model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None = None) -> Tensor:
+    """Pictures of these prompts, kept in `cache` if given."""
+    if cache is not None and cache.exists():
+        return load_file(cache)["images"]
+    images = generate(model, prompts, range(seed, seed + len(prompts)), **recipe.sampling.model_dump()).contiguous()
+    if cache is not None:
+        save_file({"images": images}, cache.with_suffix(f".{time.time_ns()}"))
+        next(cache.parent.glob(f"{cache.stem}.[0-9]*")).replace(cache)
+    return images
+
+
+def attacked(
+    model: DiffusionModel, recipe: Recipe, label: str, views: Tensor, class_images: Tensor, noun: str, identifier: str
+) -> tuple[float, Tensor]:
+    """Mean similarity of 16 pictures to the subject after one attack, and the first four of them."""
+    spec = recipe.verify.attacks[label]
+    attack = ATTACKS[spec.name]
+    data = AttackData(views[4:8], class_images, identifier, noun)
+    owned, _ = attack.run(model, data, attack.config(**spec.params), seed=0)
+    prompts = [instance_prompt(identifier, noun, SAMPLE_TEMPLATES[i % len(SAMPLE_TEMPLATES)]) for i in range(VIEWS)]
+    images = generate(owned, prompts, range(30_000, 30_000 + VIEWS), **recipe.sampling.model_dump())
+    scores = [s for s in similarity(images, views[8:]) if s is not None]
+    return sum(scores) / len(scores), images[:4]
+
+
+def measure(
+    model: DiffusionModel, recipe: Recipe, data: Path, style: str, class_images: Tensor, identifiers: list[str]
+) -> tuple[dict[str, float], Tensor]:
+    """Similarity of the protected identity and of the control after every attack."""
+    pixels, lines = world.load(data, "tuning")
+    first = next(i for i, line in enumerate(lines) if line["style"] == style)
+    noun, found, shown = lines[first]["class_noun"], {}, []
+    for role, start in (("protected", first), ("control", first + VIEWS)):
+        views = world.to_float(pixels[start : start + VIEWS])
+        shown.append(views[8:10])
+        for label in recipe.verify.attacks:
+            for identifier in identifiers:
+                value, images = attacked(model, recipe, label, views, class_images, noun, identifier)
+                found[f"{role}/{label}/{identifier}"] = value
+                shown.append(images)
+    return found, torch.cat(shown)
+
+
+def trial(
+    data: Path,
+    cache: Path,
+    recipe: Recipe,
+    label: str,
+    style: str,
+    params: dict[str, Any] | None,
+    identifiers: list[str],
+) -> dict[str, Any]:
+    """One hardening and its attacks; `params=None` measures the base."""
+    torch.set_num_threads(1)
+    base = load_model("builtin:avatar")
+    file = cache / f"{folder_digest(label, style, params, identifiers)}.json"
+    if file.exists():
+        told: dict[str, Any] = json.loads(file.read_text())
+        return told
+    pixels, lines = world.load(data, "tuning")
+    first = next(i for i, line in enumerate(lines) if line["style"] == style)
+    noun = lines[first]["class_noun"]
+    count = recipe.verify.class_images
+    prompts = [class_prompt(noun)] * count
+    class_images = drawn(base, recipe, prompts, 10_000, cache / f"class-{noun}.safetensors")
+    asked = ordinary_prompts(base, ORDINARY_VERIFICATION, 120, recipe.seed + 1)
+    texts = [prompt.text for prompt in asked]
+    before = drawn(base, recipe, texts, 40_000, cache / "ordinary-a.safetensors")
+    again = drawn(base, recipe, texts, 50_000, cache / "ordinary-b.safetensors")
+    began, history, model = time.monotonic(), [], base
+    if params is not None:
+        method = METHODS[recipe.method.name]
+        config: Any = method.config(**{"class_images": count, **params})
+        views = world.to_float(pixels[first : first + 4])
+        subject = SubjectData(label, noun, (), views, class_images[: len(views)], class_images)
+        shared = ordinary_prompts(base, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
+        words = [prompt.text for prompt in shared]
+        ordinary = OrdinaryData(drawn(base, recipe, words, 20_000, cache / "ordinary-h.safetensors"), words)
+        model, history = method.run(base, [subject], ordinary, config, seed=recipe.seed)
+    seconds = time.monotonic() - began
+    own_class = class_images if params is None else drawn(model, recipe, prompts, 10_000)
+    found, shown = measure(model, recipe, data, style, own_class, identifiers)
+    after = drawn(model, recipe, texts, 50_000)
+    scores = [s for s in fidelity(after, [prompt.asked for prompt in asked]) if s is not None]
+    told = {
+        "label": label, "style": style, "params": params, "seconds": round(seconds, 1), **found,
+        "kid_ratio": kid(features(before), features(after)) / kid(features(before), features(again)),
+        "fidelity": sum(scores) / len(scores), "last": history[-1] if history else None,
+    }  # fmt: skip
+    grid(torch.cat([shown, own_class[:8], after[:8]]), 18, scale=2).save(file.with_suffix(".png"))
+    write_json(file, told)
+    return told
+
+
+def main() -> None:
+    """Run what has no result yet, two trials at a time."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("trials", type=Path)
+    parser.add_argument("--name", default="apdm-search")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    asked = yaml.safe_load(args.trials.read_text())
+    common = asked["common"]
+    recipe = load_recipe(common.get("recipe", "demo"), common.get("set", []))
+    digest = weights_digest(load_model("builtin:avatar").folder)
+    attacks = {k: v.model_dump() for k, v in recipe.verify.attacks.items()}
+    cache = (
+        args.data.parent
+        / "search"
+        / folder_digest(digest, recipe.sampling.model_dump(), attacks, recipe.verify.class_images)
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    identifiers = common.get("identifiers", ["sks", "zwx"])
+    jobs: list[tuple[str, str, dict[str, Any] | None]] = [("base", style, None) for style in common["styles"]]
+    jobs += [
+        (label, style, common.get("params", {}) | (params or {}))
+        for label, params in asked["trials"].items()
+        for style in common["styles"]
+    ]
+    rows = []
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [
+            pool.submit(trial, args.data, cache, recipe, label, style, params, identifiers)
+            for label, style, params in jobs
+        ]
+        for future in as_completed(futures):
+            row = future.result()
+            rows.append(row)
+            short = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
+            print(row["label"], row["style"], json.dumps(short), flush=True)
+    order = {(label, style): i for i, (label, style, _) in enumerate(jobs)}
+    rows.sort(key=lambda row: order[row["label"], row["style"]])
+    result = {
+        "command": f"python search.py DATA {args.trials.name} --name {args.name}",
+        "model_digest": digest,
+        "attacks": attacks,
+        "rows": rows,
+    }
+    write_json(RESULTS / f"{args.name}.json", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""APDM against a second implementation: slow, one row at a time, with the formulas written out; only the draws are shared."""
+
+import copy
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny import alphas_bar, assert_one_sentence, largest_difference, pictures, same_weights, weights
+
+from guardsmith.errors import RunFailed
+from guardsmith.latents import LatentStore
+from guardsmith.losses import draw_rows, row_losses
+from guardsmith.methods import METHODS, apdm
+from guardsmith.methods.apdm import ApdmConfig, OrdinaryData, SubjectData, harden
+from guardsmith.training import UNetCost, generator, load_checkpoint
+
+SEED = 7  # whose first two draws pick neither subject's first identifier
+TOLERANCE = 1e-5
+SMALL = {
+    "learning_rate": 1e-3,
+    "personalization_learning_rate": 2e-3,
+    "outer_steps": 2,
+    "inner_steps": 3,
+    "batch_size": 2,
+    "identifiers": ("sks", "ohwx"),
+}
+
+
+def make_subject(name="mira", noun="person", seed=0, identifiers=()):
+    return SubjectData(name, noun, identifiers, pictures(3, seed), pictures(3, seed + 1), pictures(5, seed + 2))
+
+
+def make_ordinary():
+    return OrdinaryData(pictures(6, 50), [f"a photo of a thing {i}" for i in range(6)])
+
+
+def context_of(model, prompt):
+    tokens = model.tokenizer(
+        prompt, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        return model.text_encoder(tokens).last_hidden_state
+
+
+def posteriors(model, images):
+    """One picture at a time through the VAE."""
+    with torch.no_grad():
+        found = [model.vae.encode(image[None]).latent_dist for image in images]
+    scale = model.vae.config.scaling_factor
+    return LatentStore(torch.cat([p.mean for p in found]) * scale, torch.cat([p.std for p in found]) * scale)
+
+
+class SlowRows:
+    """What the two implementations share: the order in which latents, timesteps and noise are drawn from a stream."""
+
+    def __init__(self, model, subject, config):
+        names = list(config.identifiers) + [n for n in subject.identifiers if n not in config.identifiers]
+        self.negatives = posteriors(model, subject.images)
+        self.positives = posteriors(model, subject.positives)
+        self.prior = posteriors(model, subject.class_images)
+        self.instance = [context_of(model, f"a photo of {name} {subject.class_noun}") for name in names]
+        self.class_context = context_of(model, f"a photo of {subject.class_noun}")
+        self.config = config
+
+    def personalization(self, context, rng):
+        instance = draw_rows(self.negatives.draw(self.config.batch_size, rng), context, rng)
+        latents = self.prior.draw(self.config.batch_size, rng)
+        return instance, draw_rows(latents, self.class_context, rng, timesteps=instance.timesteps)
+
+    def protection(self, context, rng):
+        positive, negative = apdm.draw_pair(self, context, self.config, rng, 1000)
+        latents = self.prior.draw(self.config.batch_size, rng)
+        return positive, negative, draw_rows(latents, self.class_context, rng, timesteps=positive.timesteps)
+
+
+def slow_error(model, unet, rows, i):
+    """Squared error of row i alone, from the formulas."""
+    bar = float(alphas_bar(model.prediction_type)[int(rows.timesteps[i])])
+    a, s = math.sqrt(bar), math.sqrt(1 - bar)
+    z, eps = rows.latents[i : i + 1], rows.noise[i : i + 1]
+    target = eps if model.prediction_type == "epsilon" else a * eps - s * z
+    return (unet(a * z + s * eps, rows.timesteps[i : i + 1], rows.context[i : i + 1]).sample - target) ** 2
+
+
+def slow_harden(model, subjects, ordinary, config):
+    """Algorithm 1 with a fresh deep copy and a fresh plain AdamW for every path."""
+    plain = {"weight_decay": 1e-2, "foreach": False, "fused": False}
+    theta, phi = copy.deepcopy(model.unet).requires_grad_(True), copy.deepcopy(model.unet)
+    kept = [n for n, _ in theta.named_parameters() if config.parameters == "unet" or is_attention(n, config.parameters)]
+    outer = torch.optim.AdamW([dict(theta.named_parameters())[n] for n in kept], lr=config.learning_rate, **plain)
+    prepared = [SlowRows(model, subject, config) for subject in subjects]
+    count = config.batch_size
+    for j in range(config.outer_steps):
+        subject = prepared[j % len(prepared)]
+        path = copy.deepcopy(theta)
+        inner = torch.optim.AdamW(path.parameters(), lr=config.personalization_learning_rate, **plain)
+        total = {name: torch.zeros_like(p) for name, p in theta.named_parameters()}
+        context = subject.instance[int(torch.randint(len(subject.instance), (1,), generator=generator(SEED, j)))]
+        for i in range(config.inner_steps):
+            rng = generator(SEED, j, i)
+            instance, prior = subject.personalization(context, rng)
+            path.zero_grad()
+            for k in range(count):
+                (slow_error(model, path, instance, k).mean() / count).backward()
+                (config.prior_weight * slow_error(model, path, prior, k).mean() / count).backward()
+            if config.leak:
+                for name, p in path.named_parameters():
+                    total[name] += p.grad
+            inner.step()
+
+            positive, negative, prior = subject.protection(context, rng)
+            path.zero_grad()
+            for k in range(count):
+                with torch.no_grad():
+                    before_positive = slow_error(model, phi, positive, k)
+                    before_negative = slow_error(model, phi, negative, k)
+                margin = (slow_error(model, path, positive, k) - before_positive) - (
+                    slow_error(model, path, negative, k) - before_negative
+                )
+                if config.reduction == "mean":
+                    margin = margin.mean()
+                # -log sigmoid(-x) = log(1 + e^x), which is x + log(1 + e^-x) where e^x would overflow
+                x = config.beta * margin
+                loss = x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+                (loss.mean() / count).backward()
+                (config.prior_weight * slow_error(model, path, prior, k).mean() / count).backward()
+            for name, p in path.named_parameters():
+                total[name] += p.grad
+        if config.distillation_weight:
+            rng = generator(SEED, j, -1)
+            store = posteriors(model, ordinary.images)
+            rows = torch.randint(len(store), (4 * count,), generator=rng)
+            latents = store.sample(rows, rng)
+            context = torch.cat([context_of(model, ordinary.prompts[r]) for r in rows])
+            draws = draw_rows(latents, context, rng)
+            theta.zero_grad()
+            for k in range(4 * count):
+                bar = float(alphas_bar(model.prediction_type)[int(draws.timesteps[k])])
+                noisy = math.sqrt(bar) * draws.latents[k : k + 1] + math.sqrt(1 - bar) * draws.noise[k : k + 1]
+                given = (noisy, draws.timesteps[k : k + 1], draws.context[k : k + 1])
+                with torch.no_grad():
+                    wanted = phi(*given).sample
+                same = ((theta(*given).sample - wanted) ** 2).mean()
+                (config.distillation_weight * config.inner_steps * same / (4 * count)).backward()
+            for name, p in theta.named_parameters():
+                total[name] += p.grad
+        for name, p in theta.named_parameters():
+            p.grad = total[name] if name in kept else None
+        if config.max_grad_norm is not None:
+            norm = math.sqrt(sum(float(total[name].double().square().sum()) for name in kept))
+            for name in kept:
+                total[name] *= min(1.0, config.max_grad_norm / norm)
+        outer.step()
+    return weights(theta)
+
+
+def is_attention(name, which):
+    return ".attn2." in name or (which == "attention" and ".attn1." in name)
+
+
+VARIANTS = {
+    "paper": {},
+    "leak": {"leak": True},
+    "element, sharp": {"reduction": "element", "beta": 20.0},
+    "random pairs, beta 10, less prior": {"pairing": "random", "beta": 10.0, "prior_weight": 0.3},
+    "clipped, distillation": {"max_grad_norm": 0.5, "distillation_weight": 2.0, "prior_weight": 0.0},
+    "cross-attention, distillation, leak": {"parameters": "cross_attention", "distillation_weight": 1.0, "leak": True},
+}
+# What is no matter of the parametrization is compared on one of the two only, to save time.
+COMPARED = [
+    ("paper", "epsilon"),
+    ("paper", "v"),
+    ("leak", "epsilon"),
+    ("leak", "v"),
+    ("element, sharp", "epsilon"),
+    ("random pairs, beta 10, less prior", "v"),
+    ("clipped, distillation", "epsilon"),
+    ("cross-attention, distillation, leak", "v"),
+]
+
+
+@pytest.fixture
+def smooth_adam(monkeypatch):
+    """AdamW with an eps that matters. The usual one turns a gradient of 1e-10 into a full step of either sign, so that
+    the last bit of a sum decides about a few weights; with this one equal gradients give equal steps.
+    """
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
+
+
+@pytest.mark.parametrize(("variant", "kind"), COMPARED)
+def test_weights_equal_those_of_a_slow_implementation(request, variant, kind, smooth_adam):
+    tiny = request.getfixturevalue(f"tiny_{kind}")
+    config = ApdmConfig(**SMALL | VARIANTS[variant])
+    subjects = [make_subject(), make_subject("tom", "robot", 10, ("hta", "sks"))]
+    hardened, _ = harden(tiny, subjects, make_ordinary(), config, seed=SEED)
+    expected = slow_harden(tiny, subjects, make_ordinary(), config)
+    assert largest_difference(weights(hardened.unet), expected) < TOLERANCE
+    assert largest_difference(expected, weights(tiny.unet)) > 100 * TOLERANCE
+
+
+def test_the_way_is_the_same_with_the_real_optimizer_too(tiny_v):
+    config = ApdmConfig(**SMALL | {"outer_steps": 1, "inner_steps": 2})
+    hardened, _ = harden(tiny_v, [make_subject()], None, config, seed=SEED)
+    expected, found = slow_harden(tiny_v, [make_subject()], None, config), weights(hardened.unet)
+    before = weights(tiny_v.unet)
+    apart = sum(float((found[name] - expected[name]).square().sum()) for name in found)
+    moved = sum(float((before[name] - expected[name]).square().sum()) for name in found)
+    assert apart < 1e-3 * moved
+
+
+def test_the_options_matter(tiny_epsilon, smooth_adam):
+    """Otherwise the comparison above could pass with options that nobody reads."""
+    one_by_one = {
+        "paper": {},
+        "leak": {"leak": True},
+        "element": {"reduction": "element"},
+        "beta": {"beta": 10.0},
+        "prior": {"prior_weight": 0.3},
+        "pairs": {"pairing": "random"},
+        "clipped": {"max_grad_norm": 0.5},
+        "distillation": {"distillation_weight": 2.0},
+        "identifiers": {"identifiers": ("hta",)},
+        "path": {"personalization_learning_rate": 4e-3},
+    }
+    found = {}
+    for name, options in one_by_one.items():
+        config = ApdmConfig(**SMALL | {"inner_steps": 1} | options)
+        found[name] = weights(harden(tiny_epsilon, [make_subject()], make_ordinary(), config, seed=SEED)[0].unet)
+    for first, second in itertools.combinations(found, 2):
+        assert largest_difference(found[first], found[second]) > 2 * TOLERANCE, f"{first} = {second}"
+
+
+@pytest.mark.parametrize("which", ["cross_attention", "attention"])
+def test_only_the_chosen_weights_change(tiny_v, which):
+    config = ApdmConfig(**SMALL | {"parameters": which})
+    hardened, _ = harden(tiny_v, [make_subject()], None, config, seed=SEED)
+    before, after = weights(tiny_v.unet), weights(hardened.unet)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if is_attention(name, which)}
+
+
+def test_the_base_stays_as_it_was_and_the_result_is_frozen(tiny):
+    before = {name: weights(getattr(tiny, name)) for name in ("unet", "vae", "text_encoder")}
+    hardened, _ = harden(tiny, [make_subject()], make_ordinary(), ApdmConfig(**SMALL, distillation_weight=1), seed=SEED)
+    for name, part in before.items():
+        assert same_weights(part, weights(getattr(tiny, name)))
+    assert hardened.unet is not tiny.unet
+    assert hardened.vae is tiny.vae
+    assert hardened.text_encoder is tiny.text_encoder
+    for unet in (tiny.unet, hardened.unet):
+        assert not any(p.requires_grad or p.grad is not None for p in unet.parameters())
+        assert not unet.training
+
+
+def test_the_seed_decides(tiny_v):
+    config = ApdmConfig(**SMALL)
+    first, second, other = (
+        weights(harden(tiny_v, [make_subject()], None, config, seed=seed)[0].unet) for seed in (1, 1, 2)
+    )
+    assert same_weights(first, second)
+    assert not same_weights(first, other)
+
+
+def test_two_subjects_take_turns(tiny_v, monkeypatch):
+    seen = []
+    draw_pair = apdm.draw_pair
+
+    def spy(prepared, *rest):
+        seen.append(len(prepared.negatives))
+        return draw_pair(prepared, *rest)
+
+    monkeypatch.setattr(apdm, "draw_pair", spy)
+    two = SubjectData("two", "person", (), pictures(2), pictures(2, 1), pictures(4, 2))
+    config = ApdmConfig(**SMALL | {"outer_steps": 5, "inner_steps": 2})
+    harden(tiny_v, [make_subject(), two], None, config, seed=SEED)
+    assert seen == [3, 3, 2, 2, 3, 3, 2, 2, 3, 3]
+
+
+def test_pairs_share_everything_but_the_picture(tiny_v):
+    rows = SlowRows(tiny_v, make_subject(), ApdmConfig(**SMALL))
+    # Posteriors without spread, so that a latent tells which picture it is.
+    rows.negatives = LatentStore(torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 8, 8), torch.zeros(3, 4, 8, 8))
+    rows.positives = LatentStore(rows.negatives.mean + 10, rows.negatives.std)
+    differ = 0
+    for step in range(20):
+        for pairing in ("paired", "random"):
+            config = ApdmConfig(**SMALL | {"pairing": pairing})
+            positive, negative = apdm.draw_pair(rows, rows.instance[0], config, generator(step), 1000)
+            for name in ("timesteps", "noise", "context"):
+                assert torch.equal(getattr(positive, name), getattr(negative, name))
+            matched = torch.equal(positive.latents, negative.latents + 10)
+            assert matched or pairing == "random"
+            differ += not matched
+    assert differ > 10  # of 20 random ones: all but 1 in 9 are expected to
+
+
+def test_hardening_moves_the_errors_apart(tiny):
+    """What it is for: under the identifier prompt, x+ is denoised better and x- worse than by the base."""
+    config = ApdmConfig(**SMALL | {"outer_steps": 8, "inner_steps": 2, "identifiers": ("sks",)})
+    hardened, history = harden(tiny, [make_subject()], None, config, seed=SEED)
+    rows = SlowRows(tiny, make_subject(), config)
+    pairs = apdm.draw_pair(rows, rows.instance[0], config.model_copy(update={"batch_size": 200}), generator(1), 1000)
+    with torch.no_grad():
+        gain = [
+            (row_losses(tiny.unet, tiny.scheduler, some) - row_losses(hardened.unet, tiny.scheduler, some)).mean()
+            for some in pairs
+        ]
+    assert gain[0] > gain[1] + 0.002
+    assert [set(step) for step in history] == [
+        {"personalization", "dpo", "prior", "positive_shift", "negative_shift", "saturation", "gradient_norm"}
+    ] * 8
+    assert all(math.isfinite(value) for step in history for value in step.values())
+
+
+def test_one_path_costs_two_trained_calls_and_one_of_the_reference(tiny_v):
+    config = ApdmConfig(**SMALL)
+    with UNetCost() as cost:
+        harden(tiny_v, [make_subject()], None, config, seed=SEED)
+    rows = config.outer_steps * config.inner_steps * config.batch_size
+    assert cost.backwards == 5 * rows  # instance, class; x+, x-, class
+    assert cost.forwards == 7 * rows  # and the reference's x+, x-
+
+
+class KilledError(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.mark.parametrize(("kind", "subjects"), [("epsilon", 1), ("v", 2)])
+def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects):
+    tiny = request.getfixturevalue(f"tiny_{kind}")
+    data = [make_subject(), make_subject("tom", "robot", 10)][:subjects]
+    options = {"outer_steps": 4, "inner_steps": 1, "distillation_weight": 1.0, "leak": True}
+    config = ApdmConfig(**SMALL | options)
+    unbroken, told = harden(tiny, data, make_ordinary(), config, seed=SEED)
+    path = tmp_path / "c" / "last.safetensors"
+    shown = []
+
+    def die(step, losses):
+        shown.append(step)
+        if step == 1:
+            raise KilledError
+
+    saving = {"checkpoint": path, "checkpoint_every": 1}
+    with pytest.raises(KilledError):
+        harden(tiny, data, make_ordinary(), config, seed=SEED, on_step=die, **saving)
+    resumed, history = harden(
+        tiny, data, make_ordinary(), config, seed=SEED, on_step=lambda step, _: shown.append(step), **saving
+    )
+    assert shown == [0, 1, 2, 3]
+    assert same_weights(weights(unbroken.unet), weights(resumed.unet))
+    assert history == told
+    # A finished run is not trained again.
+    again, _ = harden(tiny, data, make_ordinary(), config, seed=SEED, on_step=die, **saving)
+    assert shown == [0, 1, 2, 3]
+    assert same_weights(weights(unbroken.unet), weights(again.unet))
+
+
+def test_only_the_chosen_weights_change_after_a_resume_too(tiny_v, tmp_path):
+    config = ApdmConfig(**SMALL | {"parameters": "cross_attention", "outer_steps": 3, "inner_steps": 1})
+    unbroken, _ = harden(tiny_v, [make_subject()], None, config, seed=SEED)
+    path = tmp_path / "last.safetensors"
+    short = config.model_copy(update={"outer_steps": 1})
+    harden(tiny_v, [make_subject()], None, short, seed=SEED, checkpoint=path)
+    assert load_checkpoint(path)[1]["step"] == 1  # the last step is saved whatever `checkpoint_every` says
+    resumed, _ = harden(tiny_v, [make_subject()], None, config, seed=SEED, checkpoint=path)
+    assert same_weights(weights(unbroken.unet), weights(resumed.unet))
+
+
+@pytest.mark.parametrize("rate", ["learning_rate", "personalization_learning_rate"])
+def test_a_diverged_run_says_so_and_keeps_the_last_good_checkpoint(tiny, tmp_path, rate):
+    path = tmp_path / "last.safetensors"
+    good = ApdmConfig(**SMALL | {"outer_steps": 1, "inner_steps": 2})
+    harden(tiny, [make_subject()], None, good, seed=SEED, checkpoint=path)
+    kept = path.read_bytes()
+    bad = good.model_copy(update={"outer_steps": 4, rate: 1e30})
+    with pytest.raises(RunFailed) as caught:
+        harden(tiny, [make_subject()], None, bad, seed=SEED, checkpoint=path, checkpoint_every=1)
+    assert_one_sentence(caught.value)
+    assert "diverged" in str(caught.value)
+    assert path.read_bytes() == kept
+
+
+def test_a_single_diverged_step_is_not_handed_over_as_a_result(tiny):
+    with pytest.raises(RunFailed):
+        harden(tiny, [make_subject()], None, ApdmConfig(**SMALL | {"outer_steps": 1, "learning_rate": 1e30}), seed=SEED)
+
+
+def test_distillation_without_pictures_is_refused(tiny_v):
+    with pytest.raises(ValueError, match="ordinary"):
+        harden(tiny_v, [make_subject()], None, ApdmConfig(**SMALL, distillation_weight=1), seed=SEED)
+
+
+def test_the_defaults_are_the_papers():
+    config = METHODS["apdm"].config()
+    assert (config.learning_rate, config.personalization_learning_rate) == (5e-6, 5e-6)
+    assert (config.inner_steps, config.outer_steps, config.batch_size, config.beta) == (20, 800, 1, 1.0)
+    assert (config.reduction, config.pairing, config.prior_weight, config.leak) == ("mean", "paired", 1.0, False)
+    assert (config.distillation_weight, config.max_grad_norm, config.identifiers) == (0, None, ("sks",))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"beta": 0}, {"outer_steps": 0}, {"reduction": "sum"}, {"betta": 1}, {"learning_rate": -1}, {"batch_size": 0}],
+)
+def test_wrong_parameters_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        ApdmConfig(**wrong)

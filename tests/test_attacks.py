@@ -1,0 +1,238 @@
+import copy
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny import pictures, same_weights, weights
+
+from guardsmith.attacks import ATTACKS, AttackData, dreambooth, lora
+from guardsmith.attacks.dreambooth import DreamBoothConfig
+from guardsmith.attacks.lora import LoraConfig
+from guardsmith.errors import RunFailed
+from guardsmith.latents import encode
+from guardsmith.losses import draw_rows, row_losses
+from guardsmith.prompts import PromptBank
+from guardsmith.training import UNetCost, generator
+
+NOTHING = torch.empty(0)
+
+
+def make_data(class_images=4, identifier="sks"):
+    return AttackData(pictures(2), pictures(class_images, 9) if class_images else NOTHING, identifier, "person")
+
+
+def loss_on(model, data, prompt="a photo of sks person"):
+    """Denoising loss on the subject's pictures, always with the same timesteps and noise."""
+    rng = generator(99)
+    context = PromptBank(model).encode([prompt])
+    with torch.no_grad():
+        rows = draw_rows(encode(model, data.images).draw(64, rng), context, rng)
+        return float(row_losses(model.unet, model.scheduler, rows).mean())
+
+
+def state(model):
+    return {name: weights(getattr(model, name)) for name in ("unet", "vae", "text_encoder")}
+
+
+def same_state(first, second):
+    return all(same_weights(first[name], second[name]) for name in first)
+
+
+def test_dreambooth_learns_the_subject_and_leaves_the_base_alone(tiny):
+    data, before = make_data(), state(tiny)
+    config = DreamBoothConfig(learning_rate=1e-3, steps=40, batch_size=2)
+    own, losses = dreambooth.attack(tiny, data, config, seed=0)
+    assert loss_on(own, data) < 0.95 * loss_on(tiny, data)
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert same_state(before, state(tiny))
+    assert own.unet is not tiny.unet
+    assert same_weights(weights(own.text_encoder), before["text_encoder"])
+    assert same_weights(weights(own.vae), before["vae"])
+    for part in (own.unet, tiny.unet, own.text_encoder):
+        assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
+        assert not part.training
+
+
+def test_every_weight_of_the_unet_is_trained(tiny_v):
+    own, _ = dreambooth.attack(tiny_v, make_data(), DreamBoothConfig(learning_rate=1e-3, steps=1, batch_size=1), seed=0)
+    before, after = weights(tiny_v.unet), weights(own.unet)
+    assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "lora"])
+def test_the_seed_decides(tiny_v, name):
+    attack = ATTACKS[name]
+    config = attack.config(learning_rate=1e-3, steps=3, batch_size=1)
+    first, second, other = (attack.run(tiny_v, make_data(), config, seed=seed) for seed in (1, 1, 2))
+    assert same_weights(weights(first[0].unet), weights(second[0].unet))
+    assert first[1] == second[1]
+    assert not same_weights(weights(first[0].unet), weights(other[0].unet))
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "lora"])
+def test_the_global_generator_is_neither_used_nor_moved(tiny_v, name):
+    attack = ATTACKS[name]
+    config = attack.config(learning_rate=1e-3, steps=2, batch_size=1)
+    torch.manual_seed(1)
+    first, _ = attack.run(tiny_v, make_data(), config, seed=0)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)
+    second, _ = attack.run(tiny_v, make_data(), config, seed=0)
+    assert same_weights(weights(first.unet), weights(second.unet))
+
+
+def test_one_step_is_adamw_on_the_mean_of_both_losses(tiny):
+    """The same step by hand: own rows, own loss, plain AdamW."""
+    data = make_data()
+    config = DreamBoothConfig(learning_rate=1e-3, steps=1, batch_size=2, prior_weight=0.5, max_grad_norm=0.1)
+    own, losses = dreambooth.attack(tiny, data, config, seed=4)
+
+    unet = copy.deepcopy(tiny.unet).requires_grad_(True)
+    rng, bank = generator(4, 0), PromptBank(tiny)
+    instance = draw_rows(encode(tiny, data.images).draw(2, rng), bank.encode(["a photo of sks person"]), rng)
+    prior = draw_rows(encode(tiny, data.class_images).draw(2, rng), bank.encode(["a photo of person"]), rng)
+    loss = row_losses(unet, tiny.scheduler, instance).mean() + 0.5 * row_losses(unet, tiny.scheduler, prior).mean()
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in unet.parameters()]).norm()
+    assert norm > 0.1  # or clipping would not be seen
+    for p in unet.parameters():
+        p.grad *= 0.1 / norm
+    torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-2).step()
+    assert losses == [pytest.approx(float(loss.detach()), rel=1e-5)]
+    found, expected, before = weights(own.unet), weights(unet), weights(tiny.unet)
+    apart = sum(float((found[name] - expected[name]).square().sum()) for name in found)
+    moved = sum(float((before[name] - expected[name]).square().sum()) for name in found)
+    assert apart < 1e-3 * moved
+
+
+def test_without_prior_weight_no_class_pictures_are_needed(tiny_v):
+    config = DreamBoothConfig(learning_rate=1e-3, steps=2, batch_size=3, prior_weight=0)
+    with UNetCost() as cost:
+        without, _ = dreambooth.attack(tiny_v, make_data(0), config, seed=0)
+    assert (cost.forwards, cost.backwards) == (6, 6)
+    # And where there are some they make no difference.
+    given, _ = dreambooth.attack(tiny_v, make_data(4), config, seed=0)
+    assert same_weights(weights(without.unet), weights(given.unet))
+
+
+def test_the_prior_doubles_the_rows_and_changes_the_result(tiny_v):
+    config = DreamBoothConfig(learning_rate=1e-3, steps=2, batch_size=3)
+    with UNetCost() as cost:
+        with_prior, _ = dreambooth.attack(tiny_v, make_data(), config, seed=0)
+    assert (cost.forwards, cost.backwards) == (12, 12)
+    without, _ = dreambooth.attack(tiny_v, make_data(0), config, seed=0)
+    assert not same_weights(weights(with_prior.unet), weights(without.unet))
+
+
+def test_the_text_encoder_trains_only_when_asked(tiny_v):
+    before, data = state(tiny_v), make_data()
+    config = DreamBoothConfig(learning_rate=1e-3, steps=20, batch_size=2, train_text_encoder=True)
+    own, _ = dreambooth.attack(tiny_v, data, config, seed=0)
+    changed = weights(own.text_encoder)
+    layers = [name for name in changed if "encoder.layers" in name]
+    assert layers
+    assert all(
+        not torch.equal(changed[name], before["text_encoder"][name]) for name in layers if "k_proj.bias" not in name
+    )
+    assert same_state(before, state(tiny_v))
+    assert own.text_encoder is not tiny_v.text_encoder
+    assert not any(p.requires_grad or p.grad is not None for p in own.text_encoder.parameters())
+    assert loss_on(own, data) < loss_on(tiny_v, data)  # a stale cache of embeddings would train another prompt
+
+
+def test_the_identifier_is_what_gets_trained(tiny_v):
+    config = DreamBoothConfig(learning_rate=1e-3, steps=2, batch_size=1)
+    first, _ = dreambooth.attack(tiny_v, make_data(identifier="sks"), config, seed=0)
+    second, _ = dreambooth.attack(tiny_v, make_data(identifier="zwx"), config, seed=0)
+    assert not same_weights(weights(first.unet), weights(second.unet))
+
+
+def test_progress_is_told(tiny_v):
+    told = []
+    config = DreamBoothConfig(learning_rate=1e-3, steps=3, batch_size=1)
+    _, losses = dreambooth.attack(tiny_v, make_data(), config, seed=0, on_step=lambda *now: told.append(now))
+    assert told == list(enumerate(losses))
+
+
+def without_adapters(module):
+    """The weights under the names they have without adapters."""
+    return {name.replace(".base_layer", ""): value for name, value in weights(module).items() if "lora_" not in name}
+
+
+def test_lora_learns_the_subject_and_changes_only_adapters(tiny):
+    data, before = make_data(), state(tiny)
+    config = LoraConfig(learning_rate=1e-2, steps=40, batch_size=2, rank=3)
+    own, losses = lora.attack(tiny, data, config, seed=0)
+    assert loss_on(own, data) < 0.98 * loss_on(tiny, data)
+    assert len(losses) == 40
+    assert same_state(before, state(tiny))
+    assert not [name for name, _ in tiny.unet.named_parameters() if "lora" in name]
+    assert same_weights(without_adapters(own.unet), before["unet"])
+    assert not any(p.requires_grad or p.grad is not None for p in own.unet.parameters())
+
+    adapters = {name: value for name, value in weights(own.unet).items() if "lora_" in name}
+    attentions = sum(name.endswith("to_q.weight") for name in before["unet"])
+    assert len(adapters) == attentions * 4 * 2  # q, k, v, out; A and B
+    assert all(value.shape[0 if "lora_A" in name else 1] == 3 for name, value in adapters.items())
+    assert all(value.abs().max() > 0 for value in adapters.values())  # B starts at zero and was trained
+
+
+def test_lora_starts_as_the_identity(tiny_v):
+    """With a rate too small to move anything the model still draws what the base does: B = 0 at the start."""
+    own, _ = lora.attack(tiny_v, make_data(), LoraConfig(learning_rate=1e-30, steps=1, batch_size=1), seed=0)
+    adapters = {name: value for name, value in weights(own.unet).items() if "lora_" in name}
+    assert all(value.abs().max() < 1e-20 for name, value in adapters.items() if "lora_B" in name)
+    spread = torch.cat([value.flatten() for name, value in adapters.items() if "lora_A" in name]).std()
+    assert float(spread) == pytest.approx(1 / 4, rel=0.1)  # peft's Gaussian start: deviation 1 / rank
+    latents, context = torch.randn((2, 4, 8, 8), generator=generator(0)), PromptBank(tiny_v).encode(["a", "b"])
+    with torch.no_grad():
+        expected, found = (m.unet(latents, torch.tensor([5, 700]), context).sample for m in (tiny_v, own))
+    assert torch.equal(expected, found)
+    other, _ = lora.attack(tiny_v, make_data(), LoraConfig(learning_rate=1e-30, steps=1, batch_size=1), seed=1)
+    starts = [adapters, weights(other.unet)]
+    assert not any(torch.equal(starts[0][name], starts[1][name]) for name in adapters if "lora_A" in name)
+
+
+def test_lora_has_no_scale_of_its_own(tiny_v):
+    """alpha = rank, so that the adapters' product is added as it is."""
+    own, _ = lora.attack(tiny_v, make_data(), LoraConfig(learning_rate=1e-3, steps=2, batch_size=1, rank=2), seed=0)
+    layers = [m for m in own.unet.modules() if hasattr(m, "lora_A")]
+    assert layers
+    for layer in layers:
+        assert set(layer.scaling.values()) == {1.0}
+        assert all(isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values())
+
+
+def test_two_loras_from_one_base_do_not_meet(tiny_v):
+    config = LoraConfig(learning_rate=1e-3, steps=1, batch_size=1)
+    first, _ = lora.attack(tiny_v, make_data(), config, seed=0)
+    kept = weights(first.unet)
+    lora.attack(tiny_v, make_data(), config, seed=1)
+    assert same_weights(kept, weights(first.unet))
+
+
+def test_a_lora_of_the_text_encoder_is_refused():
+    """`train_text_encoder` is inherited from DreamBooth's settings; it may not be taken and then ignored."""
+    with pytest.raises(ValidationError):
+        LoraConfig(train_text_encoder=True)
+
+
+def test_the_defaults_are_diffusers():
+    booth, adapter = DreamBoothConfig(), LoraConfig()
+    assert (booth.learning_rate, booth.batch_size, booth.prior_weight, booth.max_grad_norm) == (5e-6, 4, 1.0, 1.0)
+    assert (adapter.learning_rate, adapter.rank, adapter.steps, adapter.batch_size) == (1e-4, 4, 500, 4)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": 0}, {"prior_weight": -1}, {"rnak": 4}])
+def test_wrong_settings_are_refused(wrong):
+    for attack in ATTACKS.values():
+        with pytest.raises(ValidationError):
+            attack.config(**wrong)
+
+
+def test_a_diverging_attack_fails_instead_of_giving_a_broken_model(tiny):
+    config = DreamBoothConfig(learning_rate=1e30, steps=5)
+    with pytest.raises(RunFailed, match="the attack diverged at step"):
+        dreambooth.attack(tiny, make_data(), config, seed=0)

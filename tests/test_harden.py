@@ -1,0 +1,690 @@
+"""The hardening job, from registry and base to `out/model` and `out/harden.json`, in Python and from the command line."""
+
+import errno
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tiny import edit_json, make_checkpoint, pictures
+
+from guardsmith import harden as harden_module
+from guardsmith.cli import main
+from guardsmith.harden import harden
+from guardsmith.images import to_pil
+from guardsmith.methods import METHODS
+from guardsmith.models import weights_digest
+from guardsmith.recipe import load_recipe
+from guardsmith.registry import load_registry
+from guardsmith.registry_add import add_subject
+
+OUTER, INNER, BATCH = 3, 2, 1
+RECIPE = f"""\
+base: BASE
+subjects: R.yaml
+sampling: {{steps: 2, batch: 4}}
+method:
+  name: apdm
+  params:
+    outer_steps: {OUTER}
+    inner_steps: {INNER}
+    batch_size: {BATCH}
+    class_images: 4
+    learning_rate: 1.0e-3
+    personalization_learning_rate: 1.0e-3
+verify:
+  attacks:
+    dreambooth: {{name: dreambooth, params: {{steps: 2}}}}
+"""
+# Checkpoints are written every 10 outer steps. Between the only one of `LONGER` and its end is no time to kill a process.
+LONGER = ["--set", "method.params.outer_steps=12", "--set", "method.params.inner_steps=1"]
+LONGEST = ["--set", "method.params.outer_steps=30", "--set", "method.params.inner_steps=1"]
+
+
+def write_registry(folder, seed):
+    """mira, protected, and tom, a control, of four pictures each."""
+    for number, name in enumerate(["mira", "tom"]):
+        (folder / name).mkdir(parents=True)
+        for i, image in enumerate(pictures(4, seed=seed + number)):
+            to_pil(image).save(folder / name / f"{i}.png")
+    consent = {"consent_basis": "request", "reference": "T-1", "granted_on": date(2026, 1, 1)}
+    registry = folder / "R.yaml"
+    add_subject(registry, folder / "mira", "mira", "person", "person", expires_on=date(2099, 1, 1), **consent)
+    add_subject(registry, folder / "tom", "tom", "person", "person", control=True)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def recipe(v_folder, tmp_path_factory):
+    """A recipe file for the tiny base, with its registry R.yaml beside it."""
+    folder = tmp_path_factory.mktemp("job")
+    write_registry(folder, seed=1)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("BASE", json.dumps(str(v_folder))))
+    return folder / "recipe.yaml"
+
+
+def harden_quietly(recipe, output, *changes):
+    loaded = load_recipe(str(recipe), changes)
+    return harden(load_registry(loaded.subjects), loaded, output)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """The output of one run; copy it before changing it."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    harden_quietly(recipe, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished_longer(recipe, tmp_path_factory):
+    """harden.json of an unbroken run with the settings `LONGER`."""
+    return harden_quietly(recipe, tmp_path_factory.mktemp("longer") / "out", *LONGER[1::2])
+
+
+@pytest.fixture(scope="module")
+def finished_longest(recipe, tmp_path_factory):
+    """harden.json of an unbroken run with the settings `LONGEST`."""
+    return harden_quietly(recipe, tmp_path_factory.mktemp("longest") / "out", *LONGEST[1::2])
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentences(self):
+        return self.err.strip().split("\n")
+
+
+@pytest.fixture
+def guardsmith(capsys):
+    """The command line in this process; whatever happens, it shows no traceback."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        done = Done(code, *capsys.readouterr())
+        assert "Traceback" not in done.err
+        assert "this is a bug" not in done.err
+        return done
+
+    return call
+
+
+@pytest.fixture
+def run(guardsmith, recipe, tmp_path):
+    """`guardsmith harden` with the tiny recipe into tmp_path/out."""
+
+    def call(*options):
+        return guardsmith("harden", "--recipe", recipe, "--output", tmp_path / "out", *options)
+
+    return call
+
+
+def everything_in(folder):
+    """Contents and times of all files: what must not change where nothing may be written."""
+    return {
+        str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def leftovers(folder):
+    return [file for file in folder.rglob("*") if ".tmp" in file.name]
+
+
+def refused(done, *words):
+    """Exit code 2 and one sentence with these words."""
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert len(done.sentences) == 1, done.err
+    for word in words:
+        assert str(word) in done.err
+
+
+# --- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+def test_the_model_is_a_pipeline_that_differs_from_the_base_only_in_the_weights_of_its_unet(finished, v_folder):
+    hardened, base = everything_in(finished / "model"), everything_in(v_folder)
+    different = [name for name in base if name not in hardened or hardened[name][0] != base[name][0]]
+    assert hardened.keys() == base.keys()
+    assert different == ["unet/diffusion_pytorch_model.safetensors"]
+
+    before, after = load_file(v_folder / different[0]), load_file(finished / "model" / different[0])
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
+    assert all(torch.isfinite(value).all() for value in after.values())
+
+    pipeline = StableDiffusionPipeline.from_pretrained(finished / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a photo of sks person", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+
+
+def test_harden_json_says_how_the_model_came_about(finished, v_folder, recipe):
+    info = json.loads((finished / "harden.json").read_text())
+    assert info["base"] == str(v_folder)
+    assert info["base_digest"] == weights_digest(v_folder)
+    assert info["model_digest"] == weights_digest(finished / "model") != info["base_digest"]
+    assert info["registry_digest"] == load_registry(recipe.parent / "R.yaml").digest
+    assert info["subjects"] == ["mira"]
+    assert (info["method"], info["seed"]) == ("apdm", 0)
+    assert info["sampling"] == {"steps": 2, "batch": 4, "guidance": 7.5}
+    given = {"outer_steps": OUTER, "inner_steps": INNER, "class_images": 4, "learning_rate": 1e-3}
+    defaults = {"beta": 1.0, "reduction": "mean", "identifiers": ["sks"], "distillation_weight": 0.0}
+    assert info["params"].items() >= {**given, **defaults}.items()
+    assert info["params"].keys() == METHODS["apdm"].config.model_fields.keys()
+    assert 0 < info["changed_weights"] <= 1
+    assert len(info["history"]) == OUTER
+    assert all(step["personalization"] > 0 for step in info["history"])
+    assert info["seconds"] > 0
+    assert info["run"]["packages"]["torch"] == torch.__version__
+
+
+def test_the_recorded_cost_is_what_the_loop_does(finished):
+    """An inner step: instance and class rows with gradients; pairs without (reference), pairs and class rows with."""
+    info = json.loads((finished / "harden.json").read_text())
+    with_gradients, without = (1 + 1) + (2 + 1), 2
+    assert info["unet_forward_rows"] == OUTER * INNER * BATCH * (with_gradients + without)
+    assert info["unet_backward_rows"] == OUTER * INNER * BATCH * with_gradients
+    assert info["unet_forward_equivalents"] == info["unet_forward_rows"] + 2 * info["unet_backward_rows"]
+    assert info["resumed_after"] == 0
+
+
+def test_nothing_but_the_result_and_the_cache_is_left(finished):
+    assert sorted(file.name for file in finished.iterdir()) == ["cache", "harden.json", "model", "settings.json"]
+    assert leftovers(finished) == []
+
+
+def test_the_base_and_the_registry_are_left_alone(run, recipe, v_folder):
+    before = everything_in(v_folder), everything_in(recipe.parent)
+    assert run().code == 0
+    assert (everything_in(v_folder), everything_in(recipe.parent)) == before
+
+
+def test_the_command_line_gives_the_same_model_and_names_the_next_command(run, finished, tmp_path):
+    done = run("--json")
+    assert done.code == 0
+    info = json.loads(done.out)
+    assert info == json.loads((tmp_path / "out/harden.json").read_text())
+    assert info["model_digest"] == json.loads((finished / "harden.json").read_text())["model_digest"]
+    assert done.sentences[-1].startswith(f"next: guardsmith verify {tmp_path / 'out'} --subjects ")
+
+
+def test_another_seed_gives_another_model(run, finished, tmp_path):
+    assert run("--seed", 1).code == 0
+    info = json.loads((tmp_path / "out/harden.json").read_text())
+    assert info["seed"] == 1
+    assert info["model_digest"] != json.loads((finished / "harden.json").read_text())["model_digest"]
+
+
+def test_flags_win_over_the_recipe(guardsmith, recipe, tmp_path):
+    registry, base = write_registry(tmp_path / "other", seed=50), make_checkpoint(tmp_path / "base", "epsilon", seed=1)
+    flags = ["--subjects", registry, "--pretrained_model_name_or_path", base, "--output_dir", tmp_path / "o"]
+    assert guardsmith("harden", "--recipe", recipe, "--set", "method.params.outer_steps=1", *flags).code == 0
+    info = json.loads((tmp_path / "o/harden.json").read_text())
+    assert info["base_digest"] == weights_digest(base)
+    assert info["registry_digest"] == load_registry(registry).digest
+    assert info["params"]["outer_steps"] == 1
+
+
+# --- interrupted and resumed -----------------------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch, title, step):
+    """Ctrl-C right after a step of the stage that begins with `title`."""
+    real = harden_module.stage
+
+    @contextmanager
+    def stage(name, total):
+        with real(name, total) as bar:
+
+            def counted(*arguments, **options):
+                bar(*arguments, **options)
+                if name.startswith(title) and bar.done == step:
+                    raise KeyboardInterrupt
+
+            yield counted
+
+    monkeypatch.setattr(harden_module, "stage", stage)
+
+
+@pytest.mark.parametrize(
+    ("title", "step", "kept"),
+    [("class pictures", 1, 0), ("hardening", 4, 0), ("hardening", 11, 10), ("hardening", 12, 12)],
+)
+def test_a_run_resumed_after_ctrl_c_equals_an_unbroken_one(run, finished_longer, tmp_path, title, step, kept):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, title, step)
+        done = run(*LONGER)
+    assert done.code == 130
+    assert done.sentences[-1] == "interrupted"
+    assert not (tmp_path / "out/model").exists()
+    assert not (tmp_path / "out/harden.json").exists()
+    assert leftovers(tmp_path) == []
+
+    assert run(*LONGER, "--resume").code == 0
+    info = json.loads((tmp_path / "out/harden.json").read_text())
+    assert info["resumed_after"] == kept
+    assert info["model_digest"] == weights_digest(tmp_path / "out/model") == finished_longer["model_digest"]
+    assert info["history"] == finished_longer["history"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_killed_process_can_be_resumed(run, recipe, finished_longest, tmp_path, number, code):
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "guardsmith", "harden", "--recipe", recipe, "--output", output, *LONGEST]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    # A test run in the background of a shell inherits an ignored SIGINT, and so would the child.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes) as child:
+        try:
+            deadline = time.monotonic() + 120
+            while not (output / "checkpoints/last.safetensors").exists():
+                assert child.poll() is None, child.communicate()[1]
+                assert time.monotonic() < deadline, "no checkpoint within two minutes"
+                time.sleep(0.005)
+            child.send_signal(number)
+            _, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == code, err
+    assert "Traceback" not in err
+    assert not (output / "model").exists()
+    assert not (output / "harden.json").exists()
+
+    assert run(*LONGEST, "--resume").code == 0
+    info = json.loads((output / "harden.json").read_text())
+    assert 10 <= info["resumed_after"] < 30
+    assert info["model_digest"] == weights_digest(output / "model") == finished_longest["model_digest"]
+    assert leftovers(output) == []
+    assert not (output / "checkpoints").exists()
+
+
+def test_a_complete_run_is_not_run_again(run, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    before = everything_in(tmp_path / "out")
+    monkeypatch.setitem(METHODS, "apdm", METHODS["apdm"]._replace(run=None))
+    done = run("--resume", "--json")
+    assert done.code == 0
+    assert json.loads(done.out) == json.loads((finished / "harden.json").read_text())
+    assert "complete already" in done.err
+    assert everything_in(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (["--set", "method.params.outer_steps=4"], "params.outer_steps"),
+        (["--set", "sampling.steps=3", "--seed", "1"], "sampling.steps, seed"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(run, finished, tmp_path, options, changed):
+    shutil.copytree(finished, tmp_path / "out")
+    before = everything_in(tmp_path / "out")
+    refused(run("--resume", *options), f"({changed})", "--overwrite")
+    assert everything_in(tmp_path / "out") == before
+
+
+def test_resume_with_another_base_or_registry_is_refused(run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    registry = write_registry(tmp_path / "other", seed=50)
+    refused(run("--resume", "--subjects", registry), "(registry_digest)")
+    base = make_checkpoint(tmp_path / "base", "v_prediction", seed=1)
+    refused(run("--resume", "--base", base), "(base, base_digest)")
+
+
+# --- the output folder -----------------------------------------------------------------------------------------------
+
+
+def test_an_existing_output_is_left_alone(run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    before = everything_in(tmp_path / "out")
+    refused(run(), tmp_path / "out", "--resume", "--overwrite")
+    assert everything_in(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "settings.json", "harden.json"])
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_folder_of_somebody_else_is_neither_overwritten_nor_written_into(run, tmp_path, file, flag):
+    (tmp_path / "out/model").mkdir(parents=True)
+    (tmp_path / "out" / file).write_text('{"colour": "blue"}')
+    before = everything_in(tmp_path)
+    refused(run(flag), "not made by guardsmith", flag)
+    assert everything_in(tmp_path) == before
+
+
+def test_overwrite_starts_anew_and_keeps_what_guardsmith_did_not_write(run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out/verify").mkdir()
+    assert run("--overwrite", "--seed", "1").code == 0
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+    assert not (tmp_path / "out/verify").exists()
+    info = json.loads((tmp_path / "out/harden.json").read_text())
+    assert info["seed"] == 1
+    assert info["model_digest"] == weights_digest(tmp_path / "out/model")
+    assert info["model_digest"] != weights_digest(finished / "model")
+
+
+def test_the_output_is_a_file(run, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    refused(run("--overwrite"), "is a file")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_the_base_is_not_overwritten_by_its_own_hardening(run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    before = everything_in(tmp_path / "out")
+    refused(run("--overwrite", "--base", tmp_path / "out/model"), "another folder")
+    assert everything_in(tmp_path / "out") == before
+
+
+def test_the_output_is_not_put_into_the_base(guardsmith, recipe, v_folder):
+    before = everything_in(v_folder)
+    refused(guardsmith("harden", "--recipe", recipe, "--output", v_folder / "out"), "inside of the base")
+    assert everything_in(v_folder) == before
+
+
+@pytest.mark.parametrize("where", ["mkdir", "write_text"])
+def test_an_output_that_cannot_be_written_to(run, tmp_path, monkeypatch, where):
+    def denied(self, *arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, where, denied)
+    refused(run(), tmp_path / "out", "cannot be written to", "Permission denied", "another folder")
+    assert leftovers(tmp_path) == []
+
+
+class SafetensorError(Exception):
+    """What safetensors raises instead of an OSError."""
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device", "x"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_at_the_end_leaves_no_half_model_and_can_be_resumed(run, finished, tmp_path, error):
+    def full(self, folder, **options):
+        (Path(folder) / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "save_pretrained", full)
+        done = run()
+    assert done.code == 4
+    assert "no space left" in done.sentences[-1]
+    assert not (tmp_path / "out/model").exists()
+    assert not (tmp_path / "out/harden.json").exists()
+    assert leftovers(tmp_path) == []
+
+    assert run("--resume").code == 0
+    assert weights_digest(tmp_path / "out/model") == weights_digest(finished / "model")
+
+
+def test_a_full_disk_at_the_start_leaves_no_half_cache(run, tmp_path, monkeypatch):
+    def full(tensors, file):
+        Path(file).write_bytes(b"half")
+        raise FULL[1]
+
+    monkeypatch.setattr(harden_module, "save_file", full)
+    done = run()
+    assert done.code == 4
+    assert "no space left" in done.sentences[-1]
+    assert sorted(file.name for file in (tmp_path / "out").rglob("*")) == ["cache", "settings.json"]
+
+
+def test_a_full_disk_before_anything_is_written(run, tmp_path, monkeypatch):
+    def full(self, *arguments, **options):
+        raise FULL[0]
+
+    monkeypatch.setattr(Path, "write_text", full)
+    done = run()
+    assert done.code == 4
+    assert "no space left" in done.err
+    assert leftovers(tmp_path) == []
+
+
+# --- training that goes wrong ----------------------------------------------------------------------------------------
+
+
+def test_a_diverged_training_keeps_its_checkpoint(run, tmp_path, monkeypatch):
+    every_step = functools.partial(METHODS["apdm"].run, checkpoint_every=1)
+    monkeypatch.setitem(METHODS, "apdm", METHODS["apdm"]._replace(run=every_step))
+    done = run("--set", "method.params.learning_rate=1e12")
+    assert done.code == 4
+    assert "diverged at step 2" in done.sentences[-1]
+    assert "lower the learning rate" in done.sentences[-1]
+    assert (tmp_path / "out/checkpoints/last.safetensors").is_file()
+    assert not (tmp_path / "out/model").exists()
+    assert not (tmp_path / "out/harden.json").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_a_training_that_changes_nothing_is_not_passed_off_as_a_hardened_model(run, tmp_path):
+    done = run("--set", "method.params.learning_rate=1e-60", "--set", "method.params.outer_steps=1")
+    assert done.code == 2
+    assert "learning rate is too small" in done.sentences[-1]
+    assert not (tmp_path / "out/model").exists()
+    assert not (tmp_path / "out/harden.json").exists()
+
+
+# --- the base --------------------------------------------------------------------------------------------------------
+
+
+def nothing_inside(folder):
+    folder.mkdir()
+    (folder / "readme.txt").write_text("no model here")
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("folder", nothing_inside, "not a diffusion model"),
+        ("model.ckpt", lambda file: file.write_bytes(b"pickle"), "safetensors"),
+        ("not-there.bin", lambda file: None, "safetensors"),
+        ("model.safetensors", lambda file: file.write_bytes(b"x"), "single-file"),
+        ("nowhere", lambda file: None, "no base model"),
+    ],
+)
+def test_a_base_that_is_none(run, tmp_path, name, make, words):
+    make(tmp_path / name)
+    refused(run("--base", tmp_path / name), tmp_path / name, words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_of_a_run_is_not_a_base_but_holds_one(run, finished, tmp_path):
+    refused(run("--base", finished), finished / "model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_model_without_a_connection(run, tmp_path):
+    done = run("--base", "guardsmith-tests/not-there")
+    assert done.code == 4
+    assert len(done.sentences) == 1
+    assert "guardsmith-tests/not-there" in done.err
+    assert "cannot be reached" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_identifier_that_the_tokenizer_drops(run, tmp_path):
+    refused(run("--set", "method.params.identifiers=[sks, ' ']"), "the identifier ' ' has no token")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_expired_consent_is_refused_before_anything_is_written(run, recipe, tmp_path):
+    refused(run("--today", "2099-01-02"), recipe.parent / "R.yaml", "expired on 2099-01-01")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_registry_that_does_not_exist(run, tmp_path):
+    refused(run("--subjects", tmp_path / "nobody.yaml"), tmp_path / "nobody.yaml", "does not exist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_registry_at_all(run, tmp_path):
+    refused(run("--set", "subjects=null"), "--subjects")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "metod.name=apdm"], ["'metod'", "did you mean 'method'?"]),
+        (["--set", "method.parms.beta=2"], ["'method.parms'", "did you mean 'params'?"]),
+        (["--set", "colour=blue"], ["'colour' is not a known key"]),
+        (["--method", "apmd"], ["no method 'apmd'", "did you mean 'apdm'?"]),
+        (["--method", "xyz"], ["no method 'xyz'", "there is: apdm"]),
+        (["--set", "verify.attacks.x.name=dreamboth"], ["verify.attacks.x", "did you mean 'dreambooth'?"]),
+        (["--set", "verify.attacks.x.params.rank=4"], ["verify.attacks.x.name", "required"]),
+        (["--set", "method.params.outer_step=3"], ["'outer_step'", "did you mean 'outer_steps'?"]),
+        (["--set", "method.params.outer_steps=many"], ["method.params", "outer_steps", "integer", "'many'"]),
+        (["--set", "method.params.learning_rate=0"], ["learning_rate", "greater than 0"]),
+        (["--set", "method.params=3"], ["method.params", "dictionary"]),
+        (["--set", "method=apdm"], ["method", "found 'apdm'"]),
+        (["--set", "verify.attacks.dreambooth.params.steps=-1"], ["verify.attacks.dreambooth.params", "steps"]),
+        (["--set", "sampling.steps=1"], ["sampling.steps", "greater than or equal to 2"]),
+        (["--set", "seed"], ["--set seed", "key=value"]),
+        (["--set", "=1"], ["--set =1", "key=value"]),
+        (["--set", "base.more=1"], ["--set base.more=1", "'base' is not a section"]),
+        (["--set", "seed=[1"], ["seed=[1", "YAML"]),
+    ],
+)
+def test_a_wrong_value_of_the_recipe(run, tmp_path, options, words):
+    refused(run(*options), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_of_a_recipe_are_told_at_once(guardsmith, tmp_path):
+    (tmp_path / "bad.yaml").write_text("""\
+subject: R.yaml
+method: {name: apmd}
+sampling: {steps: 0}
+verify:
+  attacks:
+    one: {name: lora, params: {ranks: 4}}
+    two: {name: dreamboth}
+""")
+    changes = ["--set", "seed", "--set", "gate.kid_ratio=-1"]
+    done = guardsmith("harden", "--recipe", tmp_path / "bad.yaml", "--output", tmp_path / "out", *changes)
+    assert done.code == 2
+    told = ["--set seed", "'subject'", "sampling.steps", "gate.kid_ratio", "'apmd'", "'ranks'", "'dreamboth'"]
+    assert len(done.sentences) == len(told)
+    for word in told:
+        assert sum(word in sentence for sentence in done.sentences) == 1, word
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("base: [", "not valid YAML"), ("", "mapping"), ("- base", "mapping"), ("b\xe4se: x".encode("latin-1"), "YAML")],
+)
+def test_a_file_that_is_no_recipe(guardsmith, tmp_path, text, words):
+    (tmp_path / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(guardsmith("harden", "--recipe", tmp_path / "bad.yaml"), tmp_path / "bad.yaml", words)
+
+
+def test_an_unknown_recipe(guardsmith):
+    refused(guardsmith("harden", "--recipe", "demoo"), "no recipe 'demoo'", "did you mean 'demo'?")
+    refused(guardsmith("harden", "--recipe", "xyz"), "no recipe 'xyz'", "demo")
+    refused(guardsmith("run", "demoo"), "did you mean 'demo'?")
+
+
+# --- dry run, lists, verify ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--set", "method.params.distillation_weight=0.5"],
+        [
+            "--set",
+            "method.params={batch_size: 2, outer_steps: 1, inner_steps: 3, class_images: 4, learning_rate: 0.01}",
+        ],
+    ],
+)
+def test_a_dry_run_writes_nothing_and_tells_the_cost_of_the_real_one(run, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(harden_module, "ORDINARY_IMAGES", 4)
+    done = run("--dry-run", *options)
+    assert done.code == 0
+    plan = json.loads(done.out)
+    assert list(tmp_path.iterdir()) == []
+    assert (plan["subjects"], plan["controls"], plan["method"]) == (["mira"], ["tom"], "apdm")
+
+    assert run(*options).code == 0
+    info = json.loads((tmp_path / "out/harden.json").read_text())
+    assert plan["unet_forward_equivalents"] == info["unet_forward_equivalents"]
+    assert plan["params"] == info["params"]
+
+
+@pytest.mark.parametrize(
+    ("what", "names"), [("methods", ["apdm"]), ("attacks", ["dreambooth", "lora"]), ("recipes", ["apdm-sd15", "demo"])]
+)
+def test_lists(guardsmith, what, names):
+    done = guardsmith("list", what)
+    assert done.code == 0
+    assert {line.split("\t")[0] for line in done.out.strip().split("\n")} >= {*names}
+
+
+def test_an_unknown_list(guardsmith):
+    refused(guardsmith("list", "models"), "'models'", "methods, attacks or recipes")
+
+
+def test_shipped_recipes_are_in_order():
+    for name in ("demo", "apdm-sd15"):
+        assert load_recipe(name).verify.attacks
+
+
+@pytest.mark.parametrize("missing", ["harden.json", "model"])
+def test_verify_needs_a_finished_hardening(guardsmith, recipe, finished, tmp_path, missing):
+    shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns(missing))
+    refused(guardsmith("verify", tmp_path / "out", "--recipe", recipe), "guardsmith harden")
+    refused(guardsmith("verify", tmp_path / "nothing", "--recipe", recipe), "guardsmith harden")
+
+
+def test_verify_needs_the_registry_of_the_hardening(guardsmith, recipe, finished, tmp_path):
+    registry = write_registry(tmp_path / "other", seed=50)
+    refused(guardsmith("verify", finished, "--recipe", recipe, "--subjects", registry), registry, "digests differ")
+
+
+def test_verify_refuses_a_model_that_was_changed_after_hardening(guardsmith, recipe, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    file = tmp_path / "out/model/unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"][0] += 1e-3
+    save_file(weights, file)
+    refused(guardsmith("verify", tmp_path / "out", "--recipe", recipe), "changed after hardening")
+
+
+def test_verify_refuses_a_base_that_is_another_one_now(guardsmith, recipe, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    edit_json(tmp_path / "out/harden.json", base_digest="sha256:0")
+    refused(guardsmith("verify", tmp_path / "out", "--recipe", recipe), "is not the base")

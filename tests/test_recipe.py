@@ -1,0 +1,209 @@
+import pytest
+import yaml
+from tiny import assert_one_sentence
+
+from guardsmith.errors import UserError
+from guardsmith.recipe import Recipe, find_recipe, load_recipe, recipe_names
+
+FULL = """
+base: some/folder
+subjects: registry/subjects.yaml
+seed: 7
+sampling: {steps: 5, guidance: 3.0, batch: 2}
+method:
+  name: apdm
+  params: {beta: 2.0, inner_steps: 3, learning_rate: 5e-6, identifiers: [sks, ohwx]}
+verify:
+  attacks:
+    strong: {name: dreambooth, params: {steps: 10}}
+    adapter: {name: lora, params: {rank: 8}}
+  identifiers: [sks, t@t]
+  seeds: [0, 1]
+gate: {control_retention: 0.8}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        return str(file)
+
+    return write
+
+
+def problems_of(name, changes=()):
+    with pytest.raises(UserError) as caught:
+        load_recipe(name, changes)
+    lines = str(caught.value).split("\n")
+    for line in lines:
+        assert_one_sentence(line)
+    return lines
+
+
+def test_a_full_recipe_is_read(write, tmp_path):
+    recipe = load_recipe(write(FULL))
+    assert recipe.base == "some/folder"
+    assert recipe.seed == 7
+    assert recipe.sampling.steps == 5
+    assert recipe.method.params["beta"] == 2.0
+    assert list(recipe.verify.attacks) == ["strong", "adapter"]
+    assert recipe.verify.identifiers == ("sks", "t@t")
+    assert recipe.verify.seeds == (0, 1)
+    assert recipe.gate.control_retention == 0.8
+    # The registry is found beside the recipe, wherever the command is run.
+    assert recipe.subjects == str(tmp_path / "registry" / "subjects.yaml")
+
+
+def test_what_is_left_out_has_its_default(write):
+    recipe = load_recipe(write("seed: 3"))
+    assert recipe == Recipe(seed=3)
+    assert recipe.base == "builtin:avatar"
+    assert recipe.method.name == "apdm"
+    assert recipe.subjects is None
+
+
+def test_numbers_with_an_exponent_but_no_point_are_numbers(write):
+    """YAML 1.1 reads 5e-6 as a word; people write it all the same."""
+    from guardsmith.methods import METHODS
+
+    recipe = load_recipe(write(FULL))
+    assert METHODS["apdm"].config(**recipe.method.params).learning_rate == 5e-6
+    recipe = load_recipe(write(FULL), ["method.params.learning_rate=1e-4"])
+    assert METHODS["apdm"].config(**recipe.method.params).learning_rate == 1e-4
+
+
+def test_single_values_can_be_set(write):
+    path = write(FULL)
+    changes = ["method.params.beta=5", "seed=9", "verify.identifiers=[zwx]", "gate.kid_ratio=3.5", "revision=main"]
+    recipe = load_recipe(path, [*changes, "verify.attacks.extra.name=lora", "subjects=null", "base='a=b'"])
+    assert recipe.method.params["beta"] == 5
+    assert recipe.method.params["inner_steps"] == 3
+    assert recipe.seed == 9
+    assert recipe.verify.identifiers == ("zwx",)
+    assert recipe.gate.kid_ratio == 3.5
+    assert recipe.gate.control_retention == 0.8
+    assert recipe.verify.attacks["extra"].name == "lora"
+    assert recipe.subjects is None
+    assert recipe.base == "a=b"
+
+
+def test_a_section_that_the_recipe_lacks_can_be_set(write):
+    assert load_recipe(write("seed: 1"), ["sampling.steps=4"]).sampling.steps == 4
+
+
+@pytest.mark.parametrize("change", ["seed", "=1", "  =1", "seed.x=1", "method.params.beta={", ""])
+def test_malformed_changes_are_refused(write, change):
+    lines = problems_of(write(FULL), [change])
+    assert any("--set" in line for line in lines)
+
+
+def test_every_problem_is_told_at_once(write):
+    text = """
+sed: 1
+sampling: {steps: 1, guidence: 2}
+method: {name: apdm, params: {betta: 2, inner_steps: 0}}
+verify:
+  attacks:
+    a: {name: dreamboth}
+    b: {name: lora, params: {rnak: 2}}
+  images_per_unit: lots
+gate: {control_retention: 2}
+"""
+    lines = problems_of(write(text))
+    for words in (
+        ("sed", "seed"),
+        ("sampling.steps",),
+        ("sampling.guidence", "guidance"),
+        ("method.params", "betta", "beta"),
+        ("inner_steps",),
+        ("dreamboth", "dreambooth"),
+        ("verify.attacks.b.params", "rnak", "rank"),
+        ("images_per_unit", "lots"),
+        ("gate.control_retention",),
+    ):
+        assert any(all(word in line for word in words) for line in lines), f"{words} in {lines}"
+    assert len(lines) == 9
+    assert all("mine.yaml" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: {name: adpm}", ("adpm", "apdm")),
+        ("method: {name: zzzz}", ("zzzz", "apdm")),
+        ("verify: {attacks: {x: {params: {}}}}", ("verify.attacks.x", "name")),
+        ("verify: {attacks: {x: {name: zzzz}}}", ("zzzz", "dreambooth", "lora")),
+        ("method: {params: {reduction: sum}}", ("reduction", "mean", "element")),
+        ("method: {params: {parameters: all}}", ("parameters", "cross_attention")),
+        ("method: {params: [1]}", ("method.params",)),
+        ("method: 3", ("method",)),
+        ("verify: [1]", ("verify",)),
+        ("verify: {identifiers: []}", ("verify.identifiers",)),
+        ("verify: {seeds: []}", ("verify.seeds",)),
+        ("verify: {seeds: [1, 2, 1]}", ("verify.seeds", "twice")),
+        ("verify: {identifiers: [sks, sks]}", ("verify.identifiers", "twice")),
+        ("verify: {identifiers: [sks, 123]}", ("verify.identifiers", "123")),
+        ("gate: {learnt_share: 1}", ("gate.learnt_share",)),
+        ("sampling: {guidance: 0.5}", ("sampling.guidance",)),
+        ("seed: many", ("seed", "many")),
+    ],
+)
+def test_wrong_values_are_named(write, text, words):
+    lines = problems_of(write(text))
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize("text", ["", "- a", "just words", "{", "a: [", "seed: 1\n\tbase: x", "a: \x01"])
+def test_files_that_are_no_recipe_are_refused(write, text):
+    (line,) = problems_of(write(text))
+    assert "mine.yaml" in line
+
+
+def test_files_that_are_no_text_are_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(b"\xff\xfe\x00\x01")
+    (line,) = problems_of(str(file))
+    assert "mine.yaml" in line
+
+
+def test_yaml_cannot_run_code(write, tmp_path):
+    target = tmp_path / "touched"
+    problems_of(write(f"seed: !!python/object/apply:os.system ['touch {target}']"))
+    problems_of(write("seed: 1"), [f"seed=!!python/object/apply:os.system ['touch {target}']"])
+    assert not target.exists()
+
+
+def test_unknown_recipes_are_refused_with_a_near_name():
+    assert "demo" in recipe_names()
+    (line,) = problems_of("demmo")
+    assert "demmo" in line
+    assert "demo" in line
+    (line,) = problems_of("qqqq")
+    assert "demo" in line
+    problems_of("./no/such/file.yaml")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_valid(name):
+    recipe = load_recipe(name)
+    assert recipe.verify.attacks
+    assert find_recipe(name).suffix == ".yaml"
+    assert load_recipe(str(find_recipe(name))) == recipe
+
+
+def test_a_recipe_cannot_change_afterwards(write):
+    recipe = load_recipe(write(FULL))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1
+    assert yaml.safe_load(FULL)["seed"] == 7
+
+
+def test_an_attack_label_that_is_no_folder_name_is_refused(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("verify: {attacks: {../up: {name: lora}}}")
+    with pytest.raises(UserError, match=r"the label '\.\./up'"):
+        load_recipe(str(file))
