@@ -50,7 +50,7 @@ from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid, kid_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.progress import quiet_libraries, stage
-from guardsmith.prompts import ORDINARY_VERIFICATION, SAMPLE_TEMPLATES, class_prompt, instance_prompt, ordinary_prompts
+from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts, sample_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry
 from guardsmith.report import print_report, save_grid
@@ -119,10 +119,7 @@ def run_unit(unit: Unit, folder: Path) -> None:
     )
     data = AttackData(_open(unit.attack_images, model.image_size), class_images, unit.identifier, unit.class_noun)
     personalized, losses = attack.run(model, data, attack.config(**unit.params), seed=unit.seed)
-    prompts = [
-        instance_prompt(unit.identifier, unit.class_noun, SAMPLE_TEMPLATES[i % len(SAMPLE_TEMPLATES)])
-        for i in range(unit.images)
-    ]
+    prompts = sample_prompts(unit.identifier, unit.class_noun, unit.images)
     images = generate(personalized, prompts, range(SAMPLE_SEED, SAMPLE_SEED + unit.images), **unit.sampling)
     scores = similarity(images, _open(unit.reference_images, JUDGED_SIZE))
 

@@ -29,7 +29,7 @@ from guardsmith.metrics.fidelity import TRAITS, features, fidelity, read_traits
 from guardsmith.metrics.identity import embed, similarity
 from guardsmith.metrics.kid import kid, kid_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.prompts import ORDINARY_VERIFICATION, SAMPLE_TEMPLATES, class_prompt, instance_prompt, ordinary_prompts
+from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts, sample_prompts
 from guardsmith.recipe import load_recipe
 from guardsmith.sampling import generate, grid
 
@@ -191,7 +191,7 @@ def personalize_one(
     owned, losses = attack.run(
         model, AttackData(views[:4], class_images, "zwx", noun), attack.config(**spec["params"]), seed=0
     )
-    prompts = [instance_prompt("zwx", noun, SAMPLE_TEMPLATES[i % len(SAMPLE_TEMPLATES)]) for i in range(16)]
+    prompts = sample_prompts("zwx", noun, 16)
     images = generate(owned, prompts, range(30_000, 30_016), **sampling)
     scores = [s for s in similarity(images, views[8:]) if s is not None]
     genuine = [s for s in similarity(views[:4], views[8:]) if s is not None]

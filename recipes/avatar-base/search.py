@@ -35,10 +35,9 @@ from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.prompts import (
     ORDINARY_HARDENING,
     ORDINARY_VERIFICATION,
-    SAMPLE_TEMPLATES,
     class_prompt,
-    instance_prompt,
     ordinary_prompts,
+    sample_prompts,
 )
 from guardsmith.recipe import Recipe, load_recipe
 from guardsmith.sampling import generate, grid
@@ -65,7 +64,7 @@ def attacked(
     attack = ATTACKS[spec.name]
     data = AttackData(views[4:8], class_images, identifier, noun)
     owned, _ = attack.run(model, data, attack.config(**spec.params), seed=0)
-    prompts = [instance_prompt(identifier, noun, SAMPLE_TEMPLATES[i % len(SAMPLE_TEMPLATES)]) for i in range(VIEWS)]
+    prompts = sample_prompts(identifier, noun, VIEWS)
     images = generate(owned, prompts, range(30_000, 30_000 + VIEWS), **recipe.sampling.model_dump())
     scores = [s for s in similarity(images, views[8:]) if s is not None]
     return sum(scores) / len(scores), images[:4]
