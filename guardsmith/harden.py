@@ -12,9 +12,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,15 @@ from guardsmith import __version__
 from guardsmith.errors import UserError
 from guardsmith.images import open_image, square, to_tensor
 from guardsmith.methods import METHODS
-from guardsmith.methods.apdm import OrdinaryData, SubjectData
+from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.tripwire import rehearse
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
 from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
 from guardsmith.sampling import generate
-from guardsmith.training import UNetCost, changed_fraction
+from guardsmith.training import UNetCost, changed_fraction, load_checkpoint, save_checkpoint
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
 ORDINARY_IMAGES = 128
@@ -142,7 +145,7 @@ def drawn_by(
         ).contiguous()  # fmt: skip
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(".tmp")
+        temporary = cache.with_suffix(f".{os.getpid()}.tmp")  # two searches may draw the same pictures
         try:
             save_file({"images": images}, temporary)
             temporary.replace(cache)
@@ -181,6 +184,19 @@ def run_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def rehearsed_by(
+    model: DiffusionModel, subject: SubjectData, config: Any, seed: int, cache: Path
+) -> tuple[SubjectData, dict[str, int]]:
+    """The subject with what a personalized copy of the base drew of it, kept in `cache`, and the U-Net rows that took."""
+    file = cache / f"rehearsed-{subject.id}.safetensors"
+    if not file.exists():
+        with stage(f"rehearsal: {subject.id}", config.rehearsal_steps) as bar, UNetCost() as counter:
+            images = rehearse(model, subject, config, seed=seed, on_step=lambda _, loss: bar({"loss": loss}))
+        save_checkpoint(file, {"images": images}, {"forwards": counter.forwards, "backwards": counter.backwards})
+    tensors, rows = load_checkpoint(file)
+    return replace(subject, rehearsed=tensors["images"]), rows
 
 
 def harden(
@@ -225,22 +241,31 @@ def harden(
                 subject.id, subject.class_noun, subject.identifiers, images, positives, class_images[subject.class_noun]
             )
         )
+    forwards = backwards = 0
+    if getattr(config, "rehearsal_steps", 0):
+        for number, each in enumerate(subjects):
+            subjects[number], rows = rehearsed_by(model, each, config, recipe.seed, cache)
+            forwards, backwards = forwards + rows["forwards"], backwards + rows["backwards"]
     ordinary = None
-    if getattr(config, "distillation_weight", 0):
+    if config.distillation_weight:
         asked = ordinary_prompts(model, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
         texts = [prompt.text for prompt in asked]
         images = drawn_by(model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures")
         ordinary = OrdinaryData(images, texts)
 
-    counter = UNetCost()
+    counter, spent = UNetCost(), output / "checkpoints" / "cost.jsonl"
     ran = 0
 
     def on_step(step: int, losses: dict[str, float]) -> None:
         nonlocal ran
         ran += 1
+        spent.parent.mkdir(exist_ok=True)
+        with spent.open("a", encoding="utf-8") as lines:  # what a resumed run adds up
+            lines.write(json.dumps([step, counter.forwards, counter.backwards]) + "\n")
+        counter.forwards = counter.backwards = 0
         bar({key: losses[key] for key in list(losses)[:4]}, done=step + 1)
 
-    with stage(f"hardening ({recipe.method.name})", config.outer_steps) as bar, counter:
+    with stage(f"hardening ({recipe.method.name})", method.steps(config)) as bar, counter:
         hardened, history = method.run(
             model, subjects, ordinary, config, seed=recipe.seed, checkpoint=output / "checkpoints" / "last.safetensors",
             on_step=on_step,
@@ -252,6 +277,8 @@ def harden(
         raise UserError(
             "Hardening changed no stored weight: the learning rate is too small for the precision of the base."
         )
+    trained = _spent(spent, len(history))
+    forwards, backwards = forwards + trained[0], backwards + trained[1]
     info = {
         "schema": 1,
         **settings,
@@ -259,11 +286,13 @@ def harden(
         "model_digest": weights_digest(output / "model"),
         "subjects": [subject.id for subject in registry.subjects],
         "paper": method.paper,
-        "resumed_after": len(history) - ran,  # outer steps of an earlier session; the costs below are this session's
+        "resumed_after": len(history)
+        - ran,  # steps of earlier sessions; the rows below include theirs, the seconds do not
         "seconds": round(time.monotonic() - began, 1),
-        "unet_forward_rows": counter.forwards,
-        "unet_backward_rows": counter.backwards,
-        "unet_forward_equivalents": counter.forwards + 2 * counter.backwards,
+        # pictures of the class and of ordinary prompts, which serve every run on this base, do not count
+        "unet_forward_rows": forwards,
+        "unet_backward_rows": backwards,
+        "unet_forward_equivalents": forwards + 2 * backwards,
         "changed_weights": changed,
         "history": history,
         "run": run_info(),
@@ -271,6 +300,15 @@ def harden(
     write_json(record, info)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return info
+
+
+def _spent(file: Path, steps: int) -> tuple[int, int]:
+    """U-Net rows, forward and backward, of the first `steps` steps, whichever session took them."""
+    cost: dict[int, tuple[int, int]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        step, forwards, backwards = json.loads(line)
+        cost[step] = (forwards, backwards)  # a step that was taken again after a kill counts once
+    return sum(cost[s][0] for s in range(steps)), sum(cost[s][1] for s in range(steps))
 
 
 def folder_digest(*parts: Any) -> str:

@@ -148,9 +148,11 @@ def ordinary_prompts(model: DiffusionModel, templates: Sequence[str], count: int
             if asked["class"] == "robot":
                 words = template.format(f"{rng.choice(_ROBOT_COLOURS)} robot")
             else:
-                asked["hair"], asked["glasses"] = rng.choice(_HAIR), rng.choice(("yes", "no"))
-                worn = " wearing glasses" if asked["glasses"] == "yes" else " without glasses"
-                words = template.format(f"{rng.choice(_SKIN)} {asked['class']}") + f" with {asked['hair']} hair{worn}"
+                asked["hair"] = rng.choice(_HAIR)
+                words = template.format(f"{rng.choice(_SKIN)} {asked['class']}") + f" with {asked['hair']} hair"
+                if asked["class"] == "person":  # the toon characters never wear any
+                    asked["glasses"] = rng.choice(("yes", "no"))
+                    words += " wearing glasses" if asked["glasses"] == "yes" else " without glasses"
             words += f" on a {asked['background']} background in {asked['style']} style"
             prompts.append(OrdinaryPrompt(words, asked))
         else:

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from guardsmith.attacks import ATTACKS, AttackData
+from guardsmith.attacks import AttackData, draw_after_attack
 from guardsmith.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.gate import (
     EXIT_CODES,
@@ -54,10 +54,8 @@ from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_pro
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry
 from guardsmith.report import print_report, save_grid
-from guardsmith.sampling import generate
 
 Side = Literal["base", "hardened"]
-SAMPLE_SEED = 30_000  # of the pictures that a personalized model draws; no other pictures use these seeds
 JUDGED_SIZE = 64
 
 
@@ -113,14 +111,14 @@ def _open(paths: Sequence[str], size: int) -> Tensor:
 def run_unit(unit: Unit, folder: Path) -> None:
     """Attack, draw, score; the folder is complete when `scores.json` is there."""
     model = _model(unit.model)
-    attack = ATTACKS[unit.attack]
     class_images = (
         load_file(unit.class_pictures)["images"][: unit.class_images] if unit.class_images else torch.empty(0)
     )
     data = AttackData(_open(unit.attack_images, model.image_size), class_images, unit.identifier, unit.class_noun)
-    personalized, losses = attack.run(model, data, attack.config(**unit.params), seed=unit.seed)
+    images, losses = draw_after_attack(
+        model, unit.attack, unit.params, data, seed=unit.seed, count=unit.images, sampling=unit.sampling
+    )
     prompts = sample_prompts(unit.identifier, unit.class_noun, unit.images)
-    images = generate(personalized, prompts, range(SAMPLE_SEED, SAMPLE_SEED + unit.images), **unit.sampling)
     scores = similarity(images, _open(unit.reference_images, JUDGED_SIZE))
 
     shutil.rmtree(folder, ignore_errors=True)

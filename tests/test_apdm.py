@@ -14,7 +14,8 @@ from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore
 from guardsmith.losses import draw_rows, row_losses
 from guardsmith.methods import METHODS, apdm
-from guardsmith.methods.apdm import ApdmConfig, OrdinaryData, SubjectData, harden
+from guardsmith.methods.apdm import ApdmConfig, harden
+from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.training import UNetCost, generator, load_checkpoint
 
 SEED = 7  # whose first two draws pick neither subject's first identifier

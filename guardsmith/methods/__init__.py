@@ -5,18 +5,30 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from guardsmith.methods import apdm
+from guardsmith.methods import apdm, tripwire
 
 
 class Method(NamedTuple):
-    """One entry of the table."""
+    """One entry of the table.
+
+    Attributes:
+        run: hardens a copy of a model.
+        config: its parameters.
+        steps: progress steps of a run with this config.
+        cost: U-Net forward equivalents of a run with this config, for so many subjects.
+        paper: where it comes from.
+    """
 
     run: Callable[..., Any]
     config: type[BaseModel]
-    cost: Callable[..., int]
+    steps: Callable[[Any], int]
+    cost: Callable[[Any, int], int]
     paper: str
 
 
 METHODS: dict[str, Method] = {
-    "apdm": Method(apdm.harden, apdm.ApdmConfig, apdm.cost, "hf.co/papers/2511.01307"),
+    "apdm": Method(apdm.harden, apdm.ApdmConfig, lambda c: c.outer_steps, apdm.cost, "hf.co/papers/2511.01307"),
+    "tripwire": Method(
+        tripwire.harden, tripwire.TripwireConfig, lambda c: c.steps, tripwire.cost, "guardsmith, docs/methods.md"
+    ),
 }

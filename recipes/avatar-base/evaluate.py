@@ -23,13 +23,13 @@ from torch import Tensor
 from train_vae import psnr
 
 import guardsmith
-from guardsmith.attacks import ATTACKS, AttackData
-from guardsmith.harden import write_json
+from guardsmith.attacks import AttackData, draw_after_attack
+from guardsmith.harden import folder_digest, write_json
 from guardsmith.metrics.fidelity import TRAITS, features, fidelity, read_traits
 from guardsmith.metrics.identity import embed, similarity
 from guardsmith.metrics.kid import kid, kid_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts, sample_prompts
+from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
 from guardsmith.recipe import load_recipe
 from guardsmith.sampling import generate, grid
 
@@ -187,12 +187,8 @@ def personalize_one(
     views = world.to_float(pixels[row : row + 16])
     noun = line["class_noun"]
     class_images = load_file(cache / f"class-{noun}.safetensors")["images"]
-    attack = ATTACKS[spec["name"]]
-    owned, losses = attack.run(
-        model, AttackData(views[:4], class_images, "zwx", noun), attack.config(**spec["params"]), seed=0
-    )
-    prompts = sample_prompts("zwx", noun, 16)
-    images = generate(owned, prompts, range(30_000, 30_016), **sampling)
+    given = AttackData(views[:4], class_images, "zwx", noun)
+    images, losses = draw_after_attack(model, spec["name"], spec["params"], given, seed=0, count=16, sampling=sampling)
     scores = [s for s in similarity(images, views[8:]) if s is not None]
     genuine = [s for s in similarity(views[:4], views[8:]) if s is not None]
     told = {
@@ -219,8 +215,6 @@ def personalize(
         {k: v.model_dump() for k, v in recipe.verify.attacks.items()},
         set_name,
     ]
-    from guardsmith.harden import folder_digest
-
     cache = data.parent / "personalize" / folder_digest(settings)
     cache.mkdir(parents=True, exist_ok=True)
     for noun in world.CLASS_NOUNS:

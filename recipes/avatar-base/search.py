@@ -21,13 +21,12 @@ import torch
 import world
 import yaml
 from evaluate import RESULTS
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from guardsmith.attacks import ATTACKS, AttackData
-from guardsmith.harden import ORDINARY_IMAGES, folder_digest, write_json
+from guardsmith.attacks import AttackData, draw_after_attack
+from guardsmith.harden import ORDINARY_IMAGES, drawn_by, folder_digest, write_json
 from guardsmith.methods import METHODS
-from guardsmith.methods.apdm import OrdinaryData, SubjectData
+from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid
@@ -37,23 +36,11 @@ from guardsmith.prompts import (
     ORDINARY_VERIFICATION,
     class_prompt,
     ordinary_prompts,
-    sample_prompts,
 )
 from guardsmith.recipe import Recipe, load_recipe
-from guardsmith.sampling import generate, grid
+from guardsmith.sampling import grid
 
 VIEWS = 16
-
-
-def drawn(model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None = None) -> Tensor:
-    """Pictures of these prompts, kept in `cache` if given."""
-    if cache is not None and cache.exists():
-        return load_file(cache)["images"]
-    images = generate(model, prompts, range(seed, seed + len(prompts)), **recipe.sampling.model_dump()).contiguous()
-    if cache is not None:
-        save_file({"images": images}, cache.with_suffix(f".{time.time_ns()}"))
-        next(cache.parent.glob(f"{cache.stem}.[0-9]*")).replace(cache)
-    return images
 
 
 def attacked(
@@ -61,11 +48,10 @@ def attacked(
 ) -> tuple[float, Tensor]:
     """Mean similarity of 16 pictures to the subject after one attack, and the first four of them."""
     spec = recipe.verify.attacks[label]
-    attack = ATTACKS[spec.name]
     data = AttackData(views[4:8], class_images, identifier, noun)
-    owned, _ = attack.run(model, data, attack.config(**spec.params), seed=0)
-    prompts = sample_prompts(identifier, noun, VIEWS)
-    images = generate(owned, prompts, range(30_000, 30_000 + VIEWS), **recipe.sampling.model_dump())
+    images, _ = draw_after_attack(
+        model, spec.name, spec.params, data, seed=0, count=VIEWS, sampling=recipe.sampling.model_dump()
+    )
     scores = [s for s in similarity(images, views[8:]) if s is not None]
     return sum(scores) / len(scores), images[:4]
 
@@ -109,11 +95,11 @@ def trial(
     noun = lines[first]["class_noun"]
     count = recipe.verify.class_images
     prompts = [class_prompt(noun)] * count
-    class_images = drawn(base, recipe, prompts, 10_000, cache / f"class-{noun}.safetensors")
+    class_images = drawn_by(base, recipe, prompts, 10_000, cache / f"class-{noun}.safetensors", "class pictures")
     asked = ordinary_prompts(base, ORDINARY_VERIFICATION, 120, recipe.seed + 1)
     texts = [prompt.text for prompt in asked]
-    before = drawn(base, recipe, texts, 40_000, cache / "ordinary-a.safetensors")
-    again = drawn(base, recipe, texts, 50_000, cache / "ordinary-b.safetensors")
+    before = drawn_by(base, recipe, texts, 40_000, cache / "ordinary-a.safetensors", "ordinary pictures")
+    again = drawn_by(base, recipe, texts, 50_000, cache / "ordinary-b.safetensors", "ordinary pictures")
     began, history, model = time.monotonic(), [], base
     if params is not None:
         method = METHODS[recipe.method.name]
@@ -122,12 +108,16 @@ def trial(
         subject = SubjectData(label, noun, (), views, class_images[: len(views)], class_images)
         shared = ordinary_prompts(base, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
         words = [prompt.text for prompt in shared]
-        ordinary = OrdinaryData(drawn(base, recipe, words, 20_000, cache / "ordinary-h.safetensors"), words)
+        ordinary = OrdinaryData(
+            drawn_by(base, recipe, words, 20_000, cache / "ordinary-h.safetensors", "ordinary pictures"), words
+        )
         model, history = method.run(base, [subject], ordinary, config, seed=recipe.seed)
     seconds = time.monotonic() - began
-    own_class = class_images if params is None else drawn(model, recipe, prompts, 10_000)
+    own_class = (
+        class_images if params is None else drawn_by(model, recipe, prompts, 10_000, None, "class pictures, hardened")
+    )
     found, shown = measure(model, recipe, data, style, own_class, identifiers)
-    after = drawn(model, recipe, texts, 50_000)
+    after = drawn_by(model, recipe, texts, 50_000, None, "ordinary pictures, hardened")
     scores = [s for s in fidelity(after, [prompt.asked for prompt in asked]) if s is not None]
     told = {
         "label": label, "style": style, "params": params, "seconds": round(seconds, 1), **found,
