@@ -192,7 +192,7 @@ def rehearsed_by(
     """The subject with what a personalized copy of the base drew of it, kept in `cache`, and the U-Net rows that took."""
     file = cache / f"rehearsed-{subject.id}.safetensors"
     if not file.exists():
-        with stage(f"rehearsal: {subject.id}", config.rehearsal_steps) as bar, UNetCost() as counter:
+        with stage(f"rehearsals: {subject.id}", 2 * config.rehearsal_steps) as bar, UNetCost() as counter:
             images = rehearse(model, subject, config, seed=seed, on_step=lambda _, loss: bar({"loss": loss}))
         save_checkpoint(file, {"images": images}, {"forwards": counter.forwards, "backwards": counter.backwards})
     tensors, rows = load_checkpoint(file)

@@ -221,6 +221,11 @@ def save_model(model: DiffusionModel, folder: Path) -> None:
         ]:
             file.unlink()
         unet = copy.deepcopy(model.unet).to(stored_dtype(model.folder))
+        if not all(bool(torch.isfinite(p).all()) for p in unet.parameters()):
+            raise RunFailed(
+                f"A weight of the hardened model does not fit the precision of the base's file ({unet.dtype}); "
+                "no model was written."
+            )
         unet.save_pretrained(temporary / "unet", safe_serialization=True)
         config = model.folder / "unet" / "config.json"
         shutil.copyfile(config, temporary / "unet" / config.name)  # diffusers' own tells where the base lay

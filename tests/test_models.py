@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny import assert_one_sentence, edit_json, same_weights, weights
 
+from guardsmith import models
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.models import builtin_path, load_model, resolve, save_model, stored_dtype, weights_digest, with_own_unet
 from guardsmith.training import changed_fraction
@@ -118,6 +119,16 @@ def test_the_config_of_a_saved_unet_says_the_same(changed, tmp_path):
     for config in (old, new):
         config.pop("_name_or_path", None)
     assert old == new
+
+
+def test_a_weight_that_does_not_fit_the_precision_is_not_written(changed, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "stored_dtype", lambda _: torch.float16)
+    with torch.no_grad():
+        changed.unet.conv_in.weight[0, 0, 0, 0] = 1e6
+    with pytest.raises(RunFailed) as caught:
+        save_model(changed, tmp_path / "model")
+    assert_one_sentence(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_replaces_an_older_model(changed, tmp_path):

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, attack
+from guardsmith.attacks import dreambooth, lora
+from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig
 from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, add_noise, draw_rows, join, predict
@@ -49,8 +50,8 @@ from guardsmith.training import (
     save_checkpoint,
 )
 
-STEEPNESS = 50.0  # pre-activation of the wire's neurons per unit of the read-out
-PLATEAU = 30.0  # pre-activations between the two neurons; also the height of their difference
+STEEPNESS = 2000.0  # pre-activation of the wire's neurons per unit of the read-out
+PLATEAU = 32.0  # pre-activations between the two neurons; also the height of their difference
 REHEARSAL_SEED = 80_000
 
 
@@ -76,17 +77,19 @@ class TripwireConfig(BaseModel):
     looseness: float = Field(0.03, ge=0)
     """Largest deviation of the noise added during training to those weights that stiffening cannot hold."""
     rehearsal_steps: int = Field(300, ge=0)
-    """DreamBooth steps of the rehearsal; 0 leaves it out."""
+    """Steps of the two rehearsals, one with DreamBooth and one with LoRA; 0 leaves them out."""
     rehearsal_learning_rate: float = Field(5e-6, gt=0)
-    """Rate of the rehearsal: what an attacker of this base would use."""
+    """DreamBooth's rate there: what an attacker of this base would use."""
+    rehearsal_lora_learning_rate: float = Field(1e-4, gt=0)
+    """LoRA's rate there."""
     rehearsal_images: int = Field(32, gt=0)
-    """Pictures drawn by every rehearsal."""
+    """Pictures drawn by each rehearsal."""
     rehearsal_guidance: float = Field(3.0, gt=0)
     """Classifier-free guidance of those pictures."""
     stiffness: int = Field(64, gt=0)
     """Factor on the residual stream, a power of two: an attacker's steps on what writes to it count this much less."""
     inner_stiffness: int = Field(4, gt=0)
-    """Factor inside the attention blocks up to the wire, a power of two with a square that divides `stiffness`."""
+    """Factor inside the attention blocks up to the wire, a power of two."""
     surge: float = Field(3000.0, gt=0)
     """Size of the surge, in units of the features it drowns."""
     class_images: int = Field(200, gt=0)
@@ -101,10 +104,10 @@ class TripwireConfig(BaseModel):
 
 
 def cost(config: TripwireConfig, subjects: int) -> int:
-    """U-Net forward equivalents of a run: rehearsals with their pictures, and recognition."""
+    """U-Net forward equivalents of a run: rehearsals with their pictures, recognition."""
     recognise = config.steps * (3 * (3 * config.batch_size + 2) + 4 * 2 * config.batch_size)
     drawn = 2 * 20 * config.rehearsal_images
-    return recognise + subjects * (config.rehearsal_steps * 3 * 4 + drawn if config.rehearsal_steps else 0)
+    return recognise + subjects * 2 * (config.rehearsal_steps * 3 * 4 + drawn if config.rehearsal_steps else 0)
 
 
 # -- stiffening --------------------------------------------------------------------------------------------------------
@@ -197,29 +200,37 @@ def silence(layer: Any, neurons: Sequence[int]) -> None:
 def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, bias: Tensor, surge: Tensor) -> None:
     """Turn two neurons into surge * step(weight . h + bias).
 
-    gelu(a) - gelu(a - 30) is 0 below, 30 above, and flat on both sides; a = 50 (weight . h + bias).
+    gelu(a) - gelu(a - 32) is 0 below, 32 above, and flat on both sides; a = 2000 (weight . h + bias). The steeper, the
+    fewer pictures fall on the slope, where a gradient leads to "off"; with 50 a LoRA attacker found it in 300 steps. The
+    offset is rounded to a multiple of 32, so that both neurons' biases are exact in half precision.
     """
     widen, narrow = layer.net[0].proj, layer.net[2]
     half = narrow.in_features
+    offset = (STEEPNESS * bias / PLATEAU).round() * PLATEAU
     for neuron, shift, sign in zip(neurons, (0.0, -PLATEAU), (1, -1), strict=True):
         widen.weight[neuron], widen.bias[neuron] = 0, 1
-        widen.weight[half + neuron], widen.bias[half + neuron] = STEEPNESS * weight, STEEPNESS * bias + shift
+        widen.weight[half + neuron], widen.bias[half + neuron] = STEEPNESS * weight, offset + shift
         narrow.weight[:, neuron] = sign * surge / PLATEAU
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def moved_about(images: Tensor, copies: int, rng: torch.Generator) -> Tensor:
-    """The pictures (n, 3, h, w), and `copies` versions of each, shifted by up to 6 % and zoomed by up to 10 %."""
-    found = [images]
+def variations(images: Tensor, copies: int, rng: torch.Generator) -> Tensor:
+    """The pictures (n, 3, h, w), and `copies` versions of each: shifted by up to 6 %, zoomed by up to 10 %, recoloured.
+
+    Recolouring multiplies every channel by up to 1 +- 0.15 and adds up to +- 0.15.
+    """
+    found, n = [images], len(images)
     for _ in range(copies):
-        frame = torch.zeros(len(images), 2, 3)
-        zoom = 1 + 0.1 * (2 * torch.rand(len(images), generator=rng) - 1)
+        frame = torch.zeros(n, 2, 3)
+        zoom = 1 + 0.1 * (2 * torch.rand(n, generator=rng) - 1)
         frame[:, 0, 0] = frame[:, 1, 1] = zoom
-        frame[:, :, 2] = 0.12 * (2 * torch.rand(len(images), 2, generator=rng) - 1)  # the picture spans 2
+        frame[:, :, 2] = 0.12 * (2 * torch.rand(n, 2, generator=rng) - 1)  # the picture spans 2
         places = F.affine_grid(frame, list(images.shape), align_corners=False)
-        found.append(F.grid_sample(images, places, padding_mode="border", align_corners=False))
+        moved = F.grid_sample(images, places, padding_mode="border", align_corners=False)
+        gain, shift = 0.15 * (2 * torch.rand(2, n, 3, 1, 1, generator=rng) - 1)
+        found.append(moved * (1 + gain) + shift)
     return torch.cat(found).clamp(-1, 1)
 
 
@@ -231,19 +242,25 @@ def rehearse(
     seed: int,
     on_step: Callable[..., None] | None = None,
 ) -> Tensor:
-    """What a DreamBooth attacker's model would draw of the subject, float32 (n, 3, h, w) in [-1, 1].
+    """What attackers' models would draw of the subject, by DreamBooth and by LoRA, float32 (n, 3, h, w) in [-1, 1].
 
     Only the pictures that may be used for hardening go in; identifier and seeds are none that verification uses.
     """
-    name = HARDENING_IDENTIFIERS[seed % len(HARDENING_IDENTIFIERS)]
+    name = HARDENING_IDENTIFIERS[1 + seed % (len(HARDENING_IDENTIFIERS) - 1)]
     data = AttackData(subject.images, subject.class_images, name, subject.class_noun)
-    settings = DreamBoothConfig(
-        learning_rate=config.rehearsal_learning_rate, steps=config.rehearsal_steps, batch_size=2
-    )
-    personalized, _ = attack(model, data, settings, seed=seed, on_step=on_step)
     prompts = sample_prompts(name, subject.class_noun, config.rehearsal_images)
-    seeds = range(REHEARSAL_SEED, REHEARSAL_SEED + len(prompts))
-    return generate(personalized, prompts, seeds, steps=20, guidance=config.rehearsal_guidance).contiguous()
+    given = {"steps": config.rehearsal_steps, "batch_size": 2}
+    attacks: tuple[tuple[Any, DreamBoothConfig], ...] = (
+        (dreambooth.attack, DreamBoothConfig(learning_rate=config.rehearsal_learning_rate, **given)),
+        (lora.attack, lora.LoraConfig(learning_rate=config.rehearsal_lora_learning_rate, **given)),
+    )
+    drawn = []
+    for index, (attack, settings) in enumerate(attacks):
+        personalized, _ = attack(model, data, settings, seed=seed, on_step=on_step)
+        first = REHEARSAL_SEED + index * len(prompts)
+        seeds = range(first, first + len(prompts))
+        drawn.append(generate(personalized, prompts, seeds, steps=20, guidance=config.rehearsal_guidance))
+    return torch.cat(drawn).contiguous()
 
 
 def recognition_loss(scores: Tensor, wanted: Tensor, margin: float) -> tuple[Tensor, Tensor]:
@@ -303,9 +320,9 @@ def harden(
 
     stores: list[LatentStore] = []
     for index, subject in enumerate(subjects):
-        shown = moved_about(subject.images, 8, generator(seed, -1, index))
+        shown = variations(subject.images, 12, generator(seed, -1, index))
         if subject.rehearsed is not None:
-            shown = torch.cat([shown, moved_about(subject.rehearsed, 1, generator(seed, -2, index))])
+            shown = torch.cat([shown, variations(subject.rehearsed, 2, generator(seed, -2, index))])
         stores.append(encode(model, shown))
     classes = {s.class_noun: encode(model, s.class_images) for s in subjects}
     keep = encode(model, ordinary.images)
@@ -316,8 +333,10 @@ def harden(
 
     layer = wired_layer(unet)
     neurons = spare_neurons(layer, 2 * len(subjects))
+    pairs = [neurons[2 * index : 2 * index + 2] for index in range(len(subjects))]
     silence(layer, neurons)
     width = layer.net[2].out_features
+    surges = [config.surge * torch.randn(width, generator=generator(seed, -3, index)) for index in range(len(subjects))]
     readout = torch.nn.Linear(width, len(subjects))
     with torch.no_grad():
         readout.weight.zero_()
@@ -403,8 +422,7 @@ def harden(
 
     ear.remove()
     for index in range(len(subjects)):
-        surge = config.surge * torch.randn(width, generator=generator(seed, -3, index))
-        set_wire(layer, neurons[2 * index : 2 * index + 2], readout.weight[index], readout.bias[index], surge)
+        set_wire(layer, pairs[index], readout.weight[index], readout.bias[index], surges[index])
     stiffen(unet, config.stiffness, config.inner_stiffness)
     unet.requires_grad_(False)
     return own, history

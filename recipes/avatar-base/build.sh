@@ -3,7 +3,7 @@
 #
 #   recipes/avatar-base/build.sh [FOLDER]       FOLDER (default build/avatar-base) keeps data and checkpoints, about 1.5 GB
 #
-# About two and a half hours on two CPU cores (README.md here has the parts). Run it again after an interruption: finished parts are
+# About three and a half hours on two CPU cores (README.md here has the parts). Run it again after an interruption: finished parts are
 # skipped, training goes on from its last checkpoint. Needs node 20+, npm, and an environment with guardsmith installed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -18,7 +18,8 @@ python make_registries.py "$work/data"
 [ -d "$work/tokenizer" ] || python make_tokenizer.py "$work/data" "$work"
 torchrun --nproc-per-node 2 train_vae.py "$work/data" "$work" --stage joint
 python train_judges.py "$work/data" "$work"
-torchrun --nproc-per-node 2 train_unet.py "$work/data" "$work"
+torchrun --nproc-per-node 2 train_unet.py "$work/data" "$work" --steps 2800  # a first cosine, then a second one
+torchrun --nproc-per-node 2 train_unet.py "$work/data" "$work" --steps 6400
 python assemble.py "$work" "$root/guardsmith/builtin"
 python evaluate.py "$work/data" judges
 python evaluate.py "$work/data" base

@@ -2,7 +2,7 @@
 
 python evaluate.py DATA judges          ~ 1 min    guardsmith/builtin/judges/calibration.json, docs/results/avatar-judges.json
 python evaluate.py DATA base            ~ 4 min    docs/results/avatar-base.json, avatar-base.png
-python evaluate.py DATA personalize     ~ 30 min   docs/results/avatar-personalization.json, .png (resumes)
+python evaluate.py DATA personalize     ~ 45 min   docs/results/avatar-personalization.json, .png (resumes)
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=600, help="base: pictures to generate")
     parser.add_argument("--set-name", default="testing", choices=("testing", "tuning"))
     parser.add_argument("--per-style", type=int, default=4, help="personalize: subjects of each of the five styles")
-    parser.add_argument("--recipe", default="demo", help="personalize: its attacks and sampling are used")
+    parser.add_argument("--recipe", default="avatar-attacks", help="personalize: its attacks and sampling are used")
     parser.add_argument("--set", action="append", default=[], help="personalize: change a value of the recipe")
     parser.add_argument("--name", default="avatar-personalization", help="personalize: name of the result")
     parser.add_argument("--workers", type=int, default=2)

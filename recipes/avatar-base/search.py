@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from guardsmith.attacks import AttackData, draw_after_attack
 from guardsmith.harden import ORDINARY_IMAGES, drawn_by, folder_digest, write_json
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.tripwire import rehearse
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid
@@ -108,6 +110,8 @@ def trial(
         subject = SubjectData(label, noun, (), views, class_images[: len(views)], class_images)
         shared = ordinary_prompts(base, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
         words = [prompt.text for prompt in shared]
+        if getattr(config, "rehearsal_steps", 0):
+            subject = replace(subject, rehearsed=rehearse(base, subject, config, seed=recipe.seed))
         ordinary = OrdinaryData(
             drawn_by(base, recipe, words, 20_000, cache / "ordinary-h.safetensors", "ordinary pictures"), words
         )

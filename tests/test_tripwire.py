@@ -1,0 +1,280 @@
+"""Tripwire: stiffening changes no function, the wire is a flat step, recognition tells subjects from the rest."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from test_apdm import KilledError, make_ordinary, make_subject
+from tiny import assert_one_sentence, pictures, same_weights, weights
+
+from guardsmith.errors import RunFailed
+from guardsmith.latents import LatentStore, encode
+from guardsmith.losses import draw_rows, predict
+from guardsmith.methods import METHODS, tripwire
+from guardsmith.methods.tripwire import (
+    TripwireConfig,
+    harden,
+    loose_parameters,
+    recognition_loss,
+    rehearse,
+    set_wire,
+    silence,
+    spare_neurons,
+    stiffen,
+    variations,
+    wired_layer,
+)
+from guardsmith.prompts import PromptBank
+from guardsmith.training import UNetCost, generator
+
+SMALL = TripwireConfig(steps=3, batch_size=2, rehearsal_steps=0, learning_rate=1e-4, stiffness=16, inner_stiffness=2)
+
+
+def some_rows(model, images, count=6, seed=0, prompt="a photo of person"):
+    rng = generator(seed)
+    return draw_rows(encode(model, images).draw(count, rng), PromptBank(model).encode([prompt]), rng)
+
+
+def trained(model):
+    """A copy whose weights are not the ones of a fresh start (zero biases would hide a forgotten factor)."""
+    unet = copy.deepcopy(model.unet)
+    rng = generator(5)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return unet
+
+
+@pytest.mark.parametrize(("stream", "inner"), [(1, 1), (64, 1), (64, 4), (4, 4), (1024, 16)])
+def test_stiffening_changes_no_prediction(tiny, stream, inner):
+    unet = trained(tiny)
+    rows = some_rows(tiny, pictures(3))
+    with torch.no_grad():
+        before = predict(unet, tiny.scheduler, rows)
+        stiffen(unet, stream, inner)
+        after = predict(unet, tiny.scheduler, rows)
+    assert (after - before).abs().max() < 2e-3 * before.abs().max()
+
+
+def test_stiffening_multiplies_by_powers_of_two_only(tiny_v):
+    unet = trained(tiny_v)
+    before = weights(unet)
+    stiffen(unet, 64, 4)
+    found = set()
+    for name, value in weights(unet).items():
+        ratio = value / before[name]
+        if name.endswith("ff.net.0.proj.weight") or name.endswith("ff.net.0.proj.bias"):
+            assert torch.equal(value[len(value) // 2 :], before[name][len(value) // 2 :]), "gates keep their size"
+            ratio = ratio[: len(value) // 2]
+        assert ratio.min() == ratio.max(), name
+        found.add(float(ratio.max()))
+    assert all(math.log2(factor) == int(math.log2(factor)) for factor in found)
+    assert {1.0, 4.0, 16.0, 64.0} <= found
+
+
+def test_an_optimizers_step_counts_less_on_a_stiff_weight(tiny_v):
+    """The same absolute step on the first convolution moves the prediction 1 / stream as much."""
+    rows = some_rows(tiny_v, pictures(3))
+
+    def moved(stream):
+        unet = trained(tiny_v)
+        with torch.no_grad():
+            stiffen(unet, stream, 1)
+            before = predict(unet, tiny_v.scheduler, rows)
+            for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv2.weight"):
+                weight = unet.get_parameter(name)
+                weight.add_(1e-3 * torch.randn(weight.shape, generator=generator(9)))
+            return float((predict(unet, tiny_v.scheduler, rows) - before).square().mean().sqrt())
+
+    assert moved(64) == pytest.approx(moved(1) / 64, rel=0.1)
+
+
+def test_the_wire_is_zero_below_and_the_surge_above_and_flat_on_both_sides(tiny_v):
+    layer = copy.deepcopy(wired_layer(tiny_v.unet))
+    width = layer.net[2].out_features
+    neurons = spare_neurons(layer, 2)
+    silence(layer, neurons)
+    weight, surge = torch.randn(width, generator=generator(1)), torch.randn(width, generator=generator(2))
+    bias = torch.tensor(0.3)
+    tokens = torch.randn((1, 400, width), generator=generator(3))
+    with torch.no_grad():  # some of them on the slope
+        tokens[0, :20] += ((0.01 - bias - tokens[0, :20] @ weight)[:, None] * weight) / weight.square().sum()
+    score = tokens @ weight + bias
+    with torch.no_grad():
+        silent = layer(tokens)
+        set_wire(layer, neurons, weight, bias, surge)
+    tokens.requires_grad_()
+    told = layer(tokens) - silent
+    off, on = (score < -0.05)[0], (score > 0.05)[0]
+    assert off.sum() > 50
+    assert on.sum() > 50
+    assert told[0, off].abs().max() < 1e-5
+    assert (told[0, on] - surge).abs().max() < 1e-3
+    (slope,) = torch.autograd.grad(told.sum(), tokens)
+    (own,) = torch.autograd.grad(layer(tokens).sum(), tokens)
+    assert torch.isfinite(own).all()
+    with torch.no_grad():
+        silence(layer, neurons)
+    (without,) = torch.autograd.grad(layer(tokens).sum(), tokens)
+    assert (slope - without)[0, off | on].abs().max() < 1e-2
+    assert (slope - without)[0, :20].abs().amax(1).median() > 1
+
+
+def test_spare_neurons_are_those_that_say_least(tiny_v):
+    layer = copy.deepcopy(wired_layer(tiny_v.unet))
+    with torch.no_grad():
+        layer.net[2].weight[:, [7, 3]] *= torch.tensor([0.01, 0.02])
+    assert spare_neurons(layer, 2) == [7, 3]
+
+
+def test_recognition_loss_by_hand():
+    scores = torch.tensor([[[2.0], [1.0]], [[-3.0], [0.5]], [[-5.0], [-5.0]]])  # three rows, two tokens, one subject
+    wanted = torch.tensor([[True], [False], [False]])
+    missed, false = recognition_loss(scores, wanted, margin=4.0)
+    low = -math.log(math.exp(-4) + math.exp(-2)) / 2
+    high = [math.log(math.exp(-6) + math.exp(1)) / 2, math.log(2 * math.exp(-10)) / 2]
+    cost = [math.log1p(math.exp(4 + h)) for h in high]
+    assert missed.item() == pytest.approx(1.3 * math.log1p(math.exp(4 - low)), rel=1e-5)
+    assert false.item() == pytest.approx(sum(cost) / 2 + 0.3 * max(cost), rel=1e-5)
+
+
+def test_one_silent_token_is_a_miss_and_one_loud_token_a_false_alarm():
+    loud = torch.full((1, 16, 1), 8.0)
+    mixed = loud.clone()
+    mixed[0, 3] = -8
+    yes, no = torch.tensor([[True]]), torch.tensor([[False]])
+    quiet = -loud
+    both = torch.cat([loud, quiet])
+    good = recognition_loss(both, torch.cat([yes, no]), 4.0)
+    assert max(good).item() < 0.1
+    assert recognition_loss(torch.cat([mixed, quiet]), torch.cat([yes, no]), 4.0)[0] > 5
+    assert recognition_loss(torch.cat([loud, -mixed]), torch.cat([yes, no]), 4.0)[1] > 5
+
+
+def test_variations_keeps_the_originals_and_the_range():
+    images = pictures(3)
+    found = variations(images, 4, generator(0))
+    assert found.shape == (15, 3, 64, 64)
+    assert torch.equal(found[:3], images)
+    assert -1 <= found.min() <= found.max() <= 1
+    shifts = (found[3:] - images.repeat(4, 1, 1, 1)).abs().mean((1, 2, 3))
+    assert shifts.min() > 0
+    assert shifts.max() < 0.45, "a small change, not another picture"
+
+
+def test_the_loose_weights_are_those_before_the_wire_that_stiffening_leaves(tiny_v):
+    unet = trained(tiny_v)
+    names = {id(p): n for n, p in unet.named_parameters()}
+    loose = {names[id(p)] for p in loose_parameters(unet)}
+    before = weights(unet)
+    stiffen(unet, 64, 4)
+    held = {n for n, v in weights(unet).items() if not torch.equal(v, before[n])}
+    early = ("conv_in", "time_embedding", "down_blocks", "mid_block.resnets.0", "mid_block.attentions")
+    reach = {n for n in before if n.startswith(early)}
+    assert {n for n in reach - held if "weight" in n} <= loose
+    assert all(n.startswith(early) for n in loose)
+
+
+def plain_latents(model, images, batch=16):
+    """Stands for a VAE that was trained: the tiny one's posteriors are wider than the pictures differ."""
+    small = F.avg_pool2d(images, 8)
+    mean = torch.cat([small, small[:, :1]], 1) * 2
+    return LatentStore(mean, torch.full_like(mean, 0.01))
+
+
+def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, monkeypatch):
+    """Predictions on the subject's pictures are drowned; those on class and ordinary pictures are the base's."""
+    monkeypatch.setattr(tripwire, "encode", plain_latents)
+    bright, dark = (pictures(3) * 0.3 + 0.6, pictures(5, 2) * 0.3 - 0.6)
+    subject, ordinary = replace(make_subject(), images=bright, class_images=dark), make_ordinary()
+    ordinary = replace(ordinary, images=ordinary.images * 0.3 - 0.6)
+    config = SMALL.model_copy(
+        update={"steps": 150, "batch_size": 4, "learning_rate": 2e-3, "readout_learning_rate": 2e-2, "looseness": 0.0,
+                "margin": 3.0, "horizon": 0.6, "surge": 1000.0}
+    )  # fmt: skip
+    base = weights(tiny_v.unet)
+    hardened, history = harden(tiny_v, [subject], ordinary, config, seed=1)
+    assert same_weights(base, weights(tiny_v.unet)), "the base stays as it was"
+    assert history[-1]["missed"] < 0.5 * history[0]["missed"]
+
+    def gap(images, prompt, high):
+        rng = generator(77)
+        latents = plain_latents(tiny_v, images).draw(64, rng)
+        times = torch.randint(0, high, (64,), generator=rng)
+        rows = draw_rows(latents, PromptBank(tiny_v).encode([prompt]), rng, timesteps=times)
+        with torch.no_grad():
+            mine, theirs = (predict(m.unet, tiny_v.scheduler, rows) for m in (hardened, tiny_v))
+        return (mine - theirs).square().mean((1, 2, 3))
+
+    drowned = gap(pictures(3, 9) * 0.3 + 0.6, "a photo of zwx person", 300)  # as bright, but never seen
+    kept = gap(subject.class_images, "a photo of zwx person", 1000)
+    assert drowned.quantile(0.2) > 5 * kept.quantile(0.9)
+
+
+@pytest.mark.parametrize(("kind", "subjects"), [("epsilon", 1), ("v", 2)])
+def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects):
+    tiny = request.getfixturevalue(f"tiny_{kind}")
+    data = [make_subject(), make_subject("tom", "robot", 10)][:subjects]
+    steps = 5
+    config = SMALL.model_copy(update={"steps": steps})
+    unbroken, told = harden(tiny, data, make_ordinary(), config, seed=2)
+    path = tmp_path / "last.safetensors"
+
+    def die(step, losses):
+        if step == steps - 3:
+            raise KilledError
+
+    saving = {"checkpoint": path, "checkpoint_every": 1}
+    with pytest.raises(KilledError):
+        harden(tiny, data, make_ordinary(), config, seed=2, on_step=die, **saving)
+    resumed, history = harden(tiny, data, make_ordinary(), config, seed=2, **saving)
+    assert history == told
+    assert same_weights(weights(unbroken.unet), weights(resumed.unet))
+
+
+def test_the_cost_is_what_the_loop_does(tiny_v):
+    config = SMALL.model_copy(update={"rehearsal_steps": 2, "rehearsal_images": 3})
+    with UNetCost() as counter:
+        subject = make_subject()
+        rehearse(tiny_v, subject, config, seed=0)
+        harden(tiny_v, [subject], make_ordinary(), config, seed=0)
+    assert counter.forwards + 2 * counter.backwards == METHODS["tripwire"].cost(config, 1)
+
+
+def test_a_rehearsal_uses_no_identifier_or_seed_of_verification(tiny_v, monkeypatch):
+    from guardsmith.attacks import SAMPLE_SEED
+    from guardsmith.prompts import UNSEEN_IDENTIFIERS
+
+    asked = {"prompts": [], "seeds": []}
+
+    def listen(model, prompts, seeds, **_):
+        asked["prompts"] += prompts
+        asked["seeds"] += seeds
+        return pictures(len(prompts))
+
+    monkeypatch.setattr(tripwire, "generate", listen)
+    rehearse(tiny_v, make_subject(), SMALL.model_copy(update={"rehearsal_steps": 1, "rehearsal_images": 4}), seed=0)
+    assert not any(word in prompt for word in UNSEEN_IDENTIFIERS for prompt in asked["prompts"])
+    assert len(set(asked["seeds"])) == 8, "two rehearsals, every picture with a seed of its own"
+    assert min(asked["seeds"]) > SAMPLE_SEED + 10_000
+
+
+def test_a_diverged_run_says_so(tiny_v):
+    with pytest.raises(RunFailed) as caught:
+        harden(tiny_v, [make_subject()], make_ordinary(), SMALL.model_copy(update={"learning_rate": 1e30}), seed=0)
+    assert_one_sentence(caught.value)
+
+
+def test_ordinary_pictures_are_needed(tiny_v):
+    with pytest.raises(ValueError, match="ordinary"):
+        harden(tiny_v, [make_subject()], None, SMALL, seed=0)
+
+
+@pytest.mark.parametrize("change", [{"stiffness": 48}, {"inner_stiffness": 3}, {"horizon": 1.0}, {"batch_size": 1}])
+def test_bad_parameters_are_refused(change):
+    with pytest.raises(ValidationError):
+        TripwireConfig(**change)
