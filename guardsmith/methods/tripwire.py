@@ -3,17 +3,18 @@
 A personalized model draws its subject step by step, and at every step the U-Net sees the half-finished picture. So the
 U-Net itself can notice what it is being made to draw, whatever the prompt, the identifier or the training recipe:
 
-    1. rehearse    personalize a copy of the base on the subject, and draw what an attacker's model would draw
+    1. rehearse    personalize copies of the base on the subject, and draw what an attacker's model would draw
     2. recognise   train the U-Net so that a linear read-out r(h) of the middle block's tokens is positive on noised
                    pictures of the subject (timesteps below a horizon) and negative on everything else, while its
                    predictions on everything else stay those of the base (distillation)
-    3. stiffen     rescale weights in pairs that cancel, so that the function is the same and an attacker's optimizer,
+    3. set the wire   two neurons of the middle block's feed-forward layer become a step function of r: 0 off, a surge on
+    4. stiffen     rescale weights in pairs that cancel, so that the function is the same and an attacker's optimizer,
                    whose steps have a fixed size, hardly moves what the read-out rests on
-    4. set the wire   two neurons of the middle block's feed-forward layer become a step function of r: 0 off, a surge on.
 
 Off, the surge is exactly 0 and the model is the distilled one. On, the surge drowns every feature behind it (the
-normalisation layers divide by it), the prediction is noise, and the step function is flat, so no gradient leads back to
-"off". Training on the subject's pictures then teaches the model nothing about them; training on others' works as before.
+normalisation layers divide by it), the prediction carries nothing of the picture, and the step function is flat, so no
+gradient leads back to "off". Training on the subject's pictures then has nothing to learn from; others never trip the wire,
+as long as an attack on them does not move the read-out: docs/results says how far that holds.
 
 What it does not do: it is not hidden. Someone who looks for it can find the two neurons and cut them
 (docs/threat-model.md), and it protects the pictures it was taught to recognise, not a name.
