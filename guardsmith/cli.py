@@ -274,11 +274,14 @@ TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
 
 
 def _recipe(name: str | None, base: str | None, changes: list[str] | None, **values: Any) -> Recipe:
-    """The recipe with the flags that were given; without a name, the one that fits the base."""
+    """The recipe with the flags that were given; without a name, the one that fits base and method."""
     from guardsmith.recipe import load_recipe
 
     if name is None:
-        name = "demo" if base is None or base.startswith("builtin:") else "apdm-sd15"
+        if base is None or base.startswith("builtin:"):
+            name = "apdm-avatar" if values.get("method.name") == "apdm" else "demo"
+        else:
+            name = "apdm-sd15"
     flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
     return load_recipe(name, [*(changes or []), *flags])
 

@@ -646,6 +646,16 @@ def test_a_dry_run_writes_nothing_and_tells_the_cost_of_the_real_one(run, tmp_pa
     assert plan["params"] == info["params"]
 
 
+@pytest.mark.parametrize(("flags", "method"), [([], "tripwire"), (["--method", "apdm"], "apdm")])
+def test_without_a_recipe_the_method_chooses_one_for_the_embedded_base(guardsmith, tmp_path, flags, method):
+    registry = Path(__file__).parent.parent / "registries" / "demo.yaml"
+    done = guardsmith("harden", "--subjects", registry, "--dry-run", "--output", tmp_path / "out", *flags)
+    assert done.code == 0
+    plan = json.loads(done.out)
+    assert (plan["base"], plan["method"]) == ("builtin:avatar", method)
+    assert plan["params"].keys() == METHODS[method].config.model_fields.keys()
+
+
 @pytest.mark.parametrize(
     ("what", "names"), [("methods", ["apdm"]), ("attacks", ["dreambooth", "lora"]), ("recipes", ["apdm-sd15", "demo"])]
 )

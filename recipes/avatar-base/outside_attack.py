@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,10 @@ def main() -> None:
     _, lines = world.load(args.data, "testing")
     identities = len(lines) // 16 // len(world.STYLE_WORDS)
     rows = [16 * (style * identities + i) for i in range(args.per_style) for style in range(len(world.STYLE_WORDS))]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [(row, label) for row in rows for label in attacks]
-        told = list(pool.map(lambda job: compare(args.data, args.scripts, args.python, *job, cache), jobs))
+    jobs = [(row, label) for row in rows for label in attacks]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(compare, args.data, args.scripts, args.python, *job, cache) for job in jobs]
+        told = [future.result() for future in futures]
     result: dict[str, Any] = {
         "command": "python outside_attack.py DATA SCRIPTS PYTHON", "model_digest": digest, "attacks": attacks, "runs": told,
         "mean": {
