@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("scripts", type=Path)
     parser.add_argument("python", type=Path)
     parser.add_argument("--per-style", type=int, default=1)
+    parser.add_argument("--attacks", nargs="+", choices=tuple(SCRIPT), default=list(SCRIPT))
     args = parser.parse_args()
     recipe, model = load_recipe("demo"), load_model("builtin:avatar")
     digest = weights_digest(model.folder)
@@ -142,18 +143,20 @@ def main() -> None:
     _, lines = world.load(args.data, "testing")
     identities = len(lines) // 16 // len(world.STYLE_WORDS)
     rows = [16 * (style * identities + i) for i in range(args.per_style) for style in range(len(world.STYLE_WORDS))]
-    jobs = [(row, label) for row in rows for label in attacks]
+    asked = {label: attacks[label] for label in args.attacks}
+    jobs = [(row, label) for label in asked for row in rows]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(compare, args.data, args.scripts, args.python, *job, cache) for job in jobs]
         told = [future.result() for future in futures]
     result: dict[str, Any] = {
-        "command": "python outside_attack.py DATA SCRIPTS PYTHON", "model_digest": digest, "attacks": attacks, "runs": told,
+        "command": f"python outside_attack.py DATA SCRIPTS PYTHON --attacks {' '.join(asked)}", "model_digest": digest,
+        "attacks": asked, "runs": told,
         "mean": {
             label: {
                 key: sum(t[key] for t in told if t["attack"] == label) / len(rows)
                 for key in ("diffusers", "guardsmith", "genuine")
             }
-            for label in attacks
+            for label in asked
         },
     }  # fmt: skip
     write_json(RESULTS / "avatar-outside.json", result)
