@@ -92,6 +92,18 @@ def load_optimizer_tensors(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def module_tensors(module: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """A module's parameters as `prefix.<name>`, ready for `save_checkpoint`."""
+    return {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()}
+
+
+@torch.no_grad()
+def load_module_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Copy what `module_tensors` gave back into the same parameters, in place."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(tensors[f"{prefix}.{name}"])
+
+
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
     """Write tensors and a JSON-able `info` to one safetensors file, atomically: the old file stays until the new is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,9 @@ from guardsmith.training import (
     Snapshot,
     generator,
     load_checkpoint,
+    load_module_tensors,
     load_optimizer_tensors,
+    module_tensors,
     optimizer_step,
     optimizer_tensors,
     reset_optimizer,
@@ -233,9 +235,7 @@ def harden(
     first = 0
     if checkpoint is not None and checkpoint.exists():
         tensors, info = load_checkpoint(checkpoint)
-        with torch.no_grad():
-            for name, parameter in unet.named_parameters():
-                parameter.copy_(tensors[f"unet.{name}"])
+        load_module_tensors(unet, tensors, "unet")
         load_optimizer_tensors(outer, tensors)
         theta.take()
         first, history = info["step"], info["history"]
@@ -299,7 +299,7 @@ def harden(
         if on_step is not None:
             on_step(j, shown)
         if checkpoint is not None and ((j + 1) % checkpoint_every == 0 or j + 1 == config.outer_steps):
-            weights = {f"unet.{n}": p for n, p in unet.named_parameters()}
+            weights = module_tensors(unet, "unet")
             save_checkpoint(checkpoint, weights | optimizer_tensors(outer), {"step": j + 1, "history": history})
     unet.requires_grad_(False)
     return own, history

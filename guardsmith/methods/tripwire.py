@@ -45,7 +45,9 @@ from guardsmith.training import (
     Snapshot,
     generator,
     load_checkpoint,
+    load_module_tensors,
     load_optimizer_tensors,
+    module_tensors,
     optimizer_step,
     optimizer_tensors,
     save_checkpoint,
@@ -205,7 +207,7 @@ def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, bias: Tensor, s
     """Turn two neurons into surge * step(weight . h + bias).
 
     gelu(a) - gelu(a - 32) is 0 below, 32 above, and flat on both sides; a = 2000 (weight . h + bias). The steeper, the
-    fewer pictures fall on the slope, where a gradient leads to "off"; with 50 a LoRA attacker found it in 300 steps. The
+    fewer pictures fall on the slope, where a gradient leads to "off"; with 50 a LoRA attacker finds it. The
     offset is rounded to a multiple of 32, so that both neurons' biases are exact in half precision.
     """
     widen, narrow = layer.net[0].proj, layer.net[2]
@@ -359,11 +361,8 @@ def harden(
     first = 0
     if checkpoint is not None and checkpoint.exists():
         tensors, info = load_checkpoint(checkpoint)
-        with torch.no_grad():
-            for name, parameter in unet.named_parameters():
-                parameter.copy_(tensors[f"unet.{name}"])
-            readout.weight.copy_(tensors["readout.weight"])
-            readout.bias.copy_(tensors["readout.bias"])
+        load_module_tensors(unet, tensors, "unet")
+        load_module_tensors(readout, tensors, "readout")
         load_optimizer_tensors(optimizer, tensors)
         first, history = info["step"], info["history"]
 
@@ -419,8 +418,7 @@ def harden(
         if on_step is not None:
             on_step(j, shown_now)
         if checkpoint is not None and ((j + 1) % checkpoint_every == 0 or j + 1 == config.steps):
-            weights = {f"unet.{name}": p for name, p in unet.named_parameters()}
-            weights |= {f"readout.{name}": p for name, p in readout.named_parameters()}
+            weights = module_tensors(unet, "unet") | module_tensors(readout, "readout")
             save_checkpoint(checkpoint, weights | optimizer_tensors(optimizer), {"step": j + 1, "history": history})
 
     ear.remove()

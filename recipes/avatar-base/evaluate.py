@@ -24,13 +24,13 @@ from train_vae import psnr
 
 import guardsmith
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.harden import folder_digest, write_json
+from guardsmith.harden import drawn_by, folder_digest, write_json
 from guardsmith.metrics.fidelity import TRAITS, features, fidelity, read_traits
 from guardsmith.metrics.identity import embed, similarity
 from guardsmith.metrics.kid import kid, kid_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
-from guardsmith.recipe import load_recipe
+from guardsmith.recipe import Recipe, load_recipe
 from guardsmith.sampling import generate, grid
 
 ROOT = Path(guardsmith.__file__).parent.parent
@@ -202,6 +202,20 @@ def personalize_one(
     return told
 
 
+def draw_class_pictures(model: DiffusionModel, recipe: Recipe, cache: Path) -> None:
+    """The attacker's class pictures, `class-<noun>.safetensors` in `cache`."""
+    for noun in world.CLASS_NOUNS:
+        prompts = [class_prompt(noun)] * recipe.verify.class_images
+        drawn_by(model, recipe, prompts, 60_000, cache / f"class-{noun}.safetensors", f"class pictures: {noun}")
+
+
+def first_rows(data: Path, set_name: str, per_style: int) -> list[int]:
+    """Where the views of the first `per_style` identities of every style begin, in a set of 16 views each."""
+    _, lines = world.load(data, set_name)
+    identities = len(lines) // 16 // len(world.STYLE_WORDS)
+    return [16 * (style * identities + i) for i in range(per_style) for style in range(len(world.STYLE_WORDS))]
+
+
 def personalize(
     data: Path, set_name: str, per_style: int, recipe_name: str, changes: list[str], name: str, workers: int
 ) -> None:
@@ -217,14 +231,8 @@ def personalize(
     ]
     cache = data.parent / "personalize" / folder_digest(settings)
     cache.mkdir(parents=True, exist_ok=True)
-    for noun in world.CLASS_NOUNS:
-        if not (cache / f"class-{noun}.safetensors").exists():
-            count = recipe.verify.class_images
-            images = generate(model, [class_prompt(noun)] * count, range(60_000, 60_000 + count), **sampling)
-            save_file({"images": images.contiguous()}, cache / f"class-{noun}.safetensors")
-    _, lines = world.load(data, set_name)
-    identities = len(lines) // 16 // len(world.STYLE_WORDS)
-    rows = [16 * (style * identities + i) for i in range(per_style) for style in range(len(world.STYLE_WORDS))]
+    draw_class_pictures(model, recipe, cache)
+    rows = first_rows(data, set_name, per_style)
     jobs = [(row, label) for label in recipe.verify.attacks for row in rows]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import world
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from evaluate import RESULTS
-from safetensors.torch import load_file, save_file
+from evaluate import RESULTS, draw_class_pictures, first_rows
+from safetensors.torch import load_file
 
 from guardsmith.attacks import SAMPLE_SEED, AttackData, draw_after_attack
 from guardsmith.harden import folder_digest, write_json
@@ -134,15 +134,8 @@ def main() -> None:
     cache = args.data.parent / "outside" / folder_digest(digest, recipe.sampling.model_dump(), attacks)
     cache.mkdir(parents=True, exist_ok=True)
 
-    for noun in world.CLASS_NOUNS:
-        count = recipe.verify.class_images
-        if not (cache / f"class-{noun}.safetensors").exists():
-            prompts = [class_prompt(noun)] * count
-            images = generate(model, prompts, range(60_000, 60_000 + count), **recipe.sampling.model_dump())
-            save_file({"images": images.contiguous()}, cache / f"class-{noun}.safetensors")
-    _, lines = world.load(args.data, "testing")
-    identities = len(lines) // 16 // len(world.STYLE_WORDS)
-    rows = [16 * (style * identities + i) for i in range(args.per_style) for style in range(len(world.STYLE_WORDS))]
+    draw_class_pictures(model, recipe, cache)
+    rows = first_rows(args.data, "testing", args.per_style)
     asked = {label: attacks[label] for label in args.attacks}
     jobs = [(row, label) for label in asked for row in rows]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
