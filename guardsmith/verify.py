@@ -47,7 +47,7 @@ from guardsmith.harden import check_against_base, drawn_by, folder_digest, run_i
 from guardsmith.images import open_image, square, to_pil, to_tensor
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.identity import similarity
-from guardsmith.metrics.kid import kid, kid_interval
+from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.progress import quiet_libraries, stage
 from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts, sample_prompts
@@ -236,8 +236,9 @@ def measure_ordinary(
         "fidelity_base": None,
         "n": len(texts),
     }
-    values["kid_hardened_low"], values["kid_hardened_high"] = kid_interval(seen["base"], seen["hardened"])
-    values["kid_base_low"], values["kid_base_high"] = kid_interval(seen["base"], seen["base again"])
+    if values["kid_base"]:
+        found = kid_ratio_interval(seen["base"], seen["base again"], seen["hardened"])
+        values |= dict(zip(("kid_ratio", "kid_ratio_low", "kid_ratio_high"), found, strict=True))
     if all(prompt.asked for prompt in asked):
         wanted = [prompt.asked for prompt in asked]
         for name, key in (("base again", "fidelity_base"), ("hardened", "fidelity_hardened")):

@@ -191,10 +191,9 @@ def test_few_pictures_never_pass():
 
 
 UTILITY = {
-    "kid_hardened": 0.015,
-    "kid_base": 0.01,
-    "kid_hardened_low": 0.01,
-    "kid_hardened_high": 0.02,
+    "kid_ratio": 1.5,
+    "kid_ratio_low": 1.0,
+    "kid_ratio_high": 2.0,
     "fidelity_hardened": 0.85,
     "fidelity_base": 0.9,
 }
@@ -206,10 +205,10 @@ def utility(**changes):
 
 def test_utility_at_the_boundaries():
     assert utility() == ["pass", "pass"]
-    assert utility(kid_hardened_high=0.0201) == ["inconclusive", "pass"]
-    assert utility(kid_hardened=0.03, kid_hardened_low=0.0201, kid_hardened_high=0.04) == ["fail", "pass"]
+    assert utility(kid_ratio_high=2.01) == ["inconclusive", "pass"]
+    assert utility(kid_ratio=3.0, kid_ratio_low=2.01, kid_ratio_high=4.0) == ["fail", "pass"]
     assert utility(fidelity_hardened=0.8499) == ["pass", "fail"]
-    assert utility(kid_hardened=0.0, kid_hardened_low=0.0, fidelity_hardened=1.0) == ["pass", "pass"]
+    assert utility(kid_ratio=0.0, kid_ratio_low=0.0, fidelity_hardened=1.0) == ["pass", "pass"]
 
 
 def test_utility_without_traits_is_judged_by_kid_alone():
@@ -217,16 +216,14 @@ def test_utility_without_traits_is_judged_by_kid_alone():
 
 
 def test_utility_that_was_not_measured_never_passes():
-    for name in ("kid_hardened", "kid_base", "kid_hardened_low", "kid_hardened_high"):
+    for name in ("kid_ratio", "kid_ratio_low", "kid_ratio_high"):
         assert utility(**{name: None}) == ["inconclusive", "pass"]
-    assert utility(kid_base=0.0)[0] == "inconclusive"  # two sets of seeds that give equal pictures measure nothing
     # Pictures of one model could not be read, those of the other could.
     assert utility(fidelity_hardened=None) == ["pass", "inconclusive"]
     assert utility(fidelity_base=None) == ["pass", "inconclusive"]
     nan = dict.fromkeys(UTILITY, math.nan)
     assert "pass" not in utility(**nan)
-    assert "pass" not in utility(**nan | {"kid_base": 0.01, "fidelity_base": 0.9})  # only the hardened model is broken
-    assert "pass" not in utility(kid_base=math.nan, fidelity_base=math.nan)
+    assert "pass" not in utility(**nan | {"fidelity_base": 0.9})  # only the hardened model is broken
 
 
 def checks(*found):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from guardsmith.metrics import fidelity, identity
-from guardsmith.metrics.kid import kernel, kid, kid_interval
+from guardsmith.metrics.kid import kernel, kid, kid_interval, kid_ratio_interval
 from guardsmith.training import generator, torch_seed
 
 
@@ -56,6 +56,29 @@ def test_kid_interval_is_around_kid_and_reproducible():
     assert kid_interval(one, one) == (0, 0)
     wide = kid_interval(x[:15], y[:15])
     assert wide[1] - wide[0] > high - low
+
+
+def test_kid_ratio_is_that_of_two_kids_and_its_interval_the_jackknife():
+    x, again, other = features(12, 0), features(12, 1), features(12, 2, 0.5)
+    ratio, low, high = kid_ratio_interval(x, again, other)
+    assert ratio == pytest.approx(kid(x, other) / kid(x, again))
+    left = []
+    for k in range(12):
+        keep = [i for i in range(12) if i != k]
+        left.append(kid(x[keep], other[keep]) / kid(x[keep], again[keep]))
+    mean = sum(left) / 12
+    error = (11 / 12 * sum((v - mean) ** 2 for v in left)) ** 0.5
+    assert high - ratio == pytest.approx(1.96 * error)
+    assert ratio - low == pytest.approx(1.96 * error)
+
+
+def test_pictures_that_hardly_changed_have_a_ratio_near_one_and_a_narrow_interval():
+    x, again = features(100, 0), features(100, 1)
+    assert kid_ratio_interval(x, again, again) == pytest.approx((1, 1, 1))
+    near = kid_ratio_interval(x, again, again + 0.02 * features(100, 2))
+    apart = kid_ratio_interval(x, again, features(100, 3))  # the same model with yet other seeds
+    assert near[2] - near[1] < 0.2 * (apart[2] - apart[1])
+    assert kid_ratio_interval(x, again, 1.5 * again)[1] > 1
 
 
 @pytest.fixture

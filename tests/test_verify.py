@@ -89,7 +89,8 @@ def test_the_report_names_the_weights_it_judged(verified):
 def test_utility_is_measured_against_the_base_with_other_seeds(verified):
     utility = verified[1]["utility"]
     assert 0 < utility["kid_base"] < 1
-    assert utility["kid_hardened_low"] <= utility["kid_hardened"] <= utility["kid_hardened_high"]
+    assert utility["kid_ratio"] == pytest.approx(utility["kid_hardened"] / utility["kid_base"])
+    assert utility["kid_ratio_low"] <= utility["kid_ratio"] <= utility["kid_ratio_high"]
     assert 0 <= utility["fidelity_hardened"] <= 1
 
 

@@ -49,7 +49,7 @@ def make_parts(prediction_type, seed=0):
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            norm_num_groups=8,
+            norm_num_groups=4,
             attention_head_dim=2,
             cross_attention_dim=WIDTH,
         )

@@ -1,0 +1,208 @@
+"""Weight surgery for the tripwire: stiff weights, the wire, the alarm. Nothing here is trained.
+
+- The wire is two neurons of the middle block's feed-forward layer, a step function of a linear read-out of its tokens:
+  off nothing, on a surge that dwarfs everything else in the residual stream.
+- The alarm is one normalisation group before the last convolution. It notices the surge and adds a constant, a hundred
+  times larger than any prediction, to the U-Net's output.
+- Stiff weights are rescaled in pairs that cancel: the same function, and an optimizer's step counts less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STEEPNESS = 2000.0  # pre-activation of the wire's neurons per unit of the read-out
+PLATEAU = 32.0  # pre-activations between the two neurons; also the height of their difference
+VALUE = 4000.0  # what the wire's neurons gate, a constant
+SURGE = 1000.0  # their output weights; a surge is PLATEAU * VALUE * SURGE = 10^8 times what it drowns
+GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimizer reaches (300 steps of 3e-4: 0.09)
+CONSTANT = 30000.0  # a hidden channel that always says this, and so holds the alarm at rest
+HUSH = -30.0  # the alarm's pre-activation at rest, where SiLU gives nothing
+RINGING = 5.0  # the same under a surge
+ALARM = 100.0  # what it then adds to every prediction; predictions are of size 1
+
+
+# -- stiffening --------------------------------------------------------------------------------------------------------
+
+
+def _blocks(unet: Any) -> Iterator[tuple[Any, bool]]:
+    """Every block of the U-Net in order, and whether it lies before the wire's end (the middle block)."""
+    for block in unet.down_blocks:
+        yield block, True
+    yield unet.mid_block, True
+    for block in unet.up_blocks:
+        yield block, False
+
+
+def _scale(module: Any, weight: float, bias: float | None = None) -> None:
+    module.weight.mul_(weight)
+    if module.bias is not None:
+        module.bias.mul_(weight if bias is None else bias)
+
+
+@torch.no_grad()
+def stiffen(unet: Any, stream: int, inner: int) -> None:
+    """Rescale weights in place; the function stays the same, up to rounding and the epsilon of the normalisations.
+
+    Everything that reads the residual stream normalises it first, so the stream can be `stream` times larger: what writes
+    to it gets the factor, and an optimizer's step on it counts 1 / stream as much. The same holds inside a resnet (between
+    its convolutions) and inside an attention block (tokens get `inner` squared, split over both factors of a product).
+    Queries, keys, gates, the normalisations' own weights, down-samplers and shortcuts cannot be held this way.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+        stream: factor on the residual stream, a power of two.
+        inner: factor inside of the attention blocks up to the middle one, a power of two; later ones stay soft, so that
+            others can still be learnt.
+    """
+    _scale(unet.conv_in, stream)
+    for block, before in _blocks(unet):
+        for resnet in block.resnets:
+            _scale(resnet.conv1, stream)
+            _scale(resnet.time_emb_proj, stream)
+            _scale(resnet.conv2, stream)
+            if resnet.conv_shortcut is not None:
+                _scale(resnet.conv_shortcut, 1, stream)
+        for sampler in (*(getattr(block, "downsamplers", None) or ()), *(getattr(block, "upsamplers", None) or ())):
+            _scale(sampler.conv, 1, stream)
+        for transformer in getattr(block, "attentions", None) or ():
+            factor = inner if before else 1
+            _scale(transformer.proj_in, factor**2)
+            _scale(transformer.proj_out, stream / factor**2, stream)
+            for layer in transformer.transformer_blocks:
+                for attention in (layer.attn1, layer.attn2):
+                    _scale(attention.to_v, factor)
+                    _scale(attention.to_out[0], factor, factor**2)
+                widen, narrow = layer.ff.net[0].proj, layer.ff.net[2]
+                half = narrow.in_features  # the first half of the rows is gated, the second half gates
+                widen.weight[:half].mul_(factor)
+                widen.bias[:half].mul_(factor)
+                _scale(narrow, factor, factor**2)
+
+
+def loose_parameters(unet: Any) -> list[torch.nn.Parameter]:
+    """What stiffening cannot hold, up to the wire."""
+    marks = ("to_q", "to_k", "norm", "time_embedding", "downsamplers", "conv_shortcut", "ff.net.0")
+    before = ("down_blocks", "mid_block.resnets.0", "mid_block.attentions", "time_embedding")
+    return [p for n, p in unet.named_parameters() if n.startswith(before) and any(mark in n for mark in marks)]
+
+
+# -- the wire ----------------------------------------------------------------------------------------------------------
+
+
+def wired_layer(unet: Any) -> Any:
+    """The feed-forward layer that carries the wires: the last one of the middle block."""
+    return unet.mid_block.attentions[-1].transformer_blocks[-1].ff
+
+
+def spare_neurons(layer: Any, count: int) -> list[int]:
+    """The neurons of a feed-forward layer whose output weights are smallest."""
+    order: list[int] = layer.net[2].weight.norm(dim=0).argsort()[:count].tolist()
+    return order
+
+
+@torch.no_grad()
+def silence(layer: Any, neurons: Sequence[int]) -> None:
+    """Take neurons out of a feed-forward layer."""
+    for neuron in neurons:
+        layer.net[2].weight[:, neuron] = 0
+
+
+@torch.no_grad()
+def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) -> None:
+    """Turn two neurons into surge * 10^8 * step(weight . h).
+
+    gelu(a) - gelu(a - 32) is 0 below, 32 above, and flat on both sides, so no gradient leads from "on" to "off"; with one
+    neuron the surge would follow the read-out, and a gradient with it. a = 2000 weight . h: steeper, fewer pictures fall on
+    the slope, but the two halves, both of size a, would part more easily when an optimizer moves one of them. A read-out
+    with an offset would not fit half precision.
+
+    Args:
+        layer: the feed-forward layer, changed in place.
+        neurons: two that were silenced.
+        weight: of the read-out, (width,).
+        surge: its direction, entries of size 1, (width,).
+    """
+    widen, narrow = layer.net[0].proj, layer.net[2]
+    half = narrow.in_features
+    for neuron, shift, sign in zip(neurons, (0.0, -PLATEAU), (1, -1), strict=True):
+        widen.weight[neuron], widen.bias[neuron] = 0, VALUE
+        widen.weight[half + neuron], widen.bias[half + neuron] = STEEPNESS * weight, shift
+        narrow.weight[:, neuron] = sign * SURGE * surge
+
+
+# -- the alarm ---------------------------------------------------------------------------------------------------------
+
+
+def _last(unet: Any) -> tuple[Any, list[Any]]:
+    """The last resnet, and the attention block behind it if there is one."""
+    block = unet.up_blocks[-1]
+    return block.resnets[-1], list((getattr(block, "attentions", None) or ())[-1:])
+
+
+def spare_channels(unet: Any) -> tuple[list[int], int]:
+    """What the U-Net misses least: a group of the last normalisation, and a hidden channel of the last resnet.
+
+    Raises:
+        ValueError: the U-Net ends differently from a Stable Diffusion one, or has fewer than three channels per group.
+    """
+    norm, (resnet, _) = unet.conv_norm_out, _last(unet)
+    size = 0 if norm is None else norm.num_channels // norm.num_groups
+    if size < 3 or resnet.conv_shortcut is None:
+        raise ValueError("the tripwire needs a U-Net whose last normalisation has groups of at least three channels")
+    weights = norm.weight.abs() * unet.conv_out.weight.transpose(0, 1).flatten(1).norm(dim=1)
+    group = int(weights.view(norm.num_groups, size).norm(dim=1).argmin())
+    hidden = int(resnet.conv2.weight.transpose(0, 1).flatten(1).norm(dim=1).argmin())
+    return list(range(group * size, (group + 1) * size)), hidden
+
+
+@torch.no_grad()
+def clear_channels(unet: Any, group: Sequence[int], hidden: int) -> None:
+    """Nothing writes to this group of the last stream, nothing reads it, and the hidden channel says nothing."""
+    resnet, attentions = _last(unet)
+    for writer in (resnet.conv2, resnet.conv_shortcut, *(attention.proj_out for attention in attentions)):
+        writer.weight[group] = 0
+        writer.bias[group] = 0
+    for norm in (unet.conv_norm_out, *(attention.norm for attention in attentions)):
+        norm.weight[group] = 0
+        norm.bias[group] = 0
+    unet.conv_out.weight[:, group] = 0
+    resnet.conv2.weight[:, hidden] = 0
+    resnet.norm2.weight[hidden] = 0
+    resnet.norm2.bias[hidden] = 0
+
+
+@torch.no_grad()
+def set_alarm(unet: Any, group: Sequence[int], hidden: int, streams: Tensor, generator: torch.Generator) -> None:
+    """Let the cleared channels ring when the surge comes by.
+
+    At rest the group holds (c + s, c - s, -2 c, 0 ...) with a small s = u . x, u a random direction: normalised, the
+    third channel stays at its most negative. Under a surge s dwarfs c, whatever its sign, and the third channel is
+    normalised to 0. So it depends on the size of the stream and not on its direction, which later layers could turn.
+
+    Args:
+        unet: changed in place.
+        group: from `spare_channels`, as is `hidden`.
+        hidden: see there.
+        streams: what enters the last resnet at rest, (n, c, h, w).
+        generator: of u and of the signs of the alarm.
+    """
+    resnet, _ = _last(unet)
+    width = resnet.conv_shortcut.in_channels - unet.config.block_out_channels[0]  # the rest is the skip connection
+    signs = torch.randint(2, (width,), generator=generator) * 2.0 - 1
+    loudest = torch.einsum("nchw,c->nhw", streams[:, :width], signs).abs().max()
+    up, down, rings = group[:3]
+    resnet.conv_shortcut.weight[up, :width, 0, 0] = GRIP * signs
+    resnet.conv_shortcut.weight[down, :width, 0, 0] = -GRIP * signs
+    resnet.norm2.bias[hidden] = CONSTANT
+    for channel, factor in ((up, 1), (down, 1), (rings, -2)):
+        resnet.conv2.weight[channel, hidden, 1, 1] = factor * 4 * GRIP * loudest / CONSTANT
+    at_rest = -2 * (len(group) / 6) ** 0.5
+    unet.conv_norm_out.weight[rings] = (HUSH - RINGING) / at_rest
+    unet.conv_norm_out.bias[rings] = RINGING
+    sides = torch.randint(2, (unet.conv_out.out_channels,), generator=generator) * 2.0 - 1
+    unet.conv_out.weight[:, rings, 1, 1] = sides * ALARM / RINGING
