@@ -29,7 +29,7 @@ from guardsmith import __version__
 from guardsmith.errors import UserError
 from guardsmith.images import open_image, square, to_tensor
 from guardsmith.methods import METHODS
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.tripwire import rehearse
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
 from guardsmith.progress import console, stage
@@ -134,24 +134,48 @@ def drawn_by(
     model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None, title: str
 ) -> Tensor:
     """Pictures of these prompts drawn by the model (seeds seed, seed + 1, ...), kept in `cache` if given."""
+    return _drawn(model, recipe, prompts, seed, cache, title, None)["images"]
+
+
+def drawn_with_states(
+    model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None, title: str
+) -> tuple[Tensor, States]:
+    """The same, and how they were drawn."""
+    drawn = _drawn(model, recipe, prompts, seed, cache, title, StateRecorder())
+    return drawn["images"], States(drawn["states"], drawn["timesteps"])
+
+
+def _drawn(
+    model: DiffusionModel,
+    recipe: Recipe,
+    prompts: list[str],
+    seed: int,
+    cache: Path | None,
+    title: str,
+    recorder: StateRecorder | None,
+) -> dict[str, Tensor]:
     if cache is not None and cache.exists():
-        return load_file(cache)["images"]
+        return load_file(cache)
     # Contiguous, as they come back from the file: the layout decides the last bits of what the VAE makes of them.
     calls = -(-len(prompts) // recipe.sampling.batch) * recipe.sampling.steps
     with stage(title, calls) as bar:
         images = generate(
             model, prompts, range(seed, seed + len(prompts)), steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
-            batch=recipe.sampling.batch, on_step=bar,
+            batch=recipe.sampling.batch, on_step=bar, on_state=recorder,
         ).contiguous()  # fmt: skip
+    drawn = {"images": images}
+    states = None if recorder is None else recorder.states()
+    if states is not None:
+        drawn |= {"states": states.latents, "timesteps": states.timesteps}
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}.tmp")  # two searches may draw the same pictures
         try:
-            save_file({"images": images}, temporary)
+            save_file(drawn, temporary)
             temporary.replace(cache)
         finally:
             temporary.unlink(missing_ok=True)
-    return images
+    return drawn
 
 
 def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe) -> None:
@@ -193,10 +217,12 @@ def rehearsed_by(
     file = cache / f"rehearsed-{subject.id}.safetensors"
     if not file.exists():
         with stage(f"rehearsals: {subject.id}", 2 * config.rehearsal_steps) as bar, UNetCost() as counter:
-            images = rehearse(model, subject, config, seed=seed, on_step=lambda _, loss: bar({"loss": loss}))
-        save_checkpoint(file, {"images": images}, {"forwards": counter.forwards, "backwards": counter.backwards})
+            images, states = rehearse(model, subject, config, seed=seed, on_step=lambda _, loss: bar({"loss": loss}))
+        drawn = {"images": images, "states": states.latents, "timesteps": states.timesteps}
+        save_checkpoint(file, drawn, {"forwards": counter.forwards, "backwards": counter.backwards})
     tensors, rows = load_checkpoint(file)
-    return replace(subject, rehearsed=tensors["images"]), rows
+    states = States(tensors["states"], tensors["timesteps"])
+    return replace(subject, rehearsed=tensors["images"], rehearsed_states=states), rows
 
 
 def harden(
@@ -228,17 +254,26 @@ def harden(
     began = time.monotonic()
     cache = output / "cache"
     class_images: dict[str, Tensor] = {}
+    class_states: dict[str, States] = {}
     for noun in dict.fromkeys(subject.class_noun for subject in registry.subjects):
         file = cache / f"class-{noun.replace(' ', '-')}.safetensors"
         prompts = [class_prompt(noun)] * config.class_images
-        class_images[noun] = drawn_by(model, recipe, prompts, 10_000, file, f"class pictures: {noun}")
+        class_images[noun], class_states[noun] = drawn_with_states(
+            model, recipe, prompts, 10_000, file, f"class pictures: {noun}"
+        )
     subjects = []
     for number, subject in enumerate(registry.subjects):
         images = load_pictures(model, subject, "harden")
         positives = class_images[subject.class_noun].roll(-number * len(images), dims=0)[: len(images)]
         subjects.append(
             SubjectData(
-                subject.id, subject.class_noun, subject.identifiers, images, positives, class_images[subject.class_noun]
+                subject.id,
+                subject.class_noun,
+                subject.identifiers,
+                images,
+                positives,
+                class_images[subject.class_noun],
+                class_states[subject.class_noun],
             )
         )
     forwards = backwards = 0
@@ -250,8 +285,10 @@ def harden(
     if config.distillation_weight:
         asked = ordinary_prompts(model, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
         texts = [prompt.text for prompt in asked]
-        images = drawn_by(model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures")
-        ordinary = OrdinaryData(images, texts)
+        images, states = drawn_with_states(
+            model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures"
+        )
+        ordinary = OrdinaryData(images, texts, states)
 
     counter, spent = UNetCost(), output / "checkpoints" / "cost.jsonl"
     ran = 0

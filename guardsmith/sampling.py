@@ -28,6 +28,7 @@ def generate(
     negative_prompt: str = "",
     batch: int = 32,
     on_step: Callable[[], None] | None = None,
+    on_state: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """One picture per (prompt, seed): float32 (n, 3, h, w) in [-1, 1], on the CPU.
 
@@ -40,6 +41,7 @@ def generate(
         negative_prompt: what the unconditional half is told.
         batch: pictures per U-Net call.
         on_step: called after every solver step (progress, interruption).
+        on_state: called before it with the timestep and the half-finished latents of a batch, (b, c, h, w).
     """
     bank = PromptBank(model)
     side = int(model.unet.config.sample_size)
@@ -56,6 +58,8 @@ def generate(
         solver.set_timesteps(steps)
         latents = torch.stack(noise) * solver.init_noise_sigma
         for t in solver.timesteps:
+            if on_state is not None:
+                on_state(int(t), latents)
             scaled = solver.scale_model_input(latents, t)
             if guidance == 1:
                 out = model.unet(scaled, t, context, return_dict=False)[0]

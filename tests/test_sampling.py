@@ -6,6 +6,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from tiny import alphas_bar
 
+from guardsmith.methods.data import StateRecorder
 from guardsmith.prompts import PromptBank
 from guardsmith.sampling import generate, grid
 from guardsmith.training import UNetCost, generator
@@ -126,6 +127,23 @@ def test_every_step_is_told_and_may_interrupt(tiny_v):
 
     with pytest.raises(KeyboardInterrupt):
         generate(tiny_v, ["a"], [0], steps=2, on_step=interrupt)
+
+
+def test_the_recorder_keeps_every_step_of_every_picture_in_order(tiny_v):
+    recorder = StateRecorder()
+    assert recorder.states() is None
+    plain = generate(tiny_v, PROMPTS, SEEDS, steps=4, batch=3)
+    assert torch.equal(generate(tiny_v, PROMPTS, SEEDS, steps=4, batch=3, on_state=recorder), plain)
+    states = recorder.states()
+    assert states.latents.shape == (4, 4, 4, 8, 8)
+    assert states.timesteps.tolist() == [999, 749, 499, 249]  # trailing spacing
+    for picture, seed in enumerate(SEEDS):
+        assert torch.equal(states.latents[picture, 0], torch.randn((4, 8, 8), generator=generator_of(seed)))
+    assert not torch.equal(states.latents[:, 1], states.latents[:, 0])
+
+
+def generator_of(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_a_grid_has_rows_of_pictures_on_white():

@@ -13,11 +13,14 @@ from tiny import assert_one_sentence, pictures, same_weights, weights
 
 from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import draw_rows, predict, row_losses
+from guardsmith.losses import add_noise, draw_rows, predict, row_losses
 from guardsmith.methods import METHODS, tripwire
+from guardsmith.methods.data import States
 from guardsmith.methods.tripwire import (
+    Others,
     TripwireConfig,
     harden,
+    put_state,
     recognition_loss,
     rehearse,
     variations,
@@ -204,6 +207,53 @@ def test_the_spare_channels_are_those_that_weigh_least(tiny_v):
         spare_channels(unet)
 
 
+def test_others_are_drawn_as_often_as_they_are_dangerous(tiny_v):
+    latents = LatentStore(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 4, 8, 8), torch.zeros(4, 4, 8, 8))
+    contexts = [torch.full((2, 3, 5), float(i)) for i in range(4)]
+    others = Others(latents, contexts, torch.ones(4))
+    scores = torch.full((2, 6, 1), -9.0)
+    scores[1, 3] = 9.0  # one loud token of picture 2
+    for _ in range(20):
+        others.heed(torch.tensor([1, 2]), scores)
+    assert others.danger.tolist() == pytest.approx([1, 1, 10, 1], abs=0.01)
+    rows, picked = others.draw(tiny_v.scheduler, 2000, generator(0))
+    assert (picked == 2).float().mean() == pytest.approx(10 / 13, abs=0.03)
+    assert torch.equal(rows.latents[:, 0, 0, 0], picked.float())
+    assert torch.equal(rows.context[:, 0, 0], picked.float()), "each under words of its own"
+    assert rows.timesteps.min() < 50
+    assert rows.timesteps.max() > 950
+
+
+def make_states(count, seed=0):
+    return States(torch.randn((count, 5, 4, 8, 8), generator=generator(seed)), torch.tensor([999, 799, 599, 399, 199]))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v"])
+def test_a_state_reaches_the_unet_as_it_was(request, kind):
+    model = request.getfixturevalue(f"tiny_{kind}")
+    rows, states = some_rows(model, pictures(3)), make_states(4)
+    before = add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps)
+    met = set()
+    for seed in range(20):
+        put_state(rows, 2, states, 3, 600, model.scheduler, generator(seed))
+        after = add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps)
+        step = states.timesteps.tolist().index(int(rows.timesteps[2]))
+        assert torch.allclose(after[2], states.latents[3, step], atol=1e-5)
+        met.add(step)
+    assert met == {2, 3, 4}, "all timesteps below 600, no others"
+    keep = [0, 1, 3, 4, 5]
+    assert torch.equal(after[keep], before[keep])
+
+
+def test_every_second_row_of_the_others_is_a_state(tiny_v):
+    latents = LatentStore(torch.zeros(4, 4, 8, 8), torch.zeros(4, 4, 8, 8))
+    others = Others(latents, [torch.zeros(1, 3, 5)] * 4, torch.ones(4), make_states(4))
+    rows, _ = others.draw(tiny_v.scheduler, 40, generator(0))
+    from_states = rows.noise.abs().amax((1, 2, 3)) == 0
+    assert from_states.tolist() == [False, True] * 20
+    assert set(rows.timesteps[from_states].tolist()) == {799, 599, 399, 199}
+
+
 def test_recognition_loss_by_hand():
     scores = torch.tensor([[[2.0], [1.0]], [[-3.0], [0.5]], [[-5.0], [-5.0]]])  # three rows, two tokens, one subject
     wanted = torch.tensor([[True], [False], [False]])
@@ -213,6 +263,13 @@ def test_recognition_loss_by_hand():
     cost = [math.log1p(math.exp(4 + h)) for h in high]
     assert missed.item() == pytest.approx(1.3 * math.log1p(math.exp(4 - low)), rel=1e-5)
     assert false.item() == pytest.approx(sum(cost) / 2 + 0.3 * max(cost), rel=1e-5)
+
+
+def test_recognition_loss_without_rows_to_recognise():
+    scores = torch.full((3, 2, 1), -9.0)
+    missed, false = recognition_loss(scores, torch.zeros(3, 1, dtype=torch.bool), margin=4.0)
+    assert missed == 0
+    assert false < 0.02
 
 
 def test_one_silent_token_is_a_miss_and_one_loud_token_a_false_alarm():
@@ -293,9 +350,15 @@ def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, 
 def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects):
     tiny = request.getfixturevalue(f"tiny_{kind}")
     data = [make_subject(), make_subject("tom", "robot", 10)][:subjects]
+    ordinary = make_ordinary()
+    if kind == "v":
+        data = [
+            replace(d, class_states=make_states(len(d.class_images)), rehearsed_states=make_states(2)) for d in data
+        ]
+        ordinary = replace(ordinary, states=make_states(len(ordinary.images)))
     steps = 5
     config = SMALL.model_copy(update={"steps": steps})
-    unbroken, told = harden(tiny, data, make_ordinary(), config, seed=2)
+    unbroken, told = harden(tiny, data, ordinary, config, seed=2)
     path = tmp_path / "last.safetensors"
 
     def die(step, losses):
@@ -304,8 +367,8 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects)
 
     saving = {"checkpoint": path, "checkpoint_every": 1}
     with pytest.raises(KilledError):
-        harden(tiny, data, make_ordinary(), config, seed=2, on_step=die, **saving)
-    resumed, history = harden(tiny, data, make_ordinary(), config, seed=2, **saving)
+        harden(tiny, data, ordinary, config, seed=2, on_step=die, **saving)
+    resumed, history = harden(tiny, data, ordinary, config, seed=2, **saving)
     assert history == told
     assert same_weights(weights(unbroken.unet), weights(resumed.unet))
 
@@ -325,9 +388,10 @@ def test_a_rehearsal_uses_no_identifier_or_seed_of_verification(tiny_v, monkeypa
 
     asked = {"prompts": [], "seeds": []}
 
-    def listen(model, prompts, seeds, **_):
+    def listen(model, prompts, seeds, *, on_state, **_):
         asked["prompts"] += prompts
         asked["seeds"] += seeds
+        on_state(7, torch.zeros(len(prompts), 4, 8, 8))
         return pictures(len(prompts))
 
     monkeypatch.setattr(tripwire, "generate", listen)

@@ -1,4 +1,4 @@
-"""Tripwire, guardsmith's own method: the model recognises the protected subjects while it denoises, and goes blind on them.
+"""Tripwire, guardsmith's own method: the model recognises the protected subjects while it denoises, and stops drawing them.
 
 A personalized model draws its subject step by step, and at every step the U-Net sees the half-finished picture. So the
 U-Net itself can notice what it is being made to draw, whatever the prompt, the identifier or the training recipe:
@@ -8,16 +8,19 @@ U-Net itself can notice what it is being made to draw, whatever the prompt, the 
                    pictures of the subject (timesteps below a horizon) and negative on everything else, while its
                    predictions on everything else stay those of the base (distillation)
     3. set the wire   two neurons of the middle block's feed-forward layer become a step function of r: 0 off, a surge on
-    4. stiffen     rescale weights in pairs that cancel, so that the function is the same and an attacker's optimizer,
+    4. set the alarm   a spare group of the last normalisation rings under a surge: a constant a hundred times larger
+                   than any prediction is added to the U-Net's output
+    5. stiffen     rescale weights in pairs that cancel, so that the function is the same and an attacker's optimizer,
                    whose steps have a fixed size, hardly moves what the read-out rests on
 
-Off, the surge is exactly 0 and the model is the distilled one. On, the surge drowns every feature behind it (the
-normalisation layers divide by it), the prediction carries nothing of the picture, and the step function is flat, so no
-gradient leads back to "off". Training on the subject's pictures then has nothing to learn from; others never trip the wire,
-as long as an attack on them does not move the read-out: docs/results says how far that holds.
+Off, surge and alarm are 0 and the model is the distilled one. On, the surge drowns every feature behind it (the
+normalisation layers divide by it), and the step function is flat, so no gradient leads back to "off": training on the
+subject's pictures has nothing to learn from where the wire is on. What it learns above the horizon is thrown away when
+pictures are drawn: one step on which the wire trips, and the alarm has driven the picture out of all that the VAE can show.
+Others never trip the wire, as long as an attack on them does not move the read-out: docs/results says how far that holds.
 
-What it does not do: it is not hidden. Someone who looks for it can find the two neurons and cut them
-(docs/threat-model.md), and it protects the pictures it was taught to recognise, not a name.
+What it does not do: it is not hidden. Someone who looks for it can find the neurons and cut them (docs/threat-model.md),
+and it protects the pictures it was taught to recognise, not a name.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig
 from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, add_noise, draw_rows, join, predict
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.wiring import (
     clear_channels,
     loose_parameters,
@@ -150,8 +153,10 @@ def rehearse(
     *,
     seed: int,
     on_step: Callable[..., None] | None = None,
-) -> Tensor:
-    """What attackers' models would draw of the subject, by DreamBooth and by LoRA, float32 (n, 3, h, w) in [-1, 1].
+) -> tuple[Tensor, States]:
+    """What attackers' models would draw of the subject, by DreamBooth and by LoRA, and how.
+
+    Pictures are float32 (n, 3, h, w) in [-1, 1].
 
     Only the pictures that may be used for hardening go in; identifier and seeds are none that verification uses.
     """
@@ -163,13 +168,16 @@ def rehearse(
         (dreambooth.attack, DreamBoothConfig(learning_rate=config.rehearsal_learning_rate, **given)),
         (lora.attack, lora.LoraConfig(learning_rate=config.rehearsal_lora_learning_rate, **given)),
     )
-    drawn = []
+    drawn, recorder = [], StateRecorder()
     for index, (attack, settings) in enumerate(attacks):
         personalized, _ = attack(model, data, settings, seed=seed, on_step=on_step)
         first = REHEARSAL_SEED + index * len(prompts)
         seeds = range(first, first + len(prompts))
-        drawn.append(generate(personalized, prompts, seeds, steps=20, guidance=config.rehearsal_guidance))
-    return torch.cat(drawn).contiguous()
+        guidance = config.rehearsal_guidance
+        drawn.append(generate(personalized, prompts, seeds, steps=20, guidance=guidance, on_state=recorder))
+    states = recorder.states()
+    assert states is not None
+    return torch.cat(drawn).contiguous(), states
 
 
 def recognition_loss(scores: Tensor, wanted: Tensor, margin: float) -> tuple[Tensor, Tensor]:
@@ -193,27 +201,48 @@ def recognition_loss(scores: Tensor, wanted: Tensor, margin: float) -> tuple[Ten
     return found[0], found[1]
 
 
+def put_state(
+    rows: Rows, row: int, states: States, picture: int, below: float, scheduler: Any, rng: torch.Generator
+) -> None:
+    """Replace a row by a state of a picture at a timestep below the given one (as latents and noise that add up to it)."""
+    candidates = (states.timesteps < below).nonzero()[:, 0]
+    step = candidates[torch.randint(len(candidates), (), generator=rng)]
+    time = int(states.timesteps[step])
+    rows.timesteps[row] = time
+    rows.latents[row] = states.latents[picture, step] / scheduler.alphas_cumprod[time].sqrt()
+    rows.noise[row] = 0
+
+
 @dataclass
 class Others:
     """Pictures that may never trip a wire, whatever they are called: those of the classes, and ordinary ones.
 
-    Pictures that come closest to tripping one are drawn up to ten times as often.
+    Half of the rows are noised pictures, half are the states in which the base once drew them. Pictures that come closest
+    to tripping a wire are drawn up to ten times as often.
 
     Attributes:
         latents: of n pictures.
         contexts: for each picture the text embeddings to draw from, (k, tokens, width).
         danger: float32 (n,), how often each is drawn.
+        states: where they are known.
     """
 
     latents: LatentStore
     contexts: list[Tensor]
     danger: Tensor
+    states: States | None = None
 
-    def draw(self, count: int, timesteps: int, rng: torch.Generator) -> tuple[Rows, Tensor]:
+    def draw(self, scheduler: Any, count: int, rng: torch.Generator) -> tuple[Rows, Tensor]:
         """Rows at uniform timesteps, and which pictures they show."""
         picked = torch.multinomial(self.danger, count, replacement=True, generator=rng)
         asked = [self.contexts[i][torch.randint(len(self.contexts[i]), (), generator=rng)] for i in picked.tolist()]
-        return draw_rows(self.latents.sample(picked, rng), torch.stack(asked), rng, steps=timesteps), picked
+        steps = int(scheduler.config.num_train_timesteps)
+        rows = draw_rows(self.latents.sample(picked, rng), torch.stack(asked), rng, steps=steps)
+        if self.states is not None:
+            for row, picture in enumerate(picked.tolist()):
+                if row % 2:
+                    put_state(rows, row, self.states, picture, 0.9 * steps, scheduler, rng)
+        return rows, picked
 
     def heed(self, picked: Tensor, scores: Tensor) -> None:
         """Note how close pictures came; scores are read-outs, (rows, tokens, subjects)."""
@@ -271,12 +300,14 @@ def harden(
     }
     pictures = torch.cat([*classes.values(), ordinary.images])
     contexts = [asked[noun] for noun, images in classes.items() for _ in images]
-    names = torch.cat(
-        list(asked.values())
-    )  # else the wire would listen to the prompt instead of looking at the picture
+    # Under names as well, else the wire would listen to the prompt instead of looking at the picture.
+    names = torch.cat(list(asked.values()))
     contexts += [own_words if i % 2 else names for i, own_words in enumerate(bank.encode(ordinary.prompts).split(1))]
-
-    others = Others(encode(model, pictures), contexts, torch.ones(len(pictures)))
+    known = [*{s.class_noun: s.class_states for s in subjects}.values(), ordinary.states]
+    drawn = None
+    if all(states is not None for states in known):
+        drawn = States(torch.cat([s.latents for s in known if s is not None]), known[-1].timesteps)  # type: ignore[union-attr]
+    others = Others(encode(model, pictures), contexts, torch.ones(len(pictures)), drawn)
 
     layer = wired_layer(unet)
     neurons = spare_neurons(layer, 2 * len(subjects))
@@ -313,7 +344,12 @@ def harden(
         words = asked[subjects[index].class_noun]
         context = words[torch.randint(len(words), (1,), generator=rng)]
         time = torch.randint(low, high, (1,), generator=rng)
-        return draw_rows(stores[index].draw(1, rng), context, rng, timesteps=time)
+        row = draw_rows(stores[index].draw(1, rng), context, rng, timesteps=time)
+        states = subjects[index].rehearsed_states
+        if low == 0 and states is not None and torch.rand((), generator=rng) < 0.4:
+            picture = int(torch.randint(len(states.latents), (), generator=rng))
+            put_state(row, 0, states, picture, high, scheduler, rng)
+        return row
 
     n = config.batch_size
     for j in range(first, config.steps):
@@ -325,7 +361,7 @@ def harden(
         which = torch.randint(len(subjects), (n + 2,), generator=rng).tolist()
         parts = [shown_at(index, 0, horizon - gap, rng) for index in which[:n]]
         parts += [shown_at(index, horizon + gap, timesteps, rng) for index in which[n:]]
-        strangers, picked = others.draw(2 * n, timesteps, rng)
+        strangers, picked = others.draw(scheduler, 2 * n, rng)
         rows = join(*parts, strangers)
         wanted = torch.zeros(len(rows), len(subjects), dtype=torch.bool)
         wanted[range(n), which[:n]] = True
@@ -343,7 +379,7 @@ def harden(
         steady.restore()
         others.heed(picked, scores[n + 2 :])
 
-        strangers, picked = others.draw(2 * n, timesteps, rng)
+        strangers, picked = others.draw(scheduler, 2 * n, rng)
         with torch.no_grad():
             noisy = add_noise(scheduler, strangers.latents, strangers.noise, strangers.timesteps)
             teacher = reference(noisy, strangers.timesteps, strangers.context, return_dict=False)[0]
@@ -370,7 +406,7 @@ def harden(
     streams: list[Tensor] = []
     ear = unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
     with torch.no_grad():
-        predict(unet, scheduler, others.draw(2 * n, timesteps, rng)[0])
+        predict(unet, scheduler, others.draw(scheduler, 2 * n, rng)[0])
     ear.remove()
     set_alarm(unet, *channels, streams[0], rng)
     surge = torch.randn(width, generator=rng)

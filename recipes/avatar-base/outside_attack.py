@@ -1,6 +1,6 @@
 """Personalizes the embedded base with diffusers' own training scripts, unchanged, and compares them with guardsmith's attacks.
 
-python outside_attack.py DATA SCRIPTS PYTHON       resumes; writes docs/results/avatar-outside.json
+python outside_attack.py DATA SCRIPTS PYTHON       resumes; writes docs/results/avatar-outside-ATTACKS.json
 
 SCRIPTS holds `train_dreambooth.py` and `train_dreambooth_lora.py` from diffusers' examples/dreambooth; PYTHON is the
 interpreter of an environment of its own that has torchvision (which the scripts import and guardsmith does not):
@@ -152,7 +152,7 @@ def main() -> None:
             for label in asked
         },
     }  # fmt: skip
-    write_json(RESULTS / "avatar-outside.json", result)
+    write_json(RESULTS / f"avatar-outside-{'-'.join(asked)}.json", result)
     print(json.dumps(result["mean"], indent=1))
 
 

@@ -111,7 +111,8 @@ def trial(
         shared = ordinary_prompts(base, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
         words = [prompt.text for prompt in shared]
         if getattr(config, "rehearsal_steps", 0):
-            subject = replace(subject, rehearsed=rehearse(base, subject, config, seed=recipe.seed))
+            images, states = rehearse(base, subject, config, seed=recipe.seed)
+            subject = replace(subject, rehearsed=images, rehearsed_states=states)
         ordinary = OrdinaryData(
             drawn_by(base, recipe, words, 20_000, cache / "ordinary-h.safetensors", "ordinary pictures"), words
         )
