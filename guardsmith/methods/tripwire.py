@@ -6,7 +6,7 @@ U-Net itself can notice what it is being made to draw, whatever the prompt, the 
     1. rehearse    personalize copies of the base on the subject, and draw what an attacker's model would draw
     2. recognise   train the U-Net so that a linear read-out r(h) of the middle block's tokens is positive on noised
                    pictures of the subject (timesteps below a horizon) and negative on everything else, while its
-                   predictions on everything else stay those of the base (distillation)
+                   predictions on everything else stay those of the base (distillation), while an attacker trains along
     3. set the wire   two neurons of the middle block's feed-forward layer become a step function of r: 0 off, a surge on
     4. set the alarm   a spare group of the last normalisation rings under a surge: a constant a hundred times larger
                    than any prediction is added to the U-Net's output
@@ -40,7 +40,7 @@ from guardsmith.attacks import dreambooth, lora
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig
 from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import Rows, add_noise, draw_rows, join, predict
+from guardsmith.losses import Rows, add_noise, draw_rows, join, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.wiring import (
     clear_channels,
@@ -65,10 +65,12 @@ from guardsmith.training import (
     module_tensors,
     optimizer_step,
     optimizer_tensors,
+    reset_optimizer,
     save_checkpoint,
 )
 
 REHEARSAL_SEED = 80_000
+DRILL = 50  # steps of training during which one attacker trains along
 
 
 class TripwireConfig(BaseModel):
@@ -119,7 +121,9 @@ class TripwireConfig(BaseModel):
 
 def cost(config: TripwireConfig, subjects: int) -> int:
     """U-Net forward equivalents of a run: rehearsals with their pictures, recognition."""
-    recognise = config.steps * (3 * (3 * config.batch_size + 2) + 4 * 2 * config.batch_size)
+    recognise = config.steps * (3 * (3 * config.batch_size + 2) + 4 * 2 * config.batch_size + 3 * 4)
+    drilled = sum(j // DRILL % 3 != 2 for j in range(config.steps))
+    recognise += 3 * drilled * (config.batch_size // 2)
     drawn = 2 * 20 * config.rehearsal_images
     rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0
     return recognise + 2 * config.batch_size + subjects * rehearse
@@ -298,6 +302,7 @@ def harden(
         noun: bank.encode([*(instance_prompt(name, noun) for name in HARDENING_IDENTIFIERS), class_prompt(noun), ""])
         for noun in classes
     }
+    class_stores = {noun: encode(model, images) for noun, images in classes.items()}
     pictures = torch.cat([*classes.values(), ordinary.images])
     contexts = [asked[noun] for noun, images in classes.items() for _ in images]
     # Under names as well, else the wire would listen to the prompt instead of looking at the picture.
@@ -324,6 +329,8 @@ def harden(
     parameters = list(unet.parameters())
     loose = loose_parameters(unet)
     steady = Snapshot(loose)
+    moved = [torch.nn.Parameter(torch.zeros_like(p)) for p in loose]  # how far the attacker of the drill has come
+    attacker = torch.optim.AdamW(moved, lr=config.rehearsal_learning_rate, weight_decay=0.0)
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr": config.learning_rate, "weight_decay": 1e-2},
          {"params": list(readout.parameters()), "lr": config.readout_learning_rate, "weight_decay": 0.0}],
@@ -336,6 +343,9 @@ def harden(
         load_module_tensors(unet, tensors, "unet")
         load_module_tensors(readout, tensors, "readout")
         load_optimizer_tensors(optimizer, tensors)
+        load_optimizer_tensors(attacker, tensors, "attacker")
+        for index, value in enumerate(moved):
+            value.data.copy_(tensors[f"moved.{index}"])
         others.danger = tensors["danger"]
         first, history = info["step"], info["history"]
 
@@ -351,9 +361,24 @@ def harden(
             put_state(row, 0, states, picture, high, scheduler, rng)
         return row
 
+    def drill_of(period: int) -> tuple[str, LatentStore, int]:
+        """Whom the attacker of this period trains on: class noun, pictures, and the timestep above which."""
+        if period % 3 == 2:  # below the horizon the wire will be on, and nothing can be learnt
+            index = period // 3 % len(subjects)
+            return subjects[index].class_noun, encode(model, subjects[index].images), horizon
+        rng = generator(seed, -4, period)
+        noun, images = list(classes.items())[int(torch.randint(len(classes), (), generator=rng))]
+        one = int(torch.randint(len(images), (), generator=rng))
+        return noun, encode(model, variations(images[one : one + 1], 7, rng)), 0
+
     n = config.batch_size
+    drill = drill_of(first // DRILL)
     for j in range(first, config.steps):
         rng = generator(seed, j)
+        if j % DRILL == 0:
+            drill = drill_of(j // DRILL)
+            reset_optimizer(attacker)
+            torch._foreach_zero_([move.data for move in moved])
         for group, rate in zip(
             optimizer.param_groups, (config.learning_rate, config.readout_learning_rate), strict=True
         ):
@@ -362,22 +387,38 @@ def harden(
         parts = [shown_at(index, 0, horizon - gap, rng) for index in which[:n]]
         parts += [shown_at(index, horizon + gap, timesteps, rng) for index in which[n:]]
         strangers, picked = others.draw(scheduler, 2 * n, rng)
+        noun, drilled, above = drill
+        named = asked[noun][:1]  # an identifier prompt
+        if above == 0:  # someone else, who is being learnt: no wire may trip
+            parts.append(draw_rows(drilled.draw(n // 2, rng), named, rng, steps=timesteps))
         rows = join(*parts, strangers)
         wanted = torch.zeros(len(rows), len(subjects), dtype=torch.bool)
         wanted[range(n), which[:n]] = True
 
-        # Recognition has to survive that the loose weights move a little.
+        # Recognition has to survive that the loose weights move: at random, and as an attacker moves them.
         steady.take()
         size = config.looseness * float(torch.rand(1, generator=rng))
         with torch.no_grad():
-            for parameter in loose:
-                parameter.add_(size * torch.randn(parameter.shape, generator=rng))
+            for parameter, move in zip(loose, moved, strict=True):
+                parameter.add_(move + size * torch.randn(parameter.shape, generator=rng))
         predict(unet, scheduler, rows)
         scores = readout(heard["tokens"])
         missed, false = recognition_loss(scores, wanted, config.margin)
         (missed + false).backward()
+        others.heed(picked, scores[-len(picked) :])
+
+        times = torch.randint(above, timesteps, (2,), generator=rng)
+        theirs = draw_rows(drilled.draw(2, rng), named, rng, timesteps=times)
+        prior = draw_rows(class_stores[noun].draw(2, rng), asked[noun][-2:-1], rng, steps=timesteps)
+        kept = [parameter.grad for parameter in parameters]
+        unet.zero_grad()
+        (2 * row_losses(unet, scheduler, join(theirs, prior)).mean()).backward()
+        for move, parameter in zip(moved, loose, strict=True):
+            move.grad = parameter.grad
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
         steady.restore()
-        others.heed(picked, scores[n + 2 :])
+        optimizer_step(attacker, moved, max_grad_norm=1.0)
 
         strangers, picked = others.draw(scheduler, 2 * n, rng)
         with torch.no_grad():
@@ -399,7 +440,9 @@ def harden(
             on_step(j, shown_now)
         if checkpoint is not None and ((j + 1) % checkpoint_every == 0 or j + 1 == config.steps):
             weights = module_tensors(unet, "unet") | module_tensors(readout, "readout") | {"danger": others.danger}
-            save_checkpoint(checkpoint, weights | optimizer_tensors(optimizer), {"step": j + 1, "history": history})
+            weights |= {f"moved.{index}": value for index, value in enumerate(moved)}
+            states = optimizer_tensors(optimizer) | optimizer_tensors(attacker, "attacker")
+            save_checkpoint(checkpoint, weights | states, {"step": j + 1, "history": history})
 
     ear.remove()
     rng = generator(seed, -3)
