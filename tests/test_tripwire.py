@@ -346,6 +346,42 @@ def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, 
     assert kept.std(0).mean() > 0.8 * before.std(0).mean()
 
 
+def test_the_attacker_of_the_drill_trains_on_others_twice_and_then_on_the_subject_above_the_horizon(
+    tiny_v, monkeypatch
+):
+    monkeypatch.setattr(tripwire, "DRILL", 2)
+    encoded, attacked, moves = [], [], []
+
+    def listen_encode(model, images, batch=16):
+        encoded.append(len(images))
+        return encode(model, images, batch)
+
+    def listen_losses(unet, scheduler, rows):
+        attacked.append(rows.timesteps[:2].tolist())
+        return row_losses(unet, scheduler, rows)
+
+    def listen_step(optimizer, parameters, **limits):
+        norm = optimizer_step(optimizer, parameters, **limits)
+        if len(parameters) < len(list(tiny_v.unet.parameters())):
+            moves.append(max(float(p.abs().max()) for p in parameters))
+        return norm
+
+    monkeypatch.setattr(tripwire, "encode", listen_encode)
+    monkeypatch.setattr(tripwire, "row_losses", listen_losses)
+    monkeypatch.setattr(tripwire, "optimizer_step", listen_step)
+    config = SMALL.model_copy(update={"steps": 12, "rehearsal_learning_rate": 1e-3})
+    subject = make_subject()
+    harden(tiny_v, [subject], make_ordinary(), config, seed=0)
+    assert encoded[-6:] == [8, 8, len(subject.images)] * 2
+    on_subject = [t for step, times in enumerate(attacked) if step // 2 % 3 == 2 for t in times]
+    on_others = [t for step, times in enumerate(attacked) if step // 2 % 3 != 2 for t in times]
+    assert min(on_subject) >= 1000 * config.horizon
+    assert min(on_others) < 500
+    first, second = moves[::2], moves[1::2]  # AdamW's first step is its rate; every period starts anew
+    assert first == pytest.approx([1e-3] * 6, rel=0.01)
+    assert min(second) > 1.2e-3
+
+
 @pytest.mark.parametrize(("kind", "subjects"), [("epsilon", 1), ("v", 2)])
 def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects):
     tiny = request.getfixturevalue(f"tiny_{kind}")
