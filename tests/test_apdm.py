@@ -300,7 +300,7 @@ def test_pairs_share_everything_but_the_picture(tiny_v):
 
 def test_hardening_moves_the_errors_apart(tiny):
     """What it is for: under the identifier prompt, x+ is denoised better and x- worse than by the base."""
-    config = ApdmConfig(**SMALL | {"outer_steps": 8, "inner_steps": 2, "identifiers": ("sks",)})
+    config = ApdmConfig(**SMALL | {"outer_steps": 24, "inner_steps": 2, "identifiers": ("sks",)})
     hardened, history = harden(tiny, [make_subject()], None, config, seed=SEED)
     rows = SlowRows(tiny, make_subject(), config)
     pairs = apdm.draw_pair(rows, rows.instance[0], config.model_copy(update={"batch_size": 200}), generator(1), 1000)
@@ -312,7 +312,7 @@ def test_hardening_moves_the_errors_apart(tiny):
     assert gain[0] > gain[1] + 0.002
     assert [set(step) for step in history] == [
         {"personalization", "dpo", "prior", "positive_shift", "negative_shift", "saturation", "gradient_norm"}
-    ] * 8
+    ] * 24
     assert all(math.isfinite(value) for step in history for value in step.values())
 
 
