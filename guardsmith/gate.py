@@ -166,7 +166,7 @@ def check_utility(values: Mapping[str, float | None], rules: GateSpec) -> list[C
     for nothing that can be checked).
     """
     name = "ordinary prompts (KID)"
-    ratio, low, high = (values.get(key) for key in ("kid_ratio", "kid_ratio_low", "kid_ratio_high"))
+    ratio, low, high = (values[key] for key in ("kid_ratio", "kid_ratio_low", "kid_ratio_high"))
     if ratio is None or low is None or high is None:
         checks = [Check(name, "", "", "inconclusive", "not measured")]
     else:

@@ -232,6 +232,9 @@ def measure_ordinary(
     values: dict[str, float | None] = {
         "kid_hardened": kid(seen["base"], seen["hardened"]),
         "kid_base": kid(seen["base"], seen["base again"]),
+        "kid_ratio": None,
+        "kid_ratio_low": None,
+        "kid_ratio_high": None,
         "fidelity_hardened": None,
         "fidelity_base": None,
         "n": len(texts),

@@ -31,6 +31,7 @@ from guardsmith.methods.wiring import (
     SURGE,
     VALUE,
     clear_channels,
+    last_stream,
     loose_parameters,
     set_alarm,
     set_wire,
@@ -143,12 +144,10 @@ def armed(model):
     unet, rows = trained(model), some_rows(model, pictures(3))
     channels = spare_channels(unet)
     clear_channels(unet, *channels)
-    streams = []
-    ear = unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
     with torch.no_grad():
         before = predict(unet, model.scheduler, rows)
-    ear.remove()
-    set_alarm(unet, *channels, torch.cat(streams), generator(4))
+    streams = last_stream(unet, lambda: predict(unet, model.scheduler, rows))
+    set_alarm(unet, *channels, streams, generator(4))
     return unet, before, rows
 
 

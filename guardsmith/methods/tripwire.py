@@ -42,17 +42,7 @@ from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, add_noise, draw_rows, join, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
-from guardsmith.methods.wiring import (
-    clear_channels,
-    loose_parameters,
-    set_alarm,
-    set_wire,
-    silence,
-    spare_channels,
-    spare_neurons,
-    stiffen,
-    wired_layer,
-)
+from guardsmith.methods.wiring import arm, clear, last_stream, loose_parameters, spare_parts, stiffen, wired_layer
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt, sample_prompts
 from guardsmith.sampling import generate
@@ -70,6 +60,8 @@ from guardsmith.training import (
 )
 
 REHEARSAL_SEED = 80_000
+REHEARSED_SHARE = 0.4  # of the rows to recognise that are states of a rehearsal
+STATES_BELOW = 0.9  # share of the timesteps; a state at pure noise has no clean picture to it
 DRILL = 50  # steps of training during which one attacker trains along
 
 
@@ -245,7 +237,7 @@ class Others:
         if self.states is not None:
             for row, picture in enumerate(picked.tolist()):
                 if row % 2:
-                    put_state(rows, row, self.states, picture, 0.9 * steps, scheduler, rng)
+                    put_state(rows, row, self.states, picture, STATES_BELOW * steps, scheduler, rng)
         return rows, picked
 
     def heed(self, picked: Tensor, scores: Tensor) -> None:
@@ -303,24 +295,23 @@ def harden(
         for noun in classes
     }
     class_stores = {noun: encode(model, images) for noun, images in classes.items()}
-    pictures = torch.cat([*classes.values(), ordinary.images])
+    known = [*class_stores.values(), encode(model, ordinary.images)]
+    latents = LatentStore(torch.cat([store.mean for store in known]), torch.cat([store.std for store in known]))
     contexts = [asked[noun] for noun, images in classes.items() for _ in images]
     # Under names as well, else the wire would listen to the prompt instead of looking at the picture.
     names = torch.cat(list(asked.values()))
     contexts += [own_words if i % 2 else names for i, own_words in enumerate(bank.encode(ordinary.prompts).split(1))]
-    known = [*{s.class_noun: s.class_states for s in subjects}.values(), ordinary.states]
+    class_states = {s.class_noun: s.class_states for s in subjects if s.class_states is not None}
     drawn = None
-    if all(states is not None for states in known):
-        drawn = States(torch.cat([s.latents for s in known if s is not None]), known[-1].timesteps)  # type: ignore[union-attr]
-    others = Others(encode(model, pictures), contexts, torch.ones(len(pictures)), drawn)
+    if ordinary.states is not None and len(class_states) == len(classes):
+        parts_drawn = [states.latents for states in (*class_states.values(), ordinary.states)]
+        drawn = States(torch.cat(parts_drawn), ordinary.states.timesteps)
+    others = Others(latents, contexts, torch.ones(len(latents)), drawn)
 
     layer = wired_layer(unet)
-    neurons = spare_neurons(layer, 2 * len(subjects))
-    channels = spare_channels(unet)
-    silence(layer, neurons)
-    clear_channels(unet, *channels)
-    width = layer.net[2].out_features
-    readout = torch.nn.Linear(width, len(subjects), bias=False)
+    spare = spare_parts(unet, len(subjects))
+    clear(unet, spare)
+    readout = torch.nn.Linear(layer.net[2].out_features, len(subjects), bias=False)
     with torch.no_grad():
         readout.weight.zero_()
     heard: dict[str, Tensor] = {}
@@ -356,7 +347,7 @@ def harden(
         time = torch.randint(low, high, (1,), generator=rng)
         row = draw_rows(stores[index].draw(1, rng), context, rng, timesteps=time)
         states = subjects[index].rehearsed_states
-        if low == 0 and states is not None and torch.rand((), generator=rng) < 0.4:
+        if low == 0 and states is not None and torch.rand((), generator=rng) < REHEARSED_SHARE:
             picture = int(torch.randint(len(states.latents), (), generator=rng))
             put_state(row, 0, states, picture, high, scheduler, rng)
         return row
@@ -372,11 +363,11 @@ def harden(
         return noun, encode(model, variations(images[one : one + 1], 7, rng)), 0
 
     n = config.batch_size
-    drill = drill_of(first // DRILL)
     for j in range(first, config.steps):
         rng = generator(seed, j)
+        if j == first or j % DRILL == 0:
+            noun, drilled, above = drill_of(j // DRILL)
         if j % DRILL == 0:
-            drill = drill_of(j // DRILL)
             reset_optimizer(attacker)
             torch._foreach_zero_([move.data for move in moved])
         for group, rate in zip(
@@ -387,7 +378,6 @@ def harden(
         parts = [shown_at(index, 0, horizon - gap, rng) for index in which[:n]]
         parts += [shown_at(index, horizon + gap, timesteps, rng) for index in which[n:]]
         strangers, picked = others.draw(scheduler, 2 * n, rng)
-        noun, drilled, above = drill
         named = asked[noun][:1]  # an identifier prompt
         if above == 0:  # someone else, who is being learnt: no wire may trip
             parts.append(draw_rows(drilled.draw(n // 2, rng), named, rng, steps=timesteps))
@@ -430,8 +420,7 @@ def harden(
         (config.distillation_weight * same + again).backward()
         others.heed(picked, scores)
         norm = optimizer_step(optimizer, parameters, max_grad_norm=1.0)
-        silence(layer, neurons)
-        clear_channels(unet, *channels)
+        clear(unet, spare)
         shown_now = {"missed": missed.item(), "false": false.item(), "distillation": same.item(), "gradient_norm": norm}
         if not all(map(math.isfinite, shown_now.values())):
             raise RunFailed(f"the tripwire diverged at step {j + 1}: a loss is not finite; lower the learning rate.")
@@ -446,15 +435,9 @@ def harden(
 
     ear.remove()
     rng = generator(seed, -3)
-    streams: list[Tensor] = []
-    ear = unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
-    with torch.no_grad():
-        predict(unet, scheduler, others.draw(scheduler, 2 * n, rng)[0])
-    ear.remove()
-    set_alarm(unet, *channels, streams[0], rng)
-    surge = torch.randn(width, generator=rng)
-    for index, weight in enumerate(readout.weight):
-        set_wire(layer, neurons[2 * index : 2 * index + 2], weight, surge)
+    calm = others.draw(scheduler, 2 * n, rng)[0]
+    streams = last_stream(unet, lambda: predict(unet, scheduler, calm))
+    arm(unet, spare, readout.weight, streams, rng)
     stiffen(unet, config.stiffness, config.inner_stiffness)
     unet.requires_grad_(False)
     return own, history

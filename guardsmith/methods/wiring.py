@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -206,3 +206,43 @@ def set_alarm(unet: Any, group: Sequence[int], hidden: int, streams: Tensor, gen
     unet.conv_norm_out.bias[rings] = RINGING
     sides = torch.randint(2, (unet.conv_out.out_channels,), generator=generator) * 2.0 - 1
     unet.conv_out.weight[:, rings, 1, 1] = sides * ALARM / RINGING
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+
+class Spare(NamedTuple):
+    """The parts of a U-Net that the wires and the alarm will take: two neurons per subject, a group, a hidden channel."""
+
+    neurons: list[int]
+    group: list[int]
+    hidden: int
+
+
+def spare_parts(unet: Any, subjects: int) -> Spare:
+    """What to take for so many subjects; see `spare_neurons` and `spare_channels`."""
+    return Spare(spare_neurons(wired_layer(unet), 2 * subjects), *spare_channels(unet))
+
+
+def clear(unet: Any, spare: Spare) -> None:
+    """The U-Net does without these parts."""
+    silence(wired_layer(unet), spare.neurons)
+    clear_channels(unet, spare.group, spare.hidden)
+
+
+def last_stream(unet: Any, run: Callable[[], object]) -> Tensor:
+    """What enters the last resnet while `run` calls the U-Net once, (n, c, h, w)."""
+    heard: list[Tensor] = []
+    ear = _last(unet)[0].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    with torch.no_grad():
+        run()
+    ear.remove()
+    return heard[0]
+
+
+def arm(unet: Any, spare: Spare, readouts: Tensor, streams: Tensor, generator: torch.Generator) -> None:
+    """Set the alarm and every wire in the cleared parts; read-outs are (subjects, width), streams those of `set_alarm`."""
+    set_alarm(unet, spare.group, spare.hidden, streams, generator)
+    surge = torch.randn(readouts.shape[1], generator=generator)
+    for index, weight in enumerate(readouts):
+        set_wire(wired_layer(unet), spare.neurons[2 * index : 2 * index + 2], weight, surge)

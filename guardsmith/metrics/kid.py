@@ -58,19 +58,16 @@ def kid_ratio_interval(reference: Tensor, again: Tensor, other: Tensor) -> tuple
     """
     x, n = reference.double(), len(reference)
 
+    def rest(k: Tensor) -> Tensor:
+        """Mean of a kernel matrix without row and column 0, 1, ...: (n,)."""
+        return (k.sum() - k.sum(0) - k.sum(1) + k.diagonal()) / (n - 1) ** 2
+
+    own = rest(kernel(x, x))
+
     def without_each(y: Tensor) -> Tensor:
-        """`kid` of all pictures, then with prompt 0, 1, ... left out: (n + 1,)."""
-        y = y.double()
-        xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+        return own + rest(kernel(y, y)) - 2 * rest(kernel(x, y))
 
-        def rest(k: Tensor) -> Tensor:
-            return (k.sum() - k.sum(0) - k.sum(1) + k.diagonal()) / (n - 1) ** 2
-
-        left = rest(xx) + rest(yy) - 2 * rest(xy)
-        return torch.cat([(xx.mean() + yy.mean() - 2 * xy.mean())[None], left])
-
-    ratios = without_each(other) / without_each(again)
-    left = ratios[1:]
-    error = ((n - 1) / n * (left - left.mean()).square().sum()).sqrt()
-    value = float(ratios[0])
-    return value, value - 1.96 * float(error), value + 1.96 * float(error)
+    left = without_each(other.double()) / without_each(again.double())
+    error = 1.96 * float(((n - 1) / n * (left - left.mean()).square().sum()).sqrt())
+    value = kid(reference, other) / kid(reference, again)
+    return value, value - error, value + error

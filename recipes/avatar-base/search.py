@@ -25,7 +25,7 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.harden import ORDINARY_IMAGES, drawn_by, folder_digest, write_json
+from guardsmith.harden import ORDINARY_IMAGES, drawn_by, drawn_with_states, folder_digest, write_json
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.tripwire import rehearse
@@ -97,7 +97,8 @@ def trial(
     noun = lines[first]["class_noun"]
     count = recipe.verify.class_images
     prompts = [class_prompt(noun)] * count
-    class_images = drawn_by(base, recipe, prompts, 10_000, cache / f"class-{noun}.safetensors", "class pictures")
+    class_file, ordinary_file = cache / f"class-{noun}-states.safetensors", cache / "ordinary-h-states.safetensors"
+    class_images, class_states = drawn_with_states(base, recipe, prompts, 10_000, class_file, "class pictures")
     asked = ordinary_prompts(base, ORDINARY_VERIFICATION, 120, recipe.seed + 1)
     texts = [prompt.text for prompt in asked]
     before = drawn_by(base, recipe, texts, 40_000, cache / "ordinary-a.safetensors", "ordinary pictures")
@@ -107,15 +108,14 @@ def trial(
         method = METHODS[recipe.method.name]
         config: Any = method.config(**{"class_images": count, **params})
         views = world.to_float(pixels[first : first + 4])
-        subject = SubjectData(label, noun, (), views, class_images[: len(views)], class_images)
+        subject = SubjectData(label, noun, (), views, class_images[: len(views)], class_images, class_states)
         shared = ordinary_prompts(base, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
         words = [prompt.text for prompt in shared]
         if getattr(config, "rehearsal_steps", 0):
             images, states = rehearse(base, subject, config, seed=recipe.seed)
             subject = replace(subject, rehearsed=images, rehearsed_states=states)
-        ordinary = OrdinaryData(
-            drawn_by(base, recipe, words, 20_000, cache / "ordinary-h.safetensors", "ordinary pictures"), words
-        )
+        drawn, states = drawn_with_states(base, recipe, words, 20_000, ordinary_file, "ordinary pictures")
+        ordinary = OrdinaryData(drawn, words, states)
         model, history = method.run(base, [subject], ordinary, config, seed=recipe.seed)
     seconds = time.monotonic() - began
     own_class = (
