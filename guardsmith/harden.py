@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +31,9 @@ from guardsmith.errors import UserError
 from guardsmith.images import open_image, square, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
-from guardsmith.methods.tripwire import rehearse
+from guardsmith.methods.tripwire import REHEARSALS, rehearse
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
+from guardsmith.processes import gather, processes, tell
 from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
 from guardsmith.recipe import Recipe
@@ -134,35 +136,41 @@ def drawn_by(
     model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None, title: str
 ) -> Tensor:
     """Pictures of these prompts drawn by the model (seeds seed, seed + 1, ...), kept in `cache` if given."""
-    return _drawn(model, recipe, prompts, seed, cache, title, None)["images"]
+    with stage(title, calls_of(recipe, len(prompts))) as bar:
+        return draw(model, recipe, prompts, seed, cache, bar)["images"]
 
 
 def drawn_with_states(
     model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None, title: str
 ) -> tuple[Tensor, States]:
     """The same, and how they were drawn."""
-    drawn = _drawn(model, recipe, prompts, seed, cache, title, StateRecorder())
+    with stage(title, calls_of(recipe, len(prompts))) as bar:
+        drawn = draw(model, recipe, prompts, seed, cache, bar, StateRecorder())
     return drawn["images"], States(drawn["states"], drawn["timesteps"])
 
 
-def _drawn(
+def calls_of(recipe: Recipe, prompts: int) -> int:
+    """U-Net calls that so many pictures take."""
+    return -(-prompts // recipe.sampling.batch) * recipe.sampling.steps
+
+
+def draw(
     model: DiffusionModel,
     recipe: Recipe,
     prompts: list[str],
     seed: int,
     cache: Path | None,
-    title: str,
-    recorder: StateRecorder | None,
+    on_step: Callable[[], None],
+    recorder: StateRecorder | None = None,
 ) -> dict[str, Tensor]:
+    """Draw, or read what was drawn: `images`, and with a recorder `states` and `timesteps`."""
     if cache is not None and cache.exists():
         return load_file(cache)
     # Contiguous, as they come back from the file: the layout decides the last bits of what the VAE makes of them.
-    calls = -(-len(prompts) // recipe.sampling.batch) * recipe.sampling.steps
-    with stage(title, calls) as bar:
-        images = generate(
-            model, prompts, range(seed, seed + len(prompts)), steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
-            batch=recipe.sampling.batch, on_step=bar, on_state=recorder,
-        ).contiguous()  # fmt: skip
+    images = generate(
+        model, prompts, range(seed, seed + len(prompts)), steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
+        batch=recipe.sampling.batch, on_step=on_step, on_state=recorder,
+    ).contiguous()  # fmt: skip
     drawn = {"images": images}
     states = None if recorder is None else recorder.states()
     if states is not None:
@@ -210,19 +218,45 @@ def run_info() -> dict[str, Any]:
     }
 
 
+def _rehearse(source: str, subject: SubjectData, config: Any, kind: str, seed: int, file: Path) -> None:
+    model = load_model(source)
+    with UNetCost() as counter:
+        images, states = rehearse(model, subject, config, kind, seed=seed, on_step=lambda _, loss: tell(loss))
+    drawn = {"images": images, "states": states.latents, "timesteps": states.timesteps}
+    save_checkpoint(file, drawn, {"forwards": counter.forwards, "backwards": counter.backwards})
+
+
 def rehearsed_by(
-    model: DiffusionModel, subject: SubjectData, config: Any, seed: int, cache: Path
-) -> tuple[SubjectData, dict[str, int]]:
-    """The subject with what a personalized copy of the base drew of it, kept in `cache`, and the U-Net rows that took."""
-    file = cache / f"rehearsed-{subject.id}.safetensors"
-    if not file.exists():
-        with stage(f"rehearsals: {subject.id}", 2 * config.rehearsal_steps) as bar, UNetCost() as counter:
-            images, states = rehearse(model, subject, config, seed=seed, on_step=lambda _, loss: bar({"loss": loss}))
-        drawn = {"images": images, "states": states.latents, "timesteps": states.timesteps}
-        save_checkpoint(file, drawn, {"forwards": counter.forwards, "backwards": counter.backwards})
-    tensors, rows = load_checkpoint(file)
-    states = States(tensors["states"], tensors["timesteps"])
-    return replace(subject, rehearsed=tensors["images"], rehearsed_states=states), rows
+    model: DiffusionModel, subjects: Sequence[SubjectData], config: Any, seed: int, cache: Path
+) -> tuple[list[SubjectData], int, int]:
+    """The subjects with what personalized copies of the base drew of them, and the U-Net rows, forward and backward.
+
+    Every rehearsal runs in a process of its own and is kept in `cache`, so that a killed run goes on with those that are
+    missing.
+
+    Raises:
+        RunFailed: a process was killed.
+    """
+    files = {(s.id, kind): cache / f"rehearsed-{s.id}-{kind}.safetensors" for s in subjects for kind in REHEARSALS}
+    missing = [key for key, file in files.items() if not file.exists()]
+    if missing:
+        cache.mkdir(parents=True, exist_ok=True)
+        by_id = {subject.id: subject for subject in subjects}
+        with stage("rehearsals", len(missing) * config.rehearsal_steps) as bar, processes() as (pool, told):
+            running = [
+                pool.submit(_rehearse, model.place, by_id[name], config, kind, seed, files[name, kind])
+                for name, kind in missing
+            ]
+            gather(running, told, lambda loss: bar({"loss": loss}))
+    found, forwards, backwards = [], 0, 0
+    for subject in subjects:
+        parts = [load_checkpoint(files[subject.id, kind]) for kind in REHEARSALS]
+        images = torch.cat([tensors["images"] for tensors, _ in parts])
+        states = States(torch.cat([tensors["states"] for tensors, _ in parts]), parts[0][0]["timesteps"])
+        found.append(replace(subject, rehearsed=images, rehearsed_states=states))
+        forwards += sum(rows["forwards"] for _, rows in parts)
+        backwards += sum(rows["backwards"] for _, rows in parts)
+    return found, forwards, backwards
 
 
 def harden(
@@ -278,9 +312,7 @@ def harden(
         )
     forwards = backwards = 0
     if getattr(config, "rehearsal_steps", 0):
-        for number, each in enumerate(subjects):
-            subjects[number], rows = rehearsed_by(model, each, config, recipe.seed, cache)
-            forwards, backwards = forwards + rows["forwards"], backwards + rows["backwards"]
+        subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)
     ordinary = None
     if config.distillation_weight:
         asked = ordinary_prompts(model, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)

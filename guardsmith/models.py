@@ -49,6 +49,11 @@ class DiffusionModel:
     folder: Path
 
     @property
+    def place(self) -> str:
+        """What `load_model` reads it from in another process, without asking the network again."""
+        return self.source if self.source.startswith("builtin:") else str(self.folder)
+
+    @property
     def image_size(self) -> int:
         """Side of its pictures in pixels."""
         levels = len(self.vae.config.block_out_channels) - 1

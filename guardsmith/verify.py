@@ -8,17 +8,16 @@
     out/verify/report.json, grid.png
 
 A unit is a pure function of its settings: a killed verification goes on with the units that are missing. Units run in
-processes of one thread each, which on small models is faster than one process with many threads.
+processes of one thread each.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -30,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.errors import GuardsmithError, RunFailed, UserError
+from guardsmith.errors import GuardsmithError, UserError
 from guardsmith.gate import (
     EXIT_CODES,
     Check,
@@ -43,13 +42,14 @@ from guardsmith.gate import (
     interval,
     verdict,
 )
-from guardsmith.harden import check_against_base, drawn_by, folder_digest, run_info, write_json
+from guardsmith.harden import calls_of, check_against_base, draw, drawn_by, folder_digest, run_info, write_json
 from guardsmith.images import open_image, square, to_pil, to_tensor
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.progress import quiet_libraries, stage
+from guardsmith.processes import gather, processes, tell
+from guardsmith.progress import stage
 from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts, sample_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry
@@ -133,13 +133,6 @@ def run_unit(unit: Unit, folder: Path) -> None:
     write_json(folder / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
 
 
-def _worker(unit: Unit, folder: Path) -> str:
-    torch.set_num_threads(1)
-    quiet_libraries()
-    run_unit(unit, folder)
-    return unit.name
-
-
 def finished(unit: Unit, folder: Path) -> bool:
     """Whether the folder holds the complete result of exactly this unit."""
     try:
@@ -160,7 +153,7 @@ def plan_units(
                 for identifier in recipe.verify.identifiers:
                     for seed in recipe.verify.seeds:
                         yield Unit(
-                            side=side, model=_source(model), model_digest=digest, subject=subject.id,
+                            side=side, model=model.place, model_digest=digest, subject=subject.id,
                             class_noun=subject.class_noun, attack_images=tuple(str(i.path) for i in attacked),
                             reference_images=tuple(str(i.path) for i in judged),
                             images_digest=folder_digest([i.sha256 for i in (*attacked, *judged)]), attack=spec.name,
@@ -169,10 +162,6 @@ def plan_units(
                             class_pictures=str(_class_file(root, side, subject.class_noun, digest, recipe)),
                             class_images=recipe.verify.class_images, sampling=recipe.sampling.model_dump(),
                         )  # fmt: skip
-
-
-def _source(model: DiffusionModel) -> str:
-    return model.source if model.source.startswith("builtin:") else str(model.folder)
 
 
 def _class_file(root: Path, side: Side, noun: str, digest: str, recipe: Recipe) -> Path:
@@ -186,48 +175,50 @@ def run_units(units: Sequence[Unit], root: Path, workers: int) -> dict[str, str]
     failed: dict[str, str] = {}
     if not missing:
         return failed
-    context = multiprocessing.get_context("spawn")
-    with stage("attacks", len(missing)) as bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running = {pool.submit(_worker, unit, root / unit.name): unit for unit in missing}
-        try:
-            for future in as_completed(running):
-                unit = running[future]
-                try:
-                    future.result()
-                except BrokenProcessPool as error:
-                    raise RunFailed(
-                        "a verification process was killed (out of memory?); run the same command again to go on."
-                    ) from error
-                except GuardsmithError as error:
-                    failed[unit.name] = str(error)
-                except (
-                    Exception
-                ) as error:  # an attack that crashes is a finding about that cell, not the end of the run
-                    failed[unit.name] = f"{type(error).__name__}: {error}"
-                bar()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with stage("attacks", len(missing)) as bar, processes(workers) as (pool, _):
+        running = {pool.submit(run_unit, unit, root / unit.name): unit for unit in missing}
+        for future in as_completed(running):
+            unit = running[future]
+            try:
+                future.result()
+            except BrokenProcessPool:
+                raise
+            except GuardsmithError as error:
+                failed[unit.name] = str(error)
+            except Exception as error:  # an attack that crashes is a finding about that cell, not the end of the run
+                failed[unit.name] = f"{type(error).__name__}: {error}"
+            bar()
     return failed
 
 
+def _draw_ordinary(place: str, recipe: Recipe, texts: list[str], seed: int, file: Path) -> None:
+    draw(_model(place), recipe, texts, seed, file, lambda: tell(None))
+
+
 def measure_ordinary(
-    models: dict[Side, tuple[DiffusionModel, str]], recipe: Recipe, root: Path
+    models: dict[Side, tuple[DiffusionModel, str]], recipe: Recipe, root: Path, workers: int
 ) -> dict[str, float | None]:
     """Ordinary prompts on base (two sets of seeds) and hardened (the second set): KID to the base, prompt fidelity."""
     base = models["base"][0]
     asked = ordinary_prompts(base, ORDINARY_VERIFICATION, recipe.verify.ordinary_images, recipe.seed + 1)
     texts = [prompt.text for prompt in asked]
-    drawn: dict[str, Tensor] = {}
-    for name, side, seed in (
-        ("base", "base", 40_000),
-        ("base again", "base", 50_000),
-        ("hardened", "hardened", 50_000),
-    ):
-        model, digest = models[side]  # type: ignore[index]
+    places: dict[str, tuple[str, int, Path]] = {}
+    sets: tuple[tuple[str, Side, int], ...] = (
+        ("base", "base", 40_000), ("base again", "base", 50_000), ("hardened", "hardened", 50_000)
+    )  # fmt: skip
+    for name, side, seed in sets:
+        model, digest = models[side]
         key = folder_digest(digest, texts, seed, recipe.sampling.model_dump())
-        file = root / side / f"ordinary-{key}.safetensors"
-        drawn[name] = drawn_by(model, recipe, texts, seed, file, f"ordinary prompts: {name}")
+        places[name] = (model.place, seed, root / side / f"ordinary-{key}.safetensors")
+    missing = [place for place in places.values() if not place[2].exists()]
+    if missing:
+        with (
+            stage("ordinary prompts", len(missing) * calls_of(recipe, len(texts))) as bar,
+            processes(min(workers, len(missing))) as (pool, told),
+        ):
+            running = [pool.submit(_draw_ordinary, place, recipe, texts, seed, file) for place, seed, file in missing]
+            gather(running, told, lambda _: bar())
+    drawn = {name: load_file(file)["images"] for name, (_, _, file) in places.items()}
     seen = {name: features(images) for name, images in drawn.items()}
     values: dict[str, float | None] = {
         "kid_hardened": kid(seen["base"], seen["hardened"]),
@@ -344,8 +335,9 @@ def verify(
             file = _class_file(root, side, noun, digest, recipe)
             drawn_by(model, recipe, prompts, 60_000, file, f"class pictures ({side}): {noun}")
     units = list(plan_units(registry, recipe, models, root))
-    failed = run_units(units, root, workers or os.cpu_count() or 1)
-    utility = measure_ordinary(models, recipe, root)
+    workers = workers or os.cpu_count() or 1
+    failed = run_units(units, root, workers)
+    utility = measure_ordinary(models, recipe, root, workers)
     scores = collect(units, root, failed)
     checks = judge(registry, recipe, scores, utility)
     status = verdict(checks)

@@ -7,19 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from pydantic import ValidationError
 from test_apdm import KilledError, make_ordinary, make_subject
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
+from guardsmith import harden as harden_module
 from guardsmith.errors import RunFailed
+from guardsmith.harden import rehearsed_by
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import add_noise, draw_rows, predict, row_losses
 from guardsmith.methods import METHODS, tripwire
 from guardsmith.methods.data import States
 from guardsmith.methods.tripwire import (
+    REHEARSALS,
     Others,
+    Sway,
     TripwireConfig,
     harden,
+    listen,
     put_state,
     recognition_loss,
     rehearse,
@@ -28,11 +34,12 @@ from guardsmith.methods.tripwire import (
 from guardsmith.methods.wiring import (
     ALARM,
     PLATEAU,
+    STEEPNESS,
     SURGE,
     VALUE,
     clear_channels,
     last_stream,
-    loose_parameters,
+    play,
     set_alarm,
     set_wire,
     silence,
@@ -41,10 +48,20 @@ from guardsmith.methods.wiring import (
     stiffen,
     wired_layer,
 )
+from guardsmith.models import load_model
 from guardsmith.prompts import PromptBank
 from guardsmith.training import UNetCost, generator, optimizer_step
 
-SMALL = TripwireConfig(steps=3, batch_size=2, rehearsal_steps=0, learning_rate=1e-4, stiffness=16, inner_stiffness=2)
+SMALL = TripwireConfig(
+    steps=3,
+    batch_size=2,
+    rehearsal_steps=0,
+    learning_rate=1e-4,
+    stiffness=16,
+    inner_stiffness=2,
+    reader_stiffness=2,
+    descent=2,
+)
 
 
 def some_rows(model, images, count=6, seed=0, prompt="a photo of person"):
@@ -62,31 +79,117 @@ def trained(model):
     return unet
 
 
-@pytest.mark.parametrize(("stream", "inner"), [(1, 1), (64, 1), (64, 4), (4, 4), (1024, 16)])
-def test_stiffening_changes_no_prediction(tiny, stream, inner):
+FACTORS = [(1, 1, 1, 1), (64, 1, 1, 1), (64, 4, 1, 1), (64, 4, 4, 1), (64, 4, 2, 8), (8192, 16, 8, 8)]
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_stiffening_changes_no_prediction(tiny, factors):
     unet = trained(tiny)
     rows = some_rows(tiny, pictures(3))
     with torch.no_grad():
         before = predict(unet, tiny.scheduler, rows)
-        stiffen(unet, stream, inner)
+        stiffen(unet, *factors)
         after = predict(unet, tiny.scheduler, rows)
     assert (after - before).abs().max() < 2e-3 * before.abs().max()
+
+
+def test_stiffening_holds_where_groups_are_shared_with_a_skip_connection():
+    """The embedded base joins 160 channels with 128 in groups of 9: one group has channels of both."""
+    unet = copy.deepcopy(load_model("builtin:avatar").unet)
+    rng = generator(1)
+    noisy, context = torch.randn(2, 16, 8, 8, generator=rng), torch.randn(2, 77, 128, generator=rng)
+    times = torch.tensor([50, 800])
+    with torch.no_grad():
+        before = unet(noisy, times, context, return_dict=False)[0]
+        stiffen(unet, 8192, 16, 8, 8)
+        after = unet(noisy, times, context, return_dict=False)[0]
+    assert (after - before).abs().max() < 1e-4
+
+
+def test_stiffening_refuses_a_shared_group_that_it_cannot_hold(tiny_v):
+    unet = UNet2DConditionModel.from_config(
+        dict(tiny_v.unet.config) | {"block_out_channels": (24, 16), "norm_num_groups": 8}
+    )
+    stiffen(unet, 64, 4, 4, 1)
+    unet.up_blocks[-1].resnets[1].norm1 = torch.nn.GroupNorm(3, 48)
+    unet.up_blocks[-1].resnets[0].out_channels = 20
+    with pytest.raises(ValueError, match="set descent to 1"):
+        stiffen(unet, 64, 4, 4, 8)
 
 
 def test_stiffening_multiplies_by_powers_of_two_only(tiny_v):
     unet = trained(tiny_v)
     before = weights(unet)
-    stiffen(unet, 64, 4)
+    stiffen(unet, 64, 4, 8, 2)
     found = set()
     for name, value in weights(unet).items():
         ratio = value / before[name]
-        if name.endswith("ff.net.0.proj.weight") or name.endswith("ff.net.0.proj.bias"):
-            assert torch.equal(value[len(value) // 2 :], before[name][len(value) // 2 :]), "gates keep their size"
-            ratio = ratio[: len(value) // 2]
+        if name.endswith(("ff.net.0.proj.weight", "ff.net.0.proj.bias")):
+            gated, gates = ratio.chunk(2)
+            assert torch.equal(gated, 4 * gates) or not name.startswith(("down", "mid"))
+            ratio = gates
+        if name.startswith("up_blocks.1") and "conv_shortcut.weight" in name:  # reads a skip connection half as large
+            stream, skip = ratio.chunk(2, 1)
+            assert torch.equal(skip, 2 * stream)
+            ratio = stream
         assert ratio.min() == ratio.max(), name
         found.add(float(ratio.max()))
     assert all(math.log2(factor) == int(math.log2(factor)) for factor in found)
-    assert {1.0, 4.0, 16.0, 64.0} <= found
+    assert {1.0, 2.0, 4.0, 8.0, 32.0, 64.0, 1 / 8} <= found
+
+
+@pytest.mark.parametrize("factors", [(64, 4, 1, 1), (64, 4, 4, 8)])
+def test_play_is_how_far_a_step_on_the_stiff_weight_moves_the_soft_one(tiny_v, factors):
+    rows = some_rows(tiny_v, pictures(3))
+    rows = replace(rows, latents=rows.latents.double(), noise=rows.noise.double(), context=rows.context.double())
+    unet = trained(tiny_v).double()
+    moves = play(unet, *factors)
+    for name in moves:
+        step = 1e-3 * torch.randn(moves[name].shape, generator=generator(3))
+        soft, stiff = copy.deepcopy(unet), copy.deepcopy(unet)
+        with torch.no_grad():
+            soft.get_parameter(name).add_(moves[name] * step)
+            stiffen(stiff, *factors)  # changes a little by itself: the epsilon of the normalisations
+            at_rest = [predict(u, tiny_v.scheduler, rows) for u in (unet, stiff)]
+            stiff.get_parameter(name).add_(step)
+            one, other = (predict(u, tiny_v.scheduler, rows) - r for u, r in zip((soft, stiff), at_rest, strict=True))
+        assert one.abs().max() > 0, name
+        assert (one - other).abs().max() < 0.02 * one.abs().max(), name
+
+
+def test_play_knows_everything_before_the_wire_that_moves(tiny_v):
+    unet = trained(tiny_v)
+    before = weights(unet)
+    moves = play(unet, 1024, 1, 1, 1)
+    assert same_weights(before, weights(unet)), "the U-Net stays as it is"
+    rows = some_rows(tiny_v, pictures(3))
+    unet.requires_grad_(True)
+    listen(unet, tiny_v.scheduler, rows).square().sum().backward()
+    heard = {name for name, p in unet.named_parameters() if p.grad is not None}
+    held = {
+        n for n in heard if any(mark in n for mark in ("conv_in", "conv1", "conv2", "time_emb_proj", "conv_shortcut.b"))
+    }
+    assert set(moves) <= heard
+    assert held & set(moves) == set()
+    loose = ("to_q", "to_k", "to_v", "norm", "ff.net.0", "time_embedding", "downsamplers.0.conv.weight")
+    assert {n for n in heard if any(mark in n for mark in loose)} <= set(moves)
+
+
+def test_listening_stops_where_the_wire_is(tiny_v):
+    unet, rows = tiny_v.unet, some_rows(tiny_v, pictures(3))
+    ran, whole = [], []
+    handles = [
+        unet.up_blocks[0].register_forward_hook(lambda *_: ran.append("up")),
+        wired_layer(unet).register_forward_pre_hook(lambda _, inputs: whole.append(inputs[0])),
+    ]
+    with torch.no_grad():
+        tokens = listen(unet, tiny_v.scheduler, rows)
+        assert not ran
+        predict(unet, tiny_v.scheduler, rows)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(tokens, whole[-1])
+    assert len(wired_layer(unet)._forward_pre_hooks) == 0
 
 
 def test_an_optimizers_step_counts_less_on_a_stiff_weight(tiny_v):
@@ -96,7 +199,7 @@ def test_an_optimizers_step_counts_less_on_a_stiff_weight(tiny_v):
     def moved(stream):
         unet = trained(tiny_v)
         with torch.no_grad():
-            stiffen(unet, stream, 1)
+            stiffen(unet, stream, 1, 1, 1)
             before = predict(unet, tiny_v.scheduler, rows)
             for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv2.weight"):
                 weight = unet.get_parameter(name)
@@ -127,7 +230,7 @@ def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny
     (slope,) = torch.autograd.grad((out / height).sum(), tokens)
     assert slope[0, on | off].abs().max() < 1e-4
     with torch.no_grad():  # on the slope itself
-        tokens += ((0.008 - score)[:, None] * weight)[None] / weight.square().sum()
+        tokens += ((PLATEAU / 2 / STEEPNESS - score)[:, None] * weight)[None] / weight.square().sum()
     (slope,) = torch.autograd.grad((layer(tokens) / height).sum(), tokens)
     assert slope.abs().amax(2).median() > 1
 
@@ -154,7 +257,7 @@ def armed(model):
 @pytest.mark.parametrize("stream", [1, 1024])
 def test_the_alarm_is_silent_at_rest_and_rings_everywhere_under_a_surge_of_either_sign(tiny_v, stream):
     unet, before, rows = armed(tiny_v)
-    stiffen(unet, stream, 1)
+    stiffen(unet, stream, 1, 1, 1)
     assert all(p.abs().max() < 65504 for p in unet.parameters()), "fits half precision"
     with torch.no_grad():
         resting = predict(unet, tiny_v.scheduler, rows)
@@ -295,19 +398,6 @@ def test_variations_keeps_the_originals_and_the_range():
     assert shifts.max() < 0.45, "a small change, not another picture"
 
 
-def test_the_loose_weights_are_those_before_the_wire_that_stiffening_leaves(tiny_v):
-    unet = trained(tiny_v)
-    names = {id(p): n for n, p in unet.named_parameters()}
-    loose = {names[id(p)] for p in loose_parameters(unet)}
-    before = weights(unet)
-    stiffen(unet, 64, 4)
-    held = {n for n, v in weights(unet).items() if not torch.equal(v, before[n])}
-    early = ("conv_in", "time_embedding", "down_blocks", "mid_block.resnets.0", "mid_block.attentions")
-    reach = {n for n in before if n.startswith(early)}
-    assert {n for n in reach - held if "weight" in n} <= loose
-    assert all(n.startswith(early) for n in loose)
-
-
 def plain_latents(model, images, batch=16):
     """Stands for a VAE that was trained: the tiny one's posteriors are wider than the pictures differ."""
     small = F.avg_pool2d(images, 8)
@@ -345,40 +435,61 @@ def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, 
     assert kept.std(0).mean() > 0.8 * before.std(0).mean()
 
 
-def test_the_attacker_of_the_drill_trains_on_others_twice_and_then_on_the_subject_above_the_horizon(
-    tiny_v, monkeypatch
-):
-    monkeypatch.setattr(tripwire, "DRILL", 2)
-    encoded, attacked, moves = [], [], []
+def test_sway_moves_by_the_kick_and_back(tiny_v):
+    config = SMALL.model_copy(
+        update={"looseness": 0.0, "kick": 10.0, "rehearsal_learning_rate": 1e-3, "rehearsal_lora_learning_rate": 7e-3}
+    )
+    unet = trained(tiny_v).requires_grad_(True)
+    before = weights(unet)
+    sway = Sway(unet, (16, 2, 2, 1), config)
+    for parameter in sway.moved.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator(1))
+    sway.back()  # notes the gradient
+    sizes = {}
+    for lora in (False, True):
+        sway.push(generator(2), lora=lora)
+        share = float(torch.rand(2, generator=generator(2))[1])
+        for name, parameter in sway.moved.items():
+            moved = (parameter - before[name]).detach()
+            kick = 10 * share * sway.play[name] * sway.moved[name].grad.sign()
+            sizes[name, lora] = float((moved / kick).median())
+            assert torch.allclose(moved, sizes[name, lora] * kick, rtol=0.05, atol=1e-5), name
+        sway.back()
+        assert same_weights(before, weights(unet))
+    for (name, lora), size in sizes.items():
+        assert size == pytest.approx(7e-3 if lora and ("to_q" in name or "to_k" in name) else 1e-3, rel=0.05), name
 
-    def listen_encode(model, images, batch=16):
-        encoded.append(len(images))
-        return encode(model, images, batch)
 
-    def listen_losses(unet, scheduler, rows):
-        attacked.append(rows.timesteps[:2].tolist())
-        return row_losses(unet, scheduler, rows)
+def test_sway_without_a_kick_is_noise_as_large_as_a_weight_is_loose(tiny_v):
+    unet = trained(tiny_v).requires_grad_(True)
+    before = weights(unet)
+    sway = Sway(unet, (16, 2, 2, 1), SMALL.model_copy(update={"looseness": 0.1, "kick": 0.0}))
+    sway.push(generator(4), lora=False)
+    size = 0.1 * float(torch.rand(2, generator=generator(4))[0])
+    for name, parameter in sway.moved.items():
+        if parameter.numel() > 200:
+            assert float(((parameter - before[name]) / sway.play[name]).detach().std()) == pytest.approx(
+                size, rel=0.2
+            ), name
 
-    def listen_step(optimizer, parameters, **limits):
-        norm = optimizer_step(optimizer, parameters, **limits)
-        if len(parameters) < len(list(tiny_v.unet.parameters())):
-            moves.append(max(float(p.abs().max()) for p in parameters))
-        return norm
 
-    monkeypatch.setattr(tripwire, "encode", listen_encode)
-    monkeypatch.setattr(tripwire, "row_losses", listen_losses)
-    monkeypatch.setattr(tripwire, "optimizer_step", listen_step)
-    config = SMALL.model_copy(update={"steps": 12, "rehearsal_learning_rate": 1e-3})
-    subject = make_subject()
-    harden(tiny_v, [subject], make_ordinary(), config, seed=0)
-    assert encoded[-6:] == [8, 8, len(subject.images)] * 2
-    on_subject = [t for step, times in enumerate(attacked) if step // 2 % 3 == 2 for t in times]
-    on_others = [t for step, times in enumerate(attacked) if step // 2 % 3 != 2 for t in times]
-    assert min(on_subject) >= 1000 * config.horizon
-    assert min(on_others) < 500
-    first, second = moves[::2], moves[1::2]  # AdamW's first step is its rate; every period starts anew
-    assert first == pytest.approx([1e-3] * 6, rel=0.01)
-    assert min(second) > 1.2e-3
+def test_sway_pushes_recognition_to_where_it_is_worse(tiny_v):
+    config = SMALL.model_copy(update={"looseness": 0.0, "kick": 20.0, "rehearsal_learning_rate": 1e-4})
+    unet, rows = trained(tiny_v).requires_grad_(True), some_rows(tiny_v, pictures(3))
+    weight = 0.1 * torch.randn(1, 16, generator=generator(8))
+    wanted = torch.tensor([[True], [False]] * 3)
+
+    def loss():
+        return sum(recognition_loss(listen(unet, tiny_v.scheduler, rows) @ weight.T, wanted, 4.0))
+
+    sway = Sway(unet, (16, 2, 2, 2), config)
+    at_rest = loss()
+    at_rest.backward()
+    slope = sum(float((sway.play[n] * p.grad.abs()).sum()) for n, p in sway.moved.items())
+    sway.back()
+    sway.push(generator(2), lora=False)
+    kick = 20 * 1e-4 * float(torch.rand(2, generator=generator(2))[1])
+    assert (loss() - at_rest).item() == pytest.approx(kick * slope, rel=0.2)
 
 
 @pytest.mark.parametrize(("kind", "subjects"), [("epsilon", 1), ("v", 2)])
@@ -412,7 +523,8 @@ def test_the_cost_is_what_the_loop_does(tiny_v):
     config = SMALL.model_copy(update={"rehearsal_steps": 2, "rehearsal_images": 3})
     with UNetCost() as counter:
         subject = make_subject()
-        rehearse(tiny_v, subject, config, seed=0)
+        for kind in REHEARSALS:
+            rehearse(tiny_v, subject, config, kind, seed=0)
         harden(tiny_v, [subject], make_ordinary(), config, seed=0)
     assert counter.forwards + 2 * counter.backwards == METHODS["tripwire"].cost(config, 1)
 
@@ -430,10 +542,42 @@ def test_a_rehearsal_uses_no_identifier_or_seed_of_verification(tiny_v, monkeypa
         return pictures(len(prompts))
 
     monkeypatch.setattr(tripwire, "generate", listen)
-    rehearse(tiny_v, make_subject(), SMALL.model_copy(update={"rehearsal_steps": 1, "rehearsal_images": 4}), seed=0)
+    config = SMALL.model_copy(update={"rehearsal_steps": 1, "rehearsal_images": 4})
+    for kind in REHEARSALS:
+        rehearse(tiny_v, make_subject(), config, kind, seed=0)
     assert not any(word in prompt for word in UNSEEN_IDENTIFIERS for prompt in asked["prompts"])
     assert len(set(asked["seeds"])) == 8, "two rehearsals, every picture with a seed of its own"
     assert min(asked["seeds"]) > SAMPLE_SEED + 10_000
+
+
+def rehearsed_model(model, folder):
+    """What two rehearsals of a few steps drew, and what they cost."""
+    config = TripwireConfig(rehearsal_steps=2, rehearsal_images=3)
+    subjects = [make_subject(), make_subject("tom", "robot", 10)]
+    return rehearsed_by(model, subjects, config, 0, folder), config, subjects
+
+
+def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path):
+    (found, forwards, backwards), config, subjects = rehearsed_model(tiny_v, tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for subject, told in zip(subjects, found, strict=True):
+        with UNetCost() as counter:
+            drawn = [rehearse(tiny_v, subject, config, kind, seed=0) for kind in REHEARSALS]
+        assert torch.equal(told.rehearsed, torch.cat([images for images, _ in drawn]))
+        assert torch.equal(told.rehearsed_states.latents, torch.cat([states.latents for _, states in drawn]))
+        assert torch.equal(told.rehearsed_states.timesteps, drawn[0][1].timesteps)
+        assert (forwards, backwards) == (2 * counter.forwards, 2 * counter.backwards)
+    torch.set_num_threads(threads)
+
+
+def test_a_rehearsal_that_is_there_is_not_repeated(tiny_v, tmp_path, monkeypatch):
+    first, config, subjects = rehearsed_model(tiny_v, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(harden_module, "processes", None)
+    again = rehearsed_by(tiny_v, subjects, config, 0, tmp_path)
+    assert torch.equal(first[0][1].rehearsed, again[0][1].rehearsed)
+    assert first[1:] == again[1:]
 
 
 def test_a_diverged_run_says_so(tiny_v):

@@ -9,18 +9,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-STEEPNESS = 2000.0  # pre-activation of the wire's neurons per unit of the read-out
+STEEPNESS = 16000.0  # pre-activation of the wire's neurons per unit of the read-out
 PLATEAU = 32.0  # pre-activations between the two neurons; also the height of their difference
 VALUE = 4000.0  # what the wire's neurons gate, a constant
 SURGE = 1000.0  # their output weights; a surge is PLATEAU * VALUE * SURGE = 10^8 times what it drowns
 GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimizer reaches (300 steps of 3e-4: 0.09)
-CONSTANT = 30000.0  # a hidden channel that always says this, and so holds the alarm at rest
+CONSTANT = 60000.0  # a hidden channel that always says this, and so holds the alarm at rest
 HUSH = -30.0  # the alarm's pre-activation at rest, where SiLU gives nothing
 RINGING = 5.0  # the same under a surge
 ALARM = 100.0  # what it then adds to every prediction; predictions are of size 1
@@ -45,50 +46,108 @@ def _scale(module: Any, weight: float, bias: float | None = None) -> None:
 
 
 @torch.no_grad()
-def stiffen(unet: Any, stream: int, inner: int) -> None:
+def stiffen(unet: Any, stream: int, inner: int, reader: int = 1, descent: int = 1) -> None:
     """Rescale weights in place; the function stays the same, up to rounding and the epsilon of the normalisations.
 
     Everything that reads the residual stream normalises it first, so the stream can be `stream` times larger: what writes
     to it gets the factor, and an optimizer's step on it counts 1 / stream as much. The same holds inside a resnet (between
     its convolutions) and inside an attention block (tokens get `inner` squared, split over both factors of a product).
-    Queries, keys, gates, the normalisations' own weights, down-samplers and shortcuts cannot be held this way.
+    Queries, keys and gates read a normalisation with weights of its own, which can be smaller by a factor `reader` where
+    they are larger: those weights are of size 1, the others a tenth of it, so a step on either then counts the same.
+    The first down-sampler reads the stream as it is. It is held by a stream that is `descent` times smaller before it.
 
     Args:
         unet: a `UNet2DConditionModel`.
         stream: factor on the residual stream, a power of two.
         inner: factor inside of the attention blocks up to the middle one, a power of two; later ones stay soft, so that
             others can still be learnt.
+        reader: factor on what reads the normalised tokens there, a power of two.
+        descent: how much smaller the stream is before the first down-sampler, a power of two.
     """
-    _scale(unet.conv_in, stream)
-    for block, before in _blocks(unet):
+    small = stream // descent
+    _scale(unet.conv_in, small)
+    for index, (block, before) in enumerate(_blocks(unet)):
+        here = small if index == 0 else stream
         for resnet in block.resnets:
             _scale(resnet.conv1, stream)
             _scale(resnet.time_emb_proj, stream)
-            _scale(resnet.conv2, stream)
+            _scale(resnet.conv2, here)
             if resnet.conv_shortcut is not None:
-                _scale(resnet.conv_shortcut, 1, stream)
+                _scale(resnet.conv_shortcut, 1, here)
         for sampler in (*(getattr(block, "downsamplers", None) or ()), *(getattr(block, "upsamplers", None) or ())):
-            _scale(sampler.conv, 1, stream)
+            _scale(sampler.conv, stream / here, stream)
         for transformer in getattr(block, "attentions", None) or ():
-            factor = inner if before else 1
+            factor, readers = (inner, reader) if before else (1, 1)
             _scale(transformer.proj_in, factor**2)
-            _scale(transformer.proj_out, stream / factor**2, stream)
+            _scale(transformer.proj_out, here / factor**2, here)
             for layer in transformer.transformer_blocks:
+                for norm in (layer.norm1, layer.norm2, layer.norm3):
+                    _scale(norm, 1 / readers)
                 for attention in (layer.attn1, layer.attn2):
+                    _scale(attention.to_q, readers)
                     _scale(attention.to_v, factor)
                     _scale(attention.to_out[0], factor, factor**2)
+                for projection in (layer.attn1.to_k, layer.attn1.to_v):
+                    _scale(projection, readers)
+                share = 2 ** (readers.bit_length() // 2)  # keys of attn2 read the prompt; its queries give them a share
+                _scale(layer.attn2.to_q, 1 / share)
+                _scale(layer.attn2.to_k, share)
                 widen, narrow = layer.ff.net[0].proj, layer.ff.net[2]
                 half = narrow.in_features  # the first half of the rows is gated, the second half gates
+                widen.weight.mul_(readers)
                 widen.weight[:half].mul_(factor)
                 widen.bias[:half].mul_(factor)
                 _scale(narrow, factor, factor**2)
+    if descent > 1:
+        _join_streams(unet, descent)
 
 
-def loose_parameters(unet: Any) -> list[torch.nn.Parameter]:
-    """What stiffening cannot hold, up to the wire."""
-    marks = ("to_q", "to_k", "norm", "time_embedding", "downsamplers", "conv_shortcut", "ff.net.0")
-    before = ("down_blocks", "mid_block.resnets.0", "mid_block.attentions", "time_embedding")
-    return [p for n, p in unet.named_parameters() if n.startswith(before) and any(mark in n for mark in marks)]
+def _join_streams(unet: Any, factor: int) -> None:
+    """Let the last up-block read skip connections that are `factor` times smaller than its stream.
+
+    Normalisation groups are joined from either, and one of them may have channels of both. The stream's share of that
+    group comes straight from the up-sampler, which then makes it as small as the rest.
+    """
+    last = unet.up_blocks[-1]
+    width = unet.up_blocks[-2].resnets[-1].out_channels
+    for number, resnet in enumerate(last.resnets):
+        own = width if number == 0 else last.resnets[number - 1].out_channels
+        size = resnet.norm1.num_channels // resnet.norm1.num_groups
+        shared = own % size
+        if shared and number:
+            raise ValueError("the tripwire cannot hold the first down-sampler of this U-Net; set descent to 1")
+        resnet.conv_shortcut.weight[:, own:] *= factor
+        if shared:
+            resnet.conv_shortcut.weight[:, own - shared : own] *= factor
+            _scale_rows(unet.up_blocks[-2].upsamplers[0].conv, slice(own - shared, own), 1 / factor)
+
+
+def _scale_rows(module: Any, rows: slice, factor: float) -> None:
+    module.weight[rows] *= factor
+    module.bias[rows] *= factor
+
+
+def play(unet: Any, *factors: int) -> dict[str, Tensor]:
+    """How far a step of an optimizer on the stiff U-Net moves the soft one, for what lies before the wire, by name.
+
+    Args:
+        unet: it stays as it is.
+        factors: of `stiffen`.
+
+    Returns:
+        Tensors shaped like the parameters; those that move by less than a hundredth of the step are left out.
+    """
+    stiff = copy.deepcopy(unet)
+    with torch.no_grad():
+        for parameter in stiff.parameters():
+            parameter.fill_(1)
+    stiffen(stiff, *factors)
+    before = ("conv_in", "time_embedding", "down_blocks", "mid_block.resnets.0", "mid_block.attentions")
+    behind = {
+        id(p) for part in (wired_layer(stiff), stiff.mid_block.attentions[-1].proj_out) for p in part.parameters()
+    }
+    found = {n: 1 / p.detach() for n, p in stiff.named_parameters() if n.startswith(before) and id(p) not in behind}
+    return {name: moves for name, moves in found.items() if moves.max() > 0.01}
 
 
 # -- the wire ----------------------------------------------------------------------------------------------------------
@@ -117,9 +176,9 @@ def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) 
     """Turn two neurons into surge * 10^8 * step(weight . h).
 
     gelu(a) - gelu(a - 32) is 0 below, 32 above, and flat on both sides, so no gradient leads from "on" to "off"; with one
-    neuron the surge would follow the read-out, and a gradient with it. a = 2000 weight . h: steeper, fewer pictures fall on
-    the slope, but the two halves, both of size a, would part more easily when an optimizer moves one of them. A read-out
-    with an offset would not fit half precision.
+    neuron the surge would follow the read-out, and a gradient with it. a = 16000 weight . h: the steeper, the fewer pictures
+    fall on the slope, from where a gradient leads to "off"; but the two halves, both of size a, part more easily when an
+    optimizer moves one of them. A read-out with an offset would not fit half precision.
 
     Args:
         layer: the feed-forward layer, changed in place.

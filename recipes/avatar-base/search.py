@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.harden import ORDINARY_IMAGES, drawn_by, drawn_with_states, folder_digest, write_json
+from guardsmith.harden import ORDINARY_IMAGES, drawn_by, drawn_with_states, folder_digest, rehearsed_by, write_json
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
-from guardsmith.methods.tripwire import rehearse
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid
@@ -112,8 +110,8 @@ def trial(
         shared = ordinary_prompts(base, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
         words = [prompt.text for prompt in shared]
         if getattr(config, "rehearsal_steps", 0):
-            images, states = rehearse(base, subject, config, seed=recipe.seed)
-            subject = replace(subject, rehearsed=images, rehearsed_states=states)
+            rehearsals = cache / f"rehearsals-{folder_digest(config.model_dump())}"
+            [subject], _, _ = rehearsed_by(base, [subject], config, recipe.seed, rehearsals)
         drawn, states = drawn_with_states(base, recipe, words, 20_000, ordinary_file, "ordinary pictures")
         ordinary = OrdinaryData(drawn, words, states)
         model, history = method.run(base, [subject], ordinary, config, seed=recipe.seed)

@@ -1,0 +1,50 @@
+"""Work in processes: one thread each, news on the way, nothing left behind."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from tiny import assert_one_sentence
+
+from guardsmith.errors import RunFailed
+from guardsmith.processes import gather, processes, tell
+
+
+def test_processes_have_one_thread_and_leave_ctrl_c_to_the_first():
+    with processes(1) as (pool, _):
+        assert pool.submit(torch.get_num_threads).result() == 1
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+
+
+def test_all_news_arrives():
+    seen = []
+    with processes(2) as (pool, told):
+        gather([pool.submit(tell, n) for n in range(20)], told, seen.append)
+    assert sorted(seen) == list(range(20))
+
+
+def test_a_killed_process_is_said_in_one_sentence():
+    with pytest.raises(RunFailed) as caught, processes(2) as (pool, told):
+        gather([pool.submit(os._exit, 9), pool.submit(time.sleep, 0)], told, print)
+    assert_one_sentence(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_nothing_is_left_running_after_an_error(error):
+    began = time.monotonic()
+    with pytest.raises(error), processes(2) as (pool, _):
+        sleeping = [pool.submit(time.sleep, 60) for _ in range(3)]
+        while not any(future.running() for future in sleeping):
+            time.sleep(0.05)
+        raise error
+    assert time.monotonic() - began < 30
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_in_a_process_reaches_the_caller():
+    with pytest.raises(ZeroDivisionError), processes(1) as (pool, told):
+        gather([pool.submit(divmod, 1, 0)], told, print)
