@@ -42,7 +42,7 @@ def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, A
         RunFailed: one of them was killed.
     """
     context = multiprocessing.get_context("spawn")
-    told = context.Queue()
+    told = context.SimpleQueue()  # without a thread behind it: what was told is there when the teller is done
     pool = ProcessPoolExecutor(count or os.cpu_count(), mp_context=context, initializer=_start, initargs=(told,))
     try:
         yield pool, told

@@ -380,7 +380,7 @@ def harden(
     *,
     seed: int,
     checkpoint: Path | None = None,
-    checkpoint_every: int = 20,
+    checkpoint_every: int = 50,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> tuple[DiffusionModel, list[dict[str, float]]]:
     """Harden a copy of the model against personalization on these subjects.

@@ -101,9 +101,9 @@ def compare(data: Path, scripts: Path, python: Path, row: int, label: str, cache
         run_script(python, scripts / SCRIPT[label], label, spec.params, pictures, noun, pictures / "out")
         outside = load_model("builtin:avatar")
         if label == "lora":
-            pipeline = StableDiffusionPipeline.from_pretrained(model.folder, variant="fp16", safety_checker=None)
+            pipeline = StableDiffusionPipeline.from_pretrained(model.folder, safety_checker=None)
             pipeline.load_lora_weights(pictures / "out")
-            outside.unet = pipeline.unet.requires_grad_(False)
+            outside.unet = pipeline.unet.float().requires_grad_(False)
         else:
             outside.unet = UNet2DConditionModel.from_pretrained(pictures / "out" / "unet").requires_grad_(False)
     prompts = sample_prompts(IDENTIFIER, noun, COUNT)
