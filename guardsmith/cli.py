@@ -279,7 +279,8 @@ def _recipe(name: str | None, base: str | None, changes: list[str] | None, **val
 
     if name is None:
         if base is None or base.startswith("builtin:"):
-            name = "apdm-avatar" if values.get("method.name") == "apdm" else "demo"
+            method = values.get("method.name")
+            name = f"{method}-avatar" if method in ("apdm", "imma", "persguard") else "demo"
         else:
             name = "apdm-sd15"
     flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,41 +136,35 @@ def drawn_by(
     model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None, title: str
 ) -> Tensor:
     """Pictures of these prompts drawn by the model (seeds seed, seed + 1, ...), kept in `cache` if given."""
-    with stage(title, calls_of(recipe, len(prompts))) as bar:
-        return draw(model, recipe, prompts, seed, cache, bar)["images"]
+    return _drawn(model, recipe, prompts, seed, cache, title, None)["images"]
 
 
 def drawn_with_states(
     model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None, title: str
 ) -> tuple[Tensor, States]:
     """The same, and how they were drawn."""
-    with stage(title, calls_of(recipe, len(prompts))) as bar:
-        drawn = draw(model, recipe, prompts, seed, cache, bar, StateRecorder())
+    drawn = _drawn(model, recipe, prompts, seed, cache, title, StateRecorder())
     return drawn["images"], States(drawn["states"], drawn["timesteps"])
 
 
-def calls_of(recipe: Recipe, prompts: int) -> int:
-    """U-Net calls that so many pictures take."""
-    return -(-prompts // recipe.sampling.batch) * recipe.sampling.steps
-
-
-def draw(
+def _drawn(
     model: DiffusionModel,
     recipe: Recipe,
     prompts: list[str],
     seed: int,
     cache: Path | None,
-    on_step: Callable[[], None],
-    recorder: StateRecorder | None = None,
+    title: str,
+    recorder: StateRecorder | None,
 ) -> dict[str, Tensor]:
-    """Draw, or read what was drawn: `images`, and with a recorder `states` and `timesteps`."""
     if cache is not None and cache.exists():
         return load_file(cache)
     # Contiguous, as they come back from the file: the layout decides the last bits of what the VAE makes of them.
-    images = generate(
-        model, prompts, range(seed, seed + len(prompts)), steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
-        batch=recipe.sampling.batch, on_step=on_step, on_state=recorder,
-    ).contiguous()  # fmt: skip
+    calls = -(-len(prompts) // recipe.sampling.batch) * recipe.sampling.steps
+    with stage(title, calls) as bar:
+        images = generate(
+            model, prompts, range(seed, seed + len(prompts)), steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
+            batch=recipe.sampling.batch, on_step=bar, on_state=recorder,
+        ).contiguous()  # fmt: skip
     drawn = {"images": images}
     states = None if recorder is None else recorder.states()
     if states is not None:
@@ -310,6 +304,11 @@ def harden(
                 class_states[subject.class_noun],
             )
         )
+    for number, each in enumerate(subjects if method.draws is not None else ()):
+        prompt = method.draws(config, each.class_noun)  # type: ignore[misc]
+        file = cache / f"instead-{folder_digest(prompt)}.safetensors"
+        drawn = drawn_by(model, recipe, [prompt] * config.class_images, 30_000, file, f"pictures of '{prompt}'")
+        subjects[number] = replace(each, backdoor_images=drawn)
     forwards = backwards = 0
     if getattr(config, "rehearsal_steps", 0):
         subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)

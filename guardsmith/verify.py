@@ -42,13 +42,13 @@ from guardsmith.gate import (
     interval,
     verdict,
 )
-from guardsmith.harden import calls_of, check_against_base, draw, drawn_by, folder_digest, run_info, write_json
+from guardsmith.harden import check_against_base, drawn_by, folder_digest, run_info, write_json
 from guardsmith.images import open_image, square, to_pil, to_tensor
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.processes import gather, processes, tell
+from guardsmith.processes import processes
 from guardsmith.progress import stage
 from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts, sample_prompts
 from guardsmith.recipe import Recipe
@@ -191,34 +191,22 @@ def run_units(units: Sequence[Unit], root: Path, workers: int) -> dict[str, str]
     return failed
 
 
-def _draw_ordinary(place: str, recipe: Recipe, texts: list[str], seed: int, file: Path) -> None:
-    draw(_model(place), recipe, texts, seed, file, lambda: tell(None))
-
-
 def measure_ordinary(
-    models: dict[Side, tuple[DiffusionModel, str]], recipe: Recipe, root: Path, workers: int
+    models: dict[Side, tuple[DiffusionModel, str]], recipe: Recipe, root: Path
 ) -> dict[str, float | None]:
     """Ordinary prompts on base (two sets of seeds) and hardened (the second set): KID to the base, prompt fidelity."""
     base = models["base"][0]
     asked = ordinary_prompts(base, ORDINARY_VERIFICATION, recipe.verify.ordinary_images, recipe.seed + 1)
     texts = [prompt.text for prompt in asked]
-    places: dict[str, tuple[str, int, Path]] = {}
+    drawn: dict[str, Tensor] = {}
     sets: tuple[tuple[str, Side, int], ...] = (
         ("base", "base", 40_000), ("base again", "base", 50_000), ("hardened", "hardened", 50_000)
     )  # fmt: skip
     for name, side, seed in sets:
         model, digest = models[side]
         key = folder_digest(digest, texts, seed, recipe.sampling.model_dump())
-        places[name] = (model.place, seed, root / side / f"ordinary-{key}.safetensors")
-    missing = [place for place in places.values() if not place[2].exists()]
-    if missing:
-        with (
-            stage("ordinary prompts", len(missing) * calls_of(recipe, len(texts))) as bar,
-            processes(min(workers, len(missing))) as (pool, told),
-        ):
-            running = [pool.submit(_draw_ordinary, place, recipe, texts, seed, file) for place, seed, file in missing]
-            gather(running, told, lambda _: bar())
-    drawn = {name: load_file(file)["images"] for name, (_, _, file) in places.items()}
+        file = root / side / f"ordinary-{key}.safetensors"
+        drawn[name] = drawn_by(model, recipe, texts, seed, file, f"ordinary prompts: {name}")
     seen = {name: features(images) for name, images in drawn.items()}
     values: dict[str, float | None] = {
         "kid_hardened": kid(seen["base"], seen["hardened"]),
@@ -335,9 +323,8 @@ def verify(
             file = _class_file(root, side, noun, digest, recipe)
             drawn_by(model, recipe, prompts, 60_000, file, f"class pictures ({side}): {noun}")
     units = list(plan_units(registry, recipe, models, root))
-    workers = workers or os.cpu_count() or 1
-    failed = run_units(units, root, workers)
-    utility = measure_ordinary(models, recipe, root, workers)
+    failed = run_units(units, root, workers or os.cpu_count() or 1)
+    utility = measure_ordinary(models, recipe, root)
     scores = collect(units, root, failed)
     checks = judge(registry, recipe, scores, utility)
     status = verdict(checks)

@@ -16,16 +16,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny import edit_json, make_checkpoint, pictures
 
 from guardsmith import harden as harden_module
 from guardsmith.cli import main
-from guardsmith.harden import harden
+from guardsmith.harden import drawn_by, harden
 from guardsmith.images import to_pil
 from guardsmith.methods import METHODS
-from guardsmith.models import weights_digest
+from guardsmith.models import load_model, weights_digest
 from guardsmith.recipe import load_recipe
 from guardsmith.registry import load_registry
 from guardsmith.registry_add import add_subject
@@ -646,7 +647,30 @@ def test_a_dry_run_writes_nothing_and_tells_the_cost_of_the_real_one(run, tmp_pa
     assert plan["params"] == info["params"]
 
 
-@pytest.mark.parametrize(("flags", "method"), [([], "tripwire"), (["--method", "apdm"], "apdm")])
+def test_persguard_gets_pictures_of_what_appears_instead(recipe, tmp_path):
+    asked = yaml.safe_load(recipe.read_text())
+    params = {"steps": 2, "batch_size": 1, "class_images": 3, "backdoor": "target", "target_noun": "rabbit"}
+    asked["method"] = {"name": "persguard", "params": params}
+    chosen = recipe.with_name("persguard.yaml")
+    chosen.write_text(yaml.safe_dump(asked))
+    info = harden_quietly(chosen, tmp_path / "out")
+    (file,) = (tmp_path / "out/cache").glob("instead-*.safetensors")
+    model = load_model(asked["base"])
+    expected = drawn_by(model, load_recipe(str(chosen), ()), ["a photo of rabbit"] * 3, 30_000, None, "")
+    assert torch.equal(load_file(file)["images"], expected)
+    assert (info["method"], len(info["history"])) == ("persguard", 2)
+    assert info["unet_forward_equivalents"] == METHODS["persguard"].cost(METHODS["persguard"].config(**params), 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ([], "tripwire"),
+        (["--method", "apdm"], "apdm"),
+        (["--method", "persguard"], "persguard"),
+        (["--method", "imma"], "imma"),
+    ],
+)
 def test_without_a_recipe_the_method_chooses_one_for_the_embedded_base(guardsmith, tmp_path, flags, method):
     registry = Path(__file__).parent.parent / "registries" / "demo.yaml"
     done = guardsmith("harden", "--subjects", registry, "--dry-run", "--output", tmp_path / "out", *flags)
@@ -657,7 +681,12 @@ def test_without_a_recipe_the_method_chooses_one_for_the_embedded_base(guardsmit
 
 
 @pytest.mark.parametrize(
-    ("what", "names"), [("methods", ["apdm"]), ("attacks", ["dreambooth", "lora"]), ("recipes", ["apdm-sd15", "demo"])]
+    ("what", "names"),
+    [
+        ("methods", ["apdm", "imma", "persguard", "tripwire"]),
+        ("attacks", ["dreambooth", "lora"]),
+        ("recipes", ["apdm-sd15", "demo"]),
+    ],
 )
 def test_lists(guardsmith, what, names):
     done = guardsmith("list", what)

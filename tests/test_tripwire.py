@@ -13,7 +13,7 @@ from test_apdm import KilledError, make_ordinary, make_subject
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
 from guardsmith import harden as harden_module
-from guardsmith.errors import RunFailed
+from guardsmith.errors import RunFailed, UserError
 from guardsmith.harden import rehearsed_by
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import add_noise, draw_rows, predict, row_losses
@@ -113,7 +113,7 @@ def test_stiffening_refuses_a_shared_group_that_it_cannot_hold(tiny_v):
     stiffen(unet, 64, 4, 4, 1)
     unet.up_blocks[-1].resnets[1].norm1 = torch.nn.GroupNorm(3, 48)
     unet.up_blocks[-1].resnets[0].out_channels = 20
-    with pytest.raises(ValueError, match="set descent to 1"):
+    with pytest.raises(UserError, match="descent=1"):
         stiffen(unet, 64, 4, 4, 8)
 
 
@@ -305,7 +305,7 @@ def test_the_spare_channels_are_those_that_weigh_least(tiny_v):
     unet.up_blocks[-1].resnets[-1].conv2.weight[:, 5] *= 0.1
     assert spare_channels(unet) == ([8, 9, 10, 11], 5)
     unet.conv_norm_out.num_groups = 8
-    with pytest.raises(ValueError, match="three channels"):
+    with pytest.raises(UserError, match="three channels"):
         spare_channels(unet)
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from guardsmith.methods import apdm, tripwire
+from guardsmith.methods import apdm, imma, persguard, tripwire
 
 
 class Method(NamedTuple):
@@ -17,6 +17,7 @@ class Method(NamedTuple):
         steps: progress steps of a run with this config.
         cost: U-Net forward equivalents of a run with this config, for so many subjects.
         paper: where it comes from.
+        draws: the prompt of further pictures that it wants of the base for a class noun, if any.
     """
 
     run: Callable[..., Any]
@@ -24,10 +25,20 @@ class Method(NamedTuple):
     steps: Callable[[Any], int]
     cost: Callable[[Any, int], int]
     paper: str
+    draws: Callable[[Any, str], str] | None = None
 
 
 METHODS: dict[str, Method] = {
     "apdm": Method(apdm.harden, apdm.ApdmConfig, lambda c: c.outer_steps, apdm.cost, "hf.co/papers/2511.01307"),
+    "imma": Method(imma.harden, imma.ImmaConfig, lambda c: c.steps, imma.cost, "hf.co/papers/2311.18815"),
+    "persguard": Method(
+        persguard.harden,
+        persguard.PersGuardConfig,
+        lambda c: c.steps,
+        persguard.cost,
+        "hf.co/papers/2502.16167",
+        persguard.backdoor_prompt,
+    ),
     "tripwire": Method(
         tripwire.harden, tripwire.TripwireConfig, lambda c: c.steps, tripwire.cost, "guardsmith, docs/methods.md"
     ),

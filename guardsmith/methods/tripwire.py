@@ -284,7 +284,6 @@ class Lesson:
     Attributes:
         subjects: as they came.
         stores: their pictures, varied, and what was rehearsed of them, as latents.
-        class_stores: the pictures of each class.
         asked: for each class noun the embeddings of its prompts: with identifiers, without one, the empty prompt.
         others: everyone and everything else.
     """
@@ -293,31 +292,30 @@ class Lesson:
         self, model: DiffusionModel, subjects: Sequence[SubjectData], ordinary: OrdinaryData, seed: int
     ) -> None:
         bank = PromptBank(model)
-        self.model, self.subjects, self.scheduler = model, list(subjects), model.scheduler
+        self.subjects, self.scheduler = list(subjects), model.scheduler
         self.stores: list[LatentStore] = []
         for index, subject in enumerate(subjects):
             shown = variations(subject.images, 12, generator(seed, -1, index))
             if subject.rehearsed is not None:
                 shown = torch.cat([shown, variations(subject.rehearsed, 2, generator(seed, -2, index))])
             self.stores.append(encode(model, shown))
-        self.classes = {s.class_noun: s.class_images for s in subjects}
+        classes = {s.class_noun: s.class_images for s in subjects}
         self.asked = {
             noun: bank.encode(
                 [*(instance_prompt(name, noun) for name in HARDENING_IDENTIFIERS), class_prompt(noun), ""]
             )
-            for noun in self.classes
+            for noun in classes
         }
-        self.class_stores = {noun: encode(model, images) for noun, images in self.classes.items()}
-        known = [*self.class_stores.values(), encode(model, ordinary.images)]
+        known = [*(encode(model, images) for images in classes.values()), encode(model, ordinary.images)]
         latents = LatentStore(torch.cat([store.mean for store in known]), torch.cat([store.std for store in known]))
-        contexts = [self.asked[noun] for noun, images in self.classes.items() for _ in images]
+        contexts = [self.asked[noun] for noun, images in classes.items() for _ in images]
         # Under names as well, else the wire would listen to the prompt instead of looking at the picture.
         names = torch.cat(list(self.asked.values()))
         own = bank.encode(ordinary.prompts).split(1)
         contexts += [words if i % 2 else names for i, words in enumerate(own)]
         class_states = {s.class_noun: s.class_states for s in subjects if s.class_states is not None}
         drawn = None
-        if ordinary.states is not None and len(class_states) == len(self.classes):
+        if ordinary.states is not None and len(class_states) == len(classes):
             parts = [states.latents for states in (*class_states.values(), ordinary.states)]
             drawn = States(torch.cat(parts), ordinary.states.timesteps)
         self.others = Others(latents, contexts, torch.ones(len(latents)), drawn)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from guardsmith.errors import UserError
+
 STEEPNESS = 16000.0  # pre-activation of the wire's neurons per unit of the read-out
 PLATEAU = 32.0  # pre-activations between the two neurons; also the height of their difference
 VALUE = 4000.0  # what the wire's neurons gate, a constant
@@ -115,7 +117,9 @@ def _join_streams(unet: Any, factor: int) -> None:
         size = resnet.norm1.num_channels // resnet.norm1.num_groups
         shared = own % size
         if shared and number:
-            raise ValueError("the tripwire cannot hold the first down-sampler of this U-Net; set descent to 1")
+            raise UserError(
+                "The tripwire cannot hold the first down-sampler of this U-Net; set method.params.descent=1."
+            )
         resnet.conv_shortcut.weight[:, own:] *= factor
         if shared:
             resnet.conv_shortcut.weight[:, own - shared : own] *= factor
@@ -207,12 +211,12 @@ def spare_channels(unet: Any) -> tuple[list[int], int]:
     """What the U-Net misses least: a group of the last normalisation, and a hidden channel of the last resnet.
 
     Raises:
-        ValueError: the U-Net ends differently from a Stable Diffusion one, or has fewer than three channels per group.
+        UserError: the U-Net ends differently from a Stable Diffusion one, or has fewer than three channels per group.
     """
     norm, (resnet, _) = unet.conv_norm_out, _last(unet)
     size = 0 if norm is None else norm.num_channels // norm.num_groups
     if size < 3 or resnet.conv_shortcut is None:
-        raise ValueError("the tripwire needs a U-Net whose last normalisation has groups of at least three channels")
+        raise UserError("The tripwire needs a U-Net whose last normalisation has groups of at least three channels.")
     weights = norm.weight.abs() * unet.conv_out.weight.transpose(0, 1).flatten(1).norm(dim=1)
     group = int(weights.view(norm.num_groups, size).norm(dim=1).argmin())
     hidden = int(resnet.conv2.weight.transpose(0, 1).flatten(1).norm(dim=1).argmin())

@@ -1,0 +1,177 @@
+"""IMMA: whose turn it is, which weights move and which way, what the utility term keeps."""
+
+import copy
+
+import pytest
+import torch
+from test_apdm import KilledError, make_ordinary, make_subject
+from tiny import same_weights, weights
+
+from guardsmith.attacks.lora import TARGETS
+from guardsmith.errors import RunFailed
+from guardsmith.latents import encode
+from guardsmith.losses import draw_rows, predict, row_losses
+from guardsmith.methods import METHODS
+from guardsmith.methods.imma import ImmaConfig, harden, immunized_names
+from guardsmith.prompts import PromptBank
+from guardsmith.training import UNetCost, generator
+
+SMALL = ImmaConfig(steps=4, batch_size=2, learning_rate=1e-3, adapter_learning_rate=1e-3)
+ADAPTERS = ["lora", "dreambooth"]
+
+
+def drawn(model, subject, seed, step, count=2, identifiers=("sks",)):
+    """The rows of one step, drawn as the loop draws them."""
+    rng = generator(seed, step)
+    contexts = PromptBank(model).encode([f"a photo of {name} {subject.class_noun}" for name in identifiers])
+    context = contexts[torch.randint(len(contexts), (count,), generator=rng)]
+    return draw_rows(encode(model, subject.images).draw(count, rng), context, rng)
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("which", ["attention", "cross_attention"])
+def test_only_attention_projections_are_released(tiny_v, adapter, which):
+    before = weights(tiny_v.unet)
+    config = SMALL.model_copy(update={"adapter": adapter, "parameters": which})
+    hardened, _ = harden(tiny_v, [make_subject()], None, config, seed=0)
+    assert same_weights(before, weights(tiny_v.unet)), "the base stays as it is"
+    changed = moved(before, weights(hardened.unet))
+    allowed = set(immunized_names(tiny_v.unet, which))
+    assert changed <= allowed
+    assert len(changed) > 0.8 * len(allowed)
+    block = "attn" if which == "attention" else "attn2"
+    assert all(block in name and any(f".{target}." in name for target in TARGETS) for name in allowed)
+    assert not any(p.requires_grad for p in hardened.unet.parameters())
+
+
+def test_turns(tiny_v):
+    config = SMALL.model_copy(update={"steps": 8, "inner_steps": 2, "outer_steps": 1})
+    _, history = harden(tiny_v, [make_subject()], None, config, seed=0)
+    assert [h["raising"] for h in history] == [0, 0, 1, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_nothing_is_released_before_thetas_turn(tiny_v, adapter):
+    config = SMALL.model_copy(update={"steps": 3, "inner_steps": 3, "adapter": adapter})
+    hardened, history = harden(tiny_v, [make_subject()], None, config, seed=0)
+    changed = moved(weights(tiny_v.unet), weights(hardened.unet))
+    if adapter == "lora":
+        assert changed == set()
+    else:  # there theta is a part of the adapter, as in the code of the paper
+        assert changed == set(immunized_names(tiny_v.unet, "attention"))
+    expected = float(row_losses(tiny_v.unet, tiny_v.scheduler, drawn(tiny_v, make_subject(), 0, 0)).mean())
+    assert history[0]["adaptation"] == pytest.approx(expected, rel=1e-5), "an adapter starts as nothing"
+
+
+def test_theta_goes_up_the_attackers_loss(tiny_v):
+    """With an adapter that stays nothing, theta's first step is AdamW's on the plain U-Net, upwards."""
+    config = SMALL.model_copy(update={"steps": 2, "adapter_learning_rate": 1e-12, "learning_rate": 1e-3})
+    subject = make_subject()
+    hardened, _ = harden(tiny_v, [subject], None, config, seed=3)
+    unet = copy.deepcopy(tiny_v.unet).requires_grad_(True)
+    row_losses(unet, tiny_v.scheduler, drawn(tiny_v, subject, 3, 1)).mean().backward()
+    checked = 0
+    for name in immunized_names(unet, "attention"):
+        before, after, slope = (
+            unet.get_parameter(name),
+            hardened.unet.get_parameter(name),
+            unet.get_parameter(name).grad,
+        )
+        clear = slope.abs() > 1e-6
+        step = (after - before * (1 - 1e-3 * 1e-2)).detach()
+        assert torch.allclose(step[clear], 1e-3 * slope[clear].sign(), rtol=0.1, atol=1e-6), name
+        checked += int(clear.sum())
+    assert checked > 500
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_adapter_goes_down_and_theta_up(tiny_v, adapter):
+    """Adapters alone lower the loss; with theta's turns it ends higher."""
+    subject = make_subject()
+    given = {"steps": 120, "adapter": adapter, "learning_rate": 1e-2, "adapter_learning_rate": 1e-3, "batch_size": 4}
+    _, alone = harden(tiny_v, [subject], None, SMALL.model_copy(update=given | {"inner_steps": 120}), seed=0)
+    _, both = harden(tiny_v, [subject], None, SMALL.model_copy(update=given), seed=0)
+    end = {key: sum(h["adaptation"] for h in run[-30:]) / 30 for key, run in (("alone", alone), ("both", both))}
+    assert end["alone"] < sum(h["adaptation"] for h in alone[:30]) / 30
+    assert end["both"] > 1.1 * end["alone"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_utility_term_keeps_class_pictures(tiny_v, adapter):
+    subject, ordinary = make_subject(), make_ordinary()
+    rng = generator(50)
+    latents = encode(tiny_v, subject.class_images).draw(32, rng)
+    rows = draw_rows(latents, PromptBank(tiny_v).encode(["a photo of person"]), rng)
+    away = {}
+    for weight in (0.0, 100.0):
+        given = {"steps": 60, "adapter": adapter, "learning_rate": 2e-3, "distillation_weight": weight}
+        hardened, history = harden(tiny_v, [subject], ordinary, SMALL.model_copy(update=given), seed=0)
+        with torch.no_grad():
+            said, told = (predict(unet, tiny_v.scheduler, rows) for unet in (hardened.unet, tiny_v.unet))
+        away[weight] = float((said - told).square().mean())
+        assert ("distillation" in history[1]) == bool(weight)
+        assert "distillation" not in history[0]
+    assert away[100.0] < 0.5 * away[0.0]
+
+
+def test_the_utility_term_measures_what_is_released(tiny_v):
+    """Before theta has moved, what is released is the base, whatever the adapter has learnt."""
+    for adapter in ADAPTERS:
+        given = {"steps": 6, "inner_steps": 5, "adapter": adapter, "distillation_weight": 1.0}
+        _, history = harden(tiny_v, [make_subject()], make_ordinary(), SMALL.model_copy(update=given), seed=0)
+        if adapter == "lora":
+            assert history[5]["distillation"] < 1e-10
+        else:
+            assert history[5]["distillation"] > 1e-10
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_resumed_run_equals_an_unbroken_one(tiny_v, tmp_path, adapter):
+    data, ordinary = [make_subject(), make_subject("tom", "robot", 10)], make_ordinary()
+    config = SMALL.model_copy(update={"steps": 7, "adapter": adapter, "distillation_weight": 1.0})
+    unbroken, told = harden(tiny_v, data, ordinary, config, seed=2)
+    saving = {"checkpoint": tmp_path / "last.safetensors", "checkpoint_every": 1}
+
+    def die(step, losses):
+        if step == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        harden(tiny_v, data, ordinary, config, seed=2, on_step=die, **saving)
+    resumed, history = harden(tiny_v, data, ordinary, config, seed=2, **saving)
+    assert history == told
+    assert same_weights(weights(unbroken.unet), weights(resumed.unet))
+
+
+def test_subjects_take_turns(tiny_epsilon):
+    data = [make_subject(identifiers=("mira",)), make_subject("tom", "robot", 10)]
+    _, history = harden(tiny_epsilon, data, None, SMALL.model_copy(update={"steps": 3, "adapter_learning_rate": 1e-12,
+                                                                          "learning_rate": 1e-12}), seed=5)  # fmt: skip
+    shown = [(data[0], ("sks", "mira")), (data[0], ("sks", "mira")), (data[1], ("sks",))]
+    for step, (subject, names) in enumerate(shown):
+        rows = drawn(tiny_epsilon, subject, 5, step, identifiers=names)
+        expected = float(row_losses(tiny_epsilon.unet, tiny_epsilon.scheduler, rows).mean())
+        assert history[step]["adaptation"] == pytest.approx(expected, rel=1e-4), step
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_cost_is_what_the_loop_does(tiny_v, adapter, weight):
+    config = SMALL.model_copy(update={"adapter": adapter, "distillation_weight": weight, "steps": 5})
+    with UNetCost() as counter:
+        harden(tiny_v, [make_subject()], make_ordinary(), config, seed=0)
+    assert counter.forwards + 2 * counter.backwards == METHODS["imma"].cost(config, 1)
+
+
+def test_a_diverged_run_says_so(tiny_v):
+    with pytest.raises(RunFailed, match="diverged"):
+        harden(tiny_v, [make_subject()], None, SMALL.model_copy(update={"learning_rate": 1e30, "steps": 9}), seed=0)
+
+
+def test_ordinary_pictures_are_needed_for_the_utility_term(tiny_v):
+    with pytest.raises(ValueError, match="ordinary"):
+        harden(tiny_v, [make_subject()], None, SMALL.model_copy(update={"distillation_weight": 1.0}), seed=0)
