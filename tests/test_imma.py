@@ -95,9 +95,10 @@ def test_the_adapter_goes_down_and_theta_up(tiny_v, adapter):
     given = {"steps": 120, "adapter": adapter, "learning_rate": 1e-2, "adapter_learning_rate": 1e-3, "batch_size": 4}
     _, alone = harden(tiny_v, [subject], None, SMALL.model_copy(update=given | {"inner_steps": 120}), seed=0)
     _, both = harden(tiny_v, [subject], None, SMALL.model_copy(update=given), seed=0)
-    end = {key: sum(h["adaptation"] for h in run[-30:]) / 30 for key, run in (("alone", alone), ("both", both))}
-    assert end["alone"] < sum(h["adaptation"] for h in alone[:30]) / 30
-    assert end["both"] > 1.1 * end["alone"]
+    losses = [[h["adaptation"] for h in run] for run in (alone, both)]
+    assert sum(losses[0][-30:]) < sum(losses[0][:30])
+    higher = [b > a for a, b in zip(*(run[-30:] for run in losses), strict=True)]  # on the same rows
+    assert sum(higher) > 20
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
