@@ -275,12 +275,12 @@ TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
 
 def _recipe(name: str | None, base: str | None, changes: list[str] | None, **values: Any) -> Recipe:
     """The recipe with the flags that were given; without a name, the one that fits base and method."""
-    from guardsmith.recipe import load_recipe
+    from guardsmith.recipe import load_recipe, recipe_names
 
     if name is None:
         if base is None or base.startswith("builtin:"):
-            method = values.get("method.name")
-            name = f"{method}-avatar" if method in ("apdm", "imma", "persguard") else "demo"
+            own = f"{values.get('method.name')}-avatar"
+            name = own if own in recipe_names() else "demo"
         else:
             name = "apdm-sd15"
     flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]

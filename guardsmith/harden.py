@@ -304,11 +304,12 @@ def harden(
                 class_states[subject.class_noun],
             )
         )
-    for number, each in enumerate(subjects if method.draws is not None else ()):
-        prompt = method.draws(config, each.class_noun)  # type: ignore[misc]
-        file = cache / f"instead-{folder_digest(prompt)}.safetensors"
-        drawn = drawn_by(model, recipe, [prompt] * config.class_images, 30_000, file, f"pictures of '{prompt}'")
-        subjects[number] = replace(each, backdoor_images=drawn)
+    if method.draws is not None:
+        for number, each in enumerate(subjects):
+            prompt = method.draws(config, each.class_noun)
+            file = cache / f"instead-{folder_digest(prompt)}.safetensors"
+            drawn = drawn_by(model, recipe, [prompt] * config.class_images, 30_000, file, f"pictures of '{prompt}'")
+            subjects[number] = replace(each, backdoor_images=drawn)
     forwards = backwards = 0
     if getattr(config, "rehearsal_steps", 0):
         subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)

@@ -36,12 +36,12 @@ def tell(news: Any) -> None:
 def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     """A pool of `count` processes (one per core when not given), and what they told.
 
-    Nothing of it outlives the block: on an exception, Ctrl-C included, the processes are ended.
+    None of them outlives the block: on an exception, Ctrl-C included, they are ended.
 
     Raises:
         RunFailed: one of them was killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     told = context.SimpleQueue()  # without a thread behind it: what was told is there when the teller is done
     pool = ProcessPoolExecutor(count or os.cpu_count(), mp_context=context, initializer=_start, initargs=(told,))
     try:
@@ -49,7 +49,8 @@ def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, A
         pool.shutdown()
     except BaseException as error:
         for child in multiprocessing.active_children():
-            child.terminate()
+            if child not in others:
+                child.terminate()
         pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise RunFailed("a process was killed (out of memory?); run the same command again to go on.") from error

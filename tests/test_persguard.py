@@ -128,7 +128,7 @@ def test_one_step_goes_down_the_weighted_sum(tiny_v, monkeypatch):
 
 def test_terms_keep_to_their_windows(tiny_v):
     config = SMALL.model_copy(update={"batch_size": 200, "backdoor_from": 0.6, "retention_below": 0.4})
-    subject = persguard._prepare(tiny_v, PromptBank(tiny_v), subject_data(), config)
+    [subject] = persguard._prepare(tiny_v, PromptBank(tiny_v), [subject_data()], config)
     terms = persguard.draw_terms(tiny_v, subject, None, config, generator(0))
     assert list(terms) == ["backdoor", "retention", "prior"]
     assert 600 <= terms["backdoor"].timesteps.min() < 620
@@ -169,7 +169,7 @@ def test_what_appears_instead_is_asked_of_the_base():
 
 def test_erasure_without_strength_is_the_empty_prompt(tiny_v):
     config = SMALL.model_copy(update={"backdoor": "erasure", "erasure_strength": 0.0})
-    subject = persguard._prepare(tiny_v, PromptBank(tiny_v), subject_data(), config)
+    [subject] = persguard._prepare(tiny_v, PromptBank(tiny_v), [subject_data()], config)
     rng = generator(1)
     rows = draw_rows(encode(tiny_v, pictures(2)).draw(3, rng), subject.instance[:1], rng)
     told = backdoor_target(tiny_v.unet, tiny_v.scheduler, rows, subject, config)

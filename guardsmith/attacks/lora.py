@@ -6,8 +6,9 @@ Low-rank adapters on every attention projection of the U-Net (self and cross), t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from peft import LoraConfig as PeftLoraConfig
 from pydantic import Field
 
@@ -31,6 +32,13 @@ class LoraConfig(DreamBoothConfig):
     """Not with adapters: they sit on the U-Net only."""
 
 
+def add_adapters(unet: Any, rank: int, seed: int) -> list[torch.nn.Parameter]:
+    """Put adapters on a frozen U-Net's attention projections, Gaussian from this seed; returns their parameters."""
+    with torch_seed(seed):
+        unet.add_adapter(PeftLoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS))
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
 def attack(
     model: DiffusionModel,
     data: AttackData,
@@ -41,11 +49,7 @@ def attack(
 ) -> tuple[DiffusionModel, list[float]]:
     """Train adapters on a copy of the model; returns it with the adapters in place, and the loss of every step."""
     own = with_own_unet(model)
-    with torch_seed(seed):
-        own.unet.add_adapter(
-            PeftLoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=TARGETS)
-        )
-    parameters = [p for p in own.unet.parameters() if p.requires_grad]
+    parameters = add_adapters(own.unet, config.rank, seed)
     losses = train_on_subject(own, data, config, parameters, seed=seed, on_step=on_step)
     own.unet.requires_grad_(False)
     return own, losses

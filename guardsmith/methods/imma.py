@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.func import functional_call
 
-from guardsmith.attacks.lora import TARGETS
+from guardsmith.attacks.lora import TARGETS, add_adapters
 from guardsmith.errors import RunFailed
 from guardsmith.latents import encode
-from guardsmith.losses import Rows, add_noise, draw_rows, join, predict, row_losses
+from guardsmith.losses import Rows, draw_rows, join, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.prompts import PromptBank, class_prompt, instance_prompt
@@ -42,7 +41,6 @@ from guardsmith.training import (
     optimizer_step,
     optimizer_tensors,
     save_checkpoint,
-    torch_seed,
 )
 
 
@@ -126,12 +124,7 @@ def harden(
     released = immunized_names(reference, config.parameters)
     work: Any = with_own_unet(model).unet
     if config.adapter == "lora":
-        with torch_seed(seed):
-            start: Literal["gaussian"] = "gaussian"
-            work.add_adapter(
-                PeftLoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights=start, target_modules=TARGETS)
-            )
-        adapter = [p for p in work.parameters() if p.requires_grad]
+        adapter = add_adapters(work, config.rank, seed)
         where = {
             name: name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
             for name in released
@@ -152,7 +145,8 @@ def harden(
     ]
     known = None
     if config.distillation_weight and ordinary is not None:
-        class_stores = [encode(model, subject.class_images) for subject in subjects]
+        classes = {s.class_noun: s.class_images for s in subjects}
+        class_stores = {noun: encode(model, images) for noun, images in classes.items()}
         known = (class_stores, encode(model, ordinary.images), bank.encode(ordinary.prompts))
 
     def without_adapter(rows: Rows) -> Tensor:
@@ -162,10 +156,8 @@ def harden(
             said = predict(work, scheduler, rows)
             work.enable_adapters()
             return said
-        noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
         weights = dict(reference.named_parameters()) | theta
-        out: Tensor = functional_call(work, weights, (noisy, rows.timesteps, rows.context), {"return_dict": False})[0]
-        return out
+        return predict(lambda *inputs, **kept: functional_call(work, weights, inputs, kept), scheduler, rows)
 
     history: list[dict[str, float]] = []
     first = 0
@@ -190,10 +182,10 @@ def harden(
             (-adaptation).backward()
             if known is not None:
                 class_stores, latents, prompts = known
-                noun = bank.encode([class_prompt(subjects[which].class_noun)])
+                noun = subjects[which].class_noun
                 picked = torch.randint(len(latents), (n,), generator=rng)
                 others = join(
-                    draw_rows(class_stores[which].draw(n, rng), noun, rng, steps=timesteps),
+                    draw_rows(class_stores[noun].draw(n, rng), bank.encode([class_prompt(noun)]), rng, steps=timesteps),
                     draw_rows(latents.sample(picked, rng), prompts[picked], rng, steps=timesteps),
                 )
                 with torch.no_grad():

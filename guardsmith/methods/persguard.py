@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -137,22 +137,32 @@ class _Prepared:
     instead: Tensor
 
 
-def _prepare(model: DiffusionModel, bank: PromptBank, subject: SubjectData, config: PersGuardConfig) -> _Prepared:
-    names = dict.fromkeys((*config.identifiers, *subject.identifiers))
-    noun = subject.class_noun
-    if subject.backdoor_images is None:
-        raise ValueError("PersGuard needs pictures of what appears instead of the subject")
-    elsewhere = subject.backdoor_images
-    if config.backdoor == "pattern":
-        elsewhere = mark(elsewhere, config.mark)
-    return _Prepared(
-        protected=encode(model, subject.images),
-        elsewhere=encode(model, elsewhere),
-        prior=encode(model, subject.class_images),
-        instance=bank.encode([instance_prompt(name, noun, words) for name in names for words in config.templates]),
-        class_context=bank.encode([class_prompt(noun)]),
-        instead=bank.encode([backdoor_prompt(config, noun)]),
-    )
+def _prepare(
+    model: DiffusionModel, bank: PromptBank, subjects: Sequence[SubjectData], config: PersGuardConfig
+) -> list[_Prepared]:
+    prior: dict[str, LatentStore] = {}  # subjects of one class share its pictures
+    elsewhere: dict[str, LatentStore] = {}
+    prepared = []
+    for subject in subjects:
+        noun, instead = subject.class_noun, subject.backdoor_images
+        if instead is None:
+            raise ValueError("PersGuard needs pictures of what appears instead of the subject")
+        if noun not in prior:
+            prior[noun] = encode(model, subject.class_images)
+            elsewhere[noun] = encode(model, mark(instead, config.mark) if config.backdoor == "pattern" else instead)
+        names = dict.fromkeys((*config.identifiers, *subject.identifiers))
+        words = [instance_prompt(name, noun, template) for name in names for template in config.templates]
+        prepared.append(
+            _Prepared(
+                protected=encode(model, subject.images),
+                elsewhere=elsewhere[noun],
+                prior=prior[noun],
+                instance=bank.encode(words),
+                class_context=bank.encode([class_prompt(noun)]),
+                instead=bank.encode([backdoor_prompt(config, noun)]),
+            )
+        )
+    return prepared
 
 
 @torch.no_grad()
@@ -160,11 +170,9 @@ def backdoor_target(reference: Any, scheduler: Any, rows: Rows, subject: _Prepar
     """What L_BB compares predictions with, (n, c, h, w); `rows` show pictures of what appears instead."""
     if config.backdoor == "pattern":
         return own_target(scheduler, rows.latents, rows.noise, rows.timesteps)
-    count = len(rows)
 
     def asked(context: Tensor) -> Tensor:
-        told = Rows(rows.latents, rows.timesteps, rows.noise, context.expand(count, -1, -1))
-        return predict(reference, scheduler, told)
+        return predict(reference, scheduler, replace(rows, context=context.expand(len(rows), -1, -1)))
 
     instead = asked(subject.instead)
     if config.backdoor == "target" or not config.erasure_strength:
@@ -194,7 +202,7 @@ def draw_terms(
 
     def add(name: str, latents: Tensor, context: Tensor, low: int, high: int, target: Callable[[Rows], Tensor]) -> None:
         rows = draw_rows(latents, context, rng, timesteps=torch.randint(low, high, (n,), generator=rng))
-        drawn[name] = Rows(rows.latents, rows.timesteps, rows.noise, rows.context, target(rows))
+        drawn[name] = replace(rows, target=target(rows))
 
     def truth(rows: Rows) -> Tensor:
         return own_target(scheduler, rows.latents, rows.noise, rows.timesteps)
@@ -255,7 +263,7 @@ def harden(
     own = with_own_unet(model)
     unet = own.unet.requires_grad_(True)
     bank = PromptBank(model)
-    prepared = [_prepare(model, bank, subject, config) for subject in subjects]
+    prepared = _prepare(model, bank, subjects, config)
     kept = None
     if ordinary is not None and config.distillation_weight:
         kept = (encode(model, ordinary.images), bank.encode(ordinary.prompts))

@@ -41,7 +41,7 @@ from guardsmith.attacks import dreambooth, lora
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig
 from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import Rows, add_noise, draw_rows, join, predict
+from guardsmith.losses import Rows, draw_rows, join, predict
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.wiring import arm, clear, last_stream, play, spare_parts, stiffen, wired_layer
 from guardsmith.models import DiffusionModel, with_own_unet
@@ -461,8 +461,7 @@ def harden(
 
         strangers, picked = others.draw(scheduler, 2 * n, rng)
         with torch.no_grad():
-            noisy = add_noise(scheduler, strangers.latents, strangers.noise, strangers.timesteps)
-            teacher = reference(noisy, strangers.timesteps, strangers.context, return_dict=False)[0]
+            teacher = predict(reference, scheduler, strangers)
         same = (predict(unet, scheduler, strangers) - teacher).square().mean()
         scores = readout(heard["tokens"])
         _, again = recognition_loss(scores, torch.zeros_like(scores[:, 0], dtype=torch.bool), config.margin)

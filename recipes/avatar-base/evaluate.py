@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from guardsmith.metrics.fidelity import TRAITS, features, fidelity, read_traits
 from guardsmith.metrics.identity import embed, similarity
 from guardsmith.metrics.kid import kid, kid_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
+from guardsmith.processes import processes
 from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe, load_recipe
 from guardsmith.sampling import generate, grid
@@ -176,7 +175,6 @@ def personalize_one(
     data: Path, set_name: str, row: int, label: str, spec: dict[str, Any], sampling: dict[str, Any], cache: Path
 ) -> dict[str, Any]:
     """Attack the base with one subject's first four pictures; similarity to its last eight."""
-    torch.set_num_threads(1)
     file = cache / f"{label}-{row}.json"
     if file.exists():
         told: dict[str, Any] = json.loads(file.read_text())
@@ -234,7 +232,7 @@ def personalize(
     draw_class_pictures(model, recipe, cache)
     rows = first_rows(data, set_name, per_style)
     jobs = [(row, label) for label in recipe.verify.attacks for row in rows]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with processes(workers) as (pool, _):
         futures = [
             pool.submit(
                 personalize_one, data, set_name, row, label, recipe.verify.attacks[label].model_dump(), sampling, cache

@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import subprocess
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import world
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from evaluate import RESULTS, draw_class_pictures, first_rows
@@ -36,6 +33,7 @@ from guardsmith.harden import folder_digest, write_json
 from guardsmith.images import to_pil
 from guardsmith.metrics.identity import similarity
 from guardsmith.models import load_model, weights_digest
+from guardsmith.processes import processes
 from guardsmith.prompts import class_prompt, instance_prompt, sample_prompts
 from guardsmith.recipe import load_recipe
 from guardsmith.sampling import generate
@@ -86,7 +84,6 @@ def compare(data: Path, scripts: Path, python: Path, row: int, label: str, cache
     if file.exists():
         told: dict[str, Any] = json.loads(file.read_text())
         return told
-    torch.set_num_threads(1)
     recipe, model = load_recipe("demo"), load_model("builtin:avatar")
     sampling, spec = recipe.sampling.model_dump(), recipe.verify.attacks[label]
     pixels, lines = world.load(data, "testing")
@@ -138,7 +135,7 @@ def main() -> None:
     rows = first_rows(args.data, "testing", args.per_style)
     asked = {label: attacks[label] for label in args.attacks}
     jobs = [(row, label) for label in asked for row in rows]
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with processes(2) as (pool, _):
         futures = [pool.submit(compare, args.data, args.scripts, args.python, *job, cache) for job in jobs]
         told = [future.result() for future in futures]
     result: dict[str, Any] = {

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid
 from guardsmith.models import DiffusionModel, load_model, weights_digest
+from guardsmith.processes import processes
 from guardsmith.prompts import (
     ORDINARY_HARDENING,
     ORDINARY_VERIFICATION,
@@ -84,7 +84,6 @@ def trial(
     identifiers: list[str],
 ) -> dict[str, Any]:
     """One hardening and its attacks; `params=None` measures the base."""
-    torch.set_num_threads(1)
     base = load_model("builtin:avatar")
     file = cache / f"{folder_digest(label, style, params, identifiers)}.json"
     if file.exists():
@@ -159,7 +158,7 @@ def main() -> None:
         for style in common["styles"]
     ]
     rows = []
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with processes(args.workers) as (pool, _):
         futures = [
             pool.submit(trial, args.data, cache, recipe, label, style, params, identifiers)
             for label, style, params in jobs
