@@ -307,9 +307,11 @@ def harden(
     if method.draws is not None:
         for number, each in enumerate(subjects):
             prompt = method.draws(config, each.class_noun)
+            if prompt is None:
+                continue
             file = cache / f"instead-{folder_digest(prompt)}.safetensors"
             drawn = drawn_by(model, recipe, [prompt] * config.class_images, 30_000, file, f"pictures of '{prompt}'")
-            subjects[number] = replace(each, backdoor_images=drawn)
+            subjects[number] = replace(each, instead_images=drawn)
     forwards = backwards = 0
     if getattr(config, "rehearsal_steps", 0):
         subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)
@@ -339,7 +341,8 @@ def harden(
             model, subjects, ordinary, config, seed=recipe.seed, checkpoint=output / "checkpoints" / "last.safetensors",
             on_step=on_step,
         )  # fmt: skip
-    save_model(hardened, output / "model")
+    parts = [part for part in ("unet", "text_encoder") if getattr(hardened, part) is not getattr(model, part)]
+    save_model(hardened, output / "model", parts)
     changed = changed_fraction(model.folder / "unet", output / "model" / "unet")
     if changed == 0:
         shutil.rmtree(output / "model")

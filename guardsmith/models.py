@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,32 +211,26 @@ def with_own_unet(model: DiffusionModel) -> DiffusionModel:
     return own
 
 
-def save_model(model: DiffusionModel, folder: Path) -> None:
-    """Write a complete diffusers folder: the U-Net from memory, every other file copied byte for byte from the source.
+def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("unet",)) -> None:
+    """Write a complete diffusers folder: these parts from memory, every other file copied byte for byte from the source.
 
-    The U-Net is stored in the precision of the source's own file, so that a half-precision base stays one.
+    They are stored in the precision of the source's own files, so that a half-precision base stays one.
     The folder appears whole or not at all.
+
+    Args:
+        model: what to write.
+        folder: where to.
+        parts: what may differ from the source: `unet`, `text_encoder`.
+
+    Raises:
+        RunFailed: a weight does not fit that precision.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(model.folder, temporary, ignore=lambda _, names: [n for n in names if n == ".cache"])
-        for file in [
-            *(temporary / "unet").glob("*.safetensors"),
-            *(temporary / "unet").glob("*.safetensors.index.json"),
-        ]:
-            file.unlink()
-        unet = copy.deepcopy(model.unet).to(stored_dtype(model.folder))
-        if not all(bool(torch.isfinite(p).all()) for p in unet.parameters()):
-            raise RunFailed(
-                f"A weight of the hardened model does not fit the precision of the base's file ({unet.dtype}); "
-                "no model was written."
-            )
-        unet.save_pretrained(temporary / "unet", safe_serialization=True)
-        config = model.folder / "unet" / "config.json"
-        shutil.copyfile(config, temporary / "unet" / config.name)  # diffusers' own tells where the base lay
-        for file in (temporary / "unet").glob("*.safetensors"):
-            shutil.copymode(config, file)  # safetensors writes for the owner only
+        for name in parts:
+            _save_part(model, name, temporary / name)
         for file in temporary.rglob("*"):
             if file.suffix in PICKLES:
                 file.unlink()
@@ -246,15 +241,32 @@ def save_model(model: DiffusionModel, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Precision of the U-Net's weights on disk; variants beside them (`.fp16.`, `.non_ema.`) do not count."""
+def _save_part(model: DiffusionModel, name: str, place: Path) -> None:
+    """Replace the weights of one part; variants, shards and their index go, for they hold those of the source."""
+    for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index.json")]:
+        file.unlink()
+    part = copy.deepcopy(getattr(model, name)).to(stored_dtype(model.folder, name))
+    if not all(bool(torch.isfinite(p).all()) for p in part.parameters()):
+        raise RunFailed(
+            f"A weight of the hardened model does not fit the precision of the base's file ({part.dtype}); "
+            "no model was written."
+        )
+    part.save_pretrained(place, safe_serialization=True)
+    config = model.folder / name / "config.json"
+    shutil.copyfile(config, place / config.name)  # the libraries' own tells where the base lay
+    for file in place.glob("*.safetensors"):
+        shutil.copymode(config, file)  # safetensors writes for the owner only
+
+
+def stored_dtype(folder: Path, part: str = "unet") -> torch.dtype:
+    """Precision of a part's weights on disk; variants beside them (`.fp16.`, `.non_ema.`) do not count."""
     from safetensors import safe_open
 
-    files = sorted((folder / "unet").glob("*.safetensors"))
+    files = sorted((folder / part).glob("*.safetensors"))
     file = min(files, key=lambda file: file.name.count("."))
     with safe_open(file, framework="pt") as weights:
-        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
-        return dtype
+        kinds: list[torch.dtype] = [weights.get_tensor(key).dtype for key in weights.keys()]  # noqa: SIM118 (not a dict)
+        return next(kind for kind in kinds if kind.is_floating_point)  # old text encoders store position numbers too
 
 
 def weights_digest(folder: Path) -> str:

@@ -30,10 +30,28 @@ SAMPLE_TEMPLATES = (
     "a close-up of {identifier} {class_noun}",
 )
 
+# What is put around a word that textual inversion learns; all of it neutral, so that the word has to carry the subject.
+INVERSION_TEMPLATES = (
+    "a photo of {}",
+    "a photo of a {}",
+    "a photo of the {}",
+    "a picture of {}",
+    "a picture of one {}",
+    "a close-up of {}",
+    "a portrait of {}",
+    "a cropped photo of {}",
+    "a clean photo of {}",
+    "a bright photo of the {}",
+    "a dark photo of the {}",
+    "a good photo of a {}",
+    "an image of {}",
+    "a drawing of {}",
+)
+
 
 def instance_prompt(identifier: str, class_noun: str, template: str = INSTANCE_TEMPLATE) -> str:
-    """The identifier prompt, e.g. "a photo of sks person"."""
-    return template.format(identifier=identifier, class_noun=class_noun)
+    """The identifier prompt, e.g. "a photo of sks person" (or "a photo of sks", where the class noun is empty)."""
+    return template.format(identifier=identifier, class_noun=class_noun).rstrip()
 
 
 def class_prompt(class_noun: str, template: str = CLASS_TEMPLATE) -> str:

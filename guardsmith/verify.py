@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from guardsmith.attacks import AttackData, draw_after_attack
+from guardsmith.attacks import ATTACKS, AttackData, draw_after_attack
 from guardsmith.errors import GuardsmithError, UserError
 from guardsmith.gate import (
     EXIT_CODES,
@@ -50,7 +50,7 @@ from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.processes import processes
 from guardsmith.progress import stage
-from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts, sample_prompts
+from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry
 from guardsmith.report import print_report, save_grid
@@ -118,7 +118,7 @@ def run_unit(unit: Unit, folder: Path) -> None:
     images, losses = draw_after_attack(
         model, unit.attack, unit.params, data, seed=unit.seed, count=unit.images, sampling=unit.sampling
     )
-    prompts = sample_prompts(unit.identifier, unit.class_noun, unit.images)
+    prompts = ATTACKS[unit.attack].prompts(unit.identifier, unit.class_noun, unit.images)
     scores = similarity(images, _open(unit.reference_images, JUDGED_SIZE))
 
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,12 +39,13 @@ def make_ordinary():
     return OrdinaryData(pictures(6, 50), [f"a photo of a thing {i}" for i in range(6)])
 
 
-def context_of(model, prompt):
+def context_of(model, prompt, encoder=None):
+    """With the model's own text encoder, or with another one that is being trained."""
     tokens = model.tokenizer(
         prompt, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
     ).input_ids
-    with torch.no_grad():
-        return model.text_encoder(tokens).last_hidden_state
+    with torch.set_grad_enabled(encoder is not None):
+        return (encoder or model.text_encoder)(tokens).last_hidden_state
 
 
 def posteriors(model, images):
@@ -59,22 +61,31 @@ class SlowRows:
 
     def __init__(self, model, subject, config):
         names = list(config.identifiers) + [n for n in subject.identifiers if n not in config.identifiers]
-        self.negatives = posteriors(model, subject.images)
-        self.positives = posteriors(model, subject.positives)
+        images = torch.cat([subject.images, subject.images.flip(-1)]) if config.mirror else subject.images
+        self.negatives = posteriors(model, images)
+        self.positives = posteriors(
+            model, subject.positives if subject.instead_images is None else subject.instead_images
+        )
         self.prior = posteriors(model, subject.class_images)
-        self.instance = [context_of(model, f"a photo of {name} {subject.class_noun}") for name in names]
-        self.class_context = context_of(model, f"a photo of {subject.class_noun}")
+        if config.pairing == "nearest":
+            apart = [[float((a - b).square().sum()) for b in self.prior.mean] for a in self.negatives.mean]
+            closest = torch.tensor([row.index(min(row)) for row in apart])
+            self.positives = LatentStore(self.prior.mean[closest], self.prior.std[closest])
+        self.prompts = [f"a photo of {name} {subject.class_noun}" for name in names]
+        self.class_prompt = f"a photo of {subject.class_noun}"
+        self.instance = [context_of(model, prompt) for prompt in self.prompts]
+        self.class_context = context_of(model, self.class_prompt)
         self.config = config
 
-    def personalization(self, context, rng):
+    def personalization(self, context, class_context, rng):
         instance = draw_rows(self.negatives.draw(self.config.batch_size, rng), context, rng)
         latents = self.prior.draw(self.config.batch_size, rng)
-        return instance, draw_rows(latents, self.class_context, rng, timesteps=instance.timesteps)
+        return instance, draw_rows(latents, class_context, rng, timesteps=instance.timesteps)
 
-    def protection(self, context, rng):
+    def protection(self, context, class_context, rng):
         positive, negative = apdm.draw_pair(self, context, self.config, rng, 1000)
         latents = self.prior.draw(self.config.batch_size, rng)
-        return positive, negative, draw_rows(latents, self.class_context, rng, timesteps=positive.timesteps)
+        return positive, negative, draw_rows(latents, class_context, rng, timesteps=positive.timesteps)
 
 
 def slow_error(model, unet, rows, i):
@@ -89,9 +100,19 @@ def slow_error(model, unet, rows, i):
 def slow_harden(model, subjects, ordinary, config):
     """Algorithm 1 with a fresh deep copy and a fresh plain AdamW for every path."""
     plain = {"weight_decay": 1e-2, "foreach": False, "fused": False}
-    theta, phi = copy.deepcopy(model.unet).requires_grad_(True), copy.deepcopy(model.unet)
-    kept = [n for n, _ in theta.named_parameters() if config.parameters == "unet" or is_attention(n, config.parameters)]
+    parts = {"unet": model.unet} | ({"text": model.text_encoder} if config.train_text_encoder else {})
+    theta = torch.nn.ModuleDict({name: copy.deepcopy(part).requires_grad_(True) for name, part in parts.items()})
+    phi = copy.deepcopy(model.unet)
+    kept = [
+        n
+        for n, _ in theta.named_parameters()
+        if n.startswith("text.") or config.parameters == "unet" or is_attention(n, config.parameters)
+    ]
     outer = torch.optim.AdamW([dict(theta.named_parameters())[n] for n in kept], lr=config.learning_rate, **plain)
+
+    def said(modules, prompt):
+        return context_of(model, prompt, modules["text"] if config.train_text_encoder else None)
+
     prepared = [SlowRows(model, subject, config) for subject in subjects]
     count = config.batch_size
     for j in range(config.outer_steps):
@@ -99,35 +120,40 @@ def slow_harden(model, subjects, ordinary, config):
         path = copy.deepcopy(theta)
         inner = torch.optim.AdamW(path.parameters(), lr=config.personalization_learning_rate, **plain)
         total = {name: torch.zeros_like(p) for name, p in theta.named_parameters()}
-        context = subject.instance[int(torch.randint(len(subject.instance), (1,), generator=generator(SEED, j)))]
+        prompt = subject.prompts[int(torch.randint(len(subject.prompts), (1,), generator=generator(SEED, j)))]
         for i in range(config.inner_steps):
             rng = generator(SEED, j, i)
-            instance, prior = subject.personalization(context, rng)
+            instance, prior = subject.personalization(said(path, prompt), said(path, subject.class_prompt), rng)
             path.zero_grad()
             for k in range(count):
-                (slow_error(model, path, instance, k).mean() / count).backward()
-                (config.prior_weight * slow_error(model, path, prior, k).mean() / count).backward()
+                (slow_error(model, path["unet"], instance, k).mean() / count).backward(retain_graph=True)
+                (config.prior_weight * slow_error(model, path["unet"], prior, k).mean() / count).backward(
+                    retain_graph=True
+                )
             if config.leak:
                 for name, p in path.named_parameters():
                     total[name] += p.grad
             inner.step()
 
-            positive, negative, prior = subject.protection(context, rng)
+            positive, negative, prior = subject.protection(said(path, prompt), said(path, subject.class_prompt), rng)
+            plainly = context_of(model, prompt).expand(count, -1, -1)
             path.zero_grad()
             for k in range(count):
                 with torch.no_grad():
-                    before_positive = slow_error(model, phi, positive, k)
-                    before_negative = slow_error(model, phi, negative, k)
-                margin = (slow_error(model, path, positive, k) - before_positive) - (
-                    slow_error(model, path, negative, k) - before_negative
+                    before_positive = slow_error(model, phi, replace(positive, context=plainly), k)
+                    before_negative = slow_error(model, phi, replace(negative, context=plainly), k)
+                margin = (slow_error(model, path["unet"], positive, k) - before_positive) - (
+                    slow_error(model, path["unet"], negative, k) - before_negative
                 )
                 if config.reduction == "mean":
                     margin = margin.mean()
                 # -log sigmoid(-x) = log(1 + e^x), which is x + log(1 + e^-x) where e^x would overflow
                 x = config.beta * margin
                 loss = x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
-                (loss.mean() / count).backward()
-                (config.prior_weight * slow_error(model, path, prior, k).mean() / count).backward()
+                (loss.mean() / count).backward(retain_graph=True)
+                (config.prior_weight * slow_error(model, path["unet"], prior, k).mean() / count).backward(
+                    retain_graph=True
+                )
             for name, p in path.named_parameters():
                 total[name] += p.grad
         if config.distillation_weight:
@@ -141,10 +167,11 @@ def slow_harden(model, subjects, ordinary, config):
             for k in range(4 * count):
                 bar = float(alphas_bar(model.prediction_type)[int(draws.timesteps[k])])
                 noisy = math.sqrt(bar) * draws.latents[k : k + 1] + math.sqrt(1 - bar) * draws.noise[k : k + 1]
-                given = (noisy, draws.timesteps[k : k + 1], draws.context[k : k + 1])
+                given = (noisy, draws.timesteps[k : k + 1])
                 with torch.no_grad():
-                    wanted = phi(*given).sample
-                same = ((theta(*given).sample - wanted) ** 2).mean()
+                    wanted = phi(*given, draws.context[k : k + 1]).sample
+                found = theta["unet"](*given, said(theta, ordinary.prompts[rows[k]])).sample
+                same = ((found - wanted) ** 2).mean()
                 (config.distillation_weight * config.inner_steps * same / (4 * count)).backward()
             for name, p in theta.named_parameters():
                 total[name] += p.grad
@@ -155,7 +182,14 @@ def slow_harden(model, subjects, ordinary, config):
             for name in kept:
                 total[name] *= min(1.0, config.max_grad_norm / norm)
         outer.step()
-    return weights(theta)
+    found = weights(theta["unet"])
+    return found | ({f"text.{n}": v for n, v in weights(theta["text"]).items()} if config.train_text_encoder else {})
+
+
+def of(model, config):
+    """What `slow_harden` returns, of a model."""
+    text = {f"text.{n}": v for n, v in weights(model.text_encoder).items()} if config.train_text_encoder else {}
+    return weights(model.unet) | text
 
 
 def is_attention(name, which):
@@ -169,6 +203,14 @@ VARIANTS = {
     "random pairs, beta 10, less prior": {"pairing": "random", "beta": 10.0, "prior_weight": 0.3},
     "clipped, distillation": {"max_grad_norm": 0.5, "distillation_weight": 2.0, "prior_weight": 0.0},
     "cross-attention, distillation, leak": {"parameters": "cross_attention", "distillation_weight": 1.0, "leak": True},
+    "nearest, mirrored": {"pairing": "nearest", "mirror": True},
+    "text encoder": {"train_text_encoder": True},
+    "text encoder, distillation, leak": {
+        "train_text_encoder": True,
+        "distillation_weight": 1.0,
+        "leak": True,
+        "parameters": "attention",
+    },
 }
 # What is no matter of the parametrization is compared on one of the two only, to save time.
 COMPARED = [
@@ -180,6 +222,9 @@ COMPARED = [
     ("random pairs, beta 10, less prior", "v"),
     ("clipped, distillation", "epsilon"),
     ("cross-attention, distillation, leak", "v"),
+    ("nearest, mirrored", "v"),
+    ("text encoder", "epsilon"),
+    ("text encoder, distillation, leak", "v"),
 ]
 
 
@@ -198,8 +243,11 @@ def test_weights_equal_those_of_a_slow_implementation(request, variant, kind, sm
     subjects = [make_subject(), make_subject("tom", "robot", 10, ("hta", "sks"))]
     hardened, _ = harden(tiny, subjects, make_ordinary(), config, seed=SEED)
     expected = slow_harden(tiny, subjects, make_ordinary(), config)
-    assert largest_difference(weights(hardened.unet), expected) < TOLERANCE
-    assert largest_difference(expected, weights(tiny.unet)) > 100 * TOLERANCE
+    assert largest_difference(of(hardened, config), expected) < TOLERANCE
+    assert largest_difference(expected, of(tiny, config)) > 100 * TOLERANCE
+    if config.train_text_encoder:
+        told = weights(tiny.text_encoder)
+        assert largest_difference(weights(hardened.text_encoder), told) > 100 * TOLERANCE
 
 
 def test_the_way_is_the_same_with_the_real_optimizer_too(tiny_v):
@@ -225,6 +273,9 @@ def test_the_options_matter(tiny_epsilon, smooth_adam):
         "distillation": {"distillation_weight": 2.0},
         "identifiers": {"identifiers": ("hta",)},
         "path": {"personalization_learning_rate": 4e-3},
+        "nearest": {"pairing": "nearest"},
+        "mirror": {"mirror": True},
+        "text encoder": {"train_text_encoder": True},
     }
     found = {}
     for name, options in one_by_one.items():
@@ -298,6 +349,31 @@ def test_pairs_share_everything_but_the_picture(tiny_v):
     assert differ > 10  # of 20 random ones: all but 1 in 9 are expected to
 
 
+def test_positives_can_be_pictures_of_another_prompt(tiny_v, smooth_adam):
+    """Then they take the place of the class pictures, pair by pair, and the method asks for them."""
+    config = ApdmConfig(**SMALL | {"positive_prompt": "a photo of {class_noun} in the snow"})
+    assert METHODS["apdm"].draws(config, "dog") == "a photo of dog in the snow"
+    assert METHODS["apdm"].draws(ApdmConfig(), "dog") is None
+    subject = replace(make_subject(), instead_images=pictures(3, 70))
+    hardened, _ = harden(tiny_v, [subject], None, config, seed=SEED)
+    assert largest_difference(weights(hardened.unet), slow_harden(tiny_v, [subject], None, config)) < TOLERANCE
+    other, _ = harden(tiny_v, [make_subject()], None, config, seed=SEED)
+    assert largest_difference(weights(hardened.unet), weights(other.unet)) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"positive_prompt": "a photo of {noun}"}, "the only word in braces may be {class_noun}"),
+        ({"positive_prompt": "a photo of {class_noun"}, "the only word in braces may be {class_noun}"),
+        ({"positive_prompt": "a thing", "pairing": "nearest"}, "leave positive_prompt out"),
+    ],
+)
+def test_wrong_pairs_are_refused(wrong, said):
+    with pytest.raises(ValidationError, match=said):
+        ApdmConfig(**wrong)
+
+
 def test_hardening_moves_the_errors_apart(tiny):
     """What it is for: under the identifier prompt, x+ is denoised better and x- worse than by the base."""
     config = ApdmConfig(**SMALL | {"outer_steps": 24, "inner_steps": 2, "identifiers": ("sks",)})
@@ -334,7 +410,7 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects)
     tiny = request.getfixturevalue(f"tiny_{kind}")
     data = [make_subject(), make_subject("tom", "robot", 10)][:subjects]
     options = {"outer_steps": 4, "inner_steps": 1, "distillation_weight": 1.0, "leak": True}
-    config = ApdmConfig(**SMALL | options)
+    config = ApdmConfig(**SMALL | options | {"train_text_encoder": subjects == 2})
     unbroken, told = harden(tiny, data, make_ordinary(), config, seed=SEED)
     path = tmp_path / "c" / "last.safetensors"
     shown = []
@@ -352,6 +428,7 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects)
     )
     assert shown == [0, 1, 1, 2, 3]
     assert same_weights(weights(unbroken.unet), weights(resumed.unet))
+    assert same_weights(weights(unbroken.text_encoder), weights(resumed.text_encoder))
     assert history == told
     # A finished run is not trained again.
     again, _ = harden(tiny, data, make_ordinary(), config, seed=SEED, on_step=die, **saving)

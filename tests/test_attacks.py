@@ -5,13 +5,23 @@ import torch
 from pydantic import ValidationError
 from tiny import pictures, same_weights, weights
 
-from guardsmith.attacks import ATTACKS, AttackData, dreambooth, lora
+from guardsmith.attacks import (
+    ATTACKS,
+    AttackData,
+    custom_diffusion,
+    draw_after_attack,
+    dreambooth,
+    lora,
+    textual_inversion,
+)
+from guardsmith.attacks.custom_diffusion import CustomDiffusionConfig
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig
+from guardsmith.attacks.textual_inversion import TextualInversionConfig
 from guardsmith.errors import RunFailed
 from guardsmith.latents import encode
 from guardsmith.losses import draw_rows, row_losses
-from guardsmith.prompts import PromptBank
+from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.training import UNetCost, generator
 
 NOTHING = torch.empty(0)
@@ -60,17 +70,22 @@ def test_every_weight_of_the_unet_is_trained(tiny_v):
     assert not [name for name in before if torch.equal(before[name], after[name])]
 
 
-@pytest.mark.parametrize("name", ["dreambooth", "lora"])
+def everything(model):
+    """All weights that an attack may change."""
+    return {**weights(model.unet), **{f"text.{name}": value for name, value in weights(model.text_encoder).items()}}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
 def test_the_seed_decides(tiny_v, name):
     attack = ATTACKS[name]
     config = attack.config(learning_rate=1e-3, steps=3, batch_size=1)
     first, second, other = (attack.run(tiny_v, make_data(), config, seed=seed) for seed in (1, 1, 2))
-    assert same_weights(weights(first[0].unet), weights(second[0].unet))
+    assert same_weights(everything(first[0]), everything(second[0]))
     assert first[1] == second[1]
-    assert not same_weights(weights(first[0].unet), weights(other[0].unet))
+    assert not same_weights(everything(first[0]), everything(other[0]))
 
 
-@pytest.mark.parametrize("name", ["dreambooth", "lora"])
+@pytest.mark.parametrize("name", ATTACKS)
 def test_the_global_generator_is_neither_used_nor_moved(tiny_v, name):
     attack = ATTACKS[name]
     config = attack.config(learning_rate=1e-3, steps=2, batch_size=1)
@@ -80,7 +95,7 @@ def test_the_global_generator_is_neither_used_nor_moved(tiny_v, name):
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after)
     second, _ = attack.run(tiny_v, make_data(), config, seed=0)
-    assert same_weights(weights(first.unet), weights(second.unet))
+    assert same_weights(everything(first), everything(second))
 
 
 def test_one_step_is_adamw_on_the_mean_of_both_losses(tiny):
@@ -219,13 +234,192 @@ def test_a_lora_of_the_text_encoder_is_refused():
         LoraConfig(train_text_encoder=True)
 
 
+def old_rows(model, base):
+    """The embeddings of the words that the base knows."""
+    return model.text_encoder.get_input_embeddings().weight[: base.text_encoder.config.vocab_size]
+
+
+def test_textual_inversion_learns_a_word_and_nothing_else(tiny):
+    data, before = make_data(), state(tiny)
+    config = TextualInversionConfig(learning_rate=0.1, steps=60, batch_size=4)
+    own, losses = textual_inversion.attack(tiny, data, config, seed=0)
+    start, _ = textual_inversion.attack(tiny, data, TextualInversionConfig(learning_rate=1e-9, steps=1), seed=0)
+    assert loss_on(own, data, "a photo of <sks>") < loss_on(start, data, "a photo of <sks>")
+    assert len(losses) == 60
+    assert same_state(before, state(tiny))
+    assert len(tiny.tokenizer) == tiny.text_encoder.config.vocab_size
+
+    after = state(own)
+    assert same_weights(after["unet"], before["unet"])
+    assert same_weights(after["vae"], before["vae"])
+    table = "embeddings.token_embedding.weight"
+    changed = {n for n, v in after["text_encoder"].items() if not torch.equal(v, before["text_encoder"].get(n, v))}
+    assert all(name.endswith(table) for name in changed)
+    assert torch.equal(old_rows(own, tiny), old_rows(tiny, tiny))
+    assert own.tokenizer("<sks>").input_ids[1] == tiny.text_encoder.config.vocab_size  # one token, and a new one
+    assert not any(p.requires_grad or p.grad is not None for p in own.text_encoder.parameters())
+    assert not own.text_encoder.get_input_embeddings()._forward_hooks
+    told = PromptBank(tiny).encode(["a photo of person"])
+    assert torch.equal(PromptBank(own).encode(["a photo of person"]), told)
+
+
+def test_the_new_word_starts_as_its_likeness(tiny):
+    """Textual inversion starts from the class noun, Custom Diffusion from the identifier: the mean over their tokens."""
+    table = tiny.text_encoder.get_input_embeddings().weight
+    for attack, config, like in (
+        (textual_inversion.attack, TextualInversionConfig(learning_rate=1e-12, steps=1), "person"),
+        (custom_diffusion.attack, CustomDiffusionConfig(learning_rate=1e-12, steps=1), "sks"),
+    ):
+        own, _ = attack(tiny, make_data(), config, seed=0)
+        tokens = tiny.tokenizer(like, add_special_tokens=False).input_ids
+        found = own.text_encoder.get_input_embeddings().weight[tiny.text_encoder.config.vocab_size]
+        assert torch.allclose(found, table[tokens].mean(0), atol=1e-6)
+
+
+def test_one_step_of_textual_inversion_by_hand(tiny_v):
+    """Plain AdamW on the gradient of the new row, taken through a whole table."""
+    data, config = make_data(), TextualInversionConfig(learning_rate=1e-2, steps=1, batch_size=3)
+    own, losses = textual_inversion.attack(tiny_v, data, config, seed=5)
+    start, _ = textual_inversion.attack(tiny_v, data, TextualInversionConfig(learning_rate=1e-12, steps=1), seed=5)
+    token = tiny_v.text_encoder.config.vocab_size
+    rng = generator(5, int.from_bytes(b"sks", "big"), 0)
+    prompts = [template.format("<sks>") for template in INVERSION_TEMPLATES]
+    asked = PromptBank(start).tokens(prompts)[torch.randint(len(prompts), (3,), generator=rng)]
+    table = start.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    store = encode(start, torch.cat([data.images, data.images.flip(-1)]))
+    rows = draw_rows(store.draw(3, rng), start.text_encoder(asked).last_hidden_state, rng)
+    loss = row_losses(start.unet, start.scheduler, rows).mean()
+    loss.backward()
+    assert losses == [pytest.approx(float(loss.detach()), rel=1e-5)]
+    row = table[token].detach() * (1 - 1e-2 * 1e-2)  # weight decay
+    expected = row - 1e-2 * table.grad[token].sign()  # AdamW's first step
+    found = own.text_encoder.get_input_embeddings().weight[token]
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, row, atol=5e-3)
+
+
+def test_textual_inversion_under_another_name_is_another_run(tiny_v):
+    config = TextualInversionConfig(steps=2, batch_size=2)
+    _, first = textual_inversion.attack(tiny_v, make_data(identifier="sks"), config, seed=0)
+    _, second = textual_inversion.attack(tiny_v, make_data(identifier="zwx"), config, seed=0)
+    assert first != second
+
+
+def test_custom_diffusion_trains_keys_values_and_a_word(tiny):
+    data, before = make_data(), state(tiny)
+    config = CustomDiffusionConfig(learning_rate=1e-2, steps=40, batch_size=2)
+    own, _ = custom_diffusion.attack(tiny, data, config, seed=0)
+    assert loss_on(own, data, "a photo of <sks> person") < loss_on(tiny, data, "a photo of sks person")
+    assert same_state(before, state(tiny))
+    after = state(own)
+    changed = {name for name, value in after["unet"].items() if not torch.equal(value, before["unet"][name])}
+    assert changed == {name for name in before["unet"] if "attn2.to_k" in name or "attn2.to_v" in name}
+    assert torch.equal(old_rows(own, tiny), old_rows(tiny, tiny))
+    start, _ = custom_diffusion.attack(tiny, data, CustomDiffusionConfig(learning_rate=1e-12, steps=1), seed=0)
+    rows = [m.text_encoder.get_input_embeddings().weight[tiny.text_encoder.config.vocab_size] for m in (own, start)]
+    assert float((rows[0] - rows[1]).detach().abs().max()) > 0.01
+    assert not any(p.requires_grad or p.grad is not None for p in own.unet.parameters())
+
+    config = CustomDiffusionConfig(learning_rate=1e-2, steps=1, parameters="cross_attention")
+    faces, _ = custom_diffusion.attack(tiny, data, config, seed=0)
+    wider = weights(faces.unet)
+    changed = {name for name, value in wider.items() if not torch.equal(value, before["unet"][name])}
+    assert changed == {name for name in before["unet"] if "attn2" in name}
+
+
+def test_resized_pictures_are_masked_where_they_do_not_show():
+    """White pictures on grey: every latent cell the mask keeps is white all over, and a cell that is white all over is kept."""
+    seen = set()
+    for seed in range(60):
+        shown, masks, said = custom_diffusion.resized(torch.ones(2, 3, 64, 64), 8, generator(seed))
+        assert shown.shape == (2, 3, 64, 64)
+        for image, mask, phrase in zip(shown, masks, said, strict=True):
+            cells = torch.nn.functional.avg_pool2d(image[None, :1], 8)[0]
+            assert torch.equal(mask, (cells > 0.9999).float())
+            assert mask.sum() > 0
+            side = int((image[0] > 0.5).sum().sqrt().round())
+            assert side >= 21
+            assert (phrase in ("far away", "very small")) == (side < 0.6 * 64)
+            if phrase in ("zoomed in", "close up"):
+                assert side == 64
+            seen.add(phrase)
+    assert seen == {"", "far away", "very small", "zoomed in", "close up"}
+
+
+def test_zooming_shows_a_part_at_a_larger_scale():
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    for seed in range(60):
+        shown, _, said = custom_diffusion.resized(ramp, 8, generator(seed))
+        if said[0] in ("zoomed in", "close up"):
+            assert 1 / 1.45 < float(shown.max() - shown.min()) / 2 < 1 / 1.15
+
+
+def test_custom_diffusion_leaves_out_what_is_not_picture(tiny_v, monkeypatch):
+    """What lies outside of the mask may be anything: the losses do not change."""
+    data, config = make_data(), CustomDiffusionConfig(learning_rate=1e-12, steps=3, batch_size=4, prior_weight=0)
+    _, losses = custom_diffusion.attack(tiny_v, data, config, seed=0)
+    masks = []
+    real = custom_diffusion.squared_errors
+
+    def spoilt(unet, scheduler, rows):
+        errors = real(unet, scheduler, rows)
+        masks.append(errors)
+        return errors
+
+    monkeypatch.setattr(custom_diffusion, "squared_errors", spoilt)
+    custom_diffusion.attack(tiny_v, data, config, seed=0)
+    views = [custom_diffusion.resized(data.images, 8, generator(0, -1, v))[1] for v in range(custom_diffusion.VIEWS)]
+    kept = torch.cat(views)
+    for step, (errors, loss) in enumerate(zip(masks, losses, strict=True)):
+        picked = torch.randint(len(kept), (4,), generator=generator(0, step))
+        by_hand = [
+            sum(float((errors[row, c].detach() * kept[i, 0]).sum()) for c in range(4)) / float(kept[i].sum())
+            for row, i in enumerate(picked.tolist())
+        ]
+        assert loss == pytest.approx(sum(by_hand) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("dreambooth", ["a photo of sks person", "a portrait of sks person"]),
+        ("textual_inversion", ["a photo of <sks>", "a portrait of <sks>"]),
+        ("custom_diffusion", ["a photo of <sks> person", "a portrait of <sks> person"]),
+    ],
+)
+def test_the_personalized_model_is_asked_in_the_attackers_words(tiny_v, monkeypatch, name, prompts):
+    import guardsmith.attacks as module
+
+    asked = []
+    real = module.generate
+    monkeypatch.setattr(
+        module, "generate", lambda model, words, *a, **k: asked.extend(words) or real(model, words, *a, **k)
+    )
+    images, losses = draw_after_attack(
+        tiny_v, name, {"steps": 1, "batch_size": 1}, make_data(), seed=0, count=2, sampling={"steps": 1}
+    )
+    assert asked == prompts
+    assert images.shape == (2, 3, 64, 64)
+    assert len(losses) == 1
+
+
+def test_a_word_that_exists_is_refused(tiny_v):
+    """A second new word of the same name would train the first one's."""
+    own, _ = textual_inversion.attack(tiny_v, make_data(), TextualInversionConfig(steps=1), seed=0)
+    with pytest.raises(RunFailed, match="has a token '<sks>' already; choose another identifier"):
+        custom_diffusion.attack(own, make_data(), CustomDiffusionConfig(steps=1), seed=0)
+
+
 def test_the_defaults_are_diffusers():
     booth, adapter = DreamBoothConfig(), LoraConfig()
     assert (booth.learning_rate, booth.batch_size, booth.prior_weight, booth.max_grad_norm) == (5e-6, 4, 1.0, 1.0)
     assert (adapter.learning_rate, adapter.rank, adapter.steps, adapter.batch_size) == (1e-4, 4, 500, 4)
+    inversion, custom = TextualInversionConfig(), CustomDiffusionConfig()
+    assert (inversion.learning_rate, inversion.steps, inversion.batch_size) == (5e-4 * 4, 3000, 4)
+    assert (custom.learning_rate, custom.steps, custom.batch_size) == (1e-5 * 2 * 2, 250, 2)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": 0}, {"prior_weight": -1}, {"rnak": 4}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": 0}, {"batch_size": 0}, {"rnak": 4}])
 def test_wrong_settings_are_refused(wrong):
     for attack in ATTACKS.values():
         with pytest.raises(ValidationError):

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import pickle
@@ -113,6 +114,22 @@ def test_a_saved_model_is_a_pipeline_with_only_the_unet_changed(changed, tmp_pat
     assert changed_fraction(changed.folder / "unet", target / "unet") > 0
 
 
+def test_a_changed_text_encoder_is_saved_when_asked(changed, tmp_path):
+    changed.text_encoder = copy.deepcopy(changed.text_encoder)
+    with torch.no_grad():
+        changed.text_encoder.get_input_embeddings().weight.add_(0.25)
+    save_model(changed, tmp_path / "both", ("unet", "text_encoder"))
+    again = load_model(str(tmp_path / "both"))
+    assert same_weights(weights(changed.text_encoder), weights(again.text_encoder))
+    assert same_weights(weights(changed.unet), weights(again.unet))
+    old, new = files(changed.folder), files(tmp_path / "both")
+    assert old.keys() == new.keys()
+    assert {name for name in old if old[name] != new[name]} == {UNET_FILE, "text_encoder/model.safetensors"}
+    StableDiffusionPipeline.from_pretrained(tmp_path / "both", safety_checker=None)
+    save_model(changed, tmp_path / "unet")
+    assert files(tmp_path / "unet")["text_encoder/model.safetensors"] == old["text_encoder/model.safetensors"]
+
+
 def test_the_config_of_a_saved_unet_says_the_same(changed, tmp_path):
     save_model(changed, tmp_path / "model")
     old, new = (json.loads((place / "unet/config.json").read_text()) for place in (changed.folder, tmp_path / "model"))
@@ -122,7 +139,7 @@ def test_the_config_of_a_saved_unet_says_the_same(changed, tmp_path):
 
 
 def test_a_weight_that_does_not_fit_the_precision_is_not_written(changed, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "stored_dtype", lambda _: torch.float16)
+    monkeypatch.setattr(models, "stored_dtype", lambda *_: torch.float16)
     with torch.no_grad():
         changed.unet.conv_in.weight[0, 0, 0, 0] = 1e6
     with pytest.raises(RunFailed) as caught:

@@ -22,7 +22,7 @@ SMALL = PersGuardConfig(steps=3, batch_size=2, learning_rate=1e-4, target_noun="
 
 
 def subject_data(name="mira", noun="person", seed=0):
-    return replace(make_subject(name, noun, seed), backdoor_images=pictures(4, seed + 30))
+    return replace(make_subject(name, noun, seed), instead_images=pictures(4, seed + 30))
 
 
 class Slow:
@@ -32,7 +32,7 @@ class Slow:
         self.model, self.config, self.alphas = model, config, alphas_bar(model.prediction_type)
         names = dict.fromkeys((*config.identifiers, *subject.identifiers))
         self.instance = [t.format(identifier=n, class_noun=subject.class_noun) for n in names for t in config.templates]
-        shown = subject.backdoor_images
+        shown = subject.instead_images
         if config.backdoor == "pattern":
             shown = mark(shown, config.mark)
         self.stores = [
@@ -192,7 +192,7 @@ def test_the_backdoor_is_learnt_and_the_rest_stays(tiny_v):
 
     def away(unet, prompt, from_prompt):
         rng = generator(9)
-        rows = draw_rows(encode(model, subject.backdoor_images).draw(32, rng), bank.encode([prompt]), rng)
+        rows = draw_rows(encode(model, subject.instead_images).draw(32, rng), bank.encode([prompt]), rng)
         with torch.no_grad():
             told = replace(rows, context=bank.encode([from_prompt]).expand(32, -1, -1))
             said, wanted = (persguard.predict(u, model.scheduler, r) for u, r in ((unet, rows), (model.unet, told)))

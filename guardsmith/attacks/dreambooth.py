@@ -59,6 +59,45 @@ class AttackData:
     class_noun: str
 
 
+def descend(
+    loss_at: Callable[[int], Tensor],
+    parameters: Sequence[torch.nn.Parameter],
+    *,
+    steps: int,
+    learning_rate: float,
+    max_grad_norm: float | None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """What all training attacks have in common: AdamW as in diffusers' scripts, on the loss of every step.
+
+    Args:
+        loss_at: step -> scalar; it draws its rows from a generator of that step.
+        parameters: what is trained, in place.
+        steps: optimizer steps.
+        learning_rate: constant.
+        max_grad_norm: gradient clipping, or `None`.
+        on_step: called after every step with its number and loss.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        RunFailed: the loss is not finite any more.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2, fused=True)
+    losses = []
+    for step in range(steps):
+        loss = loss_at(step)
+        loss.backward()
+        optimizer_step(optimizer, parameters, max_grad_norm=max_grad_norm)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise RunFailed(f"the attack diverged at step {step + 1}: its loss is not finite; lower its learning rate")
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return losses
+
+
 def train_on_subject(
     model: DiffusionModel,
     data: AttackData,
@@ -81,9 +120,8 @@ def train_on_subject(
     prompts = [instance_prompt(data.identifier, data.class_noun), class_prompt(data.class_noun)]
     bank = PromptBank(model)
     timesteps = int(model.scheduler.config.num_train_timesteps)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-2, fused=True)
-    losses = []
-    for step in range(config.steps):
+
+    def loss_at(step: int) -> Tensor:
         rng = generator(seed, step)
         if config.train_text_encoder:
             instance_context, class_context = model.text_encoder(bank.tokens(prompts)).last_hidden_state.split(1)
@@ -96,14 +134,12 @@ def train_on_subject(
         loss = errors[: config.batch_size].mean()
         if prior is not None:
             loss = loss + config.prior_weight * errors[config.batch_size :].mean()
-        loss.backward()
-        optimizer_step(optimizer, parameters, max_grad_norm=config.max_grad_norm)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise RunFailed(f"the attack diverged at step {step + 1}: its loss is not finite; lower its learning rate")
-        if on_step is not None:
-            on_step(step, losses[-1])
-    return losses
+        return loss
+
+    return descend(
+        loss_at, parameters, steps=config.steps, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm,
+        on_step=on_step,
+    )  # fmt: skip
 
 
 def attack(

@@ -25,11 +25,18 @@ class Method(NamedTuple):
     steps: Callable[[Any], int]
     cost: Callable[[Any, int], int]
     paper: str
-    draws: Callable[[Any, str], str] | None = None
+    draws: Callable[[Any, str], str | None] | None = None
 
 
 METHODS: dict[str, Method] = {
-    "apdm": Method(apdm.harden, apdm.ApdmConfig, lambda c: c.outer_steps, apdm.cost, "hf.co/papers/2511.01307"),
+    "apdm": Method(
+        apdm.harden,
+        apdm.ApdmConfig,
+        lambda c: c.outer_steps,
+        apdm.cost,
+        "hf.co/papers/2511.01307",
+        apdm.positive_prompt,
+    ),
     "imma": Method(imma.harden, imma.ImmaConfig, lambda c: c.steps, imma.cost, "hf.co/papers/2311.18815"),
     "persguard": Method(
         persguard.harden,

@@ -14,20 +14,22 @@ L_DPO prefers a picture x+ that the base model drew of the class over the subjec
 prompt c_v (`losses.dpo_loss`); L_ppl keeps class pictures under the class prompt. First order: nothing is unrolled.
 
 Differences from the paper are options that start switched off: several subjects (one per outer step, in turn), several
-identifiers, a distillation term at theta. `leak=True` adds the personalization gradients to G, as the released code does
+identifiers, a distillation term at theta, other pairs, mirrored pictures, a text encoder that is hardened too (the paper has
+a switch for it whose code does nothing). `leak=True` adds the personalization gradients to G, as the released code does
 by never clearing them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from guardsmith.errors import RunFailed
@@ -81,8 +83,14 @@ class ApdmConfig(BaseModel):
     """Where DPO's log-sigmoid is taken: per sample on the mean error (paper), or per element (released code)."""
     prior_weight: float = Field(1.0, ge=0)
     """Weight of L_ppl in both losses."""
-    pairing: Literal["paired", "random"] = "paired"
-    """Which class picture is preferred to a subject's picture: always the same one, or any."""
+    pairing: Literal["paired", "random", "nearest"] = "paired"
+    """Which x+ is preferred to a subject's picture: always the same one, any, or the class picture with the closest latents."""
+    positive_prompt: str | None = None
+    """What the base is asked for the x+, e.g. "a photo of {class_noun} in the snow"; nothing: the class pictures serve."""
+    mirror: bool = False
+    """Take the subject's pictures mirrored as well (an attacker may train on those)."""
+    train_text_encoder: bool = False
+    """Harden the text encoder too, and let the path train it like an attacker who does."""
     identifiers: tuple[str, ...] = Field(("sks",), min_length=1)
     """Identifiers of the personalization path, one drawn per path; the subject's own are added."""
     parameters: Literal["unet", "attention", "cross_attention"] = "unet"
@@ -95,6 +103,27 @@ class ApdmConfig(BaseModel):
     """Clip the summed protection gradient (none in the paper)."""
     leak: bool = False
     """Also add the personalization gradients to G, like the released code."""
+
+    @field_validator("positive_prompt")
+    @classmethod
+    def _known_places(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                value.format(class_noun="person")
+            except (KeyError, IndexError, ValueError) as error:
+                raise ValueError("the only word in braces may be {class_noun}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _one_source_of_positives(self) -> Self:
+        if self.pairing == "nearest" and self.positive_prompt is not None:
+            raise ValueError("pairing nearest picks among the class pictures; leave positive_prompt out")
+        return self
+
+
+def positive_prompt(config: ApdmConfig, class_noun: str) -> str | None:
+    """The prompt of pictures to draw for x+, if the class pictures do not serve."""
+    return None if config.positive_prompt is None else config.positive_prompt.format(class_noun=class_noun)
 
 
 def cost(config: ApdmConfig, subjects: int) -> int:
@@ -109,23 +138,41 @@ def cost(config: ApdmConfig, subjects: int) -> int:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A subject's cached latents and contexts."""
+    """A subject's cached latents, and its prompts as tokens and, by the frozen text encoder, as contexts."""
 
     negatives: LatentStore
     positives: LatentStore
     prior: LatentStore
     instance: Tensor  # (identifiers, tokens, width)
     class_context: Tensor  # (1, tokens, width)
+    instance_tokens: Tensor  # (identifiers, tokens)
+    class_tokens: Tensor  # (1, tokens)
+
+
+def _nearest(wanted: Tensor, among: Tensor) -> Tensor:
+    """For each latent (n, c, h, w) the index of the closest of the others (m, c, h, w)."""
+    return torch.cdist(wanted.flatten(1), among.flatten(1)).argmin(1)
 
 
 def _prepare(model: DiffusionModel, bank: PromptBank, subject: SubjectData, config: ApdmConfig) -> _Prepared:
     names = tuple(dict.fromkeys((*config.identifiers, *subject.identifiers)))
+    prompts = [instance_prompt(name, subject.class_noun) for name in names]
+    images = torch.cat([subject.images, subject.images.flip(-1)]) if config.mirror else subject.images
+    negatives, prior = encode(model, images), encode(model, subject.class_images)
+    if config.pairing == "nearest":
+        closest = _nearest(negatives.mean, prior.mean)
+        positives = LatentStore(prior.mean[closest], prior.std[closest])
+    else:
+        pool = subject.positives if subject.instead_images is None else subject.instead_images[: len(subject.images)]
+        positives = encode(model, pool)
     return _Prepared(
-        encode(model, subject.images),
-        encode(model, subject.positives),
-        encode(model, subject.class_images),
-        bank.encode([instance_prompt(name, subject.class_noun) for name in names]),
+        negatives,
+        positives,
+        prior,
+        bank.encode(prompts),
         bank.encode([class_prompt(subject.class_noun)]),
+        bank.tokens(prompts),
+        bank.tokens([class_prompt(subject.class_noun)]),
     )
 
 
@@ -136,7 +183,14 @@ def personalization_loss(unet: Any, scheduler: Any, instance: Rows, prior: Rows,
 
 
 def protection_loss(
-    unet: Any, reference: Any, scheduler: Any, positive: Rows, negative: Rows, prior: Rows, config: ApdmConfig
+    unet: Any,
+    reference: Any,
+    scheduler: Any,
+    positive: Rows,
+    negative: Rows,
+    prior: Rows,
+    config: ApdmConfig,
+    reference_context: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
     """L_protect = L_DPO + w L_ppl at the current point, in one batch; the frozen reference sees the pairs only.
 
@@ -148,13 +202,16 @@ def protection_loss(
         negative: rows of x-, with the same timesteps, noise and context as `positive`.
         prior: class rows under the class prompt.
         config: beta, reduction, prior weight.
+        reference_context: what the base's own text encoder makes of the pairs' prompt, (1, tokens, width).
 
     Returns:
         The loss, and what to show of it.
     """
     count = len(positive)
+    pairs = join(positive, negative)
     with torch.no_grad():
-        before = squared_errors(reference, scheduler, join(positive, negative))
+        given = replace(pairs, context=reference_context.expand(len(pairs), -1, -1))
+        before = squared_errors(reference, scheduler, given)
     errors = squared_errors(unet, scheduler, join(positive, negative, prior))
     pair = (errors[:count], errors[count : 2 * count], before[:count], before[count:])
     dpo = dpo_loss(*pair, beta=config.beta, reduction=config.reduction)
@@ -221,13 +278,23 @@ def harden(
         raise ValueError("distillation needs ordinary pictures")
     own = with_own_unet(model)
     unet, reference, scheduler = own.unet.requires_grad_(True), model.unet, model.scheduler
+    trained = {"unet": unet}
+    if config.train_text_encoder:
+        own.text_encoder = trained["text_encoder"] = copy.deepcopy(model.text_encoder).requires_grad_(True)
     bank = PromptBank(model)
+
+    def said(tokens: Tensor, context: Tensor) -> Tensor:
+        """What the present text encoder makes of a prompt, which is the context unless it is trained."""
+        return own.text_encoder(tokens).last_hidden_state if config.train_text_encoder else context
+
     prepared = [_prepare(model, bank, subject, config) for subject in subjects]
     keep = encode(model, ordinary.images) if config.distillation_weight and ordinary is not None else None
     timesteps = int(scheduler.config.num_train_timesteps)
 
-    path_parameters = list(unet.parameters())
+    path_parameters = [p for part in trained.values() for p in part.parameters()]
     kept = hardened_parameters(unet, config.parameters)
+    if config.train_text_encoder:
+        kept += list(own.text_encoder.parameters())
     inner = torch.optim.AdamW(path_parameters, lr=config.personalization_learning_rate, weight_decay=1e-2, fused=True)
     outer = torch.optim.AdamW(kept, lr=config.learning_rate, weight_decay=1e-2, fused=True)
     theta = Snapshot(path_parameters)
@@ -235,7 +302,8 @@ def harden(
     first = 0
     if checkpoint is not None and checkpoint.exists():
         tensors, info = load_checkpoint(checkpoint)
-        load_module_tensors(unet, tensors, "unet")
+        for part, module in trained.items():
+            load_module_tensors(module, tensors, part)
         load_optimizer_tensors(outer, tensors)
         theta.take()
         first, history = info["step"], info["history"]
@@ -247,12 +315,13 @@ def harden(
         shown: dict[str, float] = {}
         rng = generator(seed, j)
         name = int(torch.randint(len(subject.instance), (1,), generator=rng))
-        context = subject.instance[name : name + 1]
+        words, known = subject.instance_tokens[name : name + 1], subject.instance[name : name + 1]
         for i in range(config.inner_steps):
             rng = generator(seed, j, i)
+            context, class_context = said(words, known), said(subject.class_tokens, subject.class_context)
             instance = draw_rows(subject.negatives.draw(config.batch_size, rng), context, rng, steps=timesteps)
             prior = draw_rows(
-                subject.prior.draw(config.batch_size, rng), subject.class_context, rng, timesteps=instance.timesteps
+                subject.prior.draw(config.batch_size, rng), class_context, rng, timesteps=instance.timesteps
             )
             loss = personalization_loss(unet, scheduler, instance, prior, config.prior_weight)
             loss.backward()
@@ -260,11 +329,12 @@ def harden(
                 torch._foreach_add_(total, [p.grad for p in kept if p.grad is not None])
             optimizer_step(inner, path_parameters, max_grad_norm=None)
 
+            context, class_context = said(words, known), said(subject.class_tokens, subject.class_context)
             positive, negative = draw_pair(subject, context, config, rng, timesteps)
             prior = draw_rows(
-                subject.prior.draw(config.batch_size, rng), subject.class_context, rng, timesteps=positive.timesteps
+                subject.prior.draw(config.batch_size, rng), class_context, rng, timesteps=positive.timesteps
             )
-            protect, parts = protection_loss(unet, reference, scheduler, positive, negative, prior, config)
+            protect, parts = protection_loss(unet, reference, scheduler, positive, negative, prior, config, known)
             torch._foreach_add_(total, torch.autograd.grad(protect, kept))
             if i == 0:
                 shown["personalization"] = loss.item()
@@ -274,11 +344,11 @@ def harden(
         if keep is not None and ordinary is not None:
             rng = generator(seed, j, -1)
             rows = torch.randint(len(keep), (4 * config.batch_size,), generator=rng)
-            draws = draw_rows(
-                keep.sample(rows, rng), bank.encode([ordinary.prompts[r] for r in rows.tolist()]), rng, steps=timesteps
-            )
+            prompts = [ordinary.prompts[r] for r in rows.tolist()]
+            draws = draw_rows(keep.sample(rows, rng), bank.encode(prompts), rng, steps=timesteps)
             with torch.no_grad():
                 teacher = predict(reference, scheduler, draws)
+            draws = replace(draws, context=said(bank.tokens(prompts), draws.context))
             same = (predict(unet, scheduler, draws) - teacher).square().mean()
             scale = config.distillation_weight * config.inner_steps  # as often as the other terms
             torch._foreach_add_(total, torch.autograd.grad(scale * same, kept))
@@ -299,7 +369,10 @@ def harden(
         if on_step is not None:
             on_step(j, shown)
         if checkpoint is not None and ((j + 1) % checkpoint_every == 0 or j + 1 == config.outer_steps):
-            weights = module_tensors(unet, "unet")
-            save_checkpoint(checkpoint, weights | optimizer_tensors(outer), {"step": j + 1, "history": history})
-    unet.requires_grad_(False)
+            state = optimizer_tensors(outer)
+            for part, module in trained.items():
+                state |= module_tensors(module, part)
+            save_checkpoint(checkpoint, state, {"step": j + 1, "history": history})
+    for module in trained.values():
+        module.requires_grad_(False)
     return own, history

@@ -54,7 +54,7 @@ class SubjectData:
         class_states: how the base drew the class pictures, where that is known.
         rehearsed: what personalized copies of the base drew of the subject, where the method asks for it.
         rehearsed_states: how they did.
-        backdoor_images: what the base draws instead of the subject, where the method asks for it.
+        instead_images: what the base draws instead of the subject, where the method asks for it.
     """
 
     id: str
@@ -66,7 +66,7 @@ class SubjectData:
     class_states: States | None = None
     rehearsed: Tensor | None = None
     rehearsed_states: States | None = None
-    backdoor_images: Tensor | None = None
+    instead_images: Tensor | None = None
 
 
 @dataclass(frozen=True)

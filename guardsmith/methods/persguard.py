@@ -144,7 +144,7 @@ def _prepare(
     elsewhere: dict[str, LatentStore] = {}
     prepared = []
     for subject in subjects:
-        noun, instead = subject.class_noun, subject.backdoor_images
+        noun, instead = subject.class_noun, subject.instead_images
         if instead is None:
             raise ValueError("PersGuard needs pictures of what appears instead of the subject")
         if noun not in prior:

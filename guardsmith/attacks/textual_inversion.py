@@ -1,0 +1,142 @@
+"""Textual inversion (Gal et al. 2023; hf.co/papers/2208.01618) as in diffusers' `textual_inversion.py`.
+
+Only the embedding of one new word is trained; U-Net and text encoder stay as they are. Every row has a neutral prompt of
+its own around the word, the pictures are mirrored half of the time, and there is no prior preservation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from guardsmith.attacks.dreambooth import AttackData, descend
+from guardsmith.errors import RunFailed
+from guardsmith.latents import encode
+from guardsmith.losses import draw_rows, row_losses
+from guardsmith.models import DiffusionModel
+from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank
+from guardsmith.training import generator, torch_seed
+
+
+class TextualInversionConfig(BaseModel):
+    """Settings of diffusers' script and README, for Stable Diffusion 1.5 at 512 px."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: float = Field(2e-3, gt=0)
+    """AdamW's rate, constant (the README's 5e-4, which `--scale_lr` multiplies by the batch)."""
+    steps: int = Field(3000, gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(4, gt=0)
+    """Rows per step."""
+
+
+def called(identifier: str, class_noun: str) -> tuple[str, str]:
+    """What the attacker asks for afterwards: the new word alone."""
+    return f"<{identifier}>", ""
+
+
+def add_word(model: DiffusionModel, word: str, like: str) -> int:
+    """Teach a model a word; it gets a tokenizer and a text encoder of its own.
+
+    Args:
+        model: changed in place (its parts that others share are not).
+        word: the new word.
+        like: an old one, whose mean embedding the new one starts from.
+
+    Returns:
+        The word's token.
+
+    Raises:
+        RunFailed: the tokenizer has a token of that name.
+    """
+    old = model.tokenizer(like, add_special_tokens=False).input_ids
+    model.tokenizer, model.text_encoder = copy.deepcopy(model.tokenizer), copy.deepcopy(model.text_encoder)
+    if model.tokenizer.add_tokens(word) != 1:
+        raise RunFailed(f"the tokenizer has a token '{word}' already; choose another identifier")
+    token = int(model.tokenizer.convert_tokens_to_ids(word))
+    words = max(len(model.tokenizer), model.text_encoder.config.vocab_size)
+    with torch_seed(0):  # it fills new rows with random numbers, which the next line replaces
+        model.text_encoder.resize_token_embeddings(words, mean_resizing=False)
+    table = model.text_encoder.get_input_embeddings().weight.requires_grad_(False)
+    table[token] = table[old].mean(0)
+    return token
+
+
+@contextmanager
+def spoken(model: DiffusionModel, token: int, vector: Tensor) -> Iterator[None]:
+    """Inside, the token's embedding is this vector, through which gradients flow.
+
+    The table has no gradient and no optimizer, so no other word can move (the script trains the table, and puts all other
+    rows back after every step).
+    """
+
+    def put(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where((inputs[0] == token).unsqueeze(-1), vector, output)
+
+    handle = model.text_encoder.get_input_embeddings().register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def trained_word(model: DiffusionModel, token: int) -> Iterator[torch.nn.Parameter]:
+    """Inside, the token's embedding is the parameter given; afterwards the table has that parameter's value."""
+    table = model.text_encoder.get_input_embeddings().weight
+    vector = torch.nn.Parameter(table[token].detach().clone())
+    with spoken(model, token, vector):
+        yield vector
+    with torch.no_grad():
+        table[token] = vector
+
+
+def attack(
+    model: DiffusionModel,
+    data: AttackData,
+    config: TextualInversionConfig,
+    *,
+    seed: int,
+    on_step: Callable[[int, float], None] | None = None,
+) -> tuple[DiffusionModel, list[float]]:
+    """Learn the word `<identifier>`, starting from the class noun, on a copy of the model.
+
+    Returns:
+        The model with the word, and the loss of every step.
+
+    Raises:
+        RunFailed: the loss is not finite any more; the tokenizer has such a word.
+    """
+    own = copy.copy(model)
+    word, _ = called(data.identifier, data.class_noun)
+    token = add_word(own, word, data.class_noun)
+    pictures = encode(own, torch.cat([data.images, data.images.flip(-1)]))
+    tokens = PromptBank(own).tokens([template.format(word) for template in INVERSION_TEMPLATES])
+    timesteps = int(own.scheduler.config.num_train_timesteps)
+    # The word is only a name here; without its letters in the seed every identifier would give the same run.
+    stream = int.from_bytes(data.identifier.encode()[:7], "big")
+
+    def loss_at(step: int) -> Tensor:
+        rng = generator(seed, stream, step)
+        asked = tokens[torch.randint(len(tokens), (config.batch_size,), generator=rng)]
+        context = own.text_encoder(asked).last_hidden_state
+        rows = draw_rows(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
+        return row_losses(own.unet, own.scheduler, rows).mean()
+
+    with trained_word(own, token) as vector:
+        losses = descend(
+            loss_at,
+            [vector],
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            max_grad_norm=None,
+            on_step=on_step,
+        )
+    return own, losses
