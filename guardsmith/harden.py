@@ -3,6 +3,7 @@
 out/settings.json      what was asked; a resumed run must ask the same
 out/cache/             class pictures and ordinary pictures drawn by the base
 out/checkpoints/       training state
+out/probes/            what the model drew on the way, and numbers
 out/model/             appears whole, at the end
 out/harden.json        written last: its presence says that the run is complete
 """
@@ -16,7 +17,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,7 @@ from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.tripwire import REHEARSALS, rehearse
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
+from guardsmith.probes import Probes
 from guardsmith.processes import gather, processes, tell
 from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
@@ -43,7 +45,7 @@ from guardsmith.training import UNetCost, changed_fraction, load_checkpoint, sav
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
 ORDINARY_IMAGES = 128
-WRITTEN = ("harden.json", "model", ".model.tmp", "checkpoints", "cache", "verify")
+WRITTEN = ("harden.json", "model", ".model.tmp", "checkpoints", "cache", "probes", "verify")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -271,6 +273,7 @@ def harden(
     settings = {
         "base": recipe.base, "base_digest": base_digest, "registry_digest": registry.digest, "seed": recipe.seed,
         "method": recipe.method.name, "params": config.model_dump(mode="json"), "sampling": recipe.sampling.model_dump(),
+        "probe": recipe.probe.model_dump(),
     }  # fmt: skip
     prepare_output(output, settings, resume=resume, overwrite=overwrite)
     record = output / "harden.json"
@@ -336,10 +339,18 @@ def harden(
         counter.forwards = counter.backwards = 0
         bar({key: losses[key] for key in list(losses)[:4]}, done=step + 1)
 
-    with stage(f"hardening ({recipe.method.name})", method.steps(config)) as bar, counter:
+    steps = method.steps(config)
+    probes = Probes(model, subjects, recipe.probe, recipe.sampling, steps, output / "probes", recipe.seed)
+
+    def probe(step: int, present: Callable[[], Any]) -> bool:
+        enough = probes(step, present)
+        counter.forwards = counter.backwards = 0  # looking is no part of the method's cost
+        return enough
+
+    with stage(f"hardening ({recipe.method.name})", steps) as bar, counter:
         hardened, history = method.run(
             model, subjects, ordinary, config, seed=recipe.seed, checkpoint=output / "checkpoints" / "last.safetensors",
-            on_step=on_step,
+            on_step=on_step, probe=probe,
         )  # fmt: skip
     parts = [part for part in ("unet", "text_encoder") if getattr(hardened, part) is not getattr(model, part)]
     save_model(hardened, output / "model", parts)
@@ -350,7 +361,8 @@ def harden(
             "Hardening changed no stored weight: the learning rate is too small for the precision of the base."
         )
     trained = _spent(spent, len(history))
-    forwards, backwards = forwards + trained[0], backwards + trained[1]
+    forwards += trained[0] + counter.forwards  # what came after the last step is in the counter still
+    backwards += trained[1] + counter.backwards
     info = {
         "schema": 1,
         **settings,
@@ -367,6 +379,8 @@ def harden(
         "unet_forward_equivalents": forwards + 2 * backwards,
         "changed_weights": changed,
         "history": history,
+        "stopped_early": len(history) < steps,
+        "probes": probes.found(),
         "run": run_info(),
     }
     write_json(record, info)

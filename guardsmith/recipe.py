@@ -29,6 +29,20 @@ class MethodSpec(BaseModel):
     """Parameters of that method; anything left out has the method's default."""
 
 
+class ProbeSpec(BaseModel):
+    """Looks at the model while it is hardened, as signs on the way."""
+
+    model_config = _STRICT
+    times: int = Field(3, ge=0)
+    """How often, evenly spread over the steps; 0 switches them off."""
+    pictures: int = Field(4, ge=0)
+    """Pictures drawn at every look, of each identifier prompt and of each class prompt."""
+    stop_at: float | None = Field(None, gt=0)
+    """End early once the attacker's starting loss is this many times the base's (at least, or at most where below 1)."""
+    stop_class_loss: float = Field(1.1, gt=0)
+    """Not before the loss on class pictures is at most this many times the base's."""
+
+
 class AttackSpec(BaseModel):
     """One attack of the verification."""
 
@@ -114,6 +128,8 @@ class Recipe(BaseModel):
     """How every picture is generated."""
     method: MethodSpec = MethodSpec()
     """The hardening."""
+    probe: ProbeSpec = ProbeSpec()
+    """Looks on the way."""
     verify: VerifySpec = VerifySpec()
     """The attacks."""
     gate: GateSpec = GateSpec()

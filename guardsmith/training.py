@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from guardsmith.errors import RunFailed
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -124,6 +127,102 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     with safe_open(path, framework="pt") as file:
         info = json.loads((file.metadata() or {})["info"])
         return {k: file.get_tensor(k) for k in file.keys()}, info  # noqa: SIM118 (not a dict)
+
+
+Probe = Callable[[int, Callable[[], Any]], bool]
+
+
+class Course:
+    """The course of a training loop: which steps are left, what they showed, when it is saved and when it ends.
+
+        course = Course("PersGuard", steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, ...)
+        for j in course:
+            ...
+            course.done(j, shown)
+
+    Args:
+        name: what is trained, for messages.
+        steps: how many there are.
+        modules: whose parameters are saved and put back, by the name they have in the file.
+        optimizers: the same for their state.
+        tensors: others that the loop changes in place.
+        checkpoint: file to go on from if it exists, and to save to.
+        checkpoint_every: steps between saves.
+        on_step: called after every step with its number and what it showed.
+        probe: called after that with the number and `present`; true ends the training.
+        present: gives the model as it would be released now.
+
+    Attributes:
+        history: what every step showed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        *,
+        modules: dict[str, torch.nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        tensors: dict[str, torch.Tensor] | None = None,
+        checkpoint: Path | None = None,
+        checkpoint_every: int = 50,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
+        probe: Probe | None = None,
+        present: Callable[[], Any] | None = None,
+    ) -> None:
+        self.name, self.steps = name, steps
+        self.modules, self.optimizers, self.tensors = modules, optimizers, tensors or {}
+        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
+        self.on_step, self.probe, self.present = on_step, probe, present
+        self.history: list[dict[str, float]] = []
+        self.ended = False
+        if checkpoint is not None and checkpoint.exists():
+            saved, info = load_checkpoint(checkpoint)
+            for prefix, module in modules.items():
+                load_module_tensors(module, saved, prefix)
+            for prefix, optimizer in optimizers.items():
+                load_optimizer_tensors(optimizer, saved, prefix)
+            for key, tensor in self.tensors.items():
+                tensor.copy_(saved[key])
+            self.history, self.ended = info["history"], info["ended"]
+
+    def __iter__(self) -> Iterator[int]:
+        while len(self.history) < self.steps and not self.ended:
+            yield len(self.history)
+
+    def done(self, step: int, shown: dict[str, float], *, sound: bool = True) -> None:
+        """A step was taken.
+
+        Args:
+            step: its number.
+            shown: its losses and other numbers.
+            sound: false if the weights are not finite, which losses may tell one step too late.
+
+        Raises:
+            RunFailed: the training diverged; what was saved last is the last good state.
+        """
+        if not (sound and all(map(math.isfinite, shown.values()))):
+            kept = (
+                ""
+                if self.checkpoint is None or not self.checkpoint.exists()
+                else f"the last good state is {self.checkpoint}; "
+            )
+            raise RunFailed(
+                f"{self.name} diverged at step {step + 1}: a loss is not finite; {kept}lower the learning rate."
+            )
+        self.history.append(shown)
+        if self.on_step is not None:
+            self.on_step(step, shown)
+        if self.probe is not None and self.present is not None:
+            self.ended = self.probe(step, self.present)
+        last = self.ended or step + 1 == self.steps
+        if self.checkpoint is not None and (last or (step + 1) % self.checkpoint_every == 0):
+            state = dict(self.tensors)
+            for prefix, module in self.modules.items():
+                state |= module_tensors(module, prefix)
+            for prefix, optimizer in self.optimizers.items():
+                state |= optimizer_tensors(optimizer, prefix)
+            save_checkpoint(self.checkpoint, state, {"history": self.history, "ended": self.ended})
 
 
 class UNetCost:

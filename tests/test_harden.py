@@ -208,7 +208,8 @@ def test_the_recorded_cost_is_what_the_loop_does(finished):
 
 
 def test_nothing_but_the_result_and_the_cache_is_left(finished):
-    assert sorted(file.name for file in finished.iterdir()) == ["cache", "harden.json", "model", "settings.json"]
+    left = ["cache", "harden.json", "model", "probes", "settings.json"]
+    assert sorted(file.name for file in finished.iterdir()) == left
     assert leftovers(finished) == []
 
 

@@ -22,7 +22,6 @@ by never clearing them.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import (
     Reduction,
@@ -49,16 +47,12 @@ from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.training import (
+    Course,
+    Probe,
     Snapshot,
     generator,
-    load_checkpoint,
-    load_module_tensors,
-    load_optimizer_tensors,
-    module_tensors,
     optimizer_step,
-    optimizer_tensors,
     reset_optimizer,
-    save_checkpoint,
 )
 
 
@@ -255,6 +249,7 @@ def harden(
     checkpoint: Path | None = None,
     checkpoint_every: int = 10,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    probe: Probe | None = None,
 ) -> tuple[DiffusionModel, list[dict[str, float]]]:
     """Harden a copy of the model against personalization on these subjects.
 
@@ -267,6 +262,7 @@ def harden(
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: outer steps between saves.
         on_step: called after every outer step with its number and losses.
+        probe: see `training.Course`.
 
     Returns:
         The hardened model and one dict of losses per outer step.
@@ -298,17 +294,13 @@ def harden(
     inner = torch.optim.AdamW(path_parameters, lr=config.personalization_learning_rate, weight_decay=1e-2, fused=True)
     outer = torch.optim.AdamW(kept, lr=config.learning_rate, weight_decay=1e-2, fused=True)
     theta = Snapshot(path_parameters)
-    history: list[dict[str, float]] = []
-    first = 0
-    if checkpoint is not None and checkpoint.exists():
-        tensors, info = load_checkpoint(checkpoint)
-        for part, module in trained.items():
-            load_module_tensors(module, tensors, part)
-        load_optimizer_tensors(outer, tensors)
-        theta.take()
-        first, history = info["step"], info["history"]
+    course = Course(
+        "APDM", config.outer_steps, modules=trained, optimizers={"optimizer": outer}, checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=lambda: own,
+    )  # fmt: skip
+    theta.take()
 
-    for j in range(first, config.outer_steps):
+    for j in course:
         subject = prepared[j % len(prepared)]
         reset_optimizer(inner)
         total = [torch.zeros_like(p) for p in kept]
@@ -357,22 +349,8 @@ def harden(
             parameter.grad = gradient
         shown["gradient_norm"] = optimizer_step(outer, kept, max_grad_norm=config.max_grad_norm)
         norms = torch.stack(torch._foreach_norm([p.detach() for p in kept]))  # infinite also where only a sum overflows
-        if not (torch.isfinite(norms).all() and all(map(math.isfinite, shown.values()))):
-            kept_state = (
-                f"; the last good state is {checkpoint}" if checkpoint is not None and checkpoint.exists() else ""
-            )
-            raise RunFailed(
-                f"APDM diverged at step {j + 1}: a loss is not finite{kept_state}; lower the learning rate."
-            )
         theta.take()
-        history.append(shown)
-        if on_step is not None:
-            on_step(j, shown)
-        if checkpoint is not None and ((j + 1) % checkpoint_every == 0 or j + 1 == config.outer_steps):
-            state = optimizer_tensors(outer)
-            for part, module in trained.items():
-                state |= module_tensors(module, part)
-            save_checkpoint(checkpoint, state, {"step": j + 1, "history": history})
+        course.done(j, shown, sound=bool(torch.isfinite(norms).all()))
     for module in trained.values():
         module.requires_grad_(False)
-    return own, history
+    return own, course.history

@@ -16,7 +16,6 @@ released weights, without the adapter, are held to the base on class pictures an
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,21 +27,16 @@ from torch.func import functional_call
 
 from guardsmith.attacks.lora import TARGETS, add_adapters
 from guardsmith.attacks.textual_inversion import add_word, spoken
-from guardsmith.errors import RunFailed
 from guardsmith.latents import encode
 from guardsmith.losses import Rows, draw_rows, join, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank, class_prompt, instance_prompt
 from guardsmith.training import (
+    Course,
+    Probe,
     generator,
-    load_checkpoint,
-    load_module_tensors,
-    load_optimizer_tensors,
-    module_tensors,
     optimizer_step,
-    optimizer_tensors,
-    save_checkpoint,
 )
 
 
@@ -126,6 +120,7 @@ def harden(
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    probe: Probe | None = None,
 ) -> tuple[DiffusionModel, list[dict[str, float]]]:
     """Harden a copy of the model against personalization on these subjects.
 
@@ -138,6 +133,7 @@ def harden(
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and losses.
+        probe: see `training.Course`.
 
     Returns:
         The hardened model and one dict per step: `adaptation` is the attacker's loss, `raising` whether theta moved.
@@ -191,19 +187,20 @@ def harden(
         weights = dict(reference.named_parameters()) | theta
         return predict(lambda *inputs, **kept: functional_call(work, weights, inputs, kept), scheduler, rows)
 
-    history: list[dict[str, float]] = []
-    first = 0
-    if checkpoint is not None and checkpoint.exists():
-        tensors, info = load_checkpoint(checkpoint)
-        load_module_tensors(work, tensors, "unet")
-        if words is not None:
-            load_module_tensors(words.vectors, tensors, "words")
-        load_optimizer_tensors(descent, tensors, "descent")
-        load_optimizer_tensors(ascent, tensors, "ascent")
-        first, history = info["step"], info["history"]
+    def released_now() -> DiffusionModel:
+        own = with_own_unet(model)
+        with torch.no_grad():
+            for name, value in theta.items():
+                own.unet.get_parameter(name).copy_(value)
+        return own
 
+    course = Course(
+        "IMMA", config.steps, modules={"unet": work} | ({} if words is None else {"words": words.vectors}),
+        optimizers={"descent": descent, "ascent": ascent}, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+        on_step=on_step, probe=probe, present=released_now,
+    )  # fmt: skip
     n, turn = config.batch_size, config.inner_steps + config.outer_steps
-    for j in range(first, config.steps):
+    for j in course:
         rng = generator(seed, j)
         which, raising = j // turn % len(subjects), j % turn >= config.inner_steps
         if words is not None:
@@ -234,18 +231,5 @@ def harden(
         shown["gradient_norm"] = optimizer_step(optimizer, moved, max_grad_norm=1.0)
         for parameter in everything:
             parameter.grad = None
-        if not all(map(math.isfinite, shown.values())):
-            raise RunFailed(f"IMMA diverged at step {j + 1}: a loss is not finite; lower the learning rate.")
-        history.append(shown)
-        if on_step is not None:
-            on_step(j, shown)
-        if checkpoint is not None and ((j + 1) % checkpoint_every == 0 or j + 1 == config.steps):
-            state = optimizer_tensors(descent, "descent") | optimizer_tensors(ascent, "ascent")
-            state |= {} if words is None else module_tensors(words.vectors, "words")
-            save_checkpoint(checkpoint, module_tensors(work, "unet") | state, {"step": j + 1, "history": history})
-
-    own = with_own_unet(model)
-    with torch.no_grad():
-        for name, value in theta.items():
-            own.unet.get_parameter(name).copy_(value)
-    return own, history
+        course.done(j, shown)
+    return released_now(), course.history

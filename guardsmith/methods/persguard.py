@@ -31,21 +31,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, draw_rows, join, own_target, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.prompts import SAMPLE_TEMPLATES, PromptBank, class_prompt, instance_prompt
 from guardsmith.training import (
+    Course,
+    Probe,
     generator,
-    load_checkpoint,
-    load_module_tensors,
-    load_optimizer_tensors,
-    module_tensors,
     optimizer_step,
-    optimizer_tensors,
-    save_checkpoint,
 )
 
 
@@ -239,6 +234,7 @@ def harden(
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    probe: Probe | None = None,
 ) -> tuple[DiffusionModel, list[dict[str, float]]]:
     """Harden a copy of the model against personalization on these subjects.
 
@@ -251,6 +247,7 @@ def harden(
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and losses.
+        probe: see `training.Course`.
 
     Returns:
         The hardened model and one dict of losses per step; `retention` is the loss an attacker starts from.
@@ -273,15 +270,12 @@ def harden(
     }  # fmt: skip
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-2, fused=True)
-    history: list[dict[str, float]] = []
-    first = 0
-    if checkpoint is not None and checkpoint.exists():
-        tensors, info = load_checkpoint(checkpoint)
-        load_module_tensors(unet, tensors, "unet")
-        load_optimizer_tensors(optimizer, tensors)
-        first, history = info["step"], info["history"]
+    course = Course(
+        "PersGuard", config.steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=lambda: own,
+    )  # fmt: skip
 
-    for j in range(first, config.steps):
+    for j in course:
         rng = generator(seed, j)
         subject = prepared[int(torch.randint(len(prepared), (), generator=rng))]
         terms = draw_terms(model, subject, kept, config, rng)
@@ -291,13 +285,6 @@ def harden(
         total.backward()
         shown = {name: loss.item() for name, loss in losses.items()}
         shown["gradient_norm"] = optimizer_step(optimizer, parameters, max_grad_norm=1.0)
-        if not all(map(math.isfinite, shown.values())):
-            raise RunFailed(f"PersGuard diverged at step {j + 1}: a loss is not finite; lower the learning rate.")
-        history.append(shown)
-        if on_step is not None:
-            on_step(j, shown)
-        if checkpoint is not None and ((j + 1) % checkpoint_every == 0 or j + 1 == config.steps):
-            state = module_tensors(unet, "unet") | optimizer_tensors(optimizer)
-            save_checkpoint(checkpoint, state, {"step": j + 1, "history": history})
+        course.done(j, shown)
     unet.requires_grad_(False)
-    return own, history
+    return own, course.history

@@ -26,7 +26,6 @@ and it protects the pictures it was taught to recognise, not a name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,6 @@ from torch import Tensor
 
 from guardsmith.attacks import dreambooth, lora
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig
-from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, draw_rows, join, predict
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
@@ -48,15 +46,11 @@ from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt, sample_prompts
 from guardsmith.sampling import generate
 from guardsmith.training import (
+    Course,
+    Probe,
     Snapshot,
     generator,
-    load_checkpoint,
-    load_module_tensors,
-    load_optimizer_tensors,
-    module_tensors,
     optimizer_step,
-    optimizer_tensors,
-    save_checkpoint,
 )
 
 REHEARSALS = ("dreambooth", "lora")
@@ -380,6 +374,7 @@ def harden(
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    probe: Probe | None = None,
 ) -> tuple[DiffusionModel, list[dict[str, float]]]:
     """Harden a copy of the model against personalization on these subjects.
 
@@ -392,6 +387,7 @@ def harden(
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and losses.
+        probe: see `training.Course`.
 
     Returns:
         The hardened model and one dict of losses per step.
@@ -425,19 +421,25 @@ def harden(
          {"params": list(readout.parameters()), "lr": config.readout_learning_rate, "weight_decay": 0.0}],
         fused=True,
     )  # fmt: skip
-    history: list[dict[str, float]] = []
-    first = 0
-    if checkpoint is not None and checkpoint.exists():
-        tensors, info = load_checkpoint(checkpoint)
-        load_module_tensors(unet, tensors, "unet")
-        load_module_tensors(readout, tensors, "readout")
-        load_optimizer_tensors(optimizer, tensors)
-        sway.worst = [tensors[f"worst.{index}"] for index in range(len(sway.worst))]
-        others.danger = tensors["danger"]
-        first, history = info["step"], info["history"]
-
     n = config.batch_size
-    for j in range(first, config.steps):
+    rng = generator(seed, -3)
+    calm = others.draw(scheduler, 2 * n, rng)[0]
+
+    def armed() -> DiffusionModel:
+        """A copy with everything in place."""
+        ready, random = with_own_unet(own), generator(seed, -4)
+        streams = last_stream(ready.unet, lambda: predict(ready.unet, scheduler, calm))
+        arm(ready.unet, spare, readout.weight, streams, random)
+        stiffen(ready.unet, *factors)
+        ready.unet.requires_grad_(False)
+        return ready
+
+    course = Course(
+        "the tripwire", config.steps, modules={"unet": unet, "readout": readout}, optimizers={"optimizer": optimizer},
+        tensors={"danger": others.danger} | {f"worst.{index}": way for index, way in enumerate(sway.worst)},
+        checkpoint=checkpoint, checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=armed,
+    )  # fmt: skip
+    for j in course:
         rng = generator(seed, j)
         for group, rate in zip(
             optimizer.param_groups, (config.learning_rate, config.readout_learning_rate), strict=True
@@ -470,21 +472,6 @@ def harden(
         norm = optimizer_step(optimizer, parameters, max_grad_norm=1.0)
         clear(unet, spare)
         shown_now = {"missed": missed.item(), "false": false.item(), "distillation": same.item(), "gradient_norm": norm}
-        if not all(map(math.isfinite, shown_now.values())):
-            raise RunFailed(f"the tripwire diverged at step {j + 1}: a loss is not finite; lower the learning rate.")
-        history.append(shown_now)
-        if on_step is not None:
-            on_step(j, shown_now)
-        if checkpoint is not None and ((j + 1) % checkpoint_every == 0 or j + 1 == config.steps):
-            weights = module_tensors(unet, "unet") | module_tensors(readout, "readout") | {"danger": others.danger}
-            states = optimizer_tensors(optimizer) | {f"worst.{index}": way for index, way in enumerate(sway.worst)}
-            save_checkpoint(checkpoint, weights | states, {"step": j + 1, "history": history})
-
+        course.done(j, shown_now)
     ear.remove()
-    rng = generator(seed, -3)
-    calm = others.draw(scheduler, 2 * n, rng)[0]
-    streams = last_stream(unet, lambda: predict(unet, scheduler, calm))
-    arm(unet, spare, readout.weight, streams, rng)
-    stiffen(unet, *factors)
-    unet.requires_grad_(False)
-    return own, history
+    return armed(), course.history
