@@ -282,7 +282,8 @@ def _recipe(name: str | None, base: str | None, changes: list[str] | None, **val
             own = f"{values.get('method.name')}-avatar"
             name = own if own in recipe_names() else "demo"
         else:
-            name = "apdm-sd15"
+            name = f"{values.get('method.name') or 'apdm'}-sd15"
+            name = name if name in recipe_names() else "apdm-sd15"  # it says then that there is no such method
     flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
     return load_recipe(name, [*(changes or []), *flags])
 

@@ -27,7 +27,7 @@ from guardsmith.harden import drawn_by, harden
 from guardsmith.images import to_pil
 from guardsmith.methods import METHODS
 from guardsmith.models import load_model, weights_digest
-from guardsmith.recipe import load_recipe
+from guardsmith.recipe import load_recipe, recipe_names
 from guardsmith.registry import load_registry
 from guardsmith.registry_add import add_subject
 
@@ -685,8 +685,8 @@ def test_without_a_recipe_the_method_chooses_one_for_the_embedded_base(guardsmit
     ("what", "names"),
     [
         ("methods", ["apdm", "imma", "persguard", "tripwire"]),
-        ("attacks", ["dreambooth", "lora"]),
-        ("recipes", ["apdm-sd15", "demo"]),
+        ("attacks", ["custom_diffusion", "dreambooth", "lora", "textual_inversion"]),
+        ("recipes", ["apdm-sd15", "demo", "imma-sd21", "persguard-sd21-base", "tripwire-sd15"]),
     ],
 )
 def test_lists(guardsmith, what, names):
@@ -699,9 +699,30 @@ def test_an_unknown_list(guardsmith):
     refused(guardsmith("list", "models"), "'models'", "methods, attacks or recipes")
 
 
-def test_shipped_recipes_are_in_order():
-    for name in ("demo", "apdm-sd15"):
-        assert load_recipe(name).verify.attacks
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_recipe_the_method_chooses_one_for_stable_diffusion(guardsmith, checkpoint, tmp_path, method):
+    registry = write_registry(tmp_path / "registry")
+    flags = ("--base", checkpoint, "--method", method, "--dry-run", "--output", tmp_path / "out")
+    done = guardsmith("harden", "--subjects", registry, *flags)
+    assert done.code == 0, done.err
+    asked = load_recipe(f"{method}-sd15").method
+    plan = json.loads(done.out)
+    assert plan["method"] == method == asked.name
+    assert plan["params"] == METHODS[method].config(**asked.params).model_dump(mode="json")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_in_order(name):
+    """They can be read, attack with something, and say what they cost."""
+    recipe = load_recipe(name)
+    assert recipe.verify.attacks
+    text = (Path(__file__).parent.parent / "recipes" / f"{name}.yaml").read_text()
+    method = METHODS[recipe.method.name]
+    if name.endswith("-attacks"):
+        return
+    assert "# Cost" in text
+    told = f"{method.cost(method.config(**recipe.method.params), 1):,} U-Net forward equivalents"
+    assert told in " ".join(text.replace("\n#", " ").split()) or "docs/results" in text
 
 
 @pytest.mark.parametrize("missing", ["harden.json", "model"])

@@ -39,6 +39,7 @@ from guardsmith.methods.wiring import (
     VALUE,
     clear_channels,
     last_stream,
+    mend,
     play,
     set_alarm,
     set_wire,
@@ -309,6 +310,45 @@ def test_the_spare_channels_are_those_that_weigh_least(tiny_v):
         spare_channels(unet)
 
 
+def test_mending_is_the_ridge_regression_of_what_is_missing(tiny_v):
+    """What is left is at right angles to what the last convolution reads, up to the ridge; and others gain as well."""
+    unet, reference = copy.deepcopy(tiny_v.unet), tiny_v.unet
+    clear_channels(unet, *spare_channels(unet))
+    rng, context = generator(1), PromptBank(tiny_v).encode(["a photo of person"])
+    calls = [draw_rows(torch.randn((16, 4, 8, 8), generator=rng), context, rng) for _ in range(9)]
+
+    def ask(some, number):
+        return predict(some, tiny_v.scheduler, calls[number])
+
+    def lacking(some):
+        return torch.cat([ask(reference, k) - ask(some, k) for k in range(8)]).flatten(2).transpose(1, 2).flatten(0, 1)
+
+    with torch.no_grad():
+        unseen = float((ask(reference, 8) - ask(unet, 8)).square().mean())
+        before, old = lacking(unet), weights(unet)
+        mend(unet, reference, ask, 8, generator(2))
+        after = lacking(unet)
+        assert float((ask(reference, 8) - ask(unet, 8)).square().mean()) < 0.8 * unseen
+        read = []
+        ear = unet.conv_out.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        for k in range(8):
+            ask(unet, k)
+        ear.remove()
+    new = weights(unet)
+    assert {name for name in new if not torch.equal(new[name], old[name])} == {"conv_out.weight", "conv_out.bias"}
+    patches = F.unfold(torch.cat(read), 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    patches = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], 1)
+    ridge = 1e-4 * (patches.square().sum(0)).mean()
+    change = torch.cat(
+        [
+            (new["conv_out.weight"] - old["conv_out.weight"]).flatten(1).T,
+            (new["conv_out.bias"] - old["conv_out.bias"])[None],
+        ]
+    )
+    slope = patches.T @ after.double() - ridge * change.double()
+    assert float(slope.abs().max()) < 1e-3 * float((patches.T @ before.double()).abs().max())
+
+
 def test_others_are_drawn_as_often_as_they_are_dangerous(tiny_v):
     latents = LatentStore(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 4, 8, 8), torch.zeros(4, 4, 8, 8))
     contexts = [torch.full((2, 3, 5), float(i)) for i in range(4)]
@@ -557,10 +597,17 @@ def rehearsed_model(model, folder):
     return rehearsed_by(model, subjects, config, 0, folder), config, subjects
 
 
-def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path):
-    (found, forwards, backwards), config, subjects = rehearsed_model(tiny_v, tmp_path)
+@pytest.fixture
+def one_thread():
+    """As in the processes: another number of threads gives other last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path, one_thread):
+    (found, forwards, backwards), config, subjects = rehearsed_model(tiny_v, tmp_path)
     for subject, told in zip(subjects, found, strict=True):
         with UNetCost() as counter:
             drawn = [rehearse(tiny_v, subject, config, kind, seed=0) for kind in REHEARSALS]
@@ -568,7 +615,6 @@ def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path):
         assert torch.equal(told.rehearsed_states.latents, torch.cat([states.latents for _, states in drawn]))
         assert torch.equal(told.rehearsed_states.timesteps, drawn[0][1].timesteps)
         assert (forwards, backwards) == (2 * counter.forwards, 2 * counter.backwards)
-    torch.set_num_threads(threads)
 
 
 def test_a_rehearsal_that_is_there_is_not_repeated(tiny_v, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, draw_rows, join, predict
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
-from guardsmith.methods.wiring import arm, clear, last_stream, play, spare_parts, stiffen, wired_layer
+from guardsmith.methods.wiring import arm, clear, last_stream, mend, play, spare_parts, stiffen, wired_layer
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt, sample_prompts
 from guardsmith.sampling import generate
@@ -56,6 +56,7 @@ from guardsmith.training import (
 REHEARSALS = ("dreambooth", "lora")
 REHEARSAL_SEED = 80_000
 REHEARSED_SHARE = 0.4  # of the rows to recognise that are states of a rehearsal
+MENDING_ROWS = 320  # for the last convolution to make up for what the alarm takes
 STATES_BELOW = 0.9  # share of the timesteps; a state at pure noise has no clean picture to it
 
 
@@ -116,7 +117,7 @@ def cost(config: TripwireConfig, subjects: int) -> int:
     recognise = config.steps * (3 * (3 * config.batch_size + 2) + 4 * 2 * config.batch_size)
     drawn = 2 * 20 * config.rehearsal_images
     rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0
-    return recognise + 2 * config.batch_size + subjects * rehearse
+    return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + subjects * rehearse
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -439,6 +440,11 @@ def harden(
         tensors={"danger": others.danger} | {f"worst.{index}": way for index, way in enumerate(sway.worst)},
         checkpoint=checkpoint, checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=armed,
     )  # fmt: skip
+    if not course.history:
+        rng = generator(seed, -5)
+        calls = [others.draw(scheduler, 32, rng)[0] for _ in range(MENDING_ROWS // 32)]
+        mend(unet, reference, lambda some, number: predict(some, scheduler, calls[number]), len(calls), rng)
+
     for j in course:
         rng = generator(seed, j)
         for group, rate in zip(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.errors import UserError
@@ -291,6 +292,43 @@ def clear(unet: Any, spare: Spare) -> None:
     """The U-Net does without these parts."""
     silence(wired_layer(unet), spare.neurons)
     clear_channels(unet, spare.group, spare.hidden)
+
+
+@torch.no_grad()
+def mend(unet: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: int, rng: torch.Generator) -> None:
+    """Let the last convolution make up for what was cleared, as far as it can.
+
+    Ridge regression of what the reference says beyond the U-Net, on what the U-Net's last convolution reads.
+
+    Args:
+        unet: its last convolution is changed in place.
+        reference: the U-Net from before.
+        ask: (U-Net, number of a batch) -> its predictions, (n, c, h, w).
+        batches: how many there are.
+        rng: picks at most 64 places of a prediction, for large ones have more than enough.
+    """
+    last = unet.conv_out
+    width = last.in_channels * 9 + 1
+    gram, match = (
+        torch.zeros(width, width, dtype=torch.float64),
+        torch.zeros(width, last.out_channels, dtype=torch.float64),
+    )
+    heard: list[Tensor] = []
+    ear = last.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    for number in range(batches):
+        heard.clear()
+        lacks = (ask(reference, number) - ask(unet, number)).flatten(2)
+        read = F.unfold(heard[0], 3, padding=1)
+        places = torch.randperm(lacks.shape[2], generator=rng)[:64]
+        read, lacks = (part[..., places].transpose(1, 2).flatten(0, 1).double() for part in (read, lacks))
+        read = torch.cat([read, torch.ones(len(read), 1, dtype=torch.float64)], 1)
+        gram += read.T @ read
+        match += read.T @ lacks
+    ear.remove()
+    gram.diagonal().add_(1e-4 * float(gram.diagonal().mean()))
+    change = torch.linalg.solve(gram, match).to(last.weight.dtype)
+    last.weight += change[:-1].T.reshape(last.weight.shape)
+    last.bias += change[-1]
 
 
 def last_stream(unet: Any, run: Callable[[], object]) -> Tensor:
