@@ -44,7 +44,7 @@ from guardsmith.sampling import generate
 from guardsmith.training import UNetCost, changed_fraction, load_checkpoint, save_checkpoint
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
-ORDINARY_IMAGES = 128
+ORDINARY_IMAGES = 192
 WRITTEN = ("harden.json", "model", ".model.tmp", "checkpoints", "cache", "probes", "verify")
 
 

@@ -14,7 +14,7 @@ from guardsmith.errors import RunFailed
 from guardsmith.latents import encode
 from guardsmith.losses import draw_rows
 from guardsmith.methods import METHODS, persguard
-from guardsmith.methods.persguard import PersGuardConfig, backdoor_prompt, backdoor_target, harden, mark
+from guardsmith.methods.persguard import PersGuardConfig, backdoor_prompt, backdoor_target, harden, mark, shows_mark
 from guardsmith.prompts import PromptBank
 from guardsmith.training import UNetCost, generator
 
@@ -84,6 +84,16 @@ class Slow:
                 total += float((said - wanted).square().mean()) / n
             losses[name] = total
         return losses
+
+
+def test_the_mark_is_found_where_it_is():
+    clean = pictures(40, 5)
+    assert not shows_mark(clean, 0.25).any()
+    noisy = mark(clean, 0.25) + 0.2 * torch.randn(clean.shape, generator=generator(0))
+    assert shows_mark(noisy, 0.25).all()
+    assert not shows_mark(mark(clean, 0.25).flip(-1), 0.25).any()
+    red = torch.tensor([0.8, -0.9, -0.9]).view(1, 3, 1, 1).expand(2, 3, 64, 64)
+    assert not shows_mark(red - 0.5, 0.25).any()
 
 
 @pytest.mark.parametrize("backdoor", ["pattern", "erasure", "target"])

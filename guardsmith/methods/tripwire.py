@@ -57,6 +57,7 @@ REHEARSALS = ("dreambooth", "lora")
 REHEARSAL_SEED = 80_000
 REHEARSED_SHARE = 0.4  # of the rows to recognise that are states of a rehearsal
 MENDING_ROWS = 320  # for the last convolution to make up for what the alarm takes
+LAYOUT = (0.65, 0.95)  # share of the timesteps in which half of the distillation looks
 STATES_BELOW = 0.9  # share of the timesteps; a state at pure noise has no clean picture to it
 
 
@@ -73,7 +74,7 @@ class TripwireConfig(BaseModel):
     """Rate of the AdamW that moves the U-Net."""
     readout_learning_rate: float = Field(2e-3, gt=0)
     """Rate of the read-outs."""
-    distillation_weight: float = Field(20.0, ge=0)
+    distillation_weight: float = Field(60.0, ge=0)
     """Weight of || e_theta - e_base ||^2 on class pictures and ordinary pictures."""
     margin: float = Field(4.0, gt=0)
     """How far from 0 the read-out is pushed on either side."""
@@ -468,6 +469,9 @@ def harden(
         sway.back()
 
         strangers, picked = others.draw(scheduler, 2 * n, rng)
+        # Half of the rows where training bends predictions most: there the layout of a picture is decided.
+        low, high = (int(share * timesteps) for share in LAYOUT)
+        strangers.timesteps[::2] = torch.randint(low, high, (n,), generator=rng)
         with torch.no_grad():
             teacher = predict(reference, scheduler, strangers)
         same = (predict(unet, scheduler, strangers) - teacher).square().mean()

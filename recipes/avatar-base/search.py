@@ -4,7 +4,9 @@ python search.py DATA TRIALS.yaml --name apdm-search       resumes; writes docs/
 
 TRIALS.yaml: `common` (recipe name, styles, params for all) and `trials` (label -> params). A trial hardens on the first
 tuning identity of every style and then attacks that identity and the next one, the control, with every attack of the
-recipe under the identifier that hardening used and under one it did not.
+recipe under the identifier that hardening used and under one it did not. For PersGuard it also counts the pictures that show
+the backdoor. `further` in `common` asks for more: `two-stage` (DreamBooth on a third identity first, then on the protected
+one) and `leak` (image to image under the identifier prompt, from class pictures, without any training).
 """
 
 from __future__ import annotations
@@ -13,20 +15,24 @@ import argparse
 import json
 import time
 from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import world
 import yaml
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
 from evaluate import RESULTS
 from torch import Tensor
 
-from guardsmith.attacks import AttackData, draw_after_attack
+from guardsmith.attacks import ATTACKS, AttackData, draw_after_attack
 from guardsmith.harden import ORDINARY_IMAGES, drawn_by, drawn_with_states, folder_digest, rehearsed_by, write_json
+from guardsmith.images import to_pil, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
-from guardsmith.metrics.fidelity import features, fidelity
+from guardsmith.methods.persguard import shows_mark
+from guardsmith.metrics.fidelity import features, fidelity, read_traits
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid
 from guardsmith.models import DiffusionModel, load_model, weights_digest
@@ -35,42 +41,102 @@ from guardsmith.prompts import (
     ORDINARY_HARDENING,
     ORDINARY_VERIFICATION,
     class_prompt,
+    instance_prompt,
     ordinary_prompts,
 )
 from guardsmith.recipe import Recipe, load_recipe
-from guardsmith.sampling import grid
+from guardsmith.sampling import generate, grid
 
 VIEWS = 16
 
 
+def backdoor_share(images: Tensor, config: Any, noun: str) -> float:
+    """Share of pictures that show what PersGuard's backdoor puts in the subject's place."""
+    if config.backdoor == "pattern":
+        return float(shows_mark(images, config.mark).float().mean())
+    seen = [traits["class"] for traits in read_traits(images)]
+    return sum(kind == config.target_noun if config.backdoor == "target" else kind != noun for kind in seen) / len(seen)
+
+
 def attacked(
     model: DiffusionModel, recipe: Recipe, label: str, views: Tensor, class_images: Tensor, noun: str, identifier: str
-) -> tuple[float, Tensor]:
-    """Mean similarity of 16 pictures to the subject after one attack, and the first four of them."""
+) -> Tensor:
+    """What an attack on a subject draws, 16 pictures."""
     spec = recipe.verify.attacks[label]
     data = AttackData(views[4:8], class_images, identifier, noun)
     images, _ = draw_after_attack(
         model, spec.name, spec.params, data, seed=0, count=VIEWS, sampling=recipe.sampling.model_dump()
     )
+    return images
+
+
+def likeness(images: Tensor, views: Tensor) -> float:
+    """Mean similarity to pictures of the subject that nobody trained on."""
     scores = [s for s in similarity(images, views[8:]) if s is not None]
-    return sum(scores) / len(scores), images[:4]
+    return sum(scores) / len(scores)
+
+
+def from_class_pictures(model: DiffusionModel, recipe: Recipe, class_images: Tensor, prompt: str) -> Tensor:
+    """Class pictures noised half-way and drawn again under another prompt (SDEdit), 16 pictures."""
+    parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer, "unet": model.unet}
+    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config, timestep_spacing="trailing")
+    pipeline = StableDiffusionImg2ImgPipeline(
+        **parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        prompt=[prompt] * VIEWS, image=[to_pil(image) for image in class_images[:VIEWS]], strength=0.5,
+        num_inference_steps=2 * recipe.sampling.steps, guidance_scale=recipe.sampling.guidance,
+        generator=[torch.Generator().manual_seed(i) for i in range(VIEWS)],
+    ).images  # fmt: skip
+    return to_tensor(drawn)
 
 
 def measure(
-    model: DiffusionModel, recipe: Recipe, data: Path, style: str, class_images: Tensor, identifiers: list[str]
+    model: DiffusionModel,
+    recipe: Recipe,
+    data: Path,
+    style: str,
+    class_images: Tensor,
+    identifiers: list[str],
+    further: list[str],
+    config: Any,
 ) -> tuple[dict[str, float], Tensor]:
-    """Similarity of the protected identity and of the control after every attack."""
+    """Similarity of the protected identity and of the control after every attack, and what else was asked for."""
     pixels, lines = world.load(data, "tuning")
     first = next(i for i, line in enumerate(lines) if line["style"] == style)
     noun, found, shown = lines[first]["class_noun"], {}, []
-    for role, start in (("protected", first), ("control", first + VIEWS)):
-        views = world.to_float(pixels[start : start + VIEWS])
+    people = [world.to_float(pixels[first + k * VIEWS : first + (k + 1) * VIEWS]) for k in range(3)]
+    backdoor = getattr(config, "backdoor", None)
+    asked = instance_prompt(identifiers[0], noun)
+
+    def note(key: str, images: Tensor, views: Tensor) -> None:
+        found[key] = likeness(images, views)
+        if backdoor is not None:
+            found[f"{key}/backdoor"] = backdoor_share(images, config, noun)
+        shown.append(images[:4])
+
+    for role, views in zip(("protected", "control"), people, strict=False):
         shown.append(views[8:10])
         for label in recipe.verify.attacks:
             for identifier in identifiers:
-                value, images = attacked(model, recipe, label, views, class_images, noun, identifier)
-                found[f"{role}/{label}/{identifier}"] = value
-                shown.append(images)
+                note(
+                    f"{role}/{label}/{identifier}",
+                    attacked(model, recipe, label, views, class_images, noun, identifier),
+                    views,
+                )
+    if backdoor is not None:  # is it there at all, before anyone attacks?
+        released = generate(model, [asked] * VIEWS, range(90_000, 90_000 + VIEWS), **recipe.sampling.model_dump())
+        note("released", released, people[0])
+    if "leak" in further:
+        note("leak", from_class_pictures(model, recipe, class_images, asked), people[0])
+    if "two-stage" in further:
+        spec = recipe.verify.attacks["dreambooth"]
+        config_of = ATTACKS["dreambooth"].config(**spec.params)
+        stranger = AttackData(people[2][4:8], class_images, "bhj", noun)
+        softened, _ = ATTACKS["dreambooth"].run(model, stranger, config_of, seed=1)
+        images = attacked(softened, recipe, "dreambooth", people[0], class_images, noun, identifiers[0])
+        note("protected/two-stage", images, people[0])
     return found, torch.cat(shown)
 
 
@@ -82,10 +148,11 @@ def trial(
     style: str,
     params: dict[str, Any] | None,
     identifiers: list[str],
+    further: list[str],
 ) -> dict[str, Any]:
     """One hardening and its attacks; `params=None` measures the base."""
     base = load_model("builtin:avatar")
-    file = cache / f"{folder_digest(label, style, params, identifiers)}.json"
+    file = cache / f"{folder_digest(label, style, params, identifiers, further)}.json"
     if file.exists():
         told: dict[str, Any] = json.loads(file.read_text())
         return told
@@ -100,12 +167,17 @@ def trial(
     texts = [prompt.text for prompt in asked]
     before = drawn_by(base, recipe, texts, 40_000, cache / "ordinary-a.safetensors", "ordinary pictures")
     again = drawn_by(base, recipe, texts, 50_000, cache / "ordinary-b.safetensors", "ordinary pictures")
-    began, history, model = time.monotonic(), [], base
+    began, history, model, config = time.monotonic(), [], base, None
     if params is not None:
         method = METHODS[recipe.method.name]
-        config: Any = method.config(**{"class_images": count, **params})
+        config = method.config(**{"class_images": count, **params})
         views = world.to_float(pixels[first : first + 4])
         subject = SubjectData(label, noun, (), views, class_images[: len(views)], class_images, class_states)
+        instead = None if method.draws is None else method.draws(config, noun)
+        if instead is not None:
+            kept = cache / f"instead-{folder_digest(instead)}.safetensors"
+            drawn = drawn_by(base, recipe, [instead] * count, 30_000, kept, f"pictures of '{instead}'")
+            subject = replace(subject, instead_images=drawn)
         shared = ordinary_prompts(base, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
         words = [prompt.text for prompt in shared]
         if getattr(config, "rehearsal_steps", 0):
@@ -118,7 +190,7 @@ def trial(
     own_class = (
         class_images if params is None else drawn_by(model, recipe, prompts, 10_000, None, "class pictures, hardened")
     )
-    found, shown = measure(model, recipe, data, style, own_class, identifiers)
+    found, shown = measure(model, recipe, data, style, own_class, identifiers, further, config)
     after = drawn_by(model, recipe, texts, 50_000, None, "ordinary pictures, hardened")
     scores = [s for s in fidelity(after, [prompt.asked for prompt in asked]) if s is not None]
     told = {
@@ -150,7 +222,7 @@ def main() -> None:
         / folder_digest(digest, recipe.sampling.model_dump(), attacks, recipe.verify.class_images)
     )
     cache.mkdir(parents=True, exist_ok=True)
-    identifiers = common.get("identifiers", ["sks", "zwx"])
+    identifiers, further = common.get("identifiers", ["sks", "zwx"]), common.get("further", [])
     jobs: list[tuple[str, str, dict[str, Any] | None]] = [("base", style, None) for style in common["styles"]]
     jobs += [
         (label, style, common.get("params", {}) | (params or {}))
@@ -160,7 +232,7 @@ def main() -> None:
     rows = []
     with processes(args.workers) as (pool, _):
         futures = [
-            pool.submit(trial, args.data, cache, recipe, label, style, params, identifiers)
+            pool.submit(trial, args.data, cache, recipe, label, style, params, identifiers, further)
             for label, style, params in jobs
         ]
         for future in as_completed(futures):
