@@ -314,6 +314,10 @@ def harden(
     method: Annotated[str | None, typer.Option(help="Hardening method (see `guardsmith list methods`).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     changes: CHANGES = None,
+    add_to: Annotated[
+        Path | None,
+        typer.Option("--add-to", help="Begin from this earlier output, whose subjects the registry names too."),
+    ] = None,
     resume: RESUME = False,
     overwrite: OVERWRITE = False,
     dry_run: Annotated[
@@ -332,7 +336,7 @@ def harden(
     from guardsmith.progress import quiet_libraries
 
     quiet_libraries()
-    info = run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
+    info = run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite, add_to=add_to)
     if as_json:
         typer.echo(json.dumps(info, indent=1, sort_keys=True))
     say(f"hardened on {len(registry.subjects)} subjects in {info['seconds']:.0f} s: {output / 'model'}")

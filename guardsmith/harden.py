@@ -5,6 +5,7 @@ out/cache/             class pictures and ordinary pictures drawn by the base
 out/checkpoints/       training state
 out/probes/            what the model drew on the way, and numbers
 out/model/             appears whole, at the end
+out/state.safetensors  what `--add-to` begins from; for Tripwire a model without its wires, so not for publication
 out/harden.json        written last: its presence says that the run is complete
 """
 
@@ -41,11 +42,11 @@ from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ord
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
 from guardsmith.sampling import generate
-from guardsmith.training import UNetCost, changed_fraction, load_checkpoint, save_checkpoint
+from guardsmith.training import UNetCost, changed_fraction, finished_state, load_checkpoint, save_checkpoint
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
-ORDINARY_IMAGES = 192
-WRITTEN = ("harden.json", "model", ".model.tmp", "checkpoints", "cache", "probes", "verify")
+ORDINARY_IMAGES = 160
+WRITTEN = ("harden.json", "state.safetensors", "model", ".model.tmp", "checkpoints", "cache", "probes", "verify")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -255,13 +256,49 @@ def rehearsed_by(
     return found, forwards, backwards
 
 
+def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str) -> dict[str, Any]:
+    """What an earlier hardening says of itself, if this registry can be added to it.
+
+    Raises:
+        UserError: it is not finished, was another base or method, or protects someone whom the registry does not name.
+    """
+    record, state = folder / "harden.json", folder / "state.safetensors"
+    if not (record.is_file() and state.is_file()):
+        raise UserError(f"{folder} holds no finished hardening to add to (no harden.json and state.safetensors).")
+    told: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    for what, then, now in (("method", told["method"], method), ("base", told["base_digest"], base_digest)):
+        if then != now:
+            raise UserError(f"{folder} was hardened with another {what} ({then}); add to it with the same one.")
+    lost = [name for name in told["subjects"] if name not in {subject.id for subject in registry.subjects}]
+    if lost:
+        raise UserError(
+            f"{folder} protects {', '.join(lost)}, whom {registry.path} does not name; subjects can be added to a hardened "
+            "model but not taken out: harden again from the base, without --add-to."
+        )
+    return told
+
+
 def harden(
-    registry: Registry, recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False
+    registry: Registry,
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    add_to: Path | None = None,
 ) -> dict[str, Any]:
     """Harden the recipe's base on the registry's subjects; returns what `harden.json` says.
 
+    Args:
+        registry: whom to protect.
+        recipe: how.
+        output: folder to write.
+        resume: go on with an unfinished run in it.
+        overwrite: delete an earlier run in it.
+        add_to: output of an earlier run on some of the subjects, to begin from instead of from the base.
+
     Raises:
-        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`.
+        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`.
         RunFailed: the training diverged; the last checkpoint stays.
     """
     method = METHODS[recipe.method.name]
@@ -275,6 +312,14 @@ def harden(
         "method": recipe.method.name, "params": config.model_dump(mode="json"), "sampling": recipe.sampling.model_dump(),
         "probe": recipe.probe.model_dump(),
     }  # fmt: skip
+    wanted = list(registry.subjects)
+    if add_to is not None:
+        earlier = earlier_run(add_to, registry, recipe.method.name, base_digest)
+        settings["added_to"] = earlier["model_digest"]
+        known = {name: place for place, name in enumerate(earlier["subjects"])}
+        wanted.sort(key=lambda subject: known.get(subject.id, len(known)))  # their wires come first
+        if output.resolve() == add_to.resolve():
+            raise UserError(f"{output} is the run to add to; name another folder for the output.")
     prepare_output(output, settings, resume=resume, overwrite=overwrite)
     record = output / "harden.json"
     if record.exists() and (output / "model").is_dir():
@@ -293,7 +338,7 @@ def harden(
             model, recipe, prompts, 10_000, file, f"class pictures: {noun}"
         )
     subjects = []
-    for number, subject in enumerate(registry.subjects):
+    for number, subject in enumerate(wanted):
         images = load_pictures(model, subject, "harden")
         positives = class_images[subject.class_noun].roll(-number * len(images), dims=0)[: len(images)]
         subjects.append(
@@ -327,6 +372,7 @@ def harden(
         )
         ordinary = OrdinaryData(images, texts, states)
 
+    last = output / "checkpoints" / "last.safetensors"
     counter, spent = UNetCost(), output / "checkpoints" / "cost.jsonl"
     ran = 0
 
@@ -349,8 +395,8 @@ def harden(
 
     with stage(f"hardening ({recipe.method.name})", steps) as bar, counter:
         hardened, history = method.run(
-            model, subjects, ordinary, config, seed=recipe.seed, checkpoint=output / "checkpoints" / "last.safetensors",
-            on_step=on_step, probe=probe,
+            model, subjects, ordinary, config, seed=recipe.seed, checkpoint=last, on_step=on_step, probe=probe,
+            start=None if add_to is None else add_to / "state.safetensors",
         )  # fmt: skip
     parts = [part for part in ("unet", "text_encoder") if getattr(hardened, part) is not getattr(model, part)]
     save_model(hardened, output / "model", parts)
@@ -368,7 +414,7 @@ def harden(
         **settings,
         "base_revision": recipe.revision,
         "model_digest": weights_digest(output / "model"),
-        "subjects": [subject.id for subject in registry.subjects],
+        "subjects": [subject.id for subject in wanted],
         "paper": method.paper,
         "resumed_after": len(history)
         - ran,  # steps of earlier sessions; the rows below include theirs, the seconds do not
@@ -383,6 +429,7 @@ def harden(
         "probes": probes.found(),
         "run": run_info(),
     }
+    save_checkpoint(output / "state.safetensors", finished_state(last), {})
     write_json(record, info)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return info

@@ -129,6 +129,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         return {k: file.get_tensor(k) for k in file.keys()}, info  # noqa: SIM118 (not a dict)
 
 
+@torch.no_grad()
+def _begin_from(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Like `load_module_tensors`, but what is new (a subject's row, a subject's word) keeps its own start."""
+    for name, parameter in module.named_parameters():
+        old = tensors.get(f"{prefix}.{name}")
+        if old is not None:
+            parameter[: len(old)] = old
+
+
+def finished_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The modules' tensors of a checkpoint, without optimizers: what another run may begin from."""
+    tensors, info = load_checkpoint(checkpoint)
+    return {key: tensor for key, tensor in tensors.items() if key.split(".")[0] in info["modules"]}
+
+
 Probe = Callable[[int, Callable[[], Any]], bool]
 
 
@@ -146,6 +161,7 @@ class Course:
         modules: whose parameters are saved and put back, by the name they have in the file.
         optimizers: the same for their state.
         tensors: others that the loop changes in place.
+        start: what a finished run left (`finished_state`), to begin from; its tensors may have fewer rows than the parameters.
         checkpoint: file to go on from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and what it showed.
@@ -164,6 +180,7 @@ class Course:
         modules: dict[str, torch.nn.Module],
         optimizers: dict[str, torch.optim.Optimizer],
         tensors: dict[str, torch.Tensor] | None = None,
+        start: Path | None = None,
         checkpoint: Path | None = None,
         checkpoint_every: int = 50,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -185,6 +202,10 @@ class Course:
             for key, tensor in self.tensors.items():
                 tensor.copy_(saved[key])
             self.history, self.ended = info["history"], info["ended"]
+        elif start is not None:
+            saved, _ = load_checkpoint(start)
+            for prefix, module in modules.items():
+                _begin_from(module, saved, prefix)
 
     def __iter__(self) -> Iterator[int]:
         while len(self.history) < self.steps and not self.ended:
@@ -222,7 +243,8 @@ class Course:
                 state |= module_tensors(module, prefix)
             for prefix, optimizer in self.optimizers.items():
                 state |= optimizer_tensors(optimizer, prefix)
-            save_checkpoint(self.checkpoint, state, {"history": self.history, "ended": self.ended})
+            info = {"history": self.history, "ended": self.ended, "modules": list(self.modules)}
+            save_checkpoint(self.checkpoint, state, info)
 
 
 class UNetCost:

@@ -19,7 +19,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tiny import edit_json, make_checkpoint, pictures
+from tiny import edit_json, largest_difference, make_checkpoint, pictures, weights
 
 from guardsmith import harden as harden_module
 from guardsmith.cli import main
@@ -208,7 +208,7 @@ def test_the_recorded_cost_is_what_the_loop_does(finished):
 
 
 def test_nothing_but_the_result_and_the_cache_is_left(finished):
-    left = ["cache", "harden.json", "model", "probes", "settings.json"]
+    left = ["cache", "harden.json", "model", "probes", "settings.json", "state.safetensors"]
     assert sorted(file.name for file in finished.iterdir()) == left
     assert leftovers(finished) == []
 
@@ -700,9 +700,9 @@ def test_an_unknown_list(guardsmith):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_recipe_the_method_chooses_one_for_stable_diffusion(guardsmith, checkpoint, tmp_path, method):
-    registry = write_registry(tmp_path / "registry")
-    flags = ("--base", checkpoint, "--method", method, "--dry-run", "--output", tmp_path / "out")
+def test_without_a_recipe_the_method_chooses_one_for_stable_diffusion(guardsmith, v_folder, tmp_path, method):
+    registry = write_registry(tmp_path / "registry", seed=1)
+    flags = ("--base", v_folder, "--method", method, "--dry-run", "--output", tmp_path / "out")
     done = guardsmith("harden", "--subjects", registry, *flags)
     assert done.code == 0, done.err
     asked = load_recipe(f"{method}-sd15").method
@@ -723,6 +723,62 @@ def test_shipped_recipes_are_in_order(name):
     assert "# Cost" in text
     told = f"{method.cost(method.config(**recipe.method.params), 1):,} U-Net forward equivalents"
     assert told in " ".join(text.replace("\n#", " ").split()) or "docs/results" in text
+
+
+def larger_registry(folder, names=("zoe", "mira")):
+    """The registry of the recipe with another subject before mira."""
+    write_registry(folder, seed=1)
+    (folder / "zoe").mkdir()
+    for i, image in enumerate(pictures(4, seed=40)):
+        to_pil(image).save(folder / "zoe" / f"{i}.png")
+    (folder / "R.yaml").unlink()
+    consent = {"consent_basis": "request", "reference": "T-1", "granted_on": date(2026, 1, 1)}
+    for name in names:
+        add_subject(folder / "R.yaml", folder / name, name, "person", "person", expires_on=date(2099, 1, 1), **consent)
+    return folder / "R.yaml"
+
+
+def test_a_subject_is_added_to_a_hardened_model(guardsmith, recipe, finished, tmp_path):
+    """It begins where the first run ended, goes on with both, and says so; the first run stays as it is."""
+    before = {file.name: file.read_bytes() for file in finished.iterdir() if file.is_file()}
+    flags = ("--recipe", recipe, "--subjects", larger_registry(tmp_path), "--output", tmp_path / "out")
+    tiny = ("--set", "method.params.learning_rate=1e-30", "--set", "method.params.outer_steps=1")
+    done = guardsmith("harden", *flags, *tiny, "--add-to", finished)
+    assert done.code == 0, done.err
+    told, first = (json.loads((place / "harden.json").read_text()) for place in (tmp_path / "out", finished))
+    assert told["subjects"] == ["mira", "zoe"]  # in the order of the first run, then what is new
+    assert told["added_to"] == first["model_digest"]
+    old, new = (load_model(str(place / "model")) for place in (finished, tmp_path / "out"))
+    base = load_model(load_recipe(str(recipe)).base)
+    assert largest_difference(weights(old.unet), weights(new.unet)) < 1e-6
+    assert largest_difference(weights(base.unet), weights(new.unet)) > 1e-4
+    assert {file.name: file.read_bytes() for file in finished.iterdir() if file.is_file()} == before
+
+
+def test_what_cannot_be_added_to_is_refused(guardsmith, recipe, finished, tmp_path):
+    both, without = larger_registry(tmp_path / "a"), larger_registry(tmp_path / "b", ("zoe",))
+
+    def add(registry, *flags, to=finished):
+        return guardsmith(
+            "harden", "--recipe", recipe, "--subjects", registry, "--output", tmp_path / "out", "--add-to", to, *flags
+        )
+
+    refused(add(without), "protects mira", "harden again from the base, without --add-to")
+    refused(add(both, to=tmp_path / "nothing"), "no finished hardening to add to")
+    refused(
+        add(both, "--set", "method.name=imma", "--set", "method.params={}"), "was hardened with another method (apdm)"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_subject_is_taken_out_by_hardening_again(guardsmith, recipe, finished, tmp_path):
+    """From the base, with the rest: the result knows nothing of whom it no longer names."""
+    without = larger_registry(tmp_path / "a", ("zoe",))
+    done = guardsmith("harden", "--recipe", recipe, "--subjects", without, "--output", tmp_path / "out")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "out/harden.json").read_text())
+    assert told["subjects"] == ["zoe"]
+    assert "added_to" not in told
 
 
 @pytest.mark.parametrize("missing", ["harden.json", "model"])

@@ -4,14 +4,17 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import TOKENS, WIDTH, same_weights
+from tiny import TOKENS, WIDTH, assert_one_sentence, same_weights
 
 from guardsmith import training
+from guardsmith.errors import RunFailed
 from guardsmith.models import with_own_unet
 from guardsmith.training import (
+    Course,
     Snapshot,
     UNetCost,
     changed_fraction,
+    finished_state,
     generator,
     load_checkpoint,
     load_optimizer_tensors,
@@ -240,3 +243,68 @@ def test_changed_fraction_counts_stored_entries(tmp_path):
     (after / "2.safetensors").unlink()
     save_file({"a": (torch.ones(4) + 1e-5).half()}, after / "1.safetensors")
     assert changed_fraction(before, after) == 0
+
+
+def make_course(module, steps=6, **options):
+    return Course("it", steps, modules={"part": module}, optimizers={}, **options)
+
+
+def walk(course, module, die_after=None):
+    """Every step adds 1 to all weights."""
+    for step in course:
+        with torch.no_grad():
+            module.weight.add_(1)
+        course.done(step, {"loss": float(step)})
+        if step == die_after:
+            return
+
+
+def test_a_course_goes_on_from_its_last_save(tmp_path):
+    file, module = tmp_path / "c.safetensors", torch.nn.Linear(2, 3, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    walk(make_course(module, checkpoint=file, checkpoint_every=2), module, die_after=4)  # saved after 4 steps
+    again, extra = torch.nn.Linear(2, 3, bias=False), torch.zeros(2)
+    course = make_course(again, checkpoint=file, checkpoint_every=2)
+    assert [told["loss"] for told in course.history] == [0, 1, 2, 3]
+    walk(course, again)
+    assert torch.equal(again.weight, torch.full((3, 2), 6.0))
+    assert [told["loss"] for told in course.history] == [0, 1, 2, 3, 4, 5]
+    assert finished_state(file).keys() == {"part.weight"}
+    # Tensors that the loop changes in place are put back into the same objects.
+    own = tmp_path / "t.safetensors"
+    course = make_course(module, 1, tensors={"extra": extra}, checkpoint=own)
+    extra += 5
+    walk(course, module)
+    other = torch.zeros(2)
+    make_course(module, 1, tensors={"extra": other}, checkpoint=own)
+    assert torch.equal(other, torch.full((2,), 5.0))
+    assert finished_state(own).keys() == {"part.weight"}
+
+
+def test_a_course_that_begins_from_another_keeps_what_is_new(tmp_path):
+    """Two subjects' rows are taken over; the third one's start is its own. A checkpoint of its own comes first."""
+    file, old = tmp_path / "old.safetensors", torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.zeros_(old.weight)
+    walk(make_course(old, 1, checkpoint=file), old)
+    new = torch.nn.Linear(2, 3, bias=False)
+    torch.nn.init.constant_(new.weight, 7.0)
+    course = make_course(new, 2, start=file, checkpoint=tmp_path / "new.safetensors")
+    assert torch.equal(new.weight, torch.tensor([[1.0, 1.0], [1.0, 1.0], [7.0, 7.0]]))
+    assert course.history == []
+    walk(course, new)
+    again = torch.nn.Linear(2, 3, bias=False)
+    make_course(again, 2, start=file, checkpoint=tmp_path / "new.safetensors")
+    assert torch.equal(again.weight, new.weight)
+
+
+@pytest.mark.parametrize(("shown", "sound"), [({"loss": float("nan")}, True), ({"loss": 1.0}, False)])
+def test_a_course_ends_where_it_diverges(tmp_path, shown, sound):
+    file, module = tmp_path / "c.safetensors", torch.nn.Linear(1, 1)
+    course = make_course(module, checkpoint=file, checkpoint_every=1)
+    course.done(0, {"loss": 1.0})
+    kept = file.read_bytes()
+    with pytest.raises(RunFailed) as caught:
+        course.done(1, shown, sound=sound)
+    assert_one_sentence(caught.value)
+    assert f"it diverged at step 2: a loss is not finite; the last good state is {file}; lower" in str(caught.value)
+    assert file.read_bytes() == kept

@@ -246,6 +246,7 @@ def harden(
     config: ApdmConfig,
     *,
     seed: int,
+    start: Path | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 10,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -259,6 +260,7 @@ def harden(
         ordinary: pictures and prompts for the distillation term; may be `None` when its weight is 0.
         config: see `ApdmConfig`.
         seed: of everything random; a step's draws depend on the seed and the step only.
+        start: what an earlier run on the first of these subjects left, to begin from (`training.finished_state`).
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: outer steps between saves.
         on_step: called after every outer step with its number and losses.
@@ -295,7 +297,7 @@ def harden(
     outer = torch.optim.AdamW(kept, lr=config.learning_rate, weight_decay=1e-2, fused=True)
     theta = Snapshot(path_parameters)
     course = Course(
-        "APDM", config.outer_steps, modules=trained, optimizers={"optimizer": outer}, checkpoint=checkpoint,
+        "APDM", config.outer_steps, modules=trained, optimizers={"optimizer": outer}, start=start, checkpoint=checkpoint,
         checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=lambda: own,
     )  # fmt: skip
     theta.take()

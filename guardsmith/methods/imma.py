@@ -117,6 +117,7 @@ def harden(
     config: ImmaConfig,
     *,
     seed: int,
+    start: Path | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -130,6 +131,7 @@ def harden(
         ordinary: pictures and prompts for the utility term; may be `None` when its weight is 0.
         config: see `ImmaConfig`.
         seed: of everything random; a step's draws depend on the seed and the step only.
+        start: what an earlier run on the first of these subjects left, to begin from (`training.finished_state`).
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and losses.
@@ -196,7 +198,7 @@ def harden(
 
     course = Course(
         "IMMA", config.steps, modules={"unet": work} | ({} if words is None else {"words": words.vectors}),
-        optimizers={"descent": descent, "ascent": ascent}, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+        optimizers={"descent": descent, "ascent": ascent}, start=start, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
         on_step=on_step, probe=probe, present=released_now,
     )  # fmt: skip
     n, turn = config.batch_size, config.inner_steps + config.outer_steps

@@ -238,6 +238,7 @@ def harden(
     config: PersGuardConfig,
     *,
     seed: int,
+    start: Path | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -251,6 +252,7 @@ def harden(
         ordinary: pictures and prompts to keep; may be `None` when `distillation_weight` is 0.
         config: see `PersGuardConfig`.
         seed: of everything random; a step's draws depend on the seed and the step only.
+        start: what an earlier run on the first of these subjects left, to begin from (`training.finished_state`).
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and losses.
@@ -278,8 +280,8 @@ def harden(
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-2, fused=True)
     course = Course(
-        "PersGuard", config.steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=lambda: own,
+        "PersGuard", config.steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, start=start,
+        checkpoint=checkpoint, checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=lambda: own,
     )  # fmt: skip
 
     for j in course:

@@ -373,6 +373,7 @@ def harden(
     config: TripwireConfig,
     *,
     seed: int,
+    start: Path | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -386,6 +387,7 @@ def harden(
         ordinary: pictures and prompts to keep.
         config: see `TripwireConfig`.
         seed: of everything random; a step's draws depend on the seed and the step only.
+        start: what an earlier run on the first of these subjects left, to begin from (`training.finished_state`).
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and losses.
@@ -439,7 +441,7 @@ def harden(
     course = Course(
         "the tripwire", config.steps, modules={"unet": unet, "readout": readout}, optimizers={"optimizer": optimizer},
         tensors={"danger": others.danger} | {f"worst.{index}": way for index, way in enumerate(sway.worst)},
-        checkpoint=checkpoint, checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=armed,
+        start=start, checkpoint=checkpoint, checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=armed,
     )  # fmt: skip
     if not course.history:
         rng = generator(seed, -5)

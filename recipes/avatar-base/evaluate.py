@@ -131,7 +131,7 @@ def judges(data: Path) -> None:
 def base(data: Path, count: int) -> None:
     """VAE, prompt fidelity, KID, and a picture to look at."""
     model = load_model("builtin:avatar")
-    sampling = load_recipe("demo").sampling.model_dump()
+    sampling = load_recipe("avatar-attacks").sampling.model_dump()
     pixels, _ = world.load(data, "heldout")
     asked = ordinary_prompts(model, ORDINARY_VERIFICATION, count, seed=7)
     images = generate(model, [p.text for p in asked], range(70_000, 70_000 + count), **sampling)
