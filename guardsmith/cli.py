@@ -269,6 +269,12 @@ CHANGES = Annotated[
 ]
 RESUME = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in the output folder.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")]
+BASE_RUNS = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for the attacks on the base, which several verifications can share.  [default: in the output]"
+    ),
+]
 WORKERS = Annotated[int | None, typer.Option(min=1, help="Attacks run at the same time; by default one per core.")]
 TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
 
@@ -278,12 +284,9 @@ def _recipe(name: str | None, base: str | None, changes: list[str] | None, **val
     from guardsmith.recipe import load_recipe, recipe_names
 
     if name is None:
-        if base is None or base.startswith("builtin:"):
-            own = f"{values.get('method.name')}-avatar"
-            name = own if own in recipe_names() else "demo"
-        else:
-            name = f"{values.get('method.name') or 'apdm'}-sd15"
-            name = name if name in recipe_names() else "apdm-sd15"  # it says then that there is no such method
+        embedded = base is None or base.startswith("builtin:")
+        own = f"{values.get('method.name')}-{'avatar' if embedded else 'sd15'}"
+        name = own if own in recipe_names() else "demo" if embedded else "apdm-sd15"
     flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
     return load_recipe(name, [*(changes or []), *flags])
 
@@ -367,6 +370,7 @@ def verify(
     subjects: SUBJECTS = None,
     recipe: RECIPE = None,
     changes: CHANGES = None,
+    base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout instead of the table.")] = False,
     today: TODAY = None,
@@ -378,7 +382,7 @@ def verify(
     from guardsmith.verify import verify as run_verification
 
     quiet_libraries()
-    report = run_verification(registry, chosen, output, workers=workers, quiet=as_json)
+    report = run_verification(registry, chosen, output, base_runs=base_runs, workers=workers, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(report, indent=1, sort_keys=True))
     raise typer.Exit(report["exit_code"])
@@ -392,6 +396,7 @@ def run(
     changes: CHANGES = None,
     resume: RESUME = False,
     overwrite: OVERWRITE = False,
+    base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
     today: TODAY = None,
 ) -> None:
@@ -404,7 +409,7 @@ def run(
 
     quiet_libraries()
     run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
-    report = run_verification(registry, chosen, output, workers=workers)
+    report = run_verification(registry, chosen, output, base_runs=base_runs, workers=workers)
     raise typer.Exit(report["exit_code"])
 
 

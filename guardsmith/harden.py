@@ -218,7 +218,7 @@ def run_info() -> dict[str, Any]:
 def _rehearse(source: str, subject: SubjectData, config: Any, kind: str, seed: int, file: Path) -> None:
     model = load_model(source)
     with UNetCost() as counter:
-        images, states = rehearse(model, subject, config, kind, seed=seed, on_step=lambda _, loss: tell(loss))
+        images, states = rehearse(model, subject, config, kind, seed=seed, on_step=lambda _, loss, __: tell(loss))
     drawn = {"images": images, "states": states.latents, "timesteps": states.timesteps}
     save_checkpoint(file, drawn, {"forwards": counter.forwards, "backwards": counter.backwards})
 
@@ -256,6 +256,24 @@ def rehearsed_by(
     return found, forwards, backwards
 
 
+def read_record(record: Path) -> dict[str, Any]:
+    """What a finished run's harden.json says, with every key that later runs need.
+
+    Raises:
+        UserError: it is not JSON, or lacks one.
+    """
+    needed = ("base", "base_revision", "base_digest", "model_digest", "registry_digest", "method", "params", "seed",
+              "subjects")  # fmt: skip
+    try:
+        told = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{record} is not valid JSON; harden again.") from error
+    missing = [key for key in needed if not isinstance(told, dict) or key not in told]
+    if missing:
+        raise UserError(f"{record} lacks {', '.join(missing)}; harden again.")
+    return dict(told)
+
+
 def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str) -> dict[str, Any]:
     """What an earlier hardening says of itself, if this registry can be added to it.
 
@@ -265,7 +283,7 @@ def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str)
     record, state = folder / "harden.json", folder / "state.safetensors"
     if not (record.is_file() and state.is_file()):
         raise UserError(f"{folder} holds no finished hardening to add to (no harden.json and state.safetensors).")
-    told: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    told = read_record(record)
     for what, then, now in (("method", told["method"], method), ("base", told["base_digest"], base_digest)):
         if then != now:
             raise UserError(f"{folder} was hardened with another {what} ({then}); add to it with the same one.")

@@ -265,8 +265,9 @@ def stored_dtype(folder: Path, part: str = "unet") -> torch.dtype:
     files = sorted((folder / part).glob("*.safetensors"))
     file = min(files, key=lambda file: file.name.count("."))
     with safe_open(file, framework="pt") as weights:
-        kinds: list[torch.dtype] = [weights.get_tensor(key).dtype for key in weights.keys()]  # noqa: SIM118 (not a dict)
-        return next(kind for kind in kinds if kind.is_floating_point)  # old text encoders store position numbers too
+        kinds = (weights.get_tensor(key).dtype for key in weights.keys())  # noqa: SIM118 (not a dict)
+        dtype: torch.dtype = next(kind for kind in kinds if kind.is_floating_point)  # some store position numbers too
+        return dtype
 
 
 def weights_digest(folder: Path) -> str:

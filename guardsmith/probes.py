@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from guardsmith.errors import RunFailed
 from guardsmith.latents import encode
-from guardsmith.losses import Rows, draw_rows, row_losses
+from guardsmith.losses import draw_rows, row_losses
 from guardsmith.methods.data import SubjectData
 from guardsmith.models import DiffusionModel
 from guardsmith.progress import console
@@ -58,46 +58,43 @@ class Probes:
         folder: Path,
         seed: int,
     ) -> None:
-        self.model, self.spec, self.sampling, self.folder = model, spec, sampling, folder
+        self.model, self.spec, self.sampling, self.folder, self.seed = model, spec, sampling, folder, seed
         self.due = {round(steps * (k + 1) / spec.times) for k in range(spec.times)}
-        self.nouns = list(dict.fromkeys(subject.class_noun for subject in subjects))
-        bank, name = PromptBank(model), HARDENING_IDENTIFIERS[0]
-        timesteps = int(model.scheduler.config.num_train_timesteps)
-        # Evenly spread over the schedule; the middle of every sixteenth.
-        times = (torch.arange(ROWS) * 2 + 1) * timesteps // (2 * ROWS)
-
-        def rows(images: torch.Tensor, prompt: str, stream: int) -> Rows:
-            rng = generator(seed, -10, stream)
-            return draw_rows(encode(model, images).draw(ROWS, rng), bank.encode([prompt]), rng, timesteps=times)
-
-        self.prompts = [instance_prompt(name, subject.class_noun) for subject in subjects]
-        self.attacked = [
-            rows(s.images, prompt, i) for i, (s, prompt) in enumerate(zip(subjects, self.prompts, strict=True))
+        self.shown = [(instance_prompt(HARDENING_IDENTIFIERS[0], s.class_noun), s.images) for s in subjects]
+        self.kept = [
+            (class_prompt(noun), images) for noun, images in {s.class_noun: s.class_images for s in subjects}.items()
         ]
-        pictures = {subject.class_noun: subject.class_images for subject in subjects}
-        self.kept = [rows(pictures[noun], class_prompt(noun), -1 - i) for i, noun in enumerate(self.nouns)]
-        self.before = self._look(model)
+
+    def _losses(self, model: DiffusionModel, prompt: str, images: torch.Tensor, stream: int) -> torch.Tensor:
+        """Losses of fixed rows of these pictures, float32 (16,)."""
+        rng = generator(self.seed, -10, stream)
+        picked = torch.randint(len(images), (ROWS,), generator=rng)
+        latents = encode(self.model, images[picked]).sample(torch.arange(ROWS), rng)
+        # Evenly spread over the schedule; the middle of every sixteenth.
+        times = (torch.arange(ROWS) * 2 + 1) * int(model.scheduler.config.num_train_timesteps) // (2 * ROWS)
+        context = PromptBank(model).encode([prompt])  # its text encoder may be hardened as well
+        return row_losses(model.unet, model.scheduler, draw_rows(latents, context, rng, timesteps=times))
 
     def _look(self, model: DiffusionModel) -> tuple[list[torch.Tensor], list[float], list[float]]:
         """Row losses of every subject, the norms of their gradients, mean losses of every class."""
         losses, gradients = [], []
-        bank = PromptBank(model)  # its text encoder may be hardened as well
         moving = [p.requires_grad for p in model.unet.parameters()]
         parameters = list(model.unet.requires_grad_(True).parameters())
-        for rows, prompt in zip(self.attacked, self.prompts, strict=True):
-            asked = replace(rows, context=bank.encode([prompt]).expand(len(rows), -1, -1))
-            errors = row_losses(model.unet, model.scheduler, asked)
+        for i, (prompt, images) in enumerate(self.shown):
+            errors = self._losses(model, prompt, images, i)
             found = torch.autograd.grad(errors.mean(), parameters)
             gradients.append(float(torch.stack(torch._foreach_norm(found)).norm()))
             losses.append(errors.detach())
         for parameter, was in zip(parameters, moving, strict=True):
             parameter.requires_grad_(was)
-        kept = []
         with torch.no_grad():
-            for rows, noun in zip(self.kept, self.nouns, strict=True):
-                asked = replace(rows, context=bank.encode([class_prompt(noun)]).expand(len(rows), -1, -1))
-                kept.append(float(row_losses(model.unet, model.scheduler, asked).mean()))
+            kept = [float(self._losses(model, *each, -1 - i).mean()) for i, each in enumerate(self.kept)]
         return losses, gradients, kept
+
+    @cached_property
+    def before(self) -> tuple[list[torch.Tensor], list[float], list[float]]:
+        """The base's, wanted at the first look."""
+        return self._look(self.model)
 
     def measure(self, model: DiffusionModel) -> dict[str, float]:
         """The numbers of one look."""
@@ -128,7 +125,7 @@ class Probes:
             told = {key: value if math.isfinite(value) else None for key, value in found.items()}
             lines.write(json.dumps({"step": step + 1, **told}) + "\n")
         if self.spec.pictures:
-            count, asked = self.spec.pictures, (*dict.fromkeys(self.prompts), *map(class_prompt, self.nouns))
+            count, asked = self.spec.pictures, [*dict.fromkeys(prompt for prompt, _ in (*self.shown, *self.kept))]
             seeds = list(range(PICTURE_SEED, PICTURE_SEED + count)) * len(asked)
             drawn = generate(model, [p for p in asked for _ in range(count)], seeds, **self.sampling.model_dump())
             try:

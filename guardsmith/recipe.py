@@ -75,6 +75,13 @@ class VerifySpec(BaseModel):
     """Identifiers the attacker picks, each a unit of its own; at least one should be unknown to the hardening."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     """Seeds of the attack's training, each a unit of its own."""
+    crossed: bool = True
+    """Every attack with every identifier and seed; off: one pair for each subject and attack, in turn."""
+    looks: tuple[float, ...] = Field((1.0,), min_length=1)
+    """Shares of an attack's steps after which pictures are drawn. 1 has to be there. Above 1, the attackers of protected
+    subjects on the hardened model go on for that many times the steps, and have to fail then too."""
+    sample: int | None = Field(None, gt=0)
+    """Attack only so many protected subjects, drawn by the seed."""
     images_per_unit: int = Field(16, ge=2)
     """Pictures drawn from every personalized model."""
     class_images: int = Field(100, ge=0)
@@ -90,7 +97,14 @@ class VerifySpec(BaseModel):
                 raise ValueError(f"the label {label!r} may have a-z, 0-9, dots, dashes and underscores only")
         return attacks
 
-    @field_validator("identifiers", "seeds")
+    @field_validator("looks")
+    @classmethod
+    def _looks(cls, looks: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 not in looks or min(looks) <= 0:
+            raise ValueError("these have to be shares above 0, and 1 (the usual end of the attack) among them")
+        return looks
+
+    @field_validator("identifiers", "seeds", "looks")
     @classmethod
     def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):  # the same unit twice would make the intervals look narrower than they are

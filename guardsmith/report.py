@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from guardsmith.images import open_image, square
-from guardsmith.recipe import Recipe
-from guardsmith.registry import Registry
+from guardsmith.matrix import Unit
+from guardsmith.registry import Subject
 
 COLUMNS = 8
 TILE = 96
@@ -32,18 +33,24 @@ def _strip(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, label: str, fi
         sheet.paste(tile, (LABEL + column * (TILE + 2), y))
 
 
-def save_grid(path: Path, registry: Registry, recipe: Recipe, root: Path, size: int) -> None:
+def save_grid(
+    path: Path, protected: Sequence[Subject], controls: Sequence[Subject], units: Sequence[Unit], size: int
+) -> None:
     """One picture: per subject its real pictures, then what each attack draws on base and on hardened.
 
-    The pictures of a row are the first ones of every identifier in turn, not the best ones.
+    The pictures of a row are the first ones of every unit in turn, not the best ones. Where attackers of protected subjects
+    went on for longer than usual, there is one more row.
     """
-    everyone = [(s, "PROTECTED") for s in registry.subjects] + [(s, "control") for s in registry.controls]
-    labels = list(recipe.verify.attacks)
-    block = HEADER + (1 + 2 * len(labels)) * (TILE + 2) + 8
-    sheet = Image.new("RGB", (LABEL + COLUMNS * (TILE + 2) + 8, block * len(everyone)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (subject, role) in enumerate(everyone):
-        y = number * block
+    rows: dict[tuple[str, str, str, float], list[Unit]] = {}
+    for unit in units:
+        for look in sorted({1.0, max(unit.looks)}):
+            rows.setdefault((unit.subject, unit.label, unit.side, look), []).append(unit)
+    labels = list(dict.fromkeys(unit.label for unit in units))
+    everyone = [(s, "PROTECTED") for s in protected] + [(s, "control") for s in controls]
+    height = len(everyone) * (HEADER + TILE + 10) + len(rows) * (TILE + 2)
+    sheet = Image.new("RGB", (LABEL + COLUMNS * (TILE + 2) + 8, height), "white")
+    draw, y = ImageDraw.Draw(sheet), 0
+    for subject, role in everyone:
         colour = "#8a1538" if role == "PROTECTED" else "#14532d"
         draw.rectangle((0, y, sheet.width, y + HEADER - 4), fill=colour)
         draw.text(
@@ -57,13 +64,16 @@ def save_grid(path: Path, registry: Registry, recipe: Recipe, root: Path, size: 
         _strip(
             sheet, draw, y, "real pictures (judge's references)", [i.path for i in subject.images_of("reference")], size
         )
-        for label in labels:
-            for side in ("base", "hardened"):
-                y += TILE + 2
-                folders = sorted((root / side / subject.id / label).glob("*/*/images"))
-                per_unit = -(-COLUMNS // max(len(folders), 1))
-                files = [file for folder in folders for file in sorted(folder.glob("*.png"))[:per_unit]]
-                _strip(sheet, draw, y, f"{label} on {side}", files, size)
+        y += TILE + 2
+        mine = [key for key in rows if key[0] == subject.id]
+        for key in sorted(mine, key=lambda key: labels.index(key[1])):
+            _, label, side, look = key
+            per_unit = -(-COLUMNS // len(rows[key]))
+            files = [file for unit in rows[key] for file in unit.pictures(look)[:per_unit]]
+            after = "" if look == 1 else f", {look:g} x steps"
+            _strip(sheet, draw, y, f"{label} on {side}{after}", files, size)
+            y += TILE + 2
+        y += 8
     sheet.save(path)
 
 

@@ -8,8 +8,10 @@ from tiny import pictures, same_weights, weights
 from guardsmith.attacks import (
     ATTACKS,
     AttackData,
+    cdl,
     custom_diffusion,
     draw_after_attack,
+    draw_during_attack,
     dreambooth,
     lora,
     textual_inversion,
@@ -168,7 +170,21 @@ def test_progress_is_told(tiny_v):
     told = []
     config = DreamBoothConfig(learning_rate=1e-3, steps=3, batch_size=1)
     _, losses = dreambooth.attack(tiny_v, make_data(), config, seed=0, on_step=lambda *now: told.append(now))
-    assert told == list(enumerate(losses))
+    assert [now[:2] for now in told] == list(enumerate(losses))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_looks_on_the_way_do_not_disturb_the_attack(tiny_v, name):
+    """And each shows what an attack that ends there draws."""
+    params = {"steps": 3, "batch_size": 1, "learning_rate": 1e-2}
+    fixed = {"seed": 0, "count": 2, "sampling": {"steps": 2}}
+    looks, losses = draw_during_attack(tiny_v, name, params, make_data(), looks=[1, 2, 3], **fixed)
+    assert list(looks) == [1, 2, 3]
+    for steps, images in looks.items():
+        alone, without = draw_after_attack(tiny_v, name, params | {"steps": steps}, make_data(), **fixed)
+        assert torch.equal(images, alone)
+        assert losses[:steps] == without
+    assert not torch.equal(looks[1], looks[3])
 
 
 def without_adapters(module):
@@ -228,10 +244,95 @@ def test_two_loras_from_one_base_do_not_meet(tiny_v):
     assert same_weights(kept, weights(first.unet))
 
 
-def test_a_lora_of_the_text_encoder_is_refused():
-    """`train_text_encoder` is inherited from DreamBooth's settings; it may not be taken and then ignored."""
-    with pytest.raises(ValidationError):
-        LoraConfig(train_text_encoder=True)
+KINDS = ("lora", "dora", "loha", "lokr")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_starts_as_the_identity_and_learns(tiny, kind):
+    data, before = make_data(), state(tiny)
+    still, _ = lora.attack(tiny, data, LoraConfig(kind=kind, learning_rate=1e-30, steps=1, batch_size=1), seed=0)
+    latents, context = torch.randn((2, 4, 8, 8), generator=generator(0)), PromptBank(tiny).encode(["a", "b"])
+    with torch.no_grad():
+        expected, found = (m.unet(latents, torch.tensor([5, 700]), context).sample for m in (tiny, still))
+    assert torch.allclose(expected, found, atol=1e-5)
+    # the same start in the same place, another one from another seed
+    again, other = (
+        lora.attack(tiny, data, LoraConfig(kind=kind, learning_rate=1e-30, steps=1, batch_size=1), seed=seed)[0]
+        for seed in (0, 1)
+    )
+    assert same_weights(weights(still.unet), weights(again.unet))
+    assert not same_weights(weights(still.unet), weights(other.unet))
+
+    own, _ = lora.attack(tiny, data, LoraConfig(kind=kind, learning_rate=1e-2, steps=40, batch_size=2, rank=3), seed=0)
+    assert loss_on(own, data) < 0.98 * loss_on(tiny, data)
+    assert same_state(before, state(tiny))
+    assert not any(p.requires_grad or p.grad is not None for p in own.unet.parameters())
+
+
+def test_the_kinds_of_adapters_are_different_ones(tiny_v):
+    """By the names of their parameters in peft."""
+    found = {}
+    for kind in KINDS:
+        own, _ = lora.attack(tiny_v, make_data(), LoraConfig(kind=kind, steps=1, batch_size=1), seed=0)
+        names = {name.split(".default")[0].rsplit(".", 1)[1] for name in weights(own.unet) if ".default" in name}
+        found[kind] = names
+    assert found["lora"] == {"lora_A", "lora_B"}
+    assert found["dora"] == {"lora_A", "lora_B", "lora_magnitude_vector"}
+    assert all(name.startswith("hada_w") for name in found["loha"]) and found["loha"]
+    assert all(name.startswith("lokr_w") for name in found["lokr"]) and found["lokr"]
+
+
+def test_adapters_on_the_text_encoder_too(tiny_v):
+    data, before = make_data(), state(tiny_v)
+    config = LoraConfig(learning_rate=1e-2, steps=3, batch_size=1, train_text_encoder=True)
+    own, _ = lora.attack(tiny_v, data, config, seed=0)
+    assert same_state(before, state(tiny_v))
+    adapters = {name: value for name, value in weights(own.text_encoder).items() if "lora_" in name}
+    layers = tiny_v.text_encoder.config.num_hidden_layers
+    assert len(adapters) == layers * 4 * 2  # q, k, v, out; A and B
+    assert all(value.abs().max() > 0 for value in adapters.values())  # B starts at zero and was trained
+    assert same_weights(without_adapters(own.text_encoder), before["text_encoder"])
+    assert not any(p.requires_grad or p.grad is not None for p in own.text_encoder.parameters())
+    alone, _ = lora.attack(tiny_v, data, config.model_copy(update={"train_text_encoder": False}), seed=0)
+    assert alone.text_encoder is tiny_v.text_encoder
+    words = ["a photo of sks person"]
+    assert not torch.equal(PromptBank(own).encode(words), PromptBank(tiny_v).encode(words))
+
+
+def test_cdl_trains_with_the_noise_token_and_draws_without_it(tiny_v, monkeypatch):
+    import guardsmith.attacks as module
+
+    said, asked = [], {}
+    real_tokens = PromptBank.tokens
+    monkeypatch.setattr(
+        PromptBank, "tokens", lambda bank, prompts: said.append(list(prompts)) or real_tokens(bank, prompts)
+    )
+    real = module.generate
+    monkeypatch.setattr(
+        module, "generate", lambda model, words, *a, **k: asked.update(words=words, **k) or real(model, words, *a, **k)
+    )
+    draw_after_attack(
+        tiny_v, "cdl", {"steps": 1, "learning_rate": 1e-3}, make_data(), seed=0, count=2, sampling={"steps": 1}
+    )
+    assert said[0] == ["a photo of sks person, bhj noisy pattern", "a photo of person, without bhj noisy pattern"]
+    assert asked["words"] == [
+        "a photo of sks person, without bhj noisy pattern", "a portrait of sks person, without bhj noisy pattern",
+    ]  # fmt: skip
+    assert asked["negative_prompt"] == "noisy, abstract, pattern, low quality"
+
+
+def test_cdl_is_dreambooth_on_its_own_prompts(tiny_v):
+    """Text encoder included: with the usual prompts it would be the usual attack."""
+    config = cdl.CdlConfig(steps=2, learning_rate=1e-3)
+    own, losses = cdl.attack(tiny_v, make_data(), config, seed=0)
+    prompts = ("a photo of sks person, bhj noisy pattern", "a photo of person, without bhj noisy pattern")
+    plain = DreamBoothConfig(**config.model_dump())
+    expected, told = dreambooth.attack(tiny_v, make_data(), plain, seed=0, prompts=prompts)
+    assert losses == told
+    assert same_state(state(own), state(expected))
+    assert not same_weights(weights(own.text_encoder), weights(tiny_v.text_encoder))
+    usual, _ = dreambooth.attack(tiny_v, make_data(), plain, seed=0)
+    assert not same_weights(weights(own.unet), weights(usual.unet))
 
 
 def old_rows(model, base):

@@ -8,7 +8,7 @@ from test_apdm import KilledError, make_ordinary, make_subject
 from tiny import same_weights, weights
 
 from guardsmith.attacks.lora import TARGETS
-from guardsmith.attacks.textual_inversion import add_word
+from guardsmith.attacks.textual_inversion import add_words
 from guardsmith.errors import RunFailed
 from guardsmith.latents import encode
 from guardsmith.losses import draw_rows, predict, row_losses
@@ -79,7 +79,7 @@ def test_new_words_start_from_the_class_noun(tiny_epsilon):
     _, history = harden(tiny_epsilon, data, None, config, seed=4)
     for step, subject in ((0, data[0]), (2, data[1])):
         own = copy.copy(tiny_epsilon)
-        add_word(own, "<new>", subject.class_noun)
+        add_words(own, {"<new>": subject.class_noun})
         rng = generator(4, step)
         picked = torch.randint(len(INVERSION_TEMPLATES), (2,), generator=rng)
         context = PromptBank(own).encode([INVERSION_TEMPLATES[i].format("<new>") for i in picked.tolist()])

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -43,6 +45,39 @@ def test_nothing_is_left_running_after_an_error(error):
         raise error
     assert time.monotonic() - began < 30
     assert multiprocessing.active_children() == []
+
+
+SLEEPER = """
+import os, sys, time
+from guardsmith.processes import processes
+if __name__ == "__main__":
+    with processes(1) as (pool, _):
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 60).result()
+"""
+
+
+def test_nothing_is_left_running_after_a_kill(tmp_path):
+    """The first process gets no chance to end the others."""
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    first = subprocess.Popen([sys.executable, str(tmp_path / "sleeper.py")], stdout=subprocess.PIPE, text=True)
+    worker = int(first.stdout.readline())
+    time.sleep(0.5)
+    os.kill(worker, 0)  # it is there
+    first.kill()
+    first.wait()
+    for _ in range(100):
+        if not running(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the process went on")
+
+
+def running(pid):
+    """Whether there is such a process that has not ended (one that nobody waited for still has a number)."""
+    told = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(told) and not told.startswith("Z")
 
 
 def test_an_error_in_a_process_reaches_the_caller():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from guardsmith import cli
 from guardsmith.harden import harden
-from guardsmith.models import weights_digest
+from guardsmith.models import load_model, weights_digest
 from guardsmith.recipe import load_recipe
 from guardsmith.registry import load_registry
 from guardsmith.verify import verify
@@ -67,13 +67,13 @@ def test_an_attack_that_does_not_learn_on_the_base_is_inconclusive_not_a_pass(ve
 
 def test_every_unit_leaves_pictures_scores_and_settings(verified):
     output, report = verified
-    units = sorted((output / "verify").glob("*/*/lora/sks/0"))
+    units = sorted((output / "verify").glob("*/*/lora/sks/0/*"))
     assert [u.relative_to(output / "verify").parts[:2] for u in units] == [
         ("base", "mira"), ("base", "nora"), ("hardened", "mira"), ("hardened", "nora"),
     ]  # fmt: skip
     for unit in units:
-        assert len(list((unit / "images").glob("*.png"))) == 8
-        assert len(json.loads((unit / "scores.json").read_text())["identity"]) == 8
+        assert len(list((unit / "images" / "2").glob("*.png"))) == 8
+        assert len(json.loads((unit / "scores.json").read_text())["identity"]["2"]) == 8
         told = json.loads((unit / "attack.json").read_text())
         assert told["params"]["steps"] == 2
         assert str(ROOT) not in json.dumps(told)  # nothing of this machine
@@ -102,21 +102,149 @@ def test_a_second_run_repeats_nothing_and_says_the_same(verified, registry, reci
     assert again["checks"] == report["checks"]
 
 
+def unit_of(output, side, subject):
+    """The folder of the only unit of a subject."""
+    [unit] = (output / "verify" / side / subject / "lora" / "sks" / "0").iterdir()
+    return unit
+
+
+def scores_in(unit):
+    return json.loads((unit / "scores.json").read_text())["identity"]
+
+
 def test_a_missing_unit_is_run_again_with_the_same_result(copied, registry, recipe_file):
-    unit = copied / "verify" / "hardened" / "mira" / "lora" / "sks" / "0"
-    before = json.loads((unit / "scores.json").read_text())["identity"]
+    unit = unit_of(copied, "hardened", "mira")
+    before = scores_in(unit)["2"]
     (unit / "scores.json").unlink()  # what a kill leaves behind
     verify(registry, load_recipe(str(recipe_file)), copied, workers=1, quiet=True)
-    assert json.loads((unit / "scores.json").read_text())["identity"] == pytest.approx(before, abs=1e-5)
+    assert scores_in(unit)["2"] == pytest.approx(before, abs=1e-5)
 
 
-def test_another_setting_is_another_unit(copied, registry, recipe_file):
-    unit = copied / "verify" / "base" / "mira" / "lora" / "sks" / "0"
-    before = json.loads((unit / "scores.json").read_text())["digest"]
-    verify(
-        registry, load_recipe(str(recipe_file), ["verify.attacks.lora.params.steps=1"]), copied, workers=1, quiet=True
+def test_other_settings_are_another_unit_beside_it(copied, registry, recipe_file):
+    unit = unit_of(copied, "base", "mira")
+    before = (unit / "scores.json").read_text()
+    once = load_recipe(str(recipe_file), ["verify.attacks.lora.params.steps=1"])
+    report = verify(registry, once, copied, workers=1, quiet=True)
+    assert (unit / "scores.json").read_text() == before
+    [other] = {*unit.parent.iterdir()} - {unit}
+    [shown] = [s for s in report["scores"] if (s["side"], s["subject"]) == ("base", "mira")]
+    assert shown["units"] == [scores_in(other)["1"]]
+
+
+def test_scores_of_other_settings_or_too_few_are_not_taken(copied, registry, recipe_file):
+    unit = unit_of(copied, "hardened", "mira")
+    whole = json.loads((unit / "scores.json").read_text())
+    for broken in (
+        whole | {"digest": "0" * 16},
+        whole | {"identity": {"2": whole["identity"]["2"][:7]}},
+        whole | {"identity": {"1": whole["identity"]["2"]}},
+    ):
+        (unit / "scores.json").write_text(json.dumps(broken))
+        verify(registry, load_recipe(str(recipe_file)), copied, workers=1, quiet=True)
+        assert json.loads((unit / "scores.json").read_text())["digest"] == whole["digest"]
+        assert scores_in(unit)["2"] == pytest.approx(whole["identity"]["2"], abs=1e-5)
+
+
+def test_runs_on_the_base_can_be_shared(copied, tmp_path, registry, recipe_file, verified):
+    """The second verification finds everything of the base; nothing of it is written into its own output."""
+    shutil.move(copied / "verify" / "base", tmp_path / "shared")
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("**/*.*")}
+    report = verify(
+        registry, load_recipe(str(recipe_file)), copied, base_runs=tmp_path / "shared", workers=1, quiet=True
     )
-    assert json.loads((unit / "scores.json").read_text())["digest"] != before
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("**/*.*")} == files
+    assert not (copied / "verify" / "base").exists()
+    assert report["checks"] == verified[1]["checks"]
+
+
+@pytest.fixture(scope="module")
+def went_on(verified, registry, recipe_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("further") / "run"
+    shutil.copytree(verified[0], output)
+    return output, verify(
+        registry, load_recipe(str(recipe_file), ["verify.looks=[0.5, 1, 3]"]), output, workers=1, quiet=True
+    )
+
+
+def test_attackers_of_the_protected_go_on_and_others_do_not(went_on):
+    report = went_on[1]
+    seen = {(s["side"], s["subject"]): set() for s in report["scores"]}
+    for told in report["scores"]:
+        seen[told["side"], told["subject"]].add(told["look"])
+    assert seen == {
+        ("base", "mira"): {0.5, 1}, ("base", "nora"): {0.5, 1}, ("hardened", "nora"): {0.5, 1},
+        ("hardened", "mira"): {0.5, 1, 3},
+    }  # fmt: skip
+    checked = [c["attack"] for c in report["checks"] if c["name"] == "protected"]
+    assert checked == ["lora", "lora, 3 x steps"]
+    assert all(
+        c["attack"] == "lora" for c in report["checks"] if c["name"] in ("attack works on base", "control learnable")
+    )
+
+
+def test_a_look_on_the_way_shows_what_an_attack_that_ends_there_draws(went_on, verified):
+    """Two steps of six give the pictures of an attack of two steps."""
+    usual = next((verified[0] / "verify" / "hardened" / "mira").glob("*/*/*/*/images/2"))
+    [longer] = (went_on[0] / "verify" / "hardened" / "mira").glob("*/*/*/*/images/6")
+    for file in sorted(usual.iterdir()):
+        assert file.read_bytes() == (longer.parent / "2" / file.name).read_bytes()
+    assert any(f.read_bytes() != (longer / f.name).read_bytes() for f in usual.iterdir())
+
+
+def test_steps_to_break(went_on, monkeypatch):
+    """Half-way from chance to what the attack usually reaches on the base."""
+    import guardsmith.verify as module
+    from guardsmith.gate import Levels
+
+    monkeypatch.setattr(module, "calibration", lambda: {"person": Levels(0.1, 0.2, 0.8)})
+    told = {"root": "", "model": "", "model_digest": "", "subject": "mira", "class_noun": "person", "attack_images": (),
+            "reference_images": (), "images_digest": "", "attack": "lora", "params": {}, "label": "lora",
+            "identifier": "sks", "seed": 0, "images": 2, "class_pictures": "", "class_images": 0, "sampling": {}}  # fmt: skip
+    units = [
+        module.Unit(side="base", looks={0.1: 10, 0.5: 50, 1.0: 100}, **told),
+        module.Unit(side="hardened", looks={0.1: 10, 0.5: 50, 1.0: 100, 4.0: 400}, **told),
+    ]
+    means = {
+        ("base", 0.1): 0.2, ("base", 0.5): 0.4, ("base", 1.0): 0.7,
+        ("hardened", 0.1): 0.1, ("hardened", 0.5): 0.2, ("hardened", 1.0): 0.39, ("hardened", 4.0): 0.41,
+    }  # fmt: skip
+    scores = {(side, "mira", "lora", look): [[m - 0.05, m + 0.05, None]] for (side, look), m in means.items()}
+    levels = {key: module.interval(values) for key, values in scores.items()}
+    [found] = module.steps_to_break(units, levels)
+    assert found == {"subject": "mira", "attack": "lora", "tried": 400, "base": 50, "hardened": 400}
+    levels["hardened", "mira", "lora", 4.0] = module.interval([[None, None]])
+    [found] = module.steps_to_break(units, levels)
+    assert found["hardened"] is None
+
+
+def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, tmp_path):
+    from guardsmith.matrix import attacked_subjects
+
+    registry = load_registry(ROOT / "registries" / "avatars.yaml")
+    spec = load_recipe("demo", ["verify.sample=2"]).verify
+    drawn = [[s.id for s in attacked_subjects(registry, spec, seed)] for seed in range(20)]
+    assert all(len(ids) == 2 for ids in drawn)
+    assert drawn == [[s.id for s in attacked_subjects(registry, spec, seed)] for seed in range(20)]
+    assert {name for ids in drawn for name in ids} == {s.id for s in registry.subjects}
+    everyone = spec.model_copy(update={"sample": None})
+    assert attacked_subjects(registry, everyone, 0) == list(registry.subjects)
+    assert verified[1]["attacked"] == {"protected": 1, "of": 1, "controls": 1}
+
+
+def test_each_subject_meets_each_attack_with_one_identifier_in_turn(tmp_path):
+    from guardsmith.matrix import Judged, plan_units
+
+    registry = load_registry(ROOT / "registries" / "avatars.yaml")
+    recipe = load_recipe("avatar-attacks", ["verify.crossed=false", "verify.identifiers=[zwx, bdr, qpl]"])
+    judged = Judged(load_model("builtin:avatar"), "sha256:0", tmp_path)
+    units = list(plan_units(registry, recipe, {"base": judged, "hardened": judged}))
+    assert len(units) == 2 * 12 * 3
+    for side in ("base", "hardened"):
+        for label in recipe.verify.attacks:
+            names = [u.identifier for u in units if (u.side, u.label) == (side, label)]
+            assert sorted(names) == ["bdr"] * 4 + ["qpl"] * 4 + ["zwx"] * 4
+        for subject in registry.subjects:  # and each subject with each identifier
+            assert len({u.identifier for u in units if (u.side, u.subject) == (side, subject.id)}) == 3
 
 
 def test_an_attack_that_crashes_makes_the_verdict_inconclusive(copied, registry, recipe_file):

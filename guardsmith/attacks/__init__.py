@@ -1,12 +1,12 @@
 """The attacks by name. Adding one: a file with a config and `attack`, and a line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from torch import Tensor
 
-from guardsmith.attacks import custom_diffusion, dreambooth, lora, textual_inversion
+from guardsmith.attacks import cdl, custom_diffusion, dreambooth, lora, textual_inversion
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import sample_prompts
@@ -23,20 +23,28 @@ class Attack(NamedTuple):
     """One entry of the table.
 
     Attributes:
-        run: (model, data, config, seed=...) -> the personalized model, and the loss of every step.
+        run: (model, data, config, seed=..., on_step=...) -> the personalized model, and the loss of every step.
         config: its settings.
         paper: where it comes from.
         called: (identifier, class noun) -> the same as the personalized model is asked for them.
+        suffix: what its prompts end in.
+        negative_prompt: what it is asked not to draw.
     """
 
     run: Callable[..., Any]
     config: type[BaseModel]
     paper: str
     called: Callable[[str, str], tuple[str, str]] = _words
+    suffix: str = ""
+    negative_prompt: str = ""
+
+    def steps(self, params: dict[str, Any]) -> int:
+        """How many steps these settings ask for."""
+        return int(self.config(**params).model_dump()["steps"])
 
     def prompts(self, identifier: str, class_noun: str, count: int) -> list[str]:
         """What the personalized model is asked for."""
-        return sample_prompts(*self.called(identifier, class_noun), count)
+        return [prompt + self.suffix for prompt in sample_prompts(*self.called(identifier, class_noun), count)]
 
 
 ATTACKS: dict[str, Attack] = {
@@ -54,7 +62,56 @@ ATTACKS: dict[str, Attack] = {
         "hf.co/papers/2212.04488",
         custom_diffusion.called,
     ),
+    "cdl": Attack(
+        cdl.attack,
+        cdl.CdlConfig,
+        "hf.co/papers/2406.18944",
+        suffix=cdl.SUFFIX,
+        negative_prompt=cdl.NEGATIVE_PROMPT,
+    ),
 }
+
+
+def draw_during_attack(
+    model: DiffusionModel,
+    attack: str,
+    params: dict[str, Any],
+    data: AttackData,
+    *,
+    looks: Sequence[int],
+    seed: int,
+    count: int,
+    sampling: dict[str, Any],
+) -> tuple[dict[int, Tensor], list[float]]:
+    """Personalize a copy of the model, and ask it for pictures of the subject on the way.
+
+    Drawing does not disturb the training: its seeds are its own, and every step of an attack draws from a generator of that
+    step. So the pictures after k steps are those of an attack that ends there.
+
+    Args:
+        model: the model under attack; it stays as it is.
+        attack: a name in `ATTACKS`.
+        params: values of that attack's config.
+        data: what the attacker has.
+        looks: after how many steps to draw, each at least 1 and at most the attack's steps.
+        seed: of the attack.
+        count: how many pictures each time (`Attack.prompts`).
+        sampling: arguments of `generate`.
+
+    Returns:
+        For each look the pictures, float32 (count, 3, h, w) in [-1, 1], and the attack's loss at every step.
+    """
+    chosen = ATTACKS[attack]
+    prompts = chosen.prompts(data.identifier, data.class_noun, count)
+    drawn: dict[int, Tensor] = {}
+
+    def look(step: int, _: float, personalized: DiffusionModel) -> None:
+        if step + 1 in looks:
+            seeds = range(SAMPLE_SEED, SAMPLE_SEED + count)
+            drawn[step + 1] = generate(personalized, prompts, seeds, negative_prompt=chosen.negative_prompt, **sampling)
+
+    _, losses = chosen.run(model, data, chosen.config(**params), seed=seed, on_step=look)
+    return drawn, losses
 
 
 def draw_after_attack(
@@ -67,24 +124,12 @@ def draw_after_attack(
     count: int,
     sampling: dict[str, Any],
 ) -> tuple[Tensor, list[float]]:
-    """Personalize a copy of the model and ask it for pictures of the subject.
-
-    Args:
-        model: the model under attack; it stays as it is.
-        attack: a name in `ATTACKS`.
-        params: values of that attack's config.
-        data: what the attacker has.
-        seed: of the attack.
-        count: how many pictures (`Attack.prompts`).
-        sampling: arguments of `generate`.
-
-    Returns:
-        The pictures, float32 (count, 3, h, w) in [-1, 1], and the attack's loss at every step.
-    """
-    chosen = ATTACKS[attack]
-    personalized, losses = chosen.run(model, data, chosen.config(**params), seed=seed)
-    prompts = chosen.prompts(data.identifier, data.class_noun, count)
-    return generate(personalized, prompts, range(SAMPLE_SEED, SAMPLE_SEED + count), **sampling), losses
+    """The same with one look, at the end."""
+    steps = ATTACKS[attack].steps(params)
+    drawn, losses = draw_during_attack(
+        model, attack, params, data, looks=[steps], seed=seed, count=count, sampling=sampling
+    )
+    return drawn[steps], losses
 
 
-__all__ = ["ATTACKS", "Attack", "AttackData", "draw_after_attack"]
+__all__ = ["ATTACKS", "Attack", "AttackData", "draw_after_attack", "draw_during_attack"]

@@ -7,7 +7,6 @@ picture counts. Batches are DreamBooth's [instance rows; class rows].
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, descend
-from guardsmith.attacks.textual_inversion import add_word, trained_word
+from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep, descend
+from guardsmith.attacks.textual_inversion import add_words, trained_word
 from guardsmith.latents import encode
 from guardsmith.losses import draw_rows, join, squared_errors
 from guardsmith.models import DiffusionModel, with_own_unet
@@ -97,7 +96,7 @@ def attack(
     config: CustomDiffusionConfig,
     *,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[DiffusionModel, list[float]]:
     """Learn `<identifier> noun`, the new word starting from the identifier, on a copy of the model.
 
@@ -109,7 +108,7 @@ def attack(
     """
     own = with_own_unet(model)
     word, noun = called(data.identifier, data.class_noun)
-    token = add_word(own, word, data.identifier)
+    [token] = add_words(own, {word: data.identifier})
     keys = ("attn2.to_k", "attn2.to_v") if config.parameters == "kv" else ("attn2",)
     trained = [p for name, p in own.unet.named_parameters() if any(key in name for key in keys)]
 
@@ -132,7 +131,7 @@ def attack(
             rows = join(rows, draw_rows(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))
         errors = squared_errors(own.unet, own.scheduler, rows)
         shown, mask = errors[: config.batch_size], masks[picked]
-        # The script divides by the mask's pixels and not by its channels, so that the subject counts four times the prior.
+        # The script divides by the mask's pixels and not by its channels, so the subject counts as often as there are channels.
         loss = ((shown * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
         if prior is not None:
             loss = loss + config.prior_weight * errors[config.batch_size :].mean()
@@ -142,7 +141,7 @@ def attack(
         parameter.requires_grad_(True)
     with trained_word(own, token) as vector:
         losses = descend(
-            loss_at, [vector, *trained], steps=config.steps, learning_rate=config.learning_rate,
+            own, loss_at, [vector, *trained], steps=config.steps, learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm, on_step=on_step,
         )  # fmt: skip
     own.unet.requires_grad_(False)

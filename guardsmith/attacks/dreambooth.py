@@ -59,24 +59,30 @@ class AttackData:
     class_noun: str
 
 
+OnStep = Callable[[int, float, DiffusionModel], None]
+"""Called after every step of an attack with its number, its loss and the model as it is then."""
+
+
 def descend(
+    model: DiffusionModel,
     loss_at: Callable[[int], Tensor],
     parameters: Sequence[torch.nn.Parameter],
     *,
     steps: int,
     learning_rate: float,
     max_grad_norm: float | None,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[float]:
     """What all training attacks have in common: AdamW as in diffusers' scripts, on the loss of every step.
 
     Args:
+        model: what the parameters belong to.
         loss_at: step -> scalar; it draws its rows from a generator of that step.
         parameters: what is trained, in place.
         steps: optimizer steps.
         learning_rate: constant.
         max_grad_norm: gradient clipping, or `None`.
-        on_step: called after every step with its number and loss.
+        on_step: see `OnStep`.
 
     Returns:
         The loss of every step.
@@ -94,7 +100,7 @@ def descend(
         if not math.isfinite(losses[-1]):
             raise RunFailed(f"the attack diverged at step {step + 1}: its loss is not finite; lower its learning rate")
         if on_step is not None:
-            on_step(step, losses[-1])
+            on_step(step, losses[-1], model)
     return losses
 
 
@@ -105,9 +111,19 @@ def train_on_subject(
     parameters: Sequence[torch.nn.Parameter],
     *,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
+    prompts: tuple[str, str] | None = None,
 ) -> list[float]:
     """DreamBooth's loop over whichever parameters are trainable (all, or an adapter's); changes them in place.
+
+    Args:
+        model: what the parameters belong to.
+        data: what the attacker has.
+        config: settings.
+        parameters: what is trained.
+        seed: of the rows.
+        on_step: see `OnStep`.
+        prompts: of instance rows and of class rows, where they are not the usual ones.
 
     Returns:
         The training loss of every step.
@@ -117,16 +133,16 @@ def train_on_subject(
     """
     subject: LatentStore = encode(model, data.images)
     prior = encode(model, data.class_images) if config.prior_weight and len(data.class_images) else None
-    prompts = [instance_prompt(data.identifier, data.class_noun), class_prompt(data.class_noun)]
+    said = prompts or (instance_prompt(data.identifier, data.class_noun), class_prompt(data.class_noun))
     bank = PromptBank(model)
     timesteps = int(model.scheduler.config.num_train_timesteps)
 
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, step)
         if config.train_text_encoder:
-            instance_context, class_context = model.text_encoder(bank.tokens(prompts)).last_hidden_state.split(1)
+            instance_context, class_context = model.text_encoder(bank.tokens(said)).last_hidden_state.split(1)
         else:
-            instance_context, class_context = bank.encode(prompts).split(1)
+            instance_context, class_context = bank.encode(said).split(1)
         rows = draw_rows(subject.draw(config.batch_size, rng), instance_context, rng, steps=timesteps)
         if prior is not None:
             rows = join(rows, draw_rows(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))
@@ -137,8 +153,8 @@ def train_on_subject(
         return loss
 
     return descend(
-        loss_at, parameters, steps=config.steps, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm,
-        on_step=on_step,
+        model, loss_at, parameters, steps=config.steps, learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm, on_step=on_step,
     )  # fmt: skip
 
 
@@ -148,16 +164,17 @@ def attack(
     config: DreamBoothConfig,
     *,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
+    prompts: tuple[str, str] | None = None,
 ) -> tuple[DiffusionModel, list[float]]:
-    """Personalize a copy of the model; returns it, frozen again, and the loss of every step."""
+    """Personalize a copy of the model; returns it, frozen again, and the loss of every step (see `train_on_subject`)."""
     own = with_own_unet(model)
     trained = [own.unet]
     if config.train_text_encoder:
         own.text_encoder = copy.deepcopy(model.text_encoder)
         trained.append(own.text_encoder)
     parameters = [p for part in trained for p in part.requires_grad_(True).parameters()]
-    losses = train_on_subject(own, data, config, parameters, seed=seed, on_step=on_step)
+    losses = train_on_subject(own, data, config, parameters, seed=seed, on_step=on_step, prompts=prompts)
     for part in trained:
         part.requires_grad_(False)
     return own, losses

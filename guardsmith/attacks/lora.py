@@ -1,22 +1,33 @@
 """DreamBooth with LoRA (Hu et al. 2022; hf.co/papers/2106.09685) as in diffusers' `train_dreambooth_lora.py`.
 
-Low-rank adapters on every attention projection of the U-Net (self and cross), through peft; the loop is DreamBooth's.
+Low-rank adapters on every attention projection of the U-Net (self and cross), through peft; the loop is DreamBooth's. Three
+relatives that attackers use in LoRA's place come from peft as well:
+
+    dora   LoRA whose update is split into direction and length (Liu et al. 2024; hf.co/papers/2402.09353)
+    loha   the elementwise product of two low-rank updates (Hyeon-Woo et al. 2022; hf.co/papers/2108.06098)
+    lokr   a Kronecker product (Yeh et al. 2023; hf.co/papers/2309.14859)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from peft import LoHaConfig, LoKrConfig, PeftConfig, inject_adapter_in_model
 from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, train_on_subject
+from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep, train_on_subject
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.training import torch_seed
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+Kind = Literal["lora", "dora", "loha", "lokr"]
 
 
 class LoraConfig(DreamBoothConfig):
@@ -28,15 +39,47 @@ class LoraConfig(DreamBoothConfig):
     """Optimizer steps."""
     rank: int = Field(4, gt=0)
     """Rank of every adapter."""
-    train_text_encoder: Literal[False] = False
-    """Not with adapters: they sit on the U-Net only."""
+    kind: Kind = "lora"
+    """Which adapter."""
+    train_text_encoder: bool = False
+    """Adapters of the same rank on the text encoder's attention too, with the same rate."""
 
 
-def add_adapters(unet: Any, rank: int, seed: int) -> list[torch.nn.Parameter]:
-    """Put adapters on a frozen U-Net's attention projections, Gaussian from this seed; returns their parameters."""
+def add_adapters(
+    module: Any, rank: int, seed: int, *, kind: Kind = "lora", targets: tuple[str, ...] = TARGETS
+) -> list[torch.nn.Parameter]:
+    """Put adapters that change nothing yet into a frozen module; returns their parameters.
+
+    Args:
+        module: U-Net or text encoder, changed in place.
+        rank: of every adapter, and its alpha: an adapter's update is added as it is.
+        seed: of the random factors.
+        kind: which adapter.
+        targets: how the names of the layers end that get one.
+    """
+    config: PeftConfig
+    if kind in ("lora", "dora"):
+        config = PeftLoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets), use_dora=kind == "dora"
+        )
+    else:
+        config = (LoHaConfig if kind == "loha" else LoKrConfig)(r=rank, alpha=rank, target_modules=list(targets))
     with torch_seed(seed):
-        unet.add_adapter(PeftLoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS))
-    return [p for p in unet.parameters() if p.requires_grad]
+        inject_adapter_in_model(config, module)
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+@contextmanager
+def without_adapters(module: Any) -> Iterator[None]:
+    """Inside, a module with adapters is what it was without them."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def attack(
@@ -45,11 +88,17 @@ def attack(
     config: LoraConfig,
     *,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[DiffusionModel, list[float]]:
     """Train adapters on a copy of the model; returns it with the adapters in place, and the loss of every step."""
     own = with_own_unet(model)
-    parameters = add_adapters(own.unet, config.rank, seed)
+    trained = [own.unet]
+    parameters = add_adapters(own.unet, config.rank, seed, kind=config.kind)
+    if config.train_text_encoder:
+        own.text_encoder = copy.deepcopy(model.text_encoder)
+        trained.append(own.text_encoder)
+        parameters += add_adapters(own.text_encoder, config.rank, seed + 1, kind=config.kind, targets=TEXT_TARGETS)
     losses = train_on_subject(own, data, config, parameters, seed=seed, on_step=on_step)
-    own.unet.requires_grad_(False)
+    for part in trained:
+        part.requires_grad_(False)
     return own, losses

@@ -7,7 +7,7 @@ its own around the word, the pictures are mirrored half of the time, and there i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData, descend
+from guardsmith.attacks.dreambooth import AttackData, OnStep, descend
 from guardsmith.errors import RunFailed
 from guardsmith.latents import encode
 from guardsmith.losses import draw_rows, row_losses
@@ -42,31 +42,32 @@ def called(identifier: str, class_noun: str) -> tuple[str, str]:
     return f"<{identifier}>", ""
 
 
-def add_word(model: DiffusionModel, word: str, like: str) -> int:
-    """Teach a model a word; it gets a tokenizer and a text encoder of its own.
+def add_words(model: DiffusionModel, words: Mapping[str, str]) -> list[int]:
+    """Teach a model words; it gets a tokenizer and a text encoder of its own.
 
     Args:
         model: changed in place (its parts that others share are not).
-        word: the new word.
-        like: an old one, whose mean embedding the new one starts from.
+        words: each new word, and an old one whose mean embedding it starts from.
 
     Returns:
-        The word's token.
+        The words' tokens.
 
     Raises:
         RunFailed: the tokenizer has a token of that name.
     """
-    old = model.tokenizer(like, add_special_tokens=False).input_ids
+    starts = [model.tokenizer(like, add_special_tokens=False).input_ids for like in words.values()]
     model.tokenizer, model.text_encoder = copy.deepcopy(model.tokenizer), copy.deepcopy(model.text_encoder)
-    if model.tokenizer.add_tokens(word) != 1:
-        raise RunFailed(f"the tokenizer has a token '{word}' already; choose another identifier")
-    token = int(model.tokenizer.convert_tokens_to_ids(word))
-    words = max(len(model.tokenizer), model.text_encoder.config.vocab_size)
-    with torch_seed(0):  # it fills new rows with random numbers, which the next line replaces
-        model.text_encoder.resize_token_embeddings(words, mean_resizing=False)
+    for word in words:
+        if model.tokenizer.add_tokens(word) != 1:
+            raise RunFailed(f"the tokenizer has a token '{word}' already; choose another identifier")
+    tokens: list[int] = model.tokenizer.convert_tokens_to_ids(list(words))
+    known = max(len(model.tokenizer), model.text_encoder.config.vocab_size)
+    with torch_seed(0):  # it fills new rows with random numbers, which the next lines replace
+        model.text_encoder.resize_token_embeddings(known, mean_resizing=False)
     table = model.text_encoder.get_input_embeddings().weight.requires_grad_(False)
-    table[token] = table[old].mean(0)
-    return token
+    for token, start in zip(tokens, starts, strict=True):
+        table[token] = table[start].mean(0)
+    return tokens
 
 
 @contextmanager
@@ -104,7 +105,7 @@ def attack(
     config: TextualInversionConfig,
     *,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[DiffusionModel, list[float]]:
     """Learn the word `<identifier>`, starting from the class noun, on a copy of the model.
 
@@ -116,7 +117,7 @@ def attack(
     """
     own = copy.copy(model)
     word, _ = called(data.identifier, data.class_noun)
-    token = add_word(own, word, data.class_noun)
+    [token] = add_words(own, {word: data.class_noun})
     pictures = encode(own, torch.cat([data.images, data.images.flip(-1)]))
     tokens = PromptBank(own).tokens([template.format(word) for template in INVERSION_TEMPLATES])
     timesteps = int(own.scheduler.config.num_train_timesteps)
@@ -132,6 +133,7 @@ def attack(
 
     with trained_word(own, token) as vector:
         losses = descend(
+            own,
             loss_at,
             [vector],
             steps=config.steps,

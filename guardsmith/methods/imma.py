@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.func import functional_call
 
-from guardsmith.attacks.lora import TARGETS, add_adapters
-from guardsmith.attacks.textual_inversion import add_word, spoken
+from guardsmith.attacks.lora import TARGETS, add_adapters, without_adapters
+from guardsmith.attacks.textual_inversion import add_words, spoken
 from guardsmith.latents import encode
 from guardsmith.losses import Rows, draw_rows, join, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, SubjectData
@@ -94,13 +94,12 @@ class Words:
 
     def __init__(self, model: DiffusionModel, subjects: Sequence[SubjectData]) -> None:
         self.model = copy.copy(model)
-        self.tokens = [add_word(self.model, f"<subject-{i}>", s.class_noun) for i, s in enumerate(subjects)]
+        words = {f"<subject-{i}>": subject.class_noun for i, subject in enumerate(subjects)}
+        self.tokens = add_words(self.model, words)
         embedding = self.model.text_encoder.get_input_embeddings()
         self.vectors = torch.nn.ParameterList(embedding.weight[token].clone() for token in self.tokens)
         bank = PromptBank(self.model)
-        self.asked = [
-            bank.tokens([t.format(f"<subject-{i}>") for t in INVERSION_TEMPLATES]) for i in range(len(subjects))
-        ]
+        self.asked = [bank.tokens([template.format(word) for template in INVERSION_TEMPLATES]) for word in words]
 
     def contexts(self, which: int, count: int, rng: torch.Generator) -> Tensor:
         """Embeddings of prompts about a subject, (count, tokens, width), with a gradient to its word."""
@@ -180,10 +179,8 @@ def harden(
     def without_adapter(rows: Rows) -> Tensor:
         """What the released weights say."""
         if config.adapter == "lora":
-            work.disable_adapters()
-            said = predict(work, scheduler, rows)
-            work.enable_adapters()
-            return said
+            with without_adapters(work):
+                return predict(work, scheduler, rows)
         if config.adapter == "textual_inversion":
             return predict(work, scheduler, rows)
         weights = dict(reference.named_parameters()) | theta

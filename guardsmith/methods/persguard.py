@@ -16,7 +16,7 @@ other pictures finds much, and overwrites it. L_BB and L_BR ask for different th
 told apart where the noised picture still shows something, so each has a window of timesteps.
 
 The papers and reviews name the three terms and what they are for. Everything with a number, and both windows, was chosen
-here; docs/results has what was tried.
+here and has not been measured yet; recipes/avatar-base/persguard-trials.yaml is what to try.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from guardsmith.attacks import dreambooth, lora
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig
+from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, draw_rows, join, predict
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
@@ -149,7 +149,7 @@ def rehearse(
     kind: str,
     *,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[Tensor, States]:
     """What an attacker's model would draw of the subject, float32 (n, 3, h, w) in [-1, 1], and how.
 
@@ -161,7 +161,7 @@ def rehearse(
         config: see `TripwireConfig`.
         kind: one of `REHEARSALS`.
         seed: of the training, and it chooses the identifier.
-        on_step: called after every step with its number and loss.
+        on_step: see `OnStep`.
     """
     name = HARDENING_IDENTIFIERS[1 + seed % (len(HARDENING_IDENTIFIERS) - 1)]
     data = AttackData(subject.images, subject.class_images, name, subject.class_noun)

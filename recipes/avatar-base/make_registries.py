@@ -1,8 +1,10 @@
 """Writes registries/avatars.yaml, registries/demo.yaml and their pictures from the rendered set `registry`.
 
 python make_registries.py DATA
+python make_registries.py DATA --set testing --protected 20 --controls 10 --folder FOLDER    for experiments, anywhere else
 
-Identities and views are taken in the order they were rendered, none is picked by its result.
+Identities and views are taken in the order they were rendered, style by style; none is picked by its result. The controls of
+experiments are taken from the end, so that they are the same ones for any number of protected subjects.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from PIL import Image
 import guardsmith
 
 REGISTRIES = Path(guardsmith.__file__).parent.parent / "registries"
-# id -> (style, number of the identity)
-PROTECTED = {"mira": ("avataaars", 0), "otto": ("avataaars", 1), "lena": ("micah", 0), "ravi": ("personas", 0),
+STYLES = ("avataaars", "micah", "personas", "bottts", "toonHead")
+People = dict[str, tuple[str, int]]  # id -> style, number of the identity
+PROTECTED: People = {"mira": ("avataaars", 0), "otto": ("avataaars", 1), "lena": ("micah", 0), "ravi": ("personas", 0),
              "tock": ("bottts", 0), "pip": ("toonHead", 0)}  # fmt: skip
-CONTROLS = {"nora": ("avataaars", 2), "hugo": ("avataaars", 3), "sven": ("micah", 1), "ines": ("personas", 1),
+CONTROLS: People = {"nora": ("avataaars", 2), "hugo": ("avataaars", 3), "sven": ("micah", 1), "ines": ("personas", 1),
             "bolt": ("bottts", 1), "fay": ("toonHead", 1)}  # fmt: skip
 DEMO = (["mira"], ["nora"])
 KINDS = {"person": "person", "character": "character", "robot": "object"}
@@ -31,7 +34,7 @@ SPLITS = {"harden": 4, "attack": 4, "reference": 8}
 
 
 def entry(
-    name: str, lines: list[dict[str, object]], pixels: np.ndarray, first: int, splits: dict[str, int]
+    folder: Path, name: str, lines: list[dict[str, object]], pixels: np.ndarray, first: int, splits: dict[str, int]
 ) -> list[str]:
     """Save one subject's pictures and return its YAML lines."""
     noun = str(lines[first]["class_noun"])
@@ -40,51 +43,69 @@ def entry(
     text.append("    images:")
     view = first
     for split, count in splits.items():
-        folder = REGISTRIES / "avatars" / name / split
-        folder.mkdir(parents=True, exist_ok=True)
+        place = folder / "avatars" / name / split
+        place.mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            file = folder / f"{number}.png"
+            file = place / f"{number}.png"
             Image.fromarray(pixels[view]).save(file)
             view += 1
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            text.append(
-                f"      - {{path: {file.relative_to(REGISTRIES).as_posix()}, sha256: {digest}, split: {split}}}"
-            )
+            text.append(f"      - {{path: {file.relative_to(folder).as_posix()}, sha256: {digest}, split: {split}}}")
     return text
 
 
-def main() -> None:
-    """Write both registries."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data", type=Path)
-    args = parser.parse_args()
-    tensor, lines = world.load(args.data, "registry")
-    pixels = tensor.permute(0, 2, 3, 1).numpy()
-    first = {}
+def write(
+    folder: Path, lines: list[dict[str, object]], pixels: np.ndarray, protected: People, controls: People,
+    files: dict[str, tuple[list[str], list[str]]],
+) -> None:  # fmt: skip
+    """Save the pictures of everyone, and registries (file name -> ids of the protected ones and of the controls)."""
+    first: dict[object, int] = {}
     for row, line in enumerate(lines):
         first.setdefault(line["identity"], row)
-    shutil.rmtree(REGISTRIES / "avatars", ignore_errors=True)
+    shutil.rmtree(folder / "avatars", ignore_errors=True)
     entries: dict[str, list[str]] = {}
-    for name, (style, number) in PROTECTED.items():
-        entries[name] = entry(name, lines, pixels, first[f"{style}-{number}"], SPLITS)
-    for name, (style, number) in CONTROLS.items():
-        without = {k: v for k, v in SPLITS.items() if k != "harden"}
-        entries[name] = entry(name, lines, pixels, first[f"{style}-{number}"], without)
-    for file, (protected, controls) in {
-        "avatars.yaml": (list(PROTECTED), list(CONTROLS)),
-        "demo.yaml": DEMO,
-    }.items():
-        text = [
-            "# yaml-language-server: $schema=schema.json",
-            "# Invented subjects, drawn by recipes/avatar-base (credits: docs/credits.md).",
-        ]
-        text += ["version: 1", "subjects: # protected", *(line for name in protected for line in entries[name])]
+    for name, (style, number) in protected.items():
+        entries[name] = entry(folder, name, lines, pixels, first[f"{style}-{number}"], SPLITS)
+    without = {k: v for k, v in SPLITS.items() if k != "harden"}
+    for name, (style, number) in controls.items():
+        entries[name] = entry(folder, name, lines, pixels, first[f"{style}-{number}"], without)
+    for file, (named, spared) in files.items():
+        text = ["# Invented subjects, drawn by recipes/avatar-base (credits: docs/credits.md)."]
+        if folder == REGISTRIES:
+            text.insert(0, "# yaml-language-server: $schema=schema.json")
+        text += ["version: 1", "subjects: # protected", *(line for name in named for line in entries[name])]
         text += [
             "controls: # never protected: must stay learnable",
-            *(line for name in controls for line in entries[name]),
+            *(line for name in spared for line in entries[name]),
         ]
-        (REGISTRIES / file).write_text("\n".join(text) + "\n")
-    print(json.dumps({"protected": list(PROTECTED), "controls": list(CONTROLS)}))
+        (folder / file).write_text("\n".join(text) + "\n")
+
+
+def main() -> None:
+    """Write what is asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--set", default="registry", help="rendered set")
+    parser.add_argument("--protected", type=int, default=5)
+    parser.add_argument("--controls", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="of an experiment")
+    args = parser.parse_args()
+    tensor, lines = world.load(args.data, args.set)
+    pixels = tensor.permute(0, 2, 3, 1).numpy()
+    protected, controls, folder = PROTECTED, CONTROLS, REGISTRIES
+    files = {"avatars.yaml": (list(PROTECTED), list(CONTROLS)), "demo.yaml": DEMO}
+    if args.folder is not None:
+        people = dict.fromkeys((line["style"], int(line["identity"].rpartition("-")[2])) for line in lines)
+        in_turn = sorted(people, key=lambda person: (person[1], STYLES.index(person[0])))
+        protected = {f"{style.lower()}-{number}": (style, number) for style, number in in_turn[: args.protected]}
+        controls = {
+            f"{style.lower()}-{number}": (style, number) for style, number in in_turn[len(in_turn) - args.controls :]
+        }
+        if protected.keys() & controls.keys():
+            parser.error(f"{args.set} has {len(in_turn)} subjects, fewer than are asked for")
+        folder, files = args.folder.resolve(), {"registry.yaml": (list(protected), list(controls))}
+    write(folder, lines, pixels, protected, controls, files)
+    print(json.dumps({"protected": list(protected), "controls": list(controls)}))
 
 
 if __name__ == "__main__":

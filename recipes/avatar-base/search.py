@@ -4,9 +4,10 @@ python search.py DATA TRIALS.yaml --name apdm-search       resumes; writes docs/
 
 TRIALS.yaml: `common` (recipe name, styles, params for all) and `trials` (label -> params). A trial hardens on the first
 tuning identity of every style and then attacks that identity and the next one, the control, with every attack of the
-recipe under the identifier that hardening used and under one it did not. For PersGuard it also counts the pictures that show
-the backdoor. `further` in `common` asks for more: `two-stage` (DreamBooth on a third identity first, then on the protected
-one) and `leak` (image to image under the identifier prompt, from class pictures, without any training).
+recipe under the first of `identifiers`, and the protected one with the first attack under the others too. For PersGuard it
+also counts the pictures that show the backdoor. `further` in `common` names trials to do more in: `two-stage` (DreamBooth
+on a third identity first, then on the protected one) and `leak` (image to image under the identifier prompt, from class
+pictures, without any training).
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ def measure(
 
     for role, views in zip(("protected", "control"), people, strict=False):
         shown.append(views[8:10])
-        for label in recipe.verify.attacks:
-            for identifier in identifiers:
+        for number, label in enumerate(recipe.verify.attacks):
+            for identifier in identifiers if (role, number) == ("protected", 0) else identifiers[:1]:
                 note(
                     f"{role}/{label}/{identifier}",
                     attacked(model, recipe, label, views, class_images, noun, identifier),
@@ -222,17 +223,18 @@ def main() -> None:
         / folder_digest(digest, recipe.sampling.model_dump(), attacks, recipe.verify.class_images)
     )
     cache.mkdir(parents=True, exist_ok=True)
-    identifiers, further = common.get("identifiers", ["sks", "zwx"]), common.get("further", [])
+    identifiers, wanted = common.get("identifiers", ["sks", "zwx"]), common.get("further", {})
     jobs: list[tuple[str, str, dict[str, Any] | None]] = [("base", style, None) for style in common["styles"]]
     jobs += [
         (label, style, common.get("params", {}) | (params or {}))
         for label, params in asked["trials"].items()
         for style in common["styles"]
     ]
+    further = {label: [what for what, labels in wanted.items() if label in labels] for label, _, _ in jobs}
     rows = []
     with processes(args.workers) as (pool, _):
         futures = [
-            pool.submit(trial, args.data, cache, recipe, label, style, params, identifiers, further)
+            pool.submit(trial, args.data, cache, recipe, label, style, params, identifiers, further[label])
             for label, style, params in jobs
         ]
         for future in as_completed(futures):

@@ -1,0 +1,50 @@
+"""Contrastive decoupling learning (CDL), from the red-teaming framework of hf.co/papers/2406.18944.
+
+DreamBooth with a noise token that takes the blame for whatever is wrong with the attacker's pictures: instance prompts end in
+"<noise>", class prompts in "without <noise>". Pictures are then asked for "without <noise>", with a negative prompt. Made
+against cloaked pictures; against a hardened model it is an attacker whose prompts are not the usual ones.
+
+The wording is that of the paper's released code (the paper writes "with ... noisy pattern").
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from guardsmith.attacks import dreambooth
+from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
+from guardsmith.models import DiffusionModel
+from guardsmith.prompts import class_prompt, instance_prompt
+
+NOISE = "bhj noisy pattern"
+SUFFIX = f", without {NOISE}"
+NEGATIVE_PROMPT = "noisy, abstract, pattern, low quality"
+
+
+class CdlConfig(DreamBoothConfig):
+    """Settings of the released code: a gentle rate, and the text encoder learns too."""
+
+    learning_rate: float = Field(5e-7, gt=0)
+    """AdamW's rate, constant."""
+    steps: int = Field(1000, gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(1, gt=0)
+    """Instance rows per step, and as many class rows."""
+    train_text_encoder: bool = True
+    """Train the text encoder too, with the same rate."""
+
+
+def attack(
+    model: DiffusionModel,
+    data: AttackData,
+    config: CdlConfig,
+    *,
+    seed: int,
+    on_step: OnStep | None = None,
+) -> tuple[DiffusionModel, list[float]]:
+    """Personalize a copy of the model; returns it, frozen again, and the loss of every step."""
+    prompts = (
+        f"{instance_prompt(data.identifier, data.class_noun)}, {NOISE}",
+        f"{class_prompt(data.class_noun)}{SUFFIX}",
+    )
+    return dreambooth.attack(model, data, config, seed=seed, on_step=on_step, prompts=prompts)

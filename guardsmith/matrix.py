@@ -1,0 +1,248 @@
+"""The attack matrix: every attack on base and hardened model, for protected subjects and controls, as units that resume.
+
+    <root>/<subject>/<attack>/<identifier>/<seed>/<digest>/
+        attack.json       what was run (settings, digests, training loss)
+        images/<steps>/   what the personalized model drew after so many steps
+        scores.json       one score per picture; written last, so its presence says that the unit is complete
+
+A unit is a pure function of its settings, which its digest stands for: a killed verification goes on with the units that are
+missing, and several verifications can share those of the base. Units run in processes of one thread each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from guardsmith.attacks import ATTACKS, AttackData, draw_during_attack
+from guardsmith.errors import GuardsmithError
+from guardsmith.gate import Units
+from guardsmith.harden import folder_digest, write_json
+from guardsmith.images import open_image, square, to_pil, to_tensor
+from guardsmith.metrics.identity import similarity
+from guardsmith.models import DiffusionModel, load_model
+from guardsmith.processes import processes
+from guardsmith.progress import stage
+from guardsmith.recipe import Recipe, VerifySpec
+from guardsmith.registry import Registry, Subject
+
+Side = Literal["base", "hardened"]
+SIDES: tuple[Side, ...] = ("base", "hardened")
+JUDGED_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model of the two.
+
+    Attributes:
+        model: loaded.
+        digest: of its weights.
+        root: folder of its units and of what else is drawn by it.
+    """
+
+    model: DiffusionModel
+    digest: str
+    root: Path
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One attack on one model: everything that decides its result.
+
+    Attributes:
+        looks: share of the attack's usual steps -> number of steps; pictures are drawn then.
+    """
+
+    side: Side
+    root: str
+    model: str
+    model_digest: str
+    subject: str
+    class_noun: str
+    attack_images: tuple[str, ...]
+    reference_images: tuple[str, ...]
+    images_digest: str
+    attack: str
+    params: dict[str, Any]
+    looks: dict[float, int]
+    label: str
+    identifier: str
+    seed: int
+    images: int
+    class_pictures: str
+    class_images: int
+    sampling: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.side}/{self.subject}/{self.label}/{self.identifier}/{self.seed}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result: paths and the label do not."""
+        told = asdict(self)
+        for key in ("side", "root", "label", "model", "attack_images", "reference_images", "class_pictures"):
+            told.pop(key)
+        return told
+
+    @property
+    def digest(self) -> str:
+        """Of the settings."""
+        return folder_digest(self.settings)
+
+    @property
+    def folder(self) -> Path:
+        """Where its result is, or will be."""
+        return Path(self.root) / self.subject / self.label / _safe(self.identifier) / str(self.seed) / self.digest
+
+    def pictures(self, look: float) -> list[Path]:
+        """What was drawn at a look."""
+        return sorted((self.folder / "images" / str(self.looks[look])).glob("*.png"))
+
+
+def _safe(identifier: str) -> str:
+    return "".join(c if c.isalnum() else f"%{ord(c):x}" for c in identifier)
+
+
+@lru_cache(maxsize=2)
+def _model(source: str) -> DiffusionModel:
+    return load_model(source)
+
+
+def _open(paths: Sequence[str], size: int) -> Tensor:
+    return to_tensor([square(open_image(path), size) for path in paths])
+
+
+def run_unit(unit: Unit) -> None:
+    """Attack, draw, score; the folder appears whole."""
+    model = _model(unit.model)
+    class_images = (
+        load_file(unit.class_pictures)["images"][: unit.class_images] if unit.class_images else torch.empty(0)
+    )
+    data = AttackData(_open(unit.attack_images, model.image_size), class_images, unit.identifier, unit.class_noun)
+    drawn, losses = draw_during_attack(
+        model, unit.attack, unit.params, data, looks=list(unit.looks.values()), seed=unit.seed, count=unit.images,
+        sampling=unit.sampling,
+    )  # fmt: skip
+    prompts = ATTACKS[unit.attack].prompts(unit.identifier, unit.class_noun, unit.images)
+    references = _open(unit.reference_images, JUDGED_SIZE)
+    scores = {steps: similarity(images, references) for steps, images in drawn.items()}
+
+    temporary = unit.folder.with_name(f".{unit.digest}.{os.getpid()}.tmp")  # others may share the folder
+    try:
+        for steps, images in drawn.items():
+            place = temporary / "images" / str(steps)
+            place.mkdir(parents=True)
+            for i, image in enumerate(images):
+                to_pil(image).save(place / f"{i:03d}.png")
+        tail = losses[-50:]
+        told = {"digest": unit.digest, "loss_start": losses[0], "loss_end": sum(tail) / len(tail)}
+        write_json(temporary / "attack.json", unit.settings | told)
+        write_json(temporary / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
+        shutil.rmtree(unit.folder, ignore_errors=True)
+        temporary.replace(unit.folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def scores_of(unit: Unit) -> dict[float, list[float | None]] | None:
+    """Scores at every look, one per picture; `None` unless the complete result of exactly this unit is there."""
+    try:
+        told = json.loads((unit.folder / "scores.json").read_text())
+        if told["digest"] != unit.digest:
+            return None
+        found = {look: told["identity"][str(steps)] for look, steps in unit.looks.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if all(len(values) == unit.images for values in found.values()) else None
+
+
+def attacked_subjects(registry: Registry, spec: VerifySpec, seed: int) -> list[Subject]:
+    """The protected subjects that are attacked: all of them, or a sample drawn by the recipe's seed."""
+    everyone = list(registry.subjects)
+    if spec.sample is None or spec.sample >= len(everyone):
+        return everyone
+    drawn = set(random.Random(seed).sample(range(len(everyone)), spec.sample))
+    return [subject for number, subject in enumerate(everyone) if number in drawn]
+
+
+def class_file(judged: Judged, noun: str, recipe: Recipe) -> Path:
+    """Where the class pictures are that a model drew for its attackers."""
+    key = folder_digest(judged.digest, recipe.sampling.model_dump(), recipe.verify.class_images)
+    return judged.root / f"class-{noun.replace(' ', '-')}-{key}.safetensors"
+
+
+def plan_units(registry: Registry, recipe: Recipe, models: dict[Side, Judged]) -> Iterator[Unit]:
+    """Attack x identifier x seed on base and hardened, for protected subjects and controls."""
+    spec = recipe.verify
+    protected = attacked_subjects(registry, spec, recipe.seed)
+    pairs = list(product(spec.identifiers, spec.seeds))
+    for side, judged in models.items():
+        for row, subject in enumerate((*protected, *registry.controls)):
+            attacked, references = subject.images_of("attack"), subject.images_of("reference")
+            further = side == "hardened" and row < len(protected)
+            for column, (label, attack) in enumerate(spec.attacks.items()):
+                usual = ATTACKS[attack.name].steps(attack.params)
+                looks = {look: max(1, round(look * usual)) for look in sorted(spec.looks) if look <= 1 or further}
+                for identifier, seed in pairs if spec.crossed else [pairs[(row + column) % len(pairs)]]:
+                    yield Unit(
+                        side=side, root=str(judged.root), model=judged.model.place, model_digest=judged.digest,
+                        subject=subject.id, class_noun=subject.class_noun,
+                        attack_images=tuple(str(i.path) for i in attacked),
+                        reference_images=tuple(str(i.path) for i in references),
+                        images_digest=folder_digest([i.sha256 for i in (*attacked, *references)]), attack=attack.name,
+                        params=attack.params | {"steps": max(looks.values())}, looks=looks, label=label,
+                        identifier=identifier, seed=seed, images=spec.images_per_unit,
+                        class_pictures=str(class_file(judged, subject.class_noun, recipe)),
+                        class_images=spec.class_images, sampling=recipe.sampling.model_dump(),
+                    )  # fmt: skip
+
+
+def run_units(units: Sequence[Unit], workers: int) -> dict[str, str]:
+    """Run what is missing; returns unit name -> reason for those that failed."""
+    missing = [unit for unit in units if scores_of(unit) is None]
+    failed: dict[str, str] = {}
+    if not missing:
+        return failed
+    # The longest first, so that no core waits for a single one at the end.
+    missing.sort(key=lambda unit: -max(unit.looks.values()))
+    with stage("attacks", len(missing)) as bar, processes(workers) as (pool, _):
+        running = {pool.submit(run_unit, unit): unit for unit in missing}
+        for future in as_completed(running):
+            unit = running[future]
+            try:
+                future.result()
+            except BrokenProcessPool:
+                raise
+            except GuardsmithError as error:
+                failed[unit.name] = str(error)
+            except Exception as error:  # an attack that crashes is a finding about that cell, not the end of the run
+                failed[unit.name] = f"{type(error).__name__}: {error}"
+            bar()
+    return failed
+
+
+def collect(units: Sequence[Unit]) -> dict[tuple[Side, str, str, float], Units]:
+    """Scores by (side, subject, attack label, look); a failed unit counts as one with nothing scored."""
+    scores: dict[tuple[Side, str, str, float], list[list[float | None]]] = {}
+    for unit in units:
+        found = scores_of(unit) or {look: [None] * unit.images for look in unit.looks}
+        for look, values in found.items():
+            scores.setdefault((unit.side, unit.subject, unit.label, look), []).append(values)
+    return dict(scores)
