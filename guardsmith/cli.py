@@ -413,6 +413,37 @@ def run(
     raise typer.Exit(report["exit_code"])
 
 
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Verified outputs (or their report.json), a column each.")
+    ],
+    control: Annotated[float, typer.Option(help="Share of the base's similarity that controls have to keep.")] = 0.95,
+    fidelity: Annotated[float, typer.Option(help="How much of the prompt fidelity may be lost.")] = 0.02,
+    steps: Annotated[float, typer.Option(help="How many times the base's steps an attack should need.")] = 10.0,
+    svg: Annotated[Path | None, typer.Option(help="Save the table as a picture too.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Put several verified hardenings side by side; what falls short is red."""
+    from guardsmith.compare import as_markdown, compare_runs
+
+    table, told = compare_runs(runs, control=control, fidelity=fidelity, steps=steps)
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    elif markdown:
+        typer.echo(as_markdown(told), nl=False)
+    else:
+        from guardsmith.report import print_table
+
+        print_table(table, 60 + 44 * len(runs))
+    if svg is not None:
+        from guardsmith.report import save_table
+
+        save_table(table, 60 + 44 * len(runs), svg)
+        say(f"wrote {svg}")
+
+
 @app.command("list")
 def list_table(
     what: Annotated[str, typer.Argument(metavar="methods|attacks|recipes", help="Which table.")],

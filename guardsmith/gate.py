@@ -75,6 +75,16 @@ def calibration() -> dict[str, Levels]:
     return {noun: Levels(**levels) for noun, levels in data["classes"].items()}
 
 
+def half_way(levels: Levels, usual: float | None = None) -> float:
+    """The similarity from which a subject counts as learnt: half-way from chance to what the attack usually reaches.
+
+    Args:
+        levels: of its class.
+        usual: what the attack reaches on the base; two pictures of one subject, where that is not known.
+    """
+    return levels.chance + ((levels.genuine if usual is None else usual) - levels.chance) / 2
+
+
 def _resampled_means(units: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """Bootstrap over units, then over the pictures of each drawn unit; (RESAMPLES,) means."""
     means = np.empty((RESAMPLES, len(units)))

@@ -263,7 +263,7 @@ def read_record(record: Path) -> dict[str, Any]:
         UserError: it is not JSON, or lacks one.
     """
     needed = ("base", "base_revision", "base_digest", "model_digest", "registry_digest", "method", "params", "seed",
-              "subjects")  # fmt: skip
+              "subjects", "seconds", "unet_forward_equivalents")  # fmt: skip
     try:
         told = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -57,6 +57,12 @@ def join(*parts: Rows) -> Rows:
     )
 
 
+def cut(rows: Rows, size: int) -> list[Rows]:
+    """The rows in batches of at most `size`."""
+    parts = [[None] * -(-len(rows) // size) if p is None else p.split(size) for p in vars(rows).values()]
+    return [Rows(*part) for part in zip(*parts, strict=True)]
+
+
 def draw_rows(
     latents: Tensor, context: Tensor, generator: torch.Generator, *, timesteps: Tensor | None = None, steps: int = 1000
 ) -> Rows:

@@ -3,7 +3,9 @@
     <root>/<subject>/<attack>/<identifier>/<seed>/<digest>/
         attack.json       what was run (settings, digests, training loss)
         images/<steps>/   what the personalized model drew after so many steps
-        scores.json       one score per picture; written last, so its presence says that the unit is complete
+        scores.json       one score per picture and look; written last, so its presence says that the unit is complete
+
+An attack that goes on beyond its usual steps ends once it has learnt the subject: nobody trains on for worse.
 
 A unit is a pure function of its settings, which its digest stands for: a killed verification goes on with the units that are
 missing, and several verifications can share those of the base. Units run in processes of one thread each.
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from guardsmith.attacks import ATTACKS, AttackData, draw_during_attack
 from guardsmith.errors import GuardsmithError
-from guardsmith.gate import Units
+from guardsmith.gate import Units, calibration, half_way, interval
 from guardsmith.harden import folder_digest, write_json
 from guardsmith.images import open_image, square, to_pil, to_tensor
 from guardsmith.metrics.identity import similarity
@@ -112,8 +114,9 @@ class Unit:
         return Path(self.root) / self.subject / self.label / _safe(self.identifier) / str(self.seed) / self.digest
 
     def pictures(self, look: float) -> list[Path]:
-        """What was drawn at a look."""
-        return sorted((self.folder / "images" / str(self.looks[look])).glob("*.png"))
+        """What was drawn at a look, or at the end of an attack that succeeded before."""
+        drawn = [folder for folder in (self.folder / "images").glob("*") if int(folder.name) <= self.looks[look]]
+        return sorted(max(drawn, key=lambda folder: int(folder.name)).glob("*.png")) if drawn else []
 
 
 def _safe(identifier: str) -> str:
@@ -136,13 +139,20 @@ def run_unit(unit: Unit) -> None:
         load_file(unit.class_pictures)["images"][: unit.class_images] if unit.class_images else torch.empty(0)
     )
     data = AttackData(_open(unit.attack_images, model.image_size), class_images, unit.identifier, unit.class_noun)
+    references = _open(unit.reference_images, JUDGED_SIZE)
+    scores: dict[int, list[float | None]] = {}
+    learnt = half_way(calibration()[unit.class_noun])
+
+    def enough(steps: int, images: Tensor) -> bool:
+        scores[steps] = similarity(images, references)
+        reached = interval([scores[steps]])
+        return steps >= unit.looks[1] and reached is not None and reached.mean >= learnt
+
     drawn, losses = draw_during_attack(
         model, unit.attack, unit.params, data, looks=list(unit.looks.values()), seed=unit.seed, count=unit.images,
-        sampling=unit.sampling,
+        sampling=unit.sampling, enough=enough,
     )  # fmt: skip
     prompts = ATTACKS[unit.attack].prompts(unit.identifier, unit.class_noun, unit.images)
-    references = _open(unit.reference_images, JUDGED_SIZE)
-    scores = {steps: similarity(images, references) for steps, images in drawn.items()}
 
     temporary = unit.folder.with_name(f".{unit.digest}.{os.getpid()}.tmp")  # others may share the folder
     try:
@@ -152,7 +162,9 @@ def run_unit(unit: Unit) -> None:
             for i, image in enumerate(images):
                 to_pil(image).save(place / f"{i:03d}.png")
         tail = losses[-50:]
-        told = {"digest": unit.digest, "loss_start": losses[0], "loss_end": sum(tail) / len(tail)}
+        told = {
+            "digest": unit.digest, "loss_start": losses[0], "loss_end": sum(tail) / len(tail), "steps_taken": len(losses)
+        }  # fmt: skip
         write_json(temporary / "attack.json", unit.settings | told)
         write_json(temporary / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
         shutil.rmtree(unit.folder, ignore_errors=True)
@@ -162,12 +174,18 @@ def run_unit(unit: Unit) -> None:
 
 
 def scores_of(unit: Unit) -> dict[float, list[float | None]] | None:
-    """Scores at every look, one per picture; `None` unless the complete result of exactly this unit is there."""
+    """Scores at every look, one per picture; `None` unless the complete result of exactly this unit is there.
+
+    Looks after the end of an attack that succeeded early have the scores of its end.
+    """
     try:
         told = json.loads((unit.folder / "scores.json").read_text())
         if told["digest"] != unit.digest:
             return None
-        found = {look: told["identity"][str(steps)] for look, steps in unit.looks.items()}
+        looks, last = told["identity"], max(map(int, told["identity"]))
+        if last < unit.looks[1]:
+            return None
+        found = {look: looks[str(min(steps, last))] for look, steps in unit.looks.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if all(len(values) == unit.images for values in found.values()) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,17 @@ def sample_prompts(identifier: str, class_noun: str, count: int) -> list[str]:
     return [instance_prompt(identifier, class_noun, SAMPLE_TEMPLATES[i % len(SAMPLE_TEMPLATES)]) for i in range(count)]
 
 
+def _spelt_out(prompt: str, tokenizer: Any) -> str:
+    known = tokenizer.get_added_vocab()
+    for word in [word for word in known if f"{word}_1" in known and word in prompt]:
+        parts, number = [word], 1
+        while f"{word}_{number}" in known:
+            parts.append(f"{word}_{number}")
+            number += 1
+        prompt = prompt.replace(word, " ".join(parts))
+    return prompt
+
+
 class PromptBank:
     """Embeddings of prompts under one frozen text encoder, each computed once.
 
@@ -76,9 +88,12 @@ class PromptBank:
         self._known: dict[str, Tensor] = {}
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids, int64 (n, model_max_length): padded to the full length, truncated, no attention mask."""
+        """Token ids, int64 (n, model_max_length): padded to the full length, truncated, no attention mask.
+
+        A learnt word with several vectors ("<sks>" with "<sks>_1" ...) is spelt out, as diffusers' pipelines do.
+        """
         batch = self.model.tokenizer(
-            list(prompts),
+            [_spelt_out(prompt, self.model.tokenizer) for prompt in prompts],
             padding="max_length",
             max_length=self.model.tokenizer.model_max_length,
             truncation=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,21 @@ def save_grid(
             y += TILE + 2
         y += 8
     sheet.save(path)
+
+
+def print_table(table: Table, width: int) -> None:
+    """On stdout; a file or a CI log gets whole lines."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = width
+    console.print(table)
+
+
+def save_table(table: Table, width: int, path: Path) -> None:
+    """As a picture (SVG) with its colours."""
+    console = Console(record=True, width=width, file=io.StringIO())
+    console.print(table)
+    path.write_text(console.export_svg(title="guardsmith"), encoding="utf-8")
 
 
 def print_report(report: dict[str, Any], root: Path) -> None:

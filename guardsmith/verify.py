@@ -25,6 +25,7 @@ from guardsmith.gate import (
     check_learnt,
     check_protected,
     check_utility,
+    half_way,
     interval,
     verdict,
 )
@@ -48,6 +49,9 @@ from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_pro
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry
 from guardsmith.report import print_report, save_grid
+
+RECORDED = ("base", "base_digest", "model_digest", "registry_digest", "method", "params", "seed", "seconds",
+            "unet_forward_equivalents")  # fmt: skip
 
 
 def measure_ordinary(models: dict[Side, Judged], recipe: Recipe) -> dict[str, float | None]:
@@ -126,14 +130,16 @@ def steps_to_break(
     looks = {(unit.side, unit.subject, unit.label): unit.looks for unit in units}
     found = []
     for subject, label, noun in dict.fromkeys((u.subject, u.label, u.class_noun) for u in units if max(u.looks) > 1):
-        usual, chance = intervals["base", subject, label, 1], calibration()[noun].chance
+        usual = intervals["base", subject, label, 1]
         told: dict[str, Any] = {"subject": subject, "attack": label}
         told["tried"] = max(looks["hardened", subject, label].values())
         for side in SIDES:
             reached = []
             for look, steps in looks[side, subject, label].items():
                 level = intervals[side, subject, label, look]
-                if usual is not None and level is not None and level.mean >= chance + (usual.mean - chance) / 2:
+                if usual is None or level is None or usual.mean <= calibration()[noun].chance_high:
+                    continue  # unscored, or an attack that learns nothing on the base
+                if level.mean >= half_way(calibration()[noun], usual.mean):
                     reached.append(steps)
             told[side] = min(reached, default=None)
         found.append(told)
@@ -228,12 +234,15 @@ def verify(
         ],
         "steps_to_break": steps_to_break(units, intervals),
         "attacked": {"protected": len(attacked), "of": len(registry.subjects), "controls": len(registry.controls)},
+        "subjects": [
+            {"id": subject.id, "class_noun": subject.class_noun, "role": role}
+            for role, group in (("protected", attacked), ("control", registry.controls))
+            for subject in group
+        ],
         "utility": utility,
         "failed_units": failed,
         "calibration": {noun: level._asdict() for noun, level in calibration().items()},
-        "hardening": {
-            k: told[k] for k in ("base", "base_digest", "model_digest", "registry_digest", "method", "params", "seed")
-        },
+        "hardening": {k: told[k] for k in RECORDED},
         "recipe": recipe.model_dump(mode="json", exclude={"subjects"}),
         "run": run_info(),
     }

@@ -187,6 +187,21 @@ def test_looks_on_the_way_do_not_disturb_the_attack(tiny_v, name):
     assert not torch.equal(looks[1], looks[3])
 
 
+def test_an_attack_ends_once_it_has_enough(tiny_v):
+    asked = []
+
+    def enough(steps, images):
+        asked.append((steps, len(images)))
+        return steps == 3
+
+    params = {"steps": 9, "batch_size": 1, "learning_rate": 1e-2}
+    fixed = {"seed": 0, "count": 2, "sampling": {"steps": 2}}
+    looks, losses = draw_during_attack(tiny_v, "lora", params, make_data(), looks=[1, 3, 5], enough=enough, **fixed)
+    assert asked == [(1, 2), (3, 2)]
+    assert list(looks) == [1, 3]
+    assert len(losses) == 3
+
+
 def without_adapters(module):
     """The weights under the names they have without adapters."""
     return {name.replace(".base_layer", ""): value for name, value in weights(module).items() if "lora_" not in name}
@@ -397,6 +412,22 @@ def test_one_step_of_textual_inversion_by_hand(tiny_v):
     found = own.text_encoder.get_input_embeddings().weight[token]
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, row, atol=5e-3)
+
+
+def test_a_word_of_several_vectors(tiny_v):
+    """Every prompt with the word has them all, in order; they start alike and part."""
+    data, config = make_data(), TextualInversionConfig(learning_rate=1e-2, steps=4, batch_size=2, vectors=3)
+    own, _ = textual_inversion.attack(tiny_v, data, config, seed=0)
+    first = tiny_v.text_encoder.config.vocab_size
+    asked = PromptBank(own).tokens(["a photo of <sks>, a photo"])[0].tolist()
+    at = asked.index(first)
+    assert asked[at : at + 3] == [first, first + 1, first + 2]
+    assert asked[at + 3 :] == PromptBank(tiny_v).tokens([", a photo"])[0].tolist()[1 : len(asked) - at - 2]
+    table = own.text_encoder.get_input_embeddings().weight
+    assert len({tuple(row) for row in table[first : first + 3].tolist()}) == 3
+    assert torch.equal(old_rows(own, tiny_v), old_rows(tiny_v, tiny_v))
+    one, _ = textual_inversion.attack(tiny_v, data, config.model_copy(update={"vectors": 1}), seed=0)
+    assert len(table) == len(one.text_encoder.get_input_embeddings().weight) + 2
 
 
 def test_textual_inversion_under_another_name_is_another_run(tiny_v):

@@ -24,6 +24,7 @@ from guardsmith.methods.tripwire import (
     Others,
     Sway,
     TripwireConfig,
+    first_readouts,
     harden,
     listen,
     put_state,
@@ -427,6 +428,30 @@ def test_one_silent_token_is_a_miss_and_one_loud_token_a_false_alarm():
     assert recognition_loss(torch.cat([loud, -mixed]), torch.cat([yes, no]), 4.0)[1] > 5
 
 
+def test_first_readouts_are_weighted_ridge_regression():
+    """Against the normal equations of a table with every row written out as often as it weighs."""
+    rng = generator(3)
+    tokens, margin = torch.randn(6, 2, 4, generator=rng), 3.0
+    wanted = torch.zeros(6, 2, dtype=torch.bool)
+    wanted[0, 0] = wanted[1, 0] = wanted[2, 1] = True
+    found = first_readouts(tokens, wanted, margin)
+    for subject, (mine, others) in enumerate((([0, 0, 1, 1], [2, 3, 4, 5]), ([2] * 5, [0, 1, 3, 4, 5]))):
+        table = tokens[mine + others].flatten(0, 1).double()
+        targets = torch.cat([torch.full((2 * len(rows),), sign * margin) for rows, sign in ((mine, 1), (others, -1))])
+        gram = table.T @ table / len(table)
+        gram += 0.1 * gram.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+        expected = torch.linalg.solve(gram, table.T @ targets.double() / len(table))
+        assert torch.allclose(found[subject].double(), expected, atol=1e-5)
+
+
+def test_first_readouts_do_not_depend_on_how_many_others_there_are():
+    tokens = torch.randn(4, 3, 5, generator=generator(4))
+    wanted = torch.tensor([[True], [False], [False], [False]])
+    often = torch.cat([tokens, *[tokens[1:]] * 9])
+    more = torch.cat([wanted, *[wanted[1:]] * 9])
+    assert torch.allclose(first_readouts(tokens, wanted, 4.0), first_readouts(often, more, 4.0), atol=1e-4)
+
+
 def test_variations_keeps_the_originals_and_the_range():
     images = pictures(3)
     found = variations(images, 4, generator(0))
@@ -435,7 +460,28 @@ def test_variations_keeps_the_originals_and_the_range():
     assert -1 <= found.min() <= found.max() <= 1
     shifts = (found[3:] - images.repeat(4, 1, 1, 1)).abs().mean((1, 2, 3))
     assert shifts.min() > 0
-    assert shifts.max() < 0.45, "a small change, not another picture"
+    assert shifts.max() < 0.8
+
+
+def test_half_of_the_variations_are_mirrored():
+    """A picture that is bright on the left stays so, or is bright on the right, and is never turned on its head."""
+    image = torch.full((1, 3, 64, 64), -1.0)
+    image[..., :32] = 1.0
+    found = variations(image, 200, generator(0))[1:].mean(1)
+    left = found[:, :, :16].mean((1, 2)) > found[:, :, -16:].mean((1, 2)) + 1
+    right = found[:, :, -16:].mean((1, 2)) > found[:, :, :16].mean((1, 2)) + 1
+    assert (left | right).all()
+    assert 70 < left.sum() < 130
+
+
+def test_variations_of_a_disc_are_moved_and_zoomed_but_not_sheared():
+    across = torch.linspace(-1, 1, 64)
+    disc = ((across[:, None] ** 2 + across**2).sqrt() < 0.5).float() * 2 - 1
+    found = variations(disc.expand(1, 3, 64, 64), 50, generator(1))[1:].mean(1)
+    lit = found > (found.amin((1, 2), keepdim=True) + found.amax((1, 2), keepdim=True)) / 2
+    wide, high = lit.any(1).sum(1), lit.any(2).sum(1)
+    assert (wide - high).abs().max() <= 2
+    assert 27 <= wide.min() < 32 < wide.max() <= 37
 
 
 def plain_latents(model, images, batch=16):
@@ -496,6 +542,8 @@ def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, tmp_path, 
     save_checkpoint(state, finished_state(saved), {})
     second = replace(make_subject("tom", "robot", 10), class_images=subject.class_images)
     short = config.model_copy(update={"steps": 1, "learning_rate": 1e-9, "readout_learning_rate": 1e-9})
+    blank = lambda tokens, wanted, margin: torch.zeros(wanted.shape[1], tokens.shape[2])  # noqa: E731
+    monkeypatch.setattr(tripwire, "first_readouts", blank)  # so that only the earlier run can have taught the first one
     unseen, found = pictures(3, 9) * 0.3 + 0.6, {}
     for start in (None, state):
         both, _ = harden(tiny_v, [subject, second], ordinary, short, seed=1, start=start)

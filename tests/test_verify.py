@@ -191,6 +191,28 @@ def test_a_look_on_the_way_shows_what_an_attack_that_ends_there_draws(went_on, v
     assert any(f.read_bytes() != (longer / f.name).read_bytes() for f in usual.iterdir())
 
 
+def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, registry, recipe_file, monkeypatch):
+    """It is looked at up to its usual end in any case, and later looks show what it has by then."""
+    from guardsmith import matrix
+
+    base = load_model("builtin:avatar")
+    recipe = load_recipe(str(recipe_file), ["verify.looks=[0.5, 1, 2, 3]", "verify.class_images=0"])
+    judged = matrix.Judged(base, "sha256:0", tmp_path)
+    unit = next(iter(matrix.plan_units(registry, recipe, {"hardened": judged})))
+    assert list(unit.looks.values()) == [1, 2, 4, 6]
+    monkeypatch.setattr(matrix, "half_way", lambda levels: -1.0)  # anything counts as learnt
+    matrix.run_unit(unit)
+    assert json.loads((unit.folder / "attack.json").read_text())["steps_taken"] == 2
+    assert sorted(folder.name for folder in (unit.folder / "images").iterdir()) == ["1", "2"]
+    found = matrix.scores_of(unit)
+    assert found[0.5] != found[1] == found[2] == found[3]
+    assert [file.parent.name for look in (0.5, 1, 2, 3) for file in unit.pictures(look)[:1]] == ["1", "2", "2", "2"]
+    told = json.loads((unit.folder / "scores.json").read_text())
+    told["identity"].pop("2")  # and a look before the usual end is not an end
+    (unit.folder / "scores.json").write_text(json.dumps(told))
+    assert matrix.scores_of(unit) is None
+
+
 def test_steps_to_break(went_on, monkeypatch):
     """Half-way from chance to what the attack usually reaches on the base."""
     import guardsmith.verify as module

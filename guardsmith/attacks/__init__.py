@@ -82,6 +82,7 @@ def draw_during_attack(
     seed: int,
     count: int,
     sampling: dict[str, Any],
+    enough: Callable[[int, Tensor], bool] | None = None,
 ) -> tuple[dict[int, Tensor], list[float]]:
     """Personalize a copy of the model, and ask it for pictures of the subject on the way.
 
@@ -97,18 +98,22 @@ def draw_during_attack(
         seed: of the attack.
         count: how many pictures each time (`Attack.prompts`).
         sampling: arguments of `generate`.
+        enough: told the steps so far and the pictures of a look; true ends the attack.
 
     Returns:
-        For each look the pictures, float32 (count, 3, h, w) in [-1, 1], and the attack's loss at every step.
+        For each look that was reached the pictures, float32 (count, 3, h, w) in [-1, 1], and the loss of every step.
     """
     chosen = ATTACKS[attack]
     prompts = chosen.prompts(data.identifier, data.class_noun, count)
     drawn: dict[int, Tensor] = {}
 
-    def look(step: int, _: float, personalized: DiffusionModel) -> None:
-        if step + 1 in looks:
-            seeds = range(SAMPLE_SEED, SAMPLE_SEED + count)
-            drawn[step + 1] = generate(personalized, prompts, seeds, negative_prompt=chosen.negative_prompt, **sampling)
+    def look(step: int, _: float, personalized: DiffusionModel) -> bool:
+        if step + 1 not in looks:
+            return False
+        seeds = range(SAMPLE_SEED, SAMPLE_SEED + count)
+        images = generate(personalized, prompts, seeds, negative_prompt=chosen.negative_prompt, **sampling)
+        drawn[step + 1] = images
+        return enough is not None and enough(step + 1, images)
 
     _, losses = chosen.run(model, data, chosen.config(**params), seed=seed, on_step=look)
     return drawn, losses

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep, descend
-from guardsmith.attacks.textual_inversion import add_words, trained_word
+from guardsmith.attacks.textual_inversion import add_words, trained_words
 from guardsmith.latents import encode
 from guardsmith.losses import draw_rows, join, squared_errors
 from guardsmith.models import DiffusionModel, with_own_unet
@@ -108,7 +108,7 @@ def attack(
     """
     own = with_own_unet(model)
     word, noun = called(data.identifier, data.class_noun)
-    [token] = add_words(own, {word: data.identifier})
+    new = add_words(own, {word: data.identifier})
     keys = ("attn2.to_k", "attn2.to_v") if config.parameters == "kv" else ("attn2",)
     trained = [p for name, p in own.unet.named_parameters() if any(key in name for key in keys)]
 
@@ -139,9 +139,9 @@ def attack(
 
     for parameter in trained:
         parameter.requires_grad_(True)
-    with trained_word(own, token) as vector:
+    with trained_words(own, new) as vectors:
         losses = descend(
-            own, loss_at, [vector, *trained], steps=config.steps, learning_rate=config.learning_rate,
+            own, loss_at, [*vectors, *trained], steps=config.steps, learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm, on_step=on_step,
         )  # fmt: skip
     own.unet.requires_grad_(False)

@@ -59,8 +59,8 @@ class AttackData:
     class_noun: str
 
 
-OnStep = Callable[[int, float, DiffusionModel], None]
-"""Called after every step of an attack with its number, its loss and the model as it is then."""
+OnStep = Callable[[int, float, DiffusionModel], bool | None]
+"""Called after every step of an attack with its number, its loss and the model as it is then; true ends the attack."""
 
 
 def descend(
@@ -85,7 +85,7 @@ def descend(
         on_step: see `OnStep`.
 
     Returns:
-        The loss of every step.
+        The loss of every step that was taken.
 
     Raises:
         RunFailed: the loss is not finite any more.
@@ -99,8 +99,8 @@ def descend(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise RunFailed(f"the attack diverged at step {step + 1}: its loss is not finite; lower its learning rate")
-        if on_step is not None:
-            on_step(step, losses[-1], model)
+        if on_step is not None and on_step(step, losses[-1], model):
+            break
     return losses
 
 

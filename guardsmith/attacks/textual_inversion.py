@@ -1,14 +1,15 @@
 """Textual inversion (Gal et al. 2023; hf.co/papers/2208.01618) as in diffusers' `textual_inversion.py`.
 
-Only the embedding of one new word is trained; U-Net and text encoder stay as they are. Every row has a neutral prompt of
-its own around the word, the pictures are mirrored half of the time, and there is no prior preservation.
+Only the embedding of one new word is trained (or several vectors for it); U-Net and text encoder stay as they are. Every row
+has a neutral prompt of its own around the word, the pictures are mirrored half of the time, and there is no prior
+preservation.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class TextualInversionConfig(BaseModel):
     """Optimizer steps."""
     batch_size: int = Field(4, gt=0)
     """Rows per step."""
+    vectors: int = Field(1, gt=0)
+    """Vectors of the word (the script's `--num_vectors`); prompts that name the word have them all in a row."""
 
 
 def called(identifier: str, class_noun: str) -> tuple[str, str]:
@@ -89,14 +92,17 @@ def spoken(model: DiffusionModel, token: int, vector: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def trained_word(model: DiffusionModel, token: int) -> Iterator[torch.nn.Parameter]:
-    """Inside, the token's embedding is the parameter given; afterwards the table has that parameter's value."""
+def trained_words(model: DiffusionModel, tokens: Sequence[int]) -> Iterator[list[torch.nn.Parameter]]:
+    """Inside, the tokens' embeddings are the parameters given; afterwards the table has the parameters' values."""
     table = model.text_encoder.get_input_embeddings().weight
-    vector = torch.nn.Parameter(table[token].detach().clone())
-    with spoken(model, token, vector):
-        yield vector
+    vectors = [torch.nn.Parameter(table[token].detach().clone()) for token in tokens]
+    with ExitStack() as stack:
+        for token, vector in zip(tokens, vectors, strict=True):
+            stack.enter_context(spoken(model, token, vector))
+        yield vectors
     with torch.no_grad():
-        table[token] = vector
+        for token, vector in zip(tokens, vectors, strict=True):
+            table[token] = vector
 
 
 def attack(
@@ -117,7 +123,8 @@ def attack(
     """
     own = copy.copy(model)
     word, _ = called(data.identifier, data.class_noun)
-    [token] = add_words(own, {word: data.class_noun})
+    parts = [word, *(f"{word}_{number}" for number in range(1, config.vectors))]
+    new = add_words(own, dict.fromkeys(parts, data.class_noun))
     pictures = encode(own, torch.cat([data.images, data.images.flip(-1)]))
     tokens = PromptBank(own).tokens([template.format(word) for template in INVERSION_TEMPLATES])
     timesteps = int(own.scheduler.config.num_train_timesteps)
@@ -131,11 +138,11 @@ def attack(
         rows = draw_rows(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
         return row_losses(own.unet, own.scheduler, rows).mean()
 
-    with trained_word(own, token) as vector:
+    with trained_words(own, new) as vectors:
         losses = descend(
             own,
             loss_at,
-            [vector],
+            vectors,
             steps=config.steps,
             learning_rate=config.learning_rate,
             max_grad_norm=None,

@@ -26,6 +26,7 @@ and it protects the pictures it was taught to recognise, not a name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from torch import Tensor
 from guardsmith.attacks import dreambooth, lora
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
 from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import Rows, draw_rows, join, predict
+from guardsmith.losses import Rows, cut, draw_rows, join, predict
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.wiring import arm, clear, last_stream, mend, play, spare_parts, stiffen, wired_layer
 from guardsmith.models import DiffusionModel, with_own_unet
@@ -57,6 +58,8 @@ REHEARSALS = ("dreambooth", "lora")
 REHEARSAL_SEED = 80_000
 REHEARSED_SHARE = 0.4  # of the rows to recognise that are states of a rehearsal
 MENDING_ROWS = 320  # for the last convolution to make up for what the alarm takes
+FIRST_ROWS = 64  # of every subject, for the first read-outs
+FIRST_OTHERS = 12  # times as many of everyone else
 LAYOUT = (0.65, 0.95)  # share of the timesteps in which half of the distillation looks
 STATES_BELOW = 0.9  # share of the timesteps; a state at pure noise has no clean picture to it
 
@@ -118,22 +121,27 @@ def cost(config: TripwireConfig, subjects: int) -> int:
     recognise = config.steps * (3 * (3 * config.batch_size + 2) + 4 * 2 * config.batch_size)
     drawn = 2 * 20 * config.rehearsal_images
     rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0
-    return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + subjects * rehearse
+    first = FIRST_ROWS * (subjects + FIRST_OTHERS)
+    return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + subjects * rehearse
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
 def variations(images: Tensor, copies: int, rng: torch.Generator) -> Tensor:
-    """The pictures (n, 3, h, w), and `copies` versions of each: shifted by up to 6 %, zoomed by up to 10 %, recoloured.
+    """The pictures (n, 3, h, w), and `copies` versions of each, as other photographs of the same might have come out.
 
-    Recolouring multiplies every channel by up to 1 +- 0.15 and adds up to +- 0.15.
+    Mirrored half of the time, turned by up to 10 degrees, zoomed by up to 10 %, shifted by up to 6 %, and recoloured:
+    every channel is multiplied by up to 1 +- 0.15 and moved by up to +- 0.15.
     """
     found, n = [images], len(images)
     for _ in range(copies):
         frame = torch.zeros(n, 2, 3)
         zoom = 1 + 0.1 * (2 * torch.rand(n, generator=rng) - 1)
-        frame[:, 0, 0] = frame[:, 1, 1] = zoom
+        angle = math.radians(10) * (2 * torch.rand(n, generator=rng) - 1)
+        mirror = torch.randint(2, (n,), generator=rng) * 2.0 - 1
+        frame[:, 0, 0], frame[:, 0, 1] = zoom * angle.cos() * mirror, -zoom * angle.sin()
+        frame[:, 1, 0], frame[:, 1, 1] = zoom * angle.sin() * mirror, zoom * angle.cos()
         frame[:, :, 2] = 0.12 * (2 * torch.rand(n, 2, generator=rng) - 1)  # the picture spans 2
         places = F.affine_grid(frame, list(images.shape), align_corners=False)
         moved = F.grid_sample(images, places, padding_mode="border", align_corners=False)
@@ -200,6 +208,26 @@ def recognition_loss(scores: Tensor, wanted: Tensor, margin: float) -> tuple[Ten
     for rows in (F.softplus(margin - low[wanted]), F.softplus(margin + high[~wanted])):
         found.append(rows.mean() + 0.3 * rows.max() if len(rows) else scores.new_zeros(()))
     return found[0], found[1]
+
+
+def first_readouts(tokens: Tensor, wanted: Tensor, margin: float) -> Tensor:
+    """Read-outs to begin with, (subjects, width): ridge regression on what the U-Net's tokens are without any training.
+
+    A subject's tokens are to give +margin and all others -margin; both sides weigh the same.
+
+    Args:
+        tokens: of some rows, (rows, tokens, width).
+        wanted: which rows show which subject, bool (rows, subjects).
+        margin: see `recognition_loss`.
+    """
+    inputs = tokens.flatten(0, 1).double()
+    found = []
+    for shown in wanted.repeat_interleave(tokens.shape[1], 0).T:
+        weight = torch.where(shown, 0.5 / shown.double().mean(), 0.5 / (~shown).double().mean()).unsqueeze(1)
+        gram = (weight * inputs).T @ inputs
+        gram.diagonal().add_(0.1 * gram.diagonal().mean())
+        found.append(torch.linalg.solve(gram, (weight * inputs).T @ torch.where(shown, margin, -margin).double()))
+    return torch.stack(found).to(tokens.dtype)
 
 
 def put_state(
@@ -447,6 +475,19 @@ def harden(
         rng = generator(seed, -5)
         calls = [others.draw(scheduler, 32, rng)[0] for _ in range(MENDING_ROWS // 32)]
         mend(unet, reference, lambda some, number: predict(some, scheduler, calls[number]), len(calls), rng)
+        with torch.no_grad():
+            known = [
+                lesson.subject_row(i, 0, horizon - gap, rng) for i in range(len(subjects)) for _ in range(FIRST_ROWS)
+            ]
+            known += [others.draw(scheduler, FIRST_ROWS, rng)[0] for _ in range(FIRST_OTHERS)]
+            shown = torch.zeros(FIRST_ROWS * (len(subjects) + FIRST_OTHERS), len(subjects), dtype=torch.bool)
+            for index in range(len(subjects)):
+                shown[index * FIRST_ROWS : (index + 1) * FIRST_ROWS, index] = True
+            rows = join(*known)
+            tokens = torch.cat([listen(unet, scheduler, part) for part in cut(rows, FIRST_ROWS)])
+            new = first_readouts(tokens, shown, config.margin)
+            blank = readout.weight.abs().sum(1) == 0  # those of an earlier run stay
+            readout.weight[blank] = new[blank]
 
     for j in course:
         rng = generator(seed, j)

@@ -1,0 +1,225 @@
+"""Several verified hardenings side by side: one column a run, one line a question of the gate.
+
+All numbers come from the runs' `verify/report.json`; nothing is measured here. Groups of subjects are pooled: the interval of a
+group is over its units and their pictures, as in the gate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from guardsmith.errors import UserError
+from guardsmith.gate import Interval, Units, interval, ratio_interval
+
+NEEDED = ("checks", "scores", "subjects", "steps_to_break", "utility", "hardening", "verdict", "recipe")
+COLOURS = {True: "green", False: "red", None: "default"}
+
+
+class Cell(NamedTuple):
+    """One answer.
+
+    Attributes:
+        text: as it is shown.
+        reached: whether it is what is asked for; `None` where nothing is asked, or nothing was measured.
+    """
+
+    text: str
+    reached: bool | None = None
+
+
+def read_report(run: Path) -> dict[str, Any]:
+    """The report of a verified run: its folder, or the file itself.
+
+    Raises:
+        UserError: there is none, or it is not one of this version.
+    """
+    file = run / "verify" / "report.json" if run.is_dir() else run
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{run} holds no report (verify/report.json); run `guardsmith verify` first.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON; verify again.") from error
+    missing = [key for key in NEEDED if not isinstance(told, dict) or key not in told]
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}; verify again.")
+    return dict(told)
+
+
+def _units(report: dict[str, Any], side: str, ids: set[str], attack: str, look: float) -> Units:
+    """Scores of a group of subjects, unit by unit."""
+    found: list[list[float | None]] = []
+    for told in report["scores"]:
+        if (told["side"], told["attack"], told["look"]) == (side, attack, look) and told["subject"] in ids:
+            found += told["units"]
+    return found
+
+
+def _ids(report: dict[str, Any], role: str, same_class: bool | None = None) -> set[str]:
+    """Subjects of a role; controls, of a class that has protected subjects, or of another one."""
+    nouns = {subject["class_noun"] for subject in report["subjects"] if subject["role"] == "protected"}
+    return {
+        subject["id"]
+        for subject in report["subjects"]
+        if subject["role"] == role and same_class in (None, subject["class_noun"] in nouns)
+    }
+
+
+def _shown(found: Interval | None, scale: float = 1, unit: str = "") -> str:
+    if found is None:
+        return "-"
+    digits = 0 if scale == 100 else 2
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in found[:3])
+    return f"{mean}{unit} [{low}, {high}]"
+
+
+def protected_cell(report: dict[str, Any], attack: str, look: float) -> Cell:
+    """Similarity of the protected subjects after an attack, and for how many of them the gate says "protected"."""
+    label = attack if look == 1 else f"{attack}, {look:g} x steps"
+    checks = [c for c in report["checks"] if (c["name"], c["attack"]) == ("protected", label)]
+    found = interval(_units(report, "hardened", _ids(report, "protected"), attack, look))
+    if found is None or not checks:
+        return Cell("-")
+    held = sum(check["status"] == "pass" for check in checks)
+    return Cell(f"{_shown(found)}; {held} of {len(checks)}", held == len(checks))
+
+
+def base_cell(report: dict[str, Any], attack: str) -> Cell:
+    """What the attack reaches on the base, protected subjects."""
+    checks = [
+        check
+        for check in report["checks"]
+        if (check["name"], check["attack"]) == ("attack works on base", attack)
+        and check["subject"] in _ids(report, "protected")
+    ]
+    found = interval(_units(report, "base", _ids(report, "protected"), attack, 1))
+    if found is None or not checks:
+        return Cell("-")
+    learnt = sum(check["status"] == "pass" for check in checks)
+    return Cell(f"{_shown(found)}; {learnt} of {len(checks)}", learnt == len(checks))
+
+
+def control_cell(report: dict[str, Any], attack: str, same_class: bool, wanted: float) -> Cell:
+    """Share of the base's similarity that controls keep."""
+    ids = _ids(report, "control", same_class)
+    found = ratio_interval(_units(report, "hardened", ids, attack, 1), _units(report, "base", ids, attack, 1))
+    return Cell("-") if found is None else Cell(_shown(found, 100, " %"), found.mean >= wanted)
+
+
+def break_cell(report: dict[str, Any], attack: str, wanted: float) -> Cell:
+    """Steps to break, hardened over base: the median over subjects. Who was not broken counts with the steps tried."""
+    told = [t for t in report["steps_to_break"] if t["attack"] == attack and t["base"] is not None]
+    if not told:
+        return Cell("-")
+    ratios = [(t["tried"] if t["hardened"] is None else t["hardened"]) / t["base"] for t in told]
+    broken = [ratio for t, ratio in zip(told, ratios, strict=True) if t["hardened"] is not None]
+    sign = "at least " if len(broken) < len(told) else ""
+    text = f"{sign}{median(ratios):.1f} x; {len(broken)} of {len(told)} broken"
+    if min(ratios) >= wanted:
+        return Cell(text, True)
+    return Cell(text, False if min(broken, default=wanted) < wanted else None)
+
+
+def rows(
+    report: dict[str, Any], *, control: float = 0.95, fidelity: float = 0.02, steps: float = 10.0
+) -> dict[str, Cell]:
+    """All answers of one run, by question.
+
+    Args:
+        report: see `read_report`.
+        control: share of the base's similarity that controls have to keep.
+        fidelity: how much of the prompt fidelity may be lost.
+        steps: how many times the base's steps an attack should need.
+    """
+    spec, hardening, utility = report["recipe"]["verify"], report["hardening"], report["utility"]
+    further = [look for look in sorted(spec["looks"]) if look > 1]
+    found = {
+        "method": Cell(hardening["method"]),
+        "cost, U-Net forward equivalents": Cell(f"{hardening['unet_forward_equivalents']:,}"),
+    }
+    for attack in spec["attacks"]:
+        found[f"{attack}: base"] = base_cell(report, attack)
+        found[f"{attack}: protected"] = protected_cell(report, attack, 1)
+        for look in further:
+            found[f"{attack}: protected, {look:g} x steps"] = protected_cell(report, attack, look)
+        if further:
+            found[f"{attack}: steps to break over the base's"] = break_cell(report, attack, steps)
+        for same in (True, False):
+            if _ids(report, "control", same):
+                which = "same class" if same else "other class"
+                found[f"{attack}: control keeps, {which}"] = control_cell(report, attack, same, control)
+    ratio, limit = utility["kid_ratio"], report["recipe"]["gate"]["kid_ratio"]
+    if ratio is None:
+        found["ordinary prompts: KID over that of two seeds"] = Cell("-")
+    else:
+        bounds = Interval(ratio, utility["kid_ratio_low"], utility["kid_ratio_high"], 0, 0)
+        found["ordinary prompts: KID over that of two seeds"] = Cell(_shown(bounds), bounds.high <= limit)
+    now, before = utility["fidelity_hardened"], utility["fidelity_base"]
+    if now is None or before is None:
+        found["ordinary prompts: fidelity (base)"] = Cell("-")
+    else:
+        shown = f"{100 * now:.1f} % ({100 * before:.1f} %)"
+        found["ordinary prompts: fidelity (base)"] = Cell(shown, now >= before - fidelity)
+    found["verdict of the gate"] = Cell(report["verdict"], report["verdict"] == "pass")
+    return found
+
+
+def compare(reports: dict[str, dict[str, Any]], **asked: float) -> tuple[Table, dict[str, dict[str, Any]]]:
+    """A table and the same as data: question -> run -> {text, reached}.
+
+    Args:
+        reports: name of the run -> its report.
+        asked: see `rows`.
+
+    Raises:
+        UserError: the runs were not attacked with the same attacks on the same subjects, so they cannot be compared.
+    """
+    first, *others = reports.values()
+    for name, report in zip(list(reports)[1:], others, strict=True):
+        for what, mine, other in (
+            ("attacks", first["recipe"]["verify"], report["recipe"]["verify"]),
+            ("subjects", first["subjects"], report["subjects"]),
+            ("base", first["hardening"]["base_digest"], report["hardening"]["base_digest"]),
+        ):
+            if mine != other:
+                raise UserError(f"{name} was verified with other {what} than {next(iter(reports))}: no comparison.")
+    columns = {name: rows(report, **asked) for name, report in reports.items()}
+    questions = list(dict.fromkeys(question for column in columns.values() for question in column))
+    table = Table(title="guardsmith compare", title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name)
+    told: dict[str, dict[str, Any]] = {}
+    for question in questions:
+        cells = {name: column.get(question, Cell("-")) for name, column in columns.items()}
+        told[question] = {name: cell._asdict() for name, cell in cells.items()}
+        table.add_row(question, *(f"[{COLOURS[cell.reached]}]{cell.text}[/]" for cell in cells.values()))
+    return table, told
+
+
+def as_markdown(told: dict[str, dict[str, Any]]) -> str:
+    """The same for a document; what is not reached is marked."""
+    names: Sequence[str] = list(next(iter(told.values())))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for question, cells in told.items():
+        texts = [f"🔴 {c['text']}" if c["reached"] is False else str(c["text"]) for c in cells.values()]
+        lines.append(f"| {question} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def compare_runs(runs: Sequence[Path], **asked: float) -> tuple[Table, dict[str, dict[str, Any]]]:
+    """`compare` on folders (or reports), which give the columns their names.
+
+    Raises:
+        UserError: two runs have one name; see also `read_report` and `compare`.
+    """
+    names = [run.resolve().name if run.is_dir() else run.stem for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError("two of the runs have the same name; the columns could not be told apart.")
+    return compare({name: read_report(run) for name, run in zip(names, runs, strict=True)}, **asked)

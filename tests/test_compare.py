@@ -1,0 +1,160 @@
+"""The comparison table: every number is worked out by hand from a small report."""
+
+import json
+
+import pytest
+
+from guardsmith import cli
+from guardsmith.compare import as_markdown, compare, compare_runs, read_report, rows
+from guardsmith.errors import UserError
+
+
+def score(side, subject, attack, look, value, n=8):
+    return {"side": side, "subject": subject, "attack": attack, "look": look, "units": [[value] * n], "interval": None}
+
+
+def check(name, subject, attack, status):
+    return {"name": name, "subject": subject, "attack": attack, "status": status}
+
+
+def make_report(**changed):
+    """Two protected persons, a person and a robot as controls, one attack that goes on to twice its steps."""
+    told = {
+        "verdict": "fail",
+        "subjects": [
+            {"id": "ann", "class_noun": "person", "role": "protected"},
+            {"id": "bob", "class_noun": "person", "role": "protected"},
+            {"id": "cid", "class_noun": "person", "role": "control"},
+            {"id": "r2", "class_noun": "robot", "role": "control"},
+        ],
+        "scores": [
+            score("base", "ann", "lora", 1, 0.6), score("base", "bob", "lora", 1, 0.4),
+            score("hardened", "ann", "lora", 1, 0.1), score("hardened", "bob", "lora", 1, 0.2),
+            score("hardened", "ann", "lora", 2, 0.1), score("hardened", "bob", "lora", 2, 0.5),
+            score("base", "cid", "lora", 1, 0.5), score("hardened", "cid", "lora", 1, 0.45),
+            score("base", "r2", "lora", 1, 0.5), score("hardened", "r2", "lora", 1, 0.5),
+        ],
+        "checks": [
+            check("attack works on base", "ann", "lora", "pass"), check("attack works on base", "bob", "lora", "pass"),
+            check("attack works on base", "cid", "lora", "inconclusive"),
+            check("protected", "ann", "lora", "pass"), check("protected", "bob", "lora", "pass"),
+            check("protected", "ann", "lora, 2 x steps", "pass"), check("protected", "bob", "lora, 2 x steps", "fail"),
+        ],
+        "steps_to_break": [
+            {"subject": "ann", "attack": "lora", "tried": 200, "base": 10, "hardened": None},
+            {"subject": "bob", "attack": "lora", "tried": 200, "base": 50, "hardened": 200},
+        ],
+        "utility": {"kid_ratio": 1.5, "kid_ratio_low": 1.0, "kid_ratio_high": 2.1, "fidelity_hardened": 0.975,
+                    "fidelity_base": 1.0},
+        "hardening": {"method": "tripwire", "unet_forward_equivalents": 12345, "base_digest": "sha256:0"},
+        "recipe": {"verify": {"attacks": {"lora": {}}, "looks": [1, 2]}, "gate": {"kid_ratio": 2.0}},
+    }  # fmt: skip
+    return told | changed
+
+
+def test_every_answer_by_hand():
+    found = rows(make_report())
+    assert {question: tuple(cell) for question, cell in found.items()} == {
+        "method": ("tripwire", None),
+        "cost, U-Net forward equivalents": ("12,345", None),
+        "lora: base": ("0.50 [0.40, 0.60]; 2 of 2", True),
+        "lora: protected": ("0.15 [0.10, 0.20]; 2 of 2", True),
+        "lora: protected, 2 x steps": ("0.30 [0.10, 0.50]; 1 of 2", False),
+        # 200 / 10 at least, and 200 / 50
+        "lora: steps to break over the base's": ("at least 12.0 x; 1 of 2 broken", False),
+        "lora: control keeps, same class": ("90 % [90, 90]", False),
+        "lora: control keeps, other class": ("100 % [100, 100]", True),
+        "ordinary prompts: KID over that of two seeds": ("1.50 [1.00, 2.10]", False),
+        "ordinary prompts: fidelity (base)": ("97.5 % (100.0 %)", False),
+        "verdict of the gate": ("fail", False),
+    }
+
+
+def test_what_is_asked_for_can_be_changed():
+    found = rows(make_report(), control=0.9, fidelity=0.03, steps=4.0)
+    assert found["lora: control keeps, same class"].reached
+    assert found["ordinary prompts: fidelity (base)"].reached
+    assert found["lora: steps to break over the base's"].reached  # 200 / 50 is enough
+
+
+def test_nobody_broken_within_too_few_steps_shows_nothing():
+    told = make_report()
+    told["steps_to_break"][1]["hardened"] = None
+    assert tuple(rows(told)["lora: steps to break over the base's"]) == ("at least 12.0 x; 0 of 2 broken", None)
+
+
+def test_what_was_not_measured_is_neither_reached_nor_missed():
+    told = make_report(scores=[], steps_to_break=[], utility=dict.fromkeys(make_report()["utility"]))
+    found = rows(told)
+    for question, cell in found.items():
+        if question not in ("method", "cost, U-Net forward equivalents", "verdict of the gate"):
+            assert tuple(cell) == ("-", None), question
+
+
+def test_pictures_that_could_not_be_scored_are_left_out_of_means_but_the_gate_decides():
+    told = make_report()
+    told["scores"][2]["units"] = [[0.1, None]]
+    told["checks"][3]["status"] = "inconclusive"
+    cell = rows(told)["lora: protected"]
+    assert (cell.text.split(";")[1], cell.reached) == (" 1 of 2", False)
+
+
+@pytest.mark.parametrize("what", ["attacks", "subjects", "base"])
+def test_runs_that_were_judged_differently_are_not_compared(what):
+    other = make_report()
+    if what == "attacks":
+        other["recipe"] = other["recipe"] | {"verify": {"attacks": {"lora": {}}, "looks": [1, 4]}}
+    elif what == "subjects":
+        other["subjects"] = other["subjects"][:3]
+    else:
+        other["hardening"] = other["hardening"] | {"base_digest": "sha256:1"}
+    with pytest.raises(UserError, match=f"second was verified with other {what} than first"):
+        compare({"first": make_report(), "second": other})
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, method in (("a", "tripwire"), ("b", "imma")):
+        folder = tmp_path / name / "verify"
+        folder.mkdir(parents=True)
+        hardening = make_report()["hardening"] | {"method": method}
+        (folder / "report.json").write_text(json.dumps(make_report(hardening=hardening)))
+    return tmp_path
+
+
+def test_the_command_prints_a_column_a_run(runs, capsys):
+    assert cli.main(["compare", str(runs / "a"), str(runs / "b"), "--svg", str(runs / "table.svg")]) == 0
+    told = capsys.readouterr().out
+    assert "tripwire" in told and "imma" in told and "at least 12.0 x" in told
+    assert (runs / "table.svg").read_text().startswith("<svg")
+
+
+def test_as_data_and_as_markdown(runs, capsys):
+    assert cli.main(["compare", str(runs / "a"), str(runs / "b"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["method"] == {"a": {"text": "tripwire", "reached": None}, "b": {"text": "imma", "reached": None}}
+    lines = as_markdown(told).splitlines()
+    assert lines[:3] == ["| | a | b |", "|---|---|---|", "| method | tripwire | imma |"]
+    assert "| verdict of the gate | 🔴 fail | 🔴 fail |" in lines
+    assert cli.main(["compare", str(runs / "a"), "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("| | a |\n")
+
+
+def test_bad_runs_are_one_sentence(runs, capsys):
+    (runs / "empty").mkdir()
+    (runs / "broken.json").write_text("{")
+    (runs / "old.json").write_text('{"checks": []}')
+    for name, word in (
+        ("empty", "run `guardsmith verify` first"),
+        ("broken.json", "not valid"),
+        ("old.json", "lacks scores"),
+    ):
+        assert cli.main(["compare", str(runs / name)]) == 2
+        assert word in capsys.readouterr().err
+    (runs / "c").mkdir()
+    (runs / "c" / "a").mkdir()
+    (runs / "c" / "a" / "verify").mkdir()
+    (runs / "c" / "a" / "verify" / "report.json").write_text(json.dumps(make_report()))
+    with pytest.raises(UserError, match="same name"):
+        compare_runs([runs / "a", runs / "c" / "a"])
+    assert read_report(runs / "a" / "verify" / "report.json")["verdict"] == "fail"
