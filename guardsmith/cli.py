@@ -357,7 +357,7 @@ def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
         "controls": [subject.id for subject in registry.controls],
         "method": recipe.method.name,
         "params": config.model_dump(mode="json"),
-        "unet_forward_equivalents": method.cost(config, len(registry.subjects)),
+        "unet_forward_equivalents": method.cost(config, [subject.class_noun for subject in registry.subjects]),
         "output": str(output),
     }
     typer.echo(json.dumps(plan, indent=1))

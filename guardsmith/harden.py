@@ -45,7 +45,6 @@ from guardsmith.sampling import generate
 from guardsmith.training import UNetCost, changed_fraction, finished_state, load_checkpoint, save_checkpoint
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
-ORDINARY_IMAGES = 160
 WRITTEN = ("harden.json", "state.safetensors", "model", ".model.tmp", "checkpoints", "cache", "probes", "verify")
 
 
@@ -383,7 +382,7 @@ def harden(
         subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)
     ordinary = None
     if config.distillation_weight:
-        asked = ordinary_prompts(model, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
+        asked = ordinary_prompts(model, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)
         texts = [prompt.text for prompt in asked]
         images, states = drawn_with_states(
             model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures"

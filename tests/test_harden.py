@@ -627,15 +627,14 @@ def test_an_unknown_recipe(guardsmith):
     "options",
     [
         [],
-        ["--set", "method.params.distillation_weight=0.5"],
+        ["--set", "method.params.distillation_weight=0.5", "--set", "method.params.ordinary_images=4"],
         [
             "--set",
             "method.params={batch_size: 2, outer_steps: 1, inner_steps: 3, class_images: 4, learning_rate: 0.01}",
         ],
     ],
 )
-def test_a_dry_run_writes_nothing_and_tells_the_cost_of_the_real_one(run, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(harden_module, "ORDINARY_IMAGES", 4)
+def test_a_dry_run_writes_nothing_and_tells_the_cost_of_the_real_one(run, tmp_path, options):
     done = run("--dry-run", *options)
     assert done.code == 0
     plan = json.loads(done.out)
@@ -660,7 +659,9 @@ def test_persguard_gets_pictures_of_what_appears_instead(recipe, tmp_path):
     expected = drawn_by(model, load_recipe(str(chosen), ()), ["a photo of rabbit"] * 3, 30_000, None, "")
     assert torch.equal(load_file(file)["images"], expected)
     assert (info["method"], len(info["history"])) == ("persguard", 2)
-    assert info["unet_forward_equivalents"] == METHODS["persguard"].cost(METHODS["persguard"].config(**params), 1)
+    assert info["unet_forward_equivalents"] == METHODS["persguard"].cost(
+        METHODS["persguard"].config(**params), ["person"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -721,7 +722,7 @@ def test_shipped_recipes_are_in_order(name):
     if name.endswith("-attacks"):
         return
     assert "# Cost" in text
-    told = f"{method.cost(method.config(**recipe.method.params), 1):,} U-Net forward equivalents"
+    told = f"{method.cost(method.config(**recipe.method.params), ['person']):,} U-Net forward equivalents"
     assert told in " ".join(text.replace("\n#", " ").split()) or "docs/results" in text
 
 

@@ -188,7 +188,7 @@ def test_the_cost_is_what_the_loop_does(tiny_v, adapter, weight):
     config = SMALL.model_copy(update={"adapter": adapter, "distillation_weight": weight, "steps": 5})
     with UNetCost() as counter:
         harden(tiny_v, [make_subject()], make_ordinary(), config, seed=0)
-    assert counter.forwards + 2 * counter.backwards == METHODS["imma"].cost(config, 1)
+    assert counter.forwards + 2 * counter.backwards == METHODS["imma"].cost(config, ["person"])
 
 
 def test_a_diverged_run_says_so(tiny_v):

@@ -240,7 +240,7 @@ def test_the_cost_is_what_the_loop_does(tiny_v, backdoor, left_out):
     config = SMALL.model_copy(update={"backdoor": backdoor, **left_out})
     with UNetCost() as counter:
         harden(tiny_v, [subject_data()], make_ordinary(), config, seed=0)
-    assert counter.forwards + 2 * counter.backwards == METHODS["persguard"].cost(config, 1)
+    assert counter.forwards + 2 * counter.backwards == METHODS["persguard"].cost(config, ["person"])
 
 
 def test_a_diverged_run_says_so(tiny_v):

@@ -21,6 +21,7 @@ from guardsmith.methods import METHODS, tripwire
 from guardsmith.methods.data import States
 from guardsmith.methods.tripwire import (
     REHEARSALS,
+    UNLIKE,
     Others,
     Sway,
     TripwireConfig,
@@ -350,21 +351,49 @@ def test_mending_is_the_ridge_regression_of_what_is_missing(tiny_v):
     assert float(slope.abs().max()) < 1e-3 * float((patches.T @ before.double()).abs().max())
 
 
-def test_others_are_drawn_as_often_as_they_are_dangerous(tiny_v):
+def some_others(states=None):
+    """Four pictures that can be told apart by their latents, two subjects."""
     latents = LatentStore(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 4, 8, 8), torch.zeros(4, 4, 8, 8))
     contexts = [torch.full((2, 3, 5), float(i)) for i in range(4)]
-    others = Others(latents, contexts, torch.ones(4))
-    scores = torch.full((2, 6, 1), -9.0)
-    scores[1, 3] = 9.0  # one loud token of picture 2
+    return Others(latents, contexts, torch.zeros(4, 2), states)
+
+
+def test_others_are_drawn_as_often_as_they_come_near(tiny_v):
+    others = some_others()
+    scores = torch.full((2, 6, 2), -9.0)
+    scores[1, 3, 0] = 9.0  # one loud token of picture 2, on the first subject's wire
     for _ in range(20):
         others.heed(torch.tensor([1, 2]), scores)
-    assert others.danger.tolist() == pytest.approx([1, 1, 10, 1], abs=0.01)
+    assert others.near.flatten().tolist() == pytest.approx([0, 0, 0, 0, 1, 0, 0, 0], abs=0.001)
     rows, picked = others.draw(tiny_v.scheduler, 2000, generator(0))
     assert (picked == 2).float().mean() == pytest.approx(10 / 13, abs=0.03)
     assert torch.equal(rows.latents[:, 0, 0, 0], picked.float())
     assert torch.equal(rows.context[:, 0, 0], picked.float()), "each under words of its own"
     assert rows.timesteps.min() < 50
     assert rows.timesteps.max() > 950
+
+
+def test_those_who_look_like_a_subject_are_drawn_beside_it(tiny_v):
+    others = some_others()
+    others.near[2, 0], others.near[3, 1] = 0.5, 0.9
+    _, picked = others.draw(tiny_v.scheduler, 1000, generator(0), like=[0] * 300 + [1] * 300)
+    assert (picked[:300] == 2).float().mean() == pytest.approx((0.5 + UNLIKE) / (0.5 + 4 * UNLIKE), abs=0.04)
+    assert (picked[300:600] == 3).float().mean() == pytest.approx((0.9 + UNLIKE) / (0.9 + 4 * UNLIKE), abs=0.04)
+    assert (picked[600:] == 1).float().mean() == pytest.approx(1 / (4 + 9 * 1.4), abs=0.04)
+
+
+def test_a_scan_looks_at_every_picture(tiny_v):
+    others = some_others()
+
+    def ask(
+        rows,
+    ):  # read-outs that say which picture it is: -2 to 1 for the first subject, the same mirrored for the other
+        value = rows.latents[:, 0, 0, 0] - 2
+        return torch.stack([value, -value], 1)[:, None].expand(-1, 6, -1)
+
+    others.scan(ask, tiny_v.scheduler, generator(0))
+    expected = torch.tensor([[-2.0, 2], [-1, 1], [0, 0], [1, -1]]).sigmoid()
+    assert torch.allclose(others.near, expected)
 
 
 def make_states(count, seed=0):
@@ -389,23 +418,42 @@ def test_a_state_reaches_the_unet_as_it_was(request, kind):
 
 
 def test_every_second_row_of_the_others_is_a_state(tiny_v):
-    latents = LatentStore(torch.zeros(4, 4, 8, 8), torch.zeros(4, 4, 8, 8))
-    others = Others(latents, [torch.zeros(1, 3, 5)] * 4, torch.ones(4), make_states(4))
-    rows, _ = others.draw(tiny_v.scheduler, 40, generator(0))
+    """If the states of that picture are known; those of the last two are not."""
+    rows, picked = some_others(make_states(2)).draw(tiny_v.scheduler, 80, generator(0))
     from_states = rows.noise.abs().amax((1, 2, 3)) == 0
-    assert from_states.tolist() == [False, True] * 20
+    assert from_states.tolist() == [i % 2 == 1 and p < 2 for i, p in enumerate(picked.tolist())]
     assert set(rows.timesteps[from_states].tolist()) == {799, 599, 399, 199}
+
+
+def softplus(value):
+    return math.log1p(math.exp(value))
 
 
 def test_recognition_loss_by_hand():
     scores = torch.tensor([[[2.0], [1.0]], [[-3.0], [0.5]], [[-5.0], [-5.0]]])  # three rows, two tokens, one subject
     wanted = torch.tensor([[True], [False], [False]])
     missed, false = recognition_loss(scores, wanted, margin=4.0)
-    low = -math.log(math.exp(-4) + math.exp(-2)) / 2
-    high = [math.log(math.exp(-6) + math.exp(1)) / 2, math.log(2 * math.exp(-10)) / 2]
-    cost = [math.log1p(math.exp(4 + h)) for h in high]
-    assert missed.item() == pytest.approx(1.3 * math.log1p(math.exp(4 - low)), rel=1e-5)
-    assert false.item() == pytest.approx(sum(cost) / 2 + 0.3 * max(cost), rel=1e-5)
+    low = math.log(math.exp(4) + math.exp(2)) / 2 - math.log(2) / 2
+    high = math.log(math.exp(-6) + math.exp(1)) / 2  # of the worse of the two others
+    assert missed.item() == pytest.approx(1.3 * softplus(4 - low), rel=1e-5)
+    assert false.item() == pytest.approx(1.3 * softplus(4 + high), rel=1e-5)
+
+
+def test_each_row_counts_with_the_wire_it_comes_closest_to():
+    """A subject's own wire is not among them, and the better half of the rows does not count."""
+    scores = torch.tensor([[[9.0, -1.0]], [[-7.0, 2.0]], [[-2.0, -3.0]], [[-8.0, -9.0]]])  # one token, two subjects
+    wanted = torch.tensor([[True, False], [False, False], [False, False], [False, False]])
+    missed, false = recognition_loss(scores, wanted, margin=4.0)
+    assert missed.item() == pytest.approx(1.3 * softplus(4 - 9), rel=1e-4)
+    assert false.item() == pytest.approx((softplus(6) + softplus(3)) / 2 + 0.3 * softplus(6), rel=1e-5)
+
+
+def test_more_subjects_do_not_make_a_false_alarm_count_less():
+    scores = torch.full((4, 3, 50), -9.0)
+    scores[0, 1, 7] = 3.0
+    nobody = torch.zeros(4, 50, dtype=torch.bool)
+    few, many = (recognition_loss(scores[:, :, :n], nobody[:, :n], 4.0)[1] for n in (8, 50))
+    assert few.item() == pytest.approx(many.item(), rel=1e-5)
 
 
 def test_recognition_loss_without_rows_to_recognise():
@@ -415,17 +463,14 @@ def test_recognition_loss_without_rows_to_recognise():
     assert false < 0.02
 
 
-def test_one_silent_token_is_a_miss_and_one_loud_token_a_false_alarm():
-    loud = torch.full((1, 16, 1), 8.0)
-    mixed = loud.clone()
-    mixed[0, 3] = -8
+def test_one_loud_token_is_enough_on_either_side():
+    quiet = torch.full((1, 16, 1), -8.0)
+    mixed = quiet.clone()
+    mixed[0, 3] = 9
     yes, no = torch.tensor([[True]]), torch.tensor([[False]])
-    quiet = -loud
-    both = torch.cat([loud, quiet])
-    good = recognition_loss(both, torch.cat([yes, no]), 4.0)
-    assert max(good).item() < 0.1
-    assert recognition_loss(torch.cat([mixed, quiet]), torch.cat([yes, no]), 4.0)[0] > 5
-    assert recognition_loss(torch.cat([loud, -mixed]), torch.cat([yes, no]), 4.0)[1] > 5
+    assert max(recognition_loss(torch.cat([mixed, quiet]), torch.cat([yes, no]), 4.0)).item() < 0.1
+    assert recognition_loss(torch.cat([quiet, quiet]), torch.cat([yes, no]), 4.0)[0] > 5
+    assert recognition_loss(torch.cat([mixed, mixed]), torch.cat([yes, no]), 4.0)[1] > 5
 
 
 def test_first_readouts_are_weighted_ridge_regression():
@@ -637,13 +682,14 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects)
 
 
 def test_the_cost_is_what_the_loop_does(tiny_v):
-    config = SMALL.model_copy(update={"rehearsal_steps": 2, "rehearsal_images": 3})
+    subject, ordinary = make_subject(), make_ordinary()
+    pictures = {"class_images": len(subject.class_images), "ordinary_images": len(ordinary.images)}
+    config = SMALL.model_copy(update={"rehearsal_steps": 2, "rehearsal_images": 3, **pictures})
     with UNetCost() as counter:
-        subject = make_subject()
         for kind in REHEARSALS:
             rehearse(tiny_v, subject, config, kind, seed=0)
-        harden(tiny_v, [subject], make_ordinary(), config, seed=0)
-    assert counter.forwards + 2 * counter.backwards == METHODS["tripwire"].cost(config, 1)
+        harden(tiny_v, [subject], ordinary, config, seed=0)
+    assert counter.forwards + 2 * counter.backwards == METHODS["tripwire"].cost(config, ["person"])
 
 
 def test_a_rehearsal_uses_no_identifier_or_seed_of_verification(tiny_v, monkeypatch):

@@ -15,7 +15,7 @@ class Method(NamedTuple):
         run: hardens a copy of a model.
         config: its parameters.
         steps: progress steps of a run with this config.
-        cost: U-Net forward equivalents of a run with this config, for so many subjects.
+        cost: U-Net forward equivalents of a run with this config, given the class noun of every subject.
         paper: where it comes from.
         draws: the prompt of further pictures that it wants of the base for a class noun, if any.
     """
@@ -23,7 +23,7 @@ class Method(NamedTuple):
     run: Callable[..., Any]
     config: type[BaseModel]
     steps: Callable[[Any], int]
-    cost: Callable[[Any, int], int]
+    cost: Callable[[Any, list[str]], int]
     paper: str
     draws: Callable[[Any, str], str | None] | None = None
 

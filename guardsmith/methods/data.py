@@ -71,8 +71,16 @@ class SubjectData:
 
 @dataclass(frozen=True)
 class OrdinaryData:
-    """Ordinary pictures the base model drew, (n, 3, h, w) in [-1, 1], the prompt of each, and how they were drawn."""
+    """What is to stay as it is.
+
+    Attributes:
+        images: ordinary pictures the base model drew, (n, 3, h, w) in [-1, 1].
+        prompts: of each.
+        states: how they were drawn.
+        bystanders: real pictures of others whom nobody asked to protect, same layout, where there are any.
+    """
 
     images: Tensor
     prompts: Sequence[str]
     states: States | None = None
+    bystanders: Tensor | None = None

@@ -28,7 +28,7 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import ATTACKS, AttackData, draw_after_attack
-from guardsmith.harden import ORDINARY_IMAGES, drawn_by, drawn_with_states, folder_digest, rehearsed_by, write_json
+from guardsmith.harden import drawn_by, drawn_with_states, folder_digest, rehearsed_by, write_json
 from guardsmith.images import to_pil, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
@@ -162,7 +162,7 @@ def trial(
     noun = lines[first]["class_noun"]
     count = recipe.verify.class_images
     prompts = [class_prompt(noun)] * count
-    class_file, ordinary_file = cache / f"class-{noun}-states.safetensors", cache / "ordinary-h-states.safetensors"
+    class_file = cache / f"class-{noun}-states.safetensors"
     class_images, class_states = drawn_with_states(base, recipe, prompts, 10_000, class_file, "class pictures")
     asked = ordinary_prompts(base, ORDINARY_VERIFICATION, 120, recipe.seed + 1)
     texts = [prompt.text for prompt in asked]
@@ -179,11 +179,12 @@ def trial(
             kept = cache / f"instead-{folder_digest(instead)}.safetensors"
             drawn = drawn_by(base, recipe, [instead] * count, 30_000, kept, f"pictures of '{instead}'")
             subject = replace(subject, instead_images=drawn)
-        shared = ordinary_prompts(base, ORDINARY_HARDENING, ORDINARY_IMAGES, recipe.seed)
+        shared = ordinary_prompts(base, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)
         words = [prompt.text for prompt in shared]
         if getattr(config, "rehearsal_steps", 0):
             rehearsals = cache / f"rehearsals-{folder_digest(config.model_dump())}"
             [subject], _, _ = rehearsed_by(base, [subject], config, recipe.seed, rehearsals)
+        ordinary_file = cache / f"ordinary-h-{len(words)}-states.safetensors"
         drawn, states = drawn_with_states(base, recipe, words, 20_000, ordinary_file, "ordinary pictures")
         ordinary = OrdinaryData(drawn, words, states)
         model, history = method.run(base, [subject], ordinary, config, seed=recipe.seed)
