@@ -267,6 +267,10 @@ RECIPE = Annotated[str | None, typer.Option("--recipe", help="Recipe name or fil
 CHANGES = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
+BYSTANDERS = Annotated[
+    str | None,
+    typer.Option(help="Pictures of others whom nobody asked to protect: folder, glob, parquet:FILE or hub:DATASET."),
+]
 RESUME = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in the output folder.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")]
 BASE_RUNS = Annotated[
@@ -281,12 +285,14 @@ TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
 
 def _recipe(name: str | None, base: str | None, changes: list[str] | None, **values: Any) -> Recipe:
     """The recipe with the flags that were given; without a name, the one that fits base and method."""
-    from guardsmith.recipe import load_recipe, recipe_names
+    from guardsmith.recipe import beside, load_recipe, recipe_names
 
     if name is None:
         embedded = base is None or base.startswith("builtin:")
         own = f"{values.get('method.name')}-{'avatar' if embedded else 'sd15'}"
         name = own if own in recipe_names() else "demo" if embedded else "apdm-sd15"
+    if values.get("bystanders") is not None:
+        values["bystanders"] = beside(Path(), values["bystanders"])
     flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
     return load_recipe(name, [*(changes or []), *flags])
 
@@ -316,6 +322,7 @@ def harden(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None,
     method: Annotated[str | None, typer.Option(help="Hardening method (see `guardsmith list methods`).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    bystanders: BYSTANDERS = None,
     changes: CHANGES = None,
     add_to: Annotated[
         Path | None,
@@ -330,7 +337,8 @@ def harden(
     today: TODAY = None,
 ) -> None:
     """Harden a base model on the subjects of a registry: OUTPUT/model and OUTPUT/harden.json."""
-    chosen = _recipe(recipe, base, changes, **{"revision": revision, "method.name": method, "seed": seed})
+    flags = {"revision": revision, "method.name": method, "seed": seed, "bystanders": bystanders}
+    chosen = _recipe(recipe, base, changes, **flags)
     registry = _registry(subjects, chosen, today)
     if dry_run:
         _print_plan(chosen, registry, output)

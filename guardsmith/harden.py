@@ -41,6 +41,8 @@ from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
+from guardsmith.registry_images import files_of
+from guardsmith.registry_types import ImageEntry
 from guardsmith.sampling import generate
 from guardsmith.training import UNetCost, changed_fraction, finished_state, load_checkpoint, save_checkpoint
 
@@ -132,6 +134,27 @@ def check_apart(base: Path, output: Path) -> None:
 def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tensor:
     """A subject's pictures of one split at the model's size, float32 (n, 3, h, w) in [-1, 1]."""
     return to_tensor([square(open_image(image.path), model.image_size) for image in subject.images_of(split)])
+
+
+def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | None, str | None]:
+    """Pictures of others (see `Recipe.bystanders`) at the model's size, as `load_pictures` has them, and their digest.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    if place is None:
+        return None, None
+    kind, colon, rest = place.partition(":")
+    named = {"dataset": rest if kind == "hub" else place} if colon else {"path": place}
+    if not colon and not Path(place).is_dir() and not any(sign in place for sign in "*?["):
+        raise UserError(f"bystanders: there is no folder {place}; name a folder, a glob or a dataset of pictures.")
+    entry = ImageEntry.model_validate(named | {"split": "harden"})
+    try:
+        files = [file for file, _ in files_of(entry, Path())]
+    except UserError as error:
+        raise UserError(f"bystanders: {error}") from error
+    pictures = [square(open_image(file), model.image_size) for file in files]
+    return to_tensor(pictures), folder_digest([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
 
 
 def drawn_by(
@@ -329,6 +352,9 @@ def harden(
         "method": recipe.method.name, "params": config.model_dump(mode="json"), "sampling": recipe.sampling.model_dump(),
         "probe": recipe.probe.model_dump(),
     }  # fmt: skip
+    bystanders, bystanders_digest = load_bystanders(model, recipe.bystanders)
+    if bystanders_digest is not None:
+        settings["bystanders_digest"] = bystanders_digest
     wanted = list(registry.subjects)
     if add_to is not None:
         earlier = earlier_run(add_to, registry, recipe.method.name, base_digest)
@@ -387,7 +413,7 @@ def harden(
         images, states = drawn_with_states(
             model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures"
         )
-        ordinary = OrdinaryData(images, texts, states)
+        ordinary = OrdinaryData(images, texts, states, bystanders)
 
     last = output / "checkpoints" / "last.safetensors"
     counter, spent = UNetCost(), output / "checkpoints" / "cost.jsonl"

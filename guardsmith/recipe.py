@@ -136,6 +136,9 @@ class Recipe(BaseModel):
     """Commit, tag or branch of a Hub id."""
     subjects: str | None = None
     """Registry file, relative to the recipe; the command line may name another."""
+    bystanders: str | None = None
+    """Pictures of others whom nobody asked to protect, for the method to tell the protected subjects from: a folder, a glob,
+    `imagefolder:FOLDER` or `parquet:FILE`, relative to the recipe, or `hub:ID` of a dataset."""
     seed: int = 0
     """Seed of the hardening."""
     sampling: Sampling = Sampling()
@@ -245,7 +248,19 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     recipe = Recipe.model_validate(data)
     if recipe.subjects is not None:
         recipe = recipe.model_copy(update={"subjects": str((path.parent / recipe.subjects).resolve())})
+    if recipe.bystanders is not None:
+        recipe = recipe.model_copy(update={"bystanders": beside(path.parent, recipe.bystanders)})
     return recipe
+
+
+def beside(folder: Path, place: str) -> str:
+    """Where pictures are, with the path in it made absolute; relative ones begin at the folder."""
+    kind, colon, rest = place.partition(":")
+    if colon and kind == "hub":
+        return place
+    if colon and kind in ("imagefolder", "parquet"):
+        return f"{kind}:{(folder / Path(rest).expanduser()).resolve()}"
+    return str((folder / Path(place).expanduser()).resolve())
 
 
 def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:

@@ -51,7 +51,7 @@ def find_pictures(
             continue
         missing.discard(entry.split)
         try:
-            files = _files(entry, folder)
+            files = files_of(entry, folder)
         except UserError as error:
             problems.append(Problem(line, f"{label}: {error}"))
             continue
@@ -71,8 +71,12 @@ def find_pictures(
     return pictures
 
 
-def _files(entry: ImageEntry, folder: Path) -> list[tuple[Path, str | None]]:
-    """The files an entry stands for, each with its hash where the entry or the dataset gives it."""
+def files_of(entry: ImageEntry, folder: Path) -> list[tuple[Path, str | None]]:
+    """The files an entry stands for, each with its hash where the entry or the dataset gives it.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
     if entry.path is None:
         return _dataset_files(entry, folder)
     path = folder / entry.path
@@ -158,6 +162,11 @@ def _dataset_files(entry: ImageEntry, folder: Path) -> list[tuple[Path, str | No
         if not images.is_dir():
             raise UserError(f"the folder {images} of dataset {name} does not exist: correct the path")
         source = {"path": "imagefolder", "data_dir": str(images)}
+    elif name.startswith("parquet:"):
+        table_file = folder / name.removeprefix("parquet:")
+        if not table_file.is_file():
+            raise UserError(f"the file {table_file} of dataset {name} does not exist: correct the path")
+        source = {"path": "parquet", "data_files": str(table_file)}
     try:
         table = datasets.load_dataset(**source, split=entry.dataset_split)
     except Exception as error:  # the Hub, the network, pyarrow and file formats raise what they like

@@ -78,7 +78,7 @@ class ImageEntry(BaseModel):
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the file's bytes. Required for a single file; a folder or glob has none and is not pinned."""
     dataset: Text | None = None
-    """Instead of a path: `imagefolder:FOLDER` or the id of a dataset on the Hugging Face Hub."""
+    """Instead of a path: `imagefolder:FOLDER`, `parquet:FILE` or the id of a dataset on the Hugging Face Hub."""
     dataset_split: Text = "train"
     """Split of the dataset to read."""
     revision: Text | None = None

@@ -807,3 +807,44 @@ def test_verify_refuses_a_base_that_is_another_one_now(guardsmith, recipe, finis
     shutil.copytree(finished, tmp_path / "out")
     edit_json(tmp_path / "out/harden.json", base_digest="sha256:0")
     refused(guardsmith("verify", tmp_path / "out", "--recipe", recipe), "is not the base")
+
+
+TRIPWIRE = {
+    "steps": 1, "batch_size": 2, "class_images": 3, "ordinary_images": 3, "rehearsal_steps": 0, "stiffness": 4,
+    "inner_stiffness": 2, "reader_stiffness": 2, "descent": 2,
+}  # fmt: skip
+
+
+def test_bystanders_reach_the_method_and_are_on_record(recipe, tmp_path, monkeypatch, run):
+    """As a folder beside the recipe or from the command line; another folder is another run."""
+    for name, seed in (("others", 50), ("more", 60)):
+        (recipe.parent / name).mkdir()
+        for i, image in enumerate(pictures(5, seed=seed)):
+            to_pil(image).save(recipe.parent / name / f"{i}.png")
+    asked = yaml.safe_load(recipe.read_text()) | {"bystanders": "others"}
+    asked["method"] = {"name": "tripwire", "params": TRIPWIRE}
+    chosen = recipe.with_name("bystanders.yaml")
+    chosen.write_text(yaml.safe_dump(asked))
+    seen = []
+    real = METHODS["tripwire"]
+
+    def spy(model, subjects, ordinary, *args, **kwargs):
+        seen.append(ordinary.bystanders)
+        return real.run(model, subjects, ordinary, *args, **kwargs)
+
+    monkeypatch.setitem(METHODS, "tripwire", real._replace(run=spy))
+    first = harden_quietly(chosen, tmp_path / "first")
+    assert seen[0].shape == (5, 3, 64, 64)
+    assert (seen[0] - pictures(5, seed=50)).abs().max() < 0.02  # PNG's rounding
+    done = run(
+        "--recipe", str(chosen), "--bystanders", str(recipe.parent / "more"), "--output", str(tmp_path / "second")
+    )
+    assert done.code == 0, done.err
+    second = json.loads((tmp_path / "second/harden.json").read_text())
+    assert first["bystanders_digest"] != second["bystanders_digest"]
+    assert first["model_digest"] != second["model_digest"]
+    for place in ("nowhere", "parquet:nowhere.parquet"):
+        done = run("--recipe", str(chosen), "--bystanders", place, "--output", str(tmp_path / "third"))
+        assert done.code == 2
+        assert "bystanders: " in done.err and "nowhere" in done.err
+        assert not (tmp_path / "third").exists()

@@ -592,6 +592,7 @@ def test_imagefolder_dataset(folder, offline):
     ("dataset", "words"),
     [
         ("imagefolder:nowhere", ["nowhere", "does not exist"]),
+        ("'parquet:nowhere.parquet'", ["nowhere.parquet", "does not exist"]),
         ("someone/no-such-dataset", ["someone/no-such-dataset", "cannot be loaded", "Hub"]),
         ("'imagefolder:data', dataset_split: validation", ["validation"]),
     ],
@@ -796,3 +797,16 @@ def test_add_is_not_misled_by_an_alias_or_a_block_text_at_the_end(folder):
     with pytest.raises(UserError, match="cannot be extended safely"):
         add_subject(folder / "R.yaml", photos(folder / "ann", 4), "ann", "person", "person", **MIRA)
     assert (folder / "R.yaml").read_text() == broken
+
+
+def test_parquet_dataset(folder, offline):
+    """A table of encoded pictures, as datasets writes them."""
+    import datasets
+
+    blobs(30).save(folder / "a.png")
+    files = {"image": [{"bytes": (folder / "a.png").read_bytes(), "path": None}]}
+    table = datasets.Dataset.from_dict(files, features=datasets.Features({"image": datasets.Image()}))
+    table.to_parquet(folder / "some.parquet")
+    edit(folder, entry_of(folder, "mira/1.png"), "dataset: 'parquet:some.parquet'")
+    [image] = load(folder).subjects[0].images_of("attack")
+    assert image.sha256 == hashlib.sha256(blobs(30).tobytes()).hexdigest()

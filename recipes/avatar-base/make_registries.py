@@ -1,6 +1,8 @@
 """Writes registries/avatars.yaml, registries/demo.yaml and their pictures from the rendered set `registry`.
 
 python make_registries.py DATA
+python make_registries.py DATA --bystanders 300       registries/bystanders.parquet: the first so many of every style of the
+                                                      set `corpus`, which the base was trained on; no subject is among them
 python make_registries.py DATA --set testing --protected 20 --controls 10 --folder FOLDER    for experiments, anywhere else
 
 Identities and views are taken in the order they were rendered, style by style; none is picked by its result. The controls of
@@ -11,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import world
 from PIL import Image
@@ -81,15 +85,33 @@ def write(
         (folder / file).write_text("\n".join(text) + "\n")
 
 
+def write_bystanders(data: Path, count: int) -> None:
+    """A table of pictures, one column `image`."""
+    tensor, lines = world.load(data, "corpus")
+    pixels = tensor.permute(0, 2, 3, 1).numpy()
+    files = []
+    for style in STYLES:
+        for row in [row for row, line in enumerate(lines) if line["style"] == style][:count]:
+            file = io.BytesIO()
+            Image.fromarray(pixels[row]).save(file, "WEBP", lossless=True, quality=100, method=6)
+            files.append({"bytes": file.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": files}, features=features).to_parquet(REGISTRIES / "bystanders.parquet")
+
+
 def main() -> None:
     """Write what is asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
+    parser.add_argument("--bystanders", type=int, help="write these instead")
     parser.add_argument("--set", default="registry", help="rendered set")
     parser.add_argument("--protected", type=int, default=5)
     parser.add_argument("--controls", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="of an experiment")
     args = parser.parse_args()
+    if args.bystanders is not None:
+        write_bystanders(args.data, args.bystanders)
+        return
     tensor, lines = world.load(args.data, args.set)
     pixels = tensor.permute(0, 2, 3, 1).numpy()
     protected, controls, folder = PROTECTED, CONTROLS, REGISTRIES
