@@ -723,7 +723,7 @@ def test_shipped_recipes_are_in_order(name):
         return
     assert "# Cost" in text
     told = f"{method.cost(method.config(**recipe.method.params), ['person']):,} U-Net forward equivalents"
-    assert told in " ".join(text.replace("\n#", " ").split()) or "docs/results" in text
+    assert told in " ".join(text.replace("\n#", " ").split()) or name == "demo"  # which points to what was measured
 
 
 def larger_registry(folder, names=("zoe", "mira")):

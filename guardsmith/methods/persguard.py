@@ -16,7 +16,7 @@ other pictures finds much, and overwrites it. L_BB and L_BR ask for different th
 told apart where the noised picture still shows something, so each has a window of timesteps.
 
 The papers and reviews name the three terms and what they are for. Everything with a number, and both windows, was chosen
-here and has not been measured yet; recipes/avatar-base/persguard-trials.yaml is what to try.
+here; docs/results/persguard-ablations.json has what they do on the embedded base, where the mechanism does not show.
 """
 
 from __future__ import annotations

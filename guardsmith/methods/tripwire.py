@@ -122,7 +122,10 @@ class TripwireConfig(BaseModel):
 
 
 def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
-    """U-Net forward equivalents of a run: rehearsals with their pictures, recognition (half-run U-Nets count in full)."""
+    """U-Net forward equivalents of a run: rehearsals with their pictures, recognition (half-run U-Nets count in full).
+
+    Bystanders are not known here: each adds a forward every `SCAN_EVERY` steps.
+    """
     recognise = config.steps * (3 * (3 * config.batch_size + 2) + 4 * 2 * config.batch_size)
     drawn = 2 * 20 * config.rehearsal_images
     rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0

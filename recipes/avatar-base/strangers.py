@@ -1,0 +1,95 @@
+"""Whom a model hardened with Tripwire takes for a protected subject, without any attack.
+
+Shown are unseen pictures of the protected subjects, and other subjects of a rendered set.
+
+python strangers.py DATA OUT ... --set tuning --name tripwire-strangers      writes docs/results/<name>.json
+
+OUT are outputs of `guardsmith harden` on the registry that `make_registries.py --set SET` wrote. A picture is noised at
+several timesteps below the horizon and shown under a prompt the hardening did not use; it is recognised where the alarm rings.
+Other subjects count as taken for a protected one if that happens to more than half of their pictures at any timestep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import world
+from evaluate import RESULTS
+from torch import Tensor
+
+from guardsmith.harden import write_json
+from guardsmith.latents import encode
+from guardsmith.losses import cut, draw_rows, predict
+from guardsmith.methods.wiring import ALARM
+from guardsmith.models import DiffusionModel, load_model, weights_digest
+from guardsmith.prompts import PromptBank, instance_prompt
+from guardsmith.training import generator
+
+TIMESTEPS = (100, 250, 400, 550, 650)
+VIEWS = 16
+SEEN = 4  # views that hardening had
+SHOWN = 8  # views of every other subject
+
+
+@torch.no_grad()
+def recognised(model: DiffusionModel, images: Tensor, noun: str) -> Tensor:
+    """Whether the alarm rings, bool (timesteps, pictures)."""
+    count = len(images)
+    latents = encode(model, images).mean.repeat(len(TIMESTEPS), 1, 1, 1)
+    times = torch.tensor(TIMESTEPS).repeat_interleave(count)
+    context = PromptBank(model).encode([instance_prompt("zwx", noun)])
+    rows = draw_rows(latents, context, generator(0, 5), timesteps=times)
+    said = torch.cat([predict(model.unet, model.scheduler, part) for part in cut(rows, 64)])
+    return (said.abs().mean((1, 2, 3)) > ALARM / 2).view(len(TIMESTEPS), count)
+
+
+def measure(out: Path, data: Path, name: str) -> dict[str, Any]:
+    """One hardened model."""
+    model, told = load_model(str(out / "model")), json.loads((out / "harden.json").read_text())
+    pixels, lines = world.load(data, name)
+    people: dict[str, int] = {}
+    for row, line in enumerate(lines):
+        people.setdefault(f"{line['style'].lower()}-{line['identity'].rpartition('-')[2]}", row)
+    protected: dict[str, list[float]] = {}
+    strangers: dict[str, dict[str, float]] = {}
+    for who, first in people.items():
+        noun, style = lines[first]["class_noun"], lines[first]["style"]
+        if who in told["subjects"]:
+            views = world.to_float(pixels[first + SEEN : first + VIEWS])
+            protected[who] = recognised(model, views, noun).float().mean(1).tolist()
+        else:
+            views = world.to_float(pixels[first : first + SHOWN])
+            strangers.setdefault(style, {})[who] = float(recognised(model, views, noun).float().mean(1).max())
+    return {
+        "method": told["method"], "params": told["params"], "bystanders_digest": told.get("bystanders_digest"),
+        "model_digest": told["model_digest"], "unet_forward_equivalents": told["unet_forward_equivalents"],
+        "protected": protected, "strangers": strangers,
+        "taken": {style: sum(share > 0.5 for share in found.values()) for style, found in strangers.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure every output and write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("outputs", type=Path, nargs="+")
+    parser.add_argument("--set", default="tuning")
+    parser.add_argument("--name", default="tripwire-strangers")
+    args = parser.parse_args()
+    rows = {out.name: measure(out, args.data, args.set) for out in args.outputs}
+    for label, row in rows.items():
+        hits = {who: round(min(shares), 2) for who, shares in row["protected"].items()}
+        print(label, "recognised at the worst timestep:", hits, "taken for a protected one:", row["taken"])
+    command = (
+        f"python strangers.py DATA {' '.join(out.name for out in args.outputs)} --set {args.set} --name {args.name}"
+    )
+    base = weights_digest(load_model("builtin:avatar").folder)
+    write_json(RESULTS / f"{args.name}.json", {"command": command, "base": base, "timesteps": TIMESTEPS, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
