@@ -17,22 +17,19 @@ from guardsmith.errors import RunFailed, UserError
 from guardsmith.harden import rehearsed_by
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import add_noise, draw_rows, predict, row_losses
-from guardsmith.methods import METHODS, tripwire
+from guardsmith.methods import METHODS, recognition, tripwire
 from guardsmith.methods.data import States
-from guardsmith.methods.tripwire import (
-    REHEARSALS,
+from guardsmith.methods.recognition import (
     UNLIKE,
     Others,
     Sway,
-    TripwireConfig,
-    first_readouts,
-    harden,
     listen,
     put_state,
     recognition_loss,
-    rehearse,
+    ridge_readouts,
     variations,
 )
+from guardsmith.methods.tripwire import REHEARSALS, TripwireConfig, harden, rehearse
 from guardsmith.methods.wiring import (
     ALARM,
     PLATEAU,
@@ -473,13 +470,13 @@ def test_one_loud_token_is_enough_on_either_side():
     assert recognition_loss(torch.cat([mixed, mixed]), torch.cat([yes, no]), 4.0)[1] > 5
 
 
-def test_first_readouts_are_weighted_ridge_regression():
+def test_ridge_readouts_are_weighted_ridge_regression():
     """Against the normal equations of a table with every row written out as often as it weighs."""
     rng = generator(3)
     tokens, margin = torch.randn(6, 2, 4, generator=rng), 3.0
     wanted = torch.zeros(6, 2, dtype=torch.bool)
     wanted[0, 0] = wanted[1, 0] = wanted[2, 1] = True
-    found = first_readouts(tokens, wanted, margin)
+    found = ridge_readouts(tokens, wanted, margin)
     for subject, (mine, others) in enumerate((([0, 0, 1, 1], [2, 3, 4, 5]), ([2] * 5, [0, 1, 3, 4, 5]))):
         table = tokens[mine + others].flatten(0, 1).double()
         targets = torch.cat([torch.full((2 * len(rows),), sign * margin) for rows, sign in ((mine, 1), (others, -1))])
@@ -489,12 +486,12 @@ def test_first_readouts_are_weighted_ridge_regression():
         assert torch.allclose(found[subject].double(), expected, atol=1e-5)
 
 
-def test_first_readouts_do_not_depend_on_how_many_others_there_are():
+def test_ridge_readouts_do_not_depend_on_how_many_others_there_are():
     tokens = torch.randn(4, 3, 5, generator=generator(4))
     wanted = torch.tensor([[True], [False], [False], [False]])
     often = torch.cat([tokens, *[tokens[1:]] * 9])
     more = torch.cat([wanted, *[wanted[1:]] * 9])
-    assert torch.allclose(first_readouts(tokens, wanted, 4.0), first_readouts(often, more, 4.0), atol=1e-4)
+    assert torch.allclose(ridge_readouts(tokens, wanted, 4.0), ridge_readouts(often, more, 4.0), atol=1e-4)
 
 
 def test_variations_keeps_the_originals_and_the_range():
@@ -564,7 +561,7 @@ def alarmed(predictions):
 
 def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, monkeypatch):
     """The alarm rings on pictures like the subject's; predictions on class and ordinary pictures are the base's."""
-    monkeypatch.setattr(tripwire, "encode", plain_latents)
+    monkeypatch.setattr(recognition, "encode", plain_latents)
     subject, ordinary, config = bright_and_dark()
     base = weights(tiny_v.unet)
     hardened, history = harden(tiny_v, [subject], ordinary, config, seed=1)
@@ -580,7 +577,7 @@ def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, 
 
 def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, tmp_path, monkeypatch):
     """Beginning from the first run's end, with a second subject and hardly any training, the first one's wire trips still."""
-    monkeypatch.setattr(tripwire, "encode", plain_latents)
+    monkeypatch.setattr(recognition, "encode", plain_latents)
     subject, ordinary, config = bright_and_dark()
     saved, state = tmp_path / "last.safetensors", tmp_path / "state.safetensors"
     harden(tiny_v, [subject], ordinary, config, seed=1, checkpoint=saved)
@@ -588,7 +585,9 @@ def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, tmp_path, 
     second = replace(make_subject("tom", "robot", 10), class_images=subject.class_images)
     short = config.model_copy(update={"steps": 1, "learning_rate": 1e-9, "readout_learning_rate": 1e-9})
     blank = lambda tokens, wanted, margin: torch.zeros(wanted.shape[1], tokens.shape[2])  # noqa: E731
-    monkeypatch.setattr(tripwire, "first_readouts", blank)  # so that only the earlier run can have taught the first one
+    monkeypatch.setattr(
+        recognition, "ridge_readouts", blank
+    )  # so that only the earlier run can have taught the first one
     unseen, found = pictures(3, 9) * 0.3 + 0.6, {}
     for start in (None, state):
         both, _ = harden(tiny_v, [subject, second], ordinary, short, seed=1, start=start)
