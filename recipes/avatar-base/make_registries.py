@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--set", default="registry", help="rendered set")
     parser.add_argument("--protected", type=int, default=5)
     parser.add_argument("--controls", type=int, default=5)
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=STYLES, help="of the protected subjects")
     parser.add_argument("--folder", type=Path, help="of an experiment")
     args = parser.parse_args()
     if args.bystanders is not None:
@@ -119,7 +120,8 @@ def main() -> None:
     if args.folder is not None:
         people = dict.fromkeys((line["style"], int(line["identity"].rpartition("-")[2])) for line in lines)
         in_turn = sorted(people, key=lambda person: (person[1], STYLES.index(person[0])))
-        protected = {f"{style.lower()}-{number}": (style, number) for style, number in in_turn[: args.protected]}
+        wanted = [person for person in in_turn if person[0] in args.styles][: args.protected]
+        protected = {f"{style.lower()}-{number}": (style, number) for style, number in wanted}
         controls = {
             f"{style.lower()}-{number}": (style, number) for style, number in in_turn[len(in_turn) - args.controls :]
         }

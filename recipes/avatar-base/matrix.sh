@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The methods side by side: five protected subjects together, five controls (one of a class that nobody protected), five attacks
+# at four times the usual steps, three identifiers that no hardening used. Subjects are of the set `testing`, which nothing was
+# chosen on. Every method gets as many U-Net forward equivalents as Tripwire.
+#
+#   recipes/avatar-base/matrix.sh DATA FOLDER       FOLDER keeps the runs; run it again after an interruption
+#
+# Writes docs/results/matrix.json, matrix.md and matrix.svg.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+data=$(cd "$1" && pwd)
+work=$(mkdir -p "$2" && cd "$2" && pwd)
+export PATH="$root/.venv/bin:$PATH"
+
+cd "$here"
+[ -f "$work/registry.yaml" ] || python make_registries.py "$data" --set testing --protected 5 --controls 5 --folder "$work" \
+  --styles avataaars micah personas bottts
+harden() { # name, recipe, changes
+  local out="$work/$1" recipe=$2
+  shift 2
+  guardsmith harden --subjects "$work/registry.yaml" --recipe "$recipe" --output "$out" "$@" \
+    $([ -f "$out/settings.json" ] && echo --resume)
+}
+harden tripwire several-avatars
+harden persguard persguard-avatar --set method.params.steps=2200 --set method.params.target_noun=character # nobody's class
+harden imma imma-avatar --set method.params.steps=4700
+harden apdm apdm-avatar --set method.params.outer_steps=370
+
+for run in tripwire persguard imma apdm; do # the verdict is in the report; a failed gate (1, 3) is a result
+  code=0
+  guardsmith verify "$work/$run" --subjects "$work/registry.yaml" --recipe several-avatars --base-runs "$work/base" || code=$?
+  [ $code -eq 0 ] || [ $code -eq 1 ] || [ $code -eq 3 ] || exit $code
+done
+runs=("$work/tripwire" "$work/persguard" "$work/imma" "$work/apdm")
+guardsmith compare "${runs[@]}" --json >"$root/docs/results/matrix.json"
+guardsmith compare "${runs[@]}" --markdown --svg "$root/docs/results/matrix.svg" >"$root/docs/results/matrix.md"
