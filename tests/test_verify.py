@@ -132,17 +132,24 @@ def test_other_settings_are_another_unit_beside_it(copied, registry, recipe_file
 
 
 def test_scores_of_other_settings_or_too_few_are_not_taken(copied, registry, recipe_file):
-    unit = unit_of(copied, "hardened", "mira")
+    from guardsmith.matrix import Judged, plan_units, scores_of
+
+    unit, recipe = unit_of(copied, "hardened", "mira"), load_recipe(str(recipe_file))
+    judged = Judged(load_model(str(copied / "model")), weights_digest(copied / "model"), copied / "verify" / "hardened")
+    planned = next(iter(plan_units(registry, recipe, {"hardened": judged})))
     whole = json.loads((unit / "scores.json").read_text())
+    assert planned.folder == unit
+    assert scores_of(planned) == {1.0: whole["identity"]["2"]}
     for broken in (
         whole | {"digest": "0" * 16},
         whole | {"identity": {"2": whole["identity"]["2"][:7]}},
         whole | {"identity": {"1": whole["identity"]["2"]}},
     ):
         (unit / "scores.json").write_text(json.dumps(broken))
-        verify(registry, load_recipe(str(recipe_file)), copied, workers=1, quiet=True)
-        assert json.loads((unit / "scores.json").read_text())["digest"] == whole["digest"]
-        assert scores_in(unit)["2"] == pytest.approx(whole["identity"]["2"], abs=1e-5)
+        assert scores_of(planned) is None
+    verify(registry, recipe, copied, workers=1, quiet=True)
+    assert json.loads((unit / "scores.json").read_text())["digest"] == whole["digest"]
+    assert scores_in(unit)["2"] == pytest.approx(whole["identity"]["2"], abs=1e-5)
 
 
 def test_runs_on_the_base_can_be_shared(copied, tmp_path, registry, recipe_file, verified):
