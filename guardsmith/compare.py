@@ -6,7 +6,6 @@ group is over its units and their pictures, as in the gate.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from guardsmith.errors import UserError
 from guardsmith.gate import Interval, Units, interval, ratio_interval
+from guardsmith.records import read_record
 
 NEEDED = ("checks", "scores", "subjects", "steps_to_break", "utility", "hardening", "verdict", "recipe")
 COLOURS = {True: "green", False: "red", None: "default"}
@@ -40,16 +40,9 @@ def read_report(run: Path) -> dict[str, Any]:
         UserError: there is none, or it is not one of this version.
     """
     file = run / "verify" / "report.json" if run.is_dir() else run
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{run} holds no report (verify/report.json); run `guardsmith verify` first.") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON; verify again.") from error
-    missing = [key for key in NEEDED if not isinstance(told, dict) or key not in told]
-    if missing:
-        raise UserError(f"{file} lacks {', '.join(missing)}; verify again.")
-    return dict(told)
+    if not file.is_file():
+        raise UserError(f"{run} holds no report (verify/report.json); run `guardsmith verify` first.")
+    return read_record(file, NEEDED, "verify again")
 
 
 def _units(report: dict[str, Any], side: str, ids: set[str], attack: str, look: float) -> Units:

@@ -40,6 +40,7 @@ from guardsmith.processes import gather, processes, tell
 from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
 from guardsmith.recipe import Recipe
+from guardsmith.records import folder_digest, read_record, write_json
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
 from guardsmith.registry_images import files_of
 from guardsmith.registry_types import ImageEntry
@@ -48,16 +49,6 @@ from guardsmith.training import UNetCost, changed_fraction, finished_state, load
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
 WRITTEN = ("harden.json", "state.safetensors", "model", ".model.tmp", "checkpoints", "cache", "probes", "verify")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_settings(output: Path) -> dict[str, Any] | None:
@@ -278,22 +269,17 @@ def rehearsed_by(
     return found, forwards, backwards
 
 
-def read_record(record: Path) -> dict[str, Any]:
+HARDENED = ("base", "base_revision", "base_digest", "model_digest", "registry_digest", "method", "params", "seed", "subjects",
+            "seconds", "unet_forward_equivalents")  # fmt: skip
+
+
+def read_hardening(record: Path) -> dict[str, Any]:
     """What a finished run's harden.json says, with every key that later runs need.
 
     Raises:
         UserError: it is not JSON, or lacks one.
     """
-    needed = ("base", "base_revision", "base_digest", "model_digest", "registry_digest", "method", "params", "seed",
-              "subjects", "seconds", "unet_forward_equivalents")  # fmt: skip
-    try:
-        told = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{record} is not valid JSON; harden again.") from error
-    missing = [key for key in needed if not isinstance(told, dict) or key not in told]
-    if missing:
-        raise UserError(f"{record} lacks {', '.join(missing)}; harden again.")
-    return dict(told)
+    return read_record(record, HARDENED, "harden again")
 
 
 def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str) -> dict[str, Any]:
@@ -305,7 +291,7 @@ def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str)
     record, state = folder / "harden.json", folder / "state.safetensors"
     if not (record.is_file() and state.is_file()):
         raise UserError(f"{folder} holds no finished hardening to add to (no harden.json and state.safetensors).")
-    told = read_record(record)
+    told = read_hardening(record)
     for what, then, now in (("method", told["method"], method), ("base", told["base_digest"], base_digest)):
         if then != now:
             raise UserError(f"{folder} was hardened with another {what} ({then}); add to it with the same one.")
@@ -485,8 +471,3 @@ def _spent(file: Path, steps: int) -> tuple[int, int]:
         step, forwards, backwards = json.loads(line)
         cost[step] = (forwards, backwards)  # a step that was taken again after a kill counts once
     return sum(cost[s][0] for s in range(steps)), sum(cost[s][1] for s in range(steps))
-
-
-def folder_digest(*parts: Any) -> str:
-    """Short digest of JSON-able settings."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

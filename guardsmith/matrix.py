@@ -33,13 +33,13 @@ from torch import Tensor
 from guardsmith.attacks import ATTACKS, AttackData, draw_during_attack
 from guardsmith.errors import GuardsmithError
 from guardsmith.gate import Units, calibration, half_way, interval
-from guardsmith.harden import folder_digest, write_json
 from guardsmith.images import open_image, square, to_pil, to_tensor
 from guardsmith.metrics.identity import similarity
 from guardsmith.models import DiffusionModel, load_model
 from guardsmith.processes import processes
 from guardsmith.progress import stage
 from guardsmith.recipe import Recipe, VerifySpec
+from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import Registry, Subject
 
 Side = Literal["base", "hardened"]

@@ -29,7 +29,7 @@ from guardsmith.gate import (
     interval,
     verdict,
 )
-from guardsmith.harden import check_against_base, drawn_by, folder_digest, read_record, run_info, write_json
+from guardsmith.harden import check_against_base, drawn_by, read_hardening, run_info
 from guardsmith.matrix import (
     JUDGED_SIZE,
     SIDES,
@@ -47,6 +47,7 @@ from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import load_model, weights_digest
 from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe
+from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import Registry
 from guardsmith.report import print_report, save_grid
 
@@ -175,7 +176,7 @@ def verify(
         raise UserError(
             f"{output} holds no finished hardening (no harden.json and model/); run `guardsmith harden` first."
         )
-    told = read_record(record)
+    told = read_hardening(record)
     if told["registry_digest"] != registry.digest:
         raise UserError(f"{registry.path} is not the registry that {output} was hardened on (the digests differ).")
     if not recipe.verify.attacks:

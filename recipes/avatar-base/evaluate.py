@@ -22,7 +22,7 @@ from train_vae import psnr
 
 import guardsmith
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.harden import drawn_by, folder_digest, write_json
+from guardsmith.harden import drawn_by
 from guardsmith.metrics.fidelity import TRAITS, features, fidelity, read_traits
 from guardsmith.metrics.identity import embed, similarity
 from guardsmith.metrics.kid import kid, kid_interval
@@ -30,6 +30,7 @@ from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.processes import processes
 from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe, load_recipe
+from guardsmith.records import folder_digest, write_json
 from guardsmith.sampling import generate, grid
 
 ROOT = Path(guardsmith.__file__).parent.parent

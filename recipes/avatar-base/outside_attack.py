@@ -29,13 +29,13 @@ from evaluate import RESULTS, draw_class_pictures, first_rows
 from safetensors.torch import load_file
 
 from guardsmith.attacks import SAMPLE_SEED, AttackData, draw_after_attack
-from guardsmith.harden import folder_digest, write_json
 from guardsmith.images import to_pil
 from guardsmith.metrics.identity import similarity
 from guardsmith.models import load_model, weights_digest
 from guardsmith.processes import processes
 from guardsmith.prompts import class_prompt, instance_prompt, sample_prompts
 from guardsmith.recipe import load_recipe
+from guardsmith.records import folder_digest, write_json
 from guardsmith.sampling import generate
 
 IDENTIFIER, COUNT = "zwx", 16

@@ -28,7 +28,7 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import ATTACKS, AttackData, draw_after_attack
-from guardsmith.harden import drawn_by, drawn_with_states, folder_digest, rehearsed_by, write_json
+from guardsmith.harden import drawn_by, drawn_with_states, rehearsed_by
 from guardsmith.images import to_pil, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
@@ -46,6 +46,7 @@ from guardsmith.prompts import (
     ordinary_prompts,
 )
 from guardsmith.recipe import Recipe, load_recipe
+from guardsmith.records import folder_digest, write_json
 from guardsmith.sampling import generate, grid
 
 VIEWS = 16

@@ -21,12 +21,12 @@ import world
 from evaluate import RESULTS
 from torch import Tensor
 
-from guardsmith.harden import write_json
 from guardsmith.latents import encode
 from guardsmith.losses import cut, draw_rows, predict
 from guardsmith.methods.wiring import ALARM
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.prompts import PromptBank, instance_prompt
+from guardsmith.records import write_json
 from guardsmith.training import generator
 
 TIMESTEPS = (100, 250, 400, 550, 650)
