@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The methods side by side: five protected subjects together, five controls (one of a class that nobody protected), five attacks
-# at four times the usual steps, three identifiers that no hardening used. Subjects are of the set `testing`, which nothing was
-# chosen on. Every method gets as many U-Net forward equivalents as Tripwire.
+# The methods side by side: five protected subjects together, five controls (one of a class that nobody protected), the attacks of
+# several-avatars up to four times the usual steps, identifiers that no hardening used. Subjects are of the set `testing`; nothing was
+# chosen on them. Every method gets as many U-Net forward equivalents as Tripwire.
 #
 #   recipes/avatar-base/matrix.sh DATA FOLDER       FOLDER keeps the runs; run it again after an interruption
 #
