@@ -244,7 +244,7 @@ def verify(
         "failed_units": failed,
         "calibration": {noun: level._asdict() for noun, level in calibration().items()},
         "hardening": {k: told[k] for k in RECORDED},
-        "recipe": recipe.model_dump(mode="json", exclude={"subjects"}),
+        "recipe": recipe.model_dump(mode="json", exclude={"subjects", "bystanders"}),
         "run": run_info(),
     }
     write_json(root / "report.json", report)
