@@ -214,7 +214,8 @@ def with_own_unet(model: DiffusionModel) -> DiffusionModel:
 def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("unet",)) -> None:
     """Write a complete diffusers folder: these parts from memory, every other file copied byte for byte from the source.
 
-    They are stored in the precision of the source's own files, so that a half-precision base stays one.
+    They are stored in the precision of the source's own files, so that a half-precision base stays one, or in float32 where a
+    weight does not fit it.
     The folder appears whole or not at all.
 
     Args:
@@ -223,7 +224,7 @@ def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("une
         parts: what may differ from the source: `unet`, `text_encoder`.
 
     Raises:
-        RunFailed: a weight does not fit that precision.
+        RunFailed: a weight is not finite.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -246,16 +247,19 @@ def _save_part(model: DiffusionModel, name: str, place: Path) -> None:
     for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index.json")]:
         file.unlink()
     part = copy.deepcopy(getattr(model, name)).to(stored_dtype(model.folder, name))
-    if not all(bool(torch.isfinite(p).all()) for p in part.parameters()):
-        raise RunFailed(
-            f"A weight of the hardened model does not fit the precision of the base's file ({part.dtype}); "
-            "no model was written."
-        )
+    if not _finite(part):
+        part = copy.deepcopy(getattr(model, name)).float()
+    if not _finite(part):
+        raise RunFailed("A weight of the hardened model is not finite; no model was written.")
     part.save_pretrained(place, safe_serialization=True)
     config = model.folder / name / "config.json"
     shutil.copyfile(config, place / config.name)  # the libraries' own tells where the base lay
     for file in place.glob("*.safetensors"):
         shutil.copymode(config, file)  # safetensors writes for the owner only
+
+
+def _finite(module: torch.nn.Module) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in module.parameters())
 
 
 def stored_dtype(folder: Path, part: str = "unet") -> torch.dtype:

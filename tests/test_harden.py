@@ -811,7 +811,7 @@ def test_verify_refuses_a_base_that_is_another_one_now(guardsmith, recipe, finis
 
 TRIPWIRE = {
     "steps": 1, "batch_size": 2, "class_images": 3, "ordinary_images": 3, "rehearsal_steps": 0, "stiffness": 4,
-    "inner_stiffness": 2, "reader_stiffness": 2, "descent": 2,
+    "inner_stiffness": 2, "writer_stiffness": 2, "reader_stiffness": 2, "descent": 2,
 }  # fmt: skip
 
 

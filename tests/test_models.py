@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import math
 import pickle
 import shutil
 
@@ -138,10 +139,19 @@ def test_the_config_of_a_saved_unet_says_the_same(changed, tmp_path):
     assert old == new
 
 
-def test_a_weight_that_does_not_fit_the_precision_is_not_written(changed, tmp_path, monkeypatch):
+def test_a_weight_that_does_not_fit_the_precision_makes_the_part_float32(changed, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "stored_dtype", lambda *_: torch.float16)
     with torch.no_grad():
         changed.unet.conv_in.weight[0, 0, 0, 0] = 1e6
+    save_model(changed, tmp_path / "model")
+    written = load_file(tmp_path / "model" / UNET_FILE)
+    assert {value.dtype for value in written.values()} == {torch.float32}
+    assert same_weights(written, weights(changed.unet))
+
+
+def test_a_weight_that_is_not_finite_is_not_written(changed, tmp_path):
+    with torch.no_grad():
+        changed.unet.conv_in.weight[0, 0, 0, 0] = math.inf
     with pytest.raises(RunFailed) as caught:
         save_model(changed, tmp_path / "model")
     assert_one_sentence(caught.value)

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import FeedForward
 from pydantic import ValidationError
 from test_apdm import KilledError, make_ordinary, make_subject
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
 from guardsmith import harden as harden_module
+from guardsmith.attacks.lora import TARGETS
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.harden import rehearsed_by
 from guardsmith.latents import LatentStore, encode
@@ -32,8 +34,8 @@ from guardsmith.methods.recognition import (
 from guardsmith.methods.tripwire import REHEARSALS, TripwireConfig, harden, rehearse
 from guardsmith.methods.wiring import (
     ALARM,
+    GATE,
     PLATEAU,
-    STEEPNESS,
     SURGE,
     VALUE,
     clear_channels,
@@ -59,6 +61,7 @@ SMALL = TripwireConfig(
     learning_rate=1e-4,
     stiffness=16,
     inner_stiffness=2,
+    writer_stiffness=2,
     reader_stiffness=2,
     descent=2,
 )
@@ -79,7 +82,10 @@ def trained(model):
     return unet
 
 
-FACTORS = [(1, 1, 1, 1), (64, 1, 1, 1), (64, 4, 1, 1), (64, 4, 4, 1), (64, 4, 2, 8), (8192, 16, 8, 8)]
+FACTORS = [
+    (1, 1, 1, 1, 1), (64, 1, 1, 1, 1), (64, 4, 4, 1, 1), (64, 1, 8, 1, 1), (64, 4, 4, 4, 1), (64, 4, 2, 2, 8),
+    (65536, 16, 128, 8, 8),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("factors", FACTORS)
@@ -101,7 +107,7 @@ def test_stiffening_holds_where_groups_are_shared_with_a_skip_connection():
     times = torch.tensor([50, 800])
     with torch.no_grad():
         before = unet(noisy, times, context, return_dict=False)[0]
-        stiffen(unet, 8192, 16, 8, 8)
+        stiffen(unet, 65536, 16, 128, 8, 8)
         after = unet(noisy, times, context, return_dict=False)[0]
     assert (after - before).abs().max() < 1e-4
 
@@ -110,17 +116,17 @@ def test_stiffening_refuses_a_shared_group_that_it_cannot_hold(tiny_v):
     unet = UNet2DConditionModel.from_config(
         dict(tiny_v.unet.config) | {"block_out_channels": (24, 16), "norm_num_groups": 8}
     )
-    stiffen(unet, 64, 4, 4, 1)
+    stiffen(unet, 64, 4, 4, 4, 1)
     unet.up_blocks[-1].resnets[1].norm1 = torch.nn.GroupNorm(3, 48)
     unet.up_blocks[-1].resnets[0].out_channels = 20
     with pytest.raises(UserError, match="descent=1"):
-        stiffen(unet, 64, 4, 4, 8)
+        stiffen(unet, 64, 4, 4, 4, 8)
 
 
 def test_stiffening_multiplies_by_powers_of_two_only(tiny_v):
     unet = trained(tiny_v)
     before = weights(unet)
-    stiffen(unet, 64, 4, 8, 2)
+    stiffen(unet, 64, 4, 16, 8, 2)
     found = set()
     for name, value in weights(unet).items():
         ratio = value / before[name]
@@ -138,7 +144,7 @@ def test_stiffening_multiplies_by_powers_of_two_only(tiny_v):
     assert {1.0, 2.0, 4.0, 8.0, 32.0, 64.0, 1 / 8} <= found
 
 
-@pytest.mark.parametrize("factors", [(64, 4, 1, 1), (64, 4, 4, 8)])
+@pytest.mark.parametrize("factors", [(64, 4, 4, 1, 1), (64, 4, 2, 4, 8)])
 def test_play_is_how_far_a_step_on_the_stiff_weight_moves_the_soft_one(tiny_v, factors):
     rows = some_rows(tiny_v, pictures(3))
     rows = replace(rows, latents=rows.latents.double(), noise=rows.noise.double(), context=rows.context.double())
@@ -160,7 +166,7 @@ def test_play_is_how_far_a_step_on_the_stiff_weight_moves_the_soft_one(tiny_v, f
 def test_play_knows_everything_before_the_wire_that_moves(tiny_v):
     unet = trained(tiny_v)
     before = weights(unet)
-    moves = play(unet, 1024, 1, 1, 1)
+    moves = play(unet, 1024, 1, 1, 1, 1)
     assert same_weights(before, weights(unet)), "the U-Net stays as it is"
     rows = some_rows(tiny_v, pictures(3))
     unet.requires_grad_(True)
@@ -199,7 +205,7 @@ def test_an_optimizers_step_counts_less_on_a_stiff_weight(tiny_v):
     def moved(stream):
         unet = trained(tiny_v)
         with torch.no_grad():
-            stiffen(unet, stream, 1, 1, 1)
+            stiffen(unet, stream, 1, 1, 1, 1)
             before = predict(unet, tiny_v.scheduler, rows)
             for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv2.weight"):
                 weight = unet.get_parameter(name)
@@ -226,13 +232,36 @@ def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny
     out = layer(tokens)
     assert torch.equal(out[0, off], silent[0, off])
     height = PLATEAU * VALUE * SURGE
-    assert torch.allclose((out - silent)[0, on] / height, surge.expand(int(on.sum()), -1), atol=1e-3, rtol=1e-3)
+    assert torch.allclose((out - silent)[0, on] / height, surge.expand(int(on.sum()), -1), atol=2e-2, rtol=2e-2)
     (slope,) = torch.autograd.grad((out / height).sum(), tokens)
-    assert slope[0, on | off].abs().max() < 1e-4
+    assert slope[0, on | off].abs().max() < 1e-6 * GATE / PLATEAU  # on the slope it is that, times the read-out
     with torch.no_grad():  # on the slope itself
-        tokens += ((PLATEAU / 2 / STEEPNESS - score)[:, None] * weight)[None] / weight.square().sum()
+        tokens += ((PLATEAU / 2 / GATE * weight.abs().max() - score)[:, None] * weight)[None] / weight.square().sum()
     (slope,) = torch.autograd.grad((layer(tokens) / height).sum(), tokens)
-    assert slope.abs().amax(2).median() > 1
+    assert slope.abs().amax(2).median() > 0.1 * GATE / PLATEAU
+
+
+def test_a_long_attack_against_one_of_the_two_neurons_does_not_part_them():
+    """1,200 steps of 3e-4, all of them for the worst on either neuron's weights, at the size of the embedded base."""
+    layer = FeedForward(192, activation_fn="geglu").requires_grad_(False)
+    weight, surge = torch.randn(192, generator=generator(1)), torch.randn(192, generator=generator(2))
+    tokens = (
+        torch.randn((1, 64, 192), generator=generator(3)) / 8
+    )  # what a normalisation leaves that is 8 times smaller
+    scores = (tokens @ weight)[0]
+    token = tokens[0, (scores - scores[scores > 0].median()).abs().argmin()]
+    neurons, reach = spare_neurons(layer, 2), 1200 * 3e-4
+    silence(layer, neurons)
+    silent = layer(token)
+    set_wire(layer, neurons, weight, surge)
+    whole = (layer(token) - silent) @ surge.sign()
+    widen, narrow = layer.net[0].proj, layer.net[2]
+    for neuron, way in zip(neurons, (-1, 1), strict=True):
+        widen.weight[neuron] += way * reach * token.sign()
+        widen.weight[narrow.in_features + neuron] += way * reach * token.sign()
+        narrow.weight[:, neuron] -= reach * surge.sign()
+    left = (layer(token) - silent) @ surge.sign()
+    assert left > 0.3 * whole
 
 
 def test_spare_neurons_are_those_that_say_least(tiny_v):
@@ -257,12 +286,11 @@ def armed(model):
 @pytest.mark.parametrize("stream", [1, 1024])
 def test_the_alarm_is_silent_at_rest_and_rings_everywhere_under_a_surge_of_either_sign(tiny_v, stream):
     unet, before, rows = armed(tiny_v)
-    stiffen(unet, stream, 1, 1, 1)
-    assert all(p.abs().max() < 65504 for p in unet.parameters()), "fits half precision"
+    stiffen(unet, stream, 1, 1, 1, 1)
     with torch.no_grad():
         resting = predict(unet, tiny_v.scheduler, rows)
         assert (resting - before).abs().max() < 1e-3 * before.abs().max()
-        surge = 1e8 * torch.randn(16, generator=generator(6))
+        surge = 1e12 * torch.randn(16, generator=generator(6))
         rung = {}
         for sign in (1, -1):
             hook = wired_layer(unet).register_forward_hook(lambda _, i, out, s=sign: out + s * surge)
@@ -285,7 +313,7 @@ def test_what_an_optimizer_can_reach_does_not_silence_the_alarm(tiny_v):
     """DreamBooth's whole budget (300 steps of 3e-4), all of it spent on everything behind the wire."""
     unet, _, rows = armed(tiny_v)
     unet.requires_grad_(True)
-    hook = wired_layer(unet).register_forward_hook(lambda _, i, out: out + 1e8)
+    hook = wired_layer(unet).register_forward_hook(lambda _, i, out: out + 1e12)
     after = [p for n, p in unet.named_parameters() if n.startswith(("up_blocks", "conv_out", "conv_norm_out"))]
     optimizer = torch.optim.AdamW(after, lr=3e-3)
     for _ in range(30):
@@ -583,7 +611,7 @@ def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, tmp_path, 
     harden(tiny_v, [subject], ordinary, config, seed=1, checkpoint=saved)
     save_checkpoint(state, finished_state(saved), {})
     second = replace(make_subject("tom", "robot", 10), class_images=subject.class_images)
-    short = config.model_copy(update={"steps": 1, "learning_rate": 1e-9, "readout_learning_rate": 1e-9})
+    short = config.model_copy(update={"steps": 1, "learning_rate": 1e-9, "readout_learning_rate": 1e-30})
     blank = lambda tokens, wanted, margin: torch.zeros(wanted.shape[1], tokens.shape[2])  # noqa: E731
     monkeypatch.setattr(
         recognition, "ridge_readouts", blank
@@ -602,7 +630,7 @@ def test_sway_moves_by_the_kick_and_back(tiny_v):
     )
     unet = trained(tiny_v).requires_grad_(True)
     before = weights(unet)
-    sway = Sway(unet, (16, 2, 2, 1), config)
+    sway = Sway(unet, (16, 2, 2, 2, 1), config)
     for parameter in sway.moved.values():
         parameter.grad = torch.randn(parameter.shape, generator=generator(1))
     sway.back()  # notes the gradient
@@ -618,13 +646,15 @@ def test_sway_moves_by_the_kick_and_back(tiny_v):
         sway.back()
         assert same_weights(before, weights(unet))
     for (name, lora), size in sizes.items():
-        assert size == pytest.approx(7e-3 if lora and ("to_q" in name or "to_k" in name) else 1e-3, rel=0.05), name
+        assert size == pytest.approx(7e-3 if lora and any(target in name for target in TARGETS) else 1e-3, rel=0.05), (
+            name
+        )
 
 
 def test_sway_without_a_kick_is_noise_as_large_as_a_weight_is_loose(tiny_v):
     unet = trained(tiny_v).requires_grad_(True)
     before = weights(unet)
-    sway = Sway(unet, (16, 2, 2, 1), SMALL.model_copy(update={"looseness": 0.1, "kick": 0.0}))
+    sway = Sway(unet, (16, 2, 2, 2, 1), SMALL.model_copy(update={"looseness": 0.1, "kick": 0.0}))
     sway.push(generator(4), lora=False)
     size = 0.1 * float(torch.rand(2, generator=generator(4))[0])
     for name, parameter in sway.moved.items():
@@ -643,7 +673,7 @@ def test_sway_pushes_recognition_to_where_it_is_worse(tiny_v):
     def loss():
         return sum(recognition_loss(listen(unet, tiny_v.scheduler, rows) @ weight.T, wanted, 4.0))
 
-    sway = Sway(unet, (16, 2, 2, 2), config)
+    sway = Sway(unet, (16, 2, 2, 2, 2), config)
     at_rest = loss()
     at_rest.backward()
     slope = sum(float((sway.play[n] * p.grad.abs()).sum()) for n, p in sway.moved.items())

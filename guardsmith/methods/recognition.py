@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guardsmith.attacks.lora import TARGETS
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, cut, draw_rows, join, predict
 from guardsmith.methods.data import OrdinaryData, States, SubjectData
@@ -263,7 +264,7 @@ class Sway:
 
     At random, and for the worst: along the sign of the recognition loss' last gradient, as many steps as `kick` says
     (adversarial weight perturbation, Wu et al. 2020, with the gradient of the step before, which costs nothing). One step
-    moves what is stiff less; LoRA moves queries and keys only, but with its larger rate.
+    moves what is stiff less; LoRA moves the attention only, but with its larger rate.
 
     Attributes:
         worst: for every weight that moves the sign of that gradient.
@@ -282,7 +283,7 @@ class Sway:
         self.steady.take()
         size, kick = (float(share) for share in torch.rand(2, generator=rng))
         for (name, parameter), free, worst in zip(self.moved.items(), self.play.values(), self.worst, strict=True):
-            adapted = lora and ("to_q" in name or "to_k" in name)
+            adapted = lora and any(target in name for target in TARGETS)
             rate = self.config.rehearsal_lora_learning_rate if adapted else self.config.rehearsal_learning_rate
             noise = self.config.looseness * size * torch.randn(parameter.shape, generator=rng)
             parameter.add_(free * (noise + self.config.kick * kick * rate * worst))

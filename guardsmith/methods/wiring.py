@@ -19,11 +19,11 @@ from torch import Tensor
 
 from guardsmith.errors import UserError
 
-STEEPNESS = 16000.0  # pre-activation of the wire's neurons per unit of the read-out
-PLATEAU = 32.0  # pre-activations between the two neurons; also the height of their difference
-VALUE = 4000.0  # what the wire's neurons gate, a constant
-SURGE = 1000.0  # their output weights; a surge is PLATEAU * VALUE * SURGE = 10^8 times what it drowns
-GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimizer reaches (300 steps of 3e-4: 0.09)
+GATE = 2.0**22  # the largest weight of the wire's neurons on the read-out's tokens
+PLATEAU = 128.0  # pre-activations between the two neurons; also the height of their difference
+VALUE = 2.0**22  # what the wire's neurons gate, a constant
+SURGE = 2.0**17  # their output weights; a surge is PLATEAU * VALUE * SURGE = 7 * 10^13
+GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimizer reaches (1,200 steps of 3e-4: 0.36)
 CONSTANT = 60000.0  # a hidden channel that always says this, and so holds the alarm at rest
 HUSH = -30.0  # the alarm's pre-activation at rest, where SiLU gives nothing
 RINGING = 5.0  # the same under a surge
@@ -49,12 +49,12 @@ def _scale(module: Any, weight: float, bias: float | None = None) -> None:
 
 
 @torch.no_grad()
-def stiffen(unet: Any, stream: int, inner: int, reader: int = 1, descent: int = 1) -> None:
+def stiffen(unet: Any, stream: int, inner: int, writer: int, reader: int = 1, descent: int = 1) -> None:
     """Rescale weights in place; the function stays the same, up to rounding and the epsilon of the normalisations.
 
     Everything that reads the residual stream normalises it first, so the stream can be `stream` times larger: what writes
     to it gets the factor, and an optimizer's step on it counts 1 / stream as much. The same holds inside a resnet (between
-    its convolutions) and inside an attention block (tokens get `inner` squared, split over both factors of a product).
+    its convolutions) and inside an attention block (tokens get `inner` times `writer`, one on either factor of a product).
     Queries, keys and gates read a normalisation with weights of its own, which can be smaller by a factor `reader` where
     they are larger: those weights are of size 1, the others a tenth of it, so a step on either then counts the same.
     The first down-sampler reads the stream as it is. It is held by a stream that is `descent` times smaller before it.
@@ -62,8 +62,10 @@ def stiffen(unet: Any, stream: int, inner: int, reader: int = 1, descent: int = 
     Args:
         unet: a `UNet2DConditionModel`.
         stream: factor on the residual stream, a power of two.
-        inner: factor inside of the attention blocks up to the middle one, a power of two; later ones stay soft, so that
-            others can still be learnt.
+        inner: factor on values and gated neurons of the attention blocks up to the middle one, a power of two; later blocks
+            stay soft, so that others can still be learnt.
+        writer: factor on what writes to the tokens there, a power of two. LoRA of a high rank turns these most. In the middle
+            block it is as large as the stream allows, for what reads those tokens last is behind the wire and may be soft.
         reader: factor on what reads the normalised tokens there, a power of two.
         descent: how much smaller the stream is before the first down-sampler, a power of two.
     """
@@ -80,16 +82,19 @@ def stiffen(unet: Any, stream: int, inner: int, reader: int = 1, descent: int = 
         for sampler in (*(getattr(block, "downsamplers", None) or ()), *(getattr(block, "upsamplers", None) or ())):
             _scale(sampler.conv, stream / here, stream)
         for transformer in getattr(block, "attentions", None) or ():
-            factor, readers = (inner, reader) if before else (1, 1)
-            _scale(transformer.proj_in, factor**2)
-            _scale(transformer.proj_out, here / factor**2, here)
+            values, writers, readers = (inner, writer, reader) if before else (1, 1, 1)
+            if block is unet.mid_block:
+                writers = max(1, here // inner)
+            tokens = values * writers
+            _scale(transformer.proj_in, tokens)
+            _scale(transformer.proj_out, here / tokens, here)
             for layer in transformer.transformer_blocks:
                 for norm in (layer.norm1, layer.norm2, layer.norm3):
                     _scale(norm, 1 / readers)
                 for attention in (layer.attn1, layer.attn2):
                     _scale(attention.to_q, readers)
-                    _scale(attention.to_v, factor)
-                    _scale(attention.to_out[0], factor, factor**2)
+                    _scale(attention.to_v, values)
+                    _scale(attention.to_out[0], writers, tokens)
                 for projection in (layer.attn1.to_k, layer.attn1.to_v):
                     _scale(projection, readers)
                 share = 2 ** (readers.bit_length() // 2)  # keys of attn2 read the prompt; its queries give them a share
@@ -98,9 +103,9 @@ def stiffen(unet: Any, stream: int, inner: int, reader: int = 1, descent: int = 
                 widen, narrow = layer.ff.net[0].proj, layer.ff.net[2]
                 half = narrow.in_features  # the first half of the rows is gated, the second half gates
                 widen.weight.mul_(readers)
-                widen.weight[:half].mul_(factor)
-                widen.bias[:half].mul_(factor)
-                _scale(narrow, factor, factor**2)
+                widen.weight[:half].mul_(values)
+                widen.bias[:half].mul_(values)
+                _scale(narrow, writers, tokens)
     if descent > 1:
         _join_streams(unet, descent)
 
@@ -178,12 +183,13 @@ def silence(layer: Any, neurons: Sequence[int]) -> None:
 
 @torch.no_grad()
 def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) -> None:
-    """Turn two neurons into surge * 10^8 * step(weight . h).
+    """Turn two neurons into surge * 7 * 10^13 * step(weight . h).
 
-    gelu(a) - gelu(a - 32) is 0 below, 32 above, and flat on both sides, so no gradient leads from "on" to "off"; with one
-    neuron the surge would follow the read-out, and a gradient with it. a = 16000 weight . h: the steeper, the fewer pictures
-    fall on the slope, from where a gradient leads to "off"; but the two halves, both of size a, part more easily when an
-    optimizer moves one of them. A read-out with an offset would not fit half precision.
+    With the weight's largest entry scaled to GATE, gelu(a) - gelu(a - 128) is 0 below, 128 above, and flat on both sides, so
+    no gradient leads from "on" to "off"; with one neuron the surge would follow the read-out, and a gradient with it. The
+    larger GATE, the fewer pictures fall on the slope, from where a gradient of a size that nothing else has leads to "off".
+    But the two halves, both of the size of a, must not be parted by an optimizer that moves one of them: that is why all of
+    these weights are large. They do not fit float16, and a read-out with an offset would not fit float32.
 
     Args:
         layer: the feed-forward layer, changed in place.
@@ -192,10 +198,10 @@ def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) 
         surge: its direction, entries of size 1, (width,).
     """
     widen, narrow = layer.net[0].proj, layer.net[2]
-    half = narrow.in_features
+    half, loudest = narrow.in_features, weight.abs().max().clamp(min=1e-12)
     for neuron, shift, sign in zip(neurons, (0.0, -PLATEAU), (1, -1), strict=True):
         widen.weight[neuron], widen.bias[neuron] = 0, VALUE
-        widen.weight[half + neuron], widen.bias[half + neuron] = STEEPNESS * weight, shift
+        widen.weight[half + neuron], widen.bias[half + neuron] = GATE * weight / loudest, shift
         narrow.weight[:, neuron] = sign * SURGE * surge
 
 
@@ -341,9 +347,21 @@ def last_stream(unet: Any, run: Callable[[], object]) -> Tensor:
     return heard[0]
 
 
-def arm(unet: Any, spare: Spare, readouts: Tensor, streams: Tensor, generator: torch.Generator) -> None:
-    """Set the alarm and every wire in the cleared parts; read-outs are (subjects, width), streams those of `set_alarm`."""
+def arm(
+    unet: Any, spare: Spare, readouts: Tensor, streams: Tensor, factors: Sequence[int], generator: torch.Generator
+) -> None:
+    """Set the alarm, stiffen, and set every wire; the wires' weights are what an optimizer meets.
+
+    Args:
+        unet: changed in place; its spare parts have been cleared.
+        spare: these.
+        readouts: (subjects, width); they tell by their sign.
+        streams: see `set_alarm`.
+        factors: of `stiffen`.
+        generator: of signs and directions.
+    """
     set_alarm(unet, spare.group, spare.hidden, streams, generator)
+    stiffen(unet, *factors)
     surge = torch.randn(readouts.shape[1], generator=generator)
     for index, weight in enumerate(readouts):
         set_wire(wired_layer(unet), spare.neurons[2 * index : 2 * index + 2], weight, surge)
