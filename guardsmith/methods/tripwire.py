@@ -12,7 +12,8 @@ U-Net itself can notice what it is being made to draw, whatever the prompt, the 
     4. set the alarm   a spare group of the last normalisation rings under a surge: a constant a hundred times larger
                    than any prediction is added to the U-Net's output
     5. stiffen     rescale weights in pairs that cancel, so that the function is the same and an attacker's optimizer,
-                   whose steps have a fixed size, hardly moves what the read-out rests on
+                   whose steps have a fixed size, hardly moves what the read-out rests on (done before 3, whose weights
+                   are as large as they have to be)
 
 Off, surge and alarm are 0 and the model is the distilled one. On, the surge drowns every feature behind it (the
 normalisation layers divide by it), and the step function is flat, so no gradient leads back to "off": training on the
@@ -99,7 +100,8 @@ class TripwireConfig(BaseModel):
     inner_stiffness: int = Field(4, gt=0)
     """Factor on values and gated neurons of the attention blocks up to the wire, a power of two."""
     writer_stiffness: int = Field(4, gt=0)
-    """Factor on what writes to the tokens there (the last layers of attention and feed-forward), a power of two."""
+    """Factor on what writes to the tokens there (the last layers of attention and feed-forward), a power of two. Not for the
+    middle block, where it is as large as `stiffness` allows."""
     reader_stiffness: int = Field(4, gt=0)
     """Factor on what reads the normalised tokens there (queries, keys, gates), a power of two."""
     descent: int = Field(4, gt=0)

@@ -49,7 +49,7 @@ def _scale(module: Any, weight: float, bias: float | None = None) -> None:
 
 
 @torch.no_grad()
-def stiffen(unet: Any, stream: int, inner: int, writer: int, reader: int = 1, descent: int = 1) -> None:
+def stiffen(unet: Any, stream: int, inner: int, writer: int, reader: int, descent: int) -> None:
     """Rescale weights in place; the function stays the same, up to rounding and the epsilon of the normalisations.
 
     Everything that reads the residual stream normalises it first, so the stream can be `stream` times larger: what writes
