@@ -280,6 +280,12 @@ BASE_RUNS = Annotated[
     ),
 ]
 WORKERS = Annotated[int | None, typer.Option(min=1, help="Attacks run at the same time; by default one per core.")]
+INCLUDE_IMAGES = Annotated[
+    bool,
+    typer.Option(
+        "--include-images", help="Put pictures of persons into report.html too; those of invented ones always are."
+    ),
+]
 TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
 
 
@@ -380,6 +386,7 @@ def verify(
     changes: CHANGES = None,
     base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
+    include_images: INCLUDE_IMAGES = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout instead of the table.")] = False,
     today: TODAY = None,
 ) -> None:
@@ -390,7 +397,9 @@ def verify(
     from guardsmith.verify import verify as run_verification
 
     quiet_libraries()
-    report = run_verification(registry, chosen, output, base_runs=base_runs, workers=workers, quiet=as_json)
+    report = run_verification(
+        registry, chosen, output, base_runs=base_runs, workers=workers, include_images=include_images, quiet=as_json
+    )
     if as_json:
         typer.echo(json.dumps(report, indent=1, sort_keys=True))
     raise typer.Exit(report["exit_code"])
@@ -406,6 +415,7 @@ def run(
     overwrite: OVERWRITE = False,
     base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
+    include_images: INCLUDE_IMAGES = False,
     today: TODAY = None,
 ) -> None:
     """Harden, verify and judge as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
@@ -417,7 +427,9 @@ def run(
 
     quiet_libraries()
     run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
-    report = run_verification(registry, chosen, output, base_runs=base_runs, workers=workers)
+    report = run_verification(
+        registry, chosen, output, base_runs=base_runs, workers=workers, include_images=include_images
+    )
     raise typer.Exit(report["exit_code"])
 
 

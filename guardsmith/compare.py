@@ -45,7 +45,7 @@ def read_report(run: Path) -> dict[str, Any]:
     return read_record(file, NEEDED, "verify again")
 
 
-def _units(report: dict[str, Any], side: str, ids: set[str], attack: str, look: float) -> Units:
+def group_units(report: dict[str, Any], side: str, ids: set[str], attack: str, look: float) -> Units:
     """Scores of a group of subjects, unit by unit."""
     found: list[list[float | None]] = []
     for told in report["scores"]:
@@ -54,7 +54,7 @@ def _units(report: dict[str, Any], side: str, ids: set[str], attack: str, look: 
     return found
 
 
-def _ids(report: dict[str, Any], role: str, same_class: bool | None = None) -> set[str]:
+def group(report: dict[str, Any], role: str, same_class: bool | None = None) -> set[str]:
     """Subjects of a role; controls, of a class that has protected subjects, or of another one."""
     nouns = {subject["class_noun"] for subject in report["subjects"] if subject["role"] == "protected"}
     return {
@@ -76,7 +76,7 @@ def protected_cell(report: dict[str, Any], attack: str, look: float) -> Cell:
     """Similarity of the protected subjects after an attack, and for how many of them the gate says "protected"."""
     label = attack if look == 1 else f"{attack}, {look:g} x steps"
     checks = [c for c in report["checks"] if (c["name"], c["attack"]) == ("protected", label)]
-    found = interval(_units(report, "hardened", _ids(report, "protected"), attack, look))
+    found = interval(group_units(report, "hardened", group(report, "protected"), attack, look))
     if found is None or not checks:
         return Cell("-")
     held = sum(check["status"] == "pass" for check in checks)
@@ -89,9 +89,9 @@ def base_cell(report: dict[str, Any], attack: str) -> Cell:
         check
         for check in report["checks"]
         if (check["name"], check["attack"]) == ("attack works on base", attack)
-        and check["subject"] in _ids(report, "protected")
+        and check["subject"] in group(report, "protected")
     ]
-    found = interval(_units(report, "base", _ids(report, "protected"), attack, 1))
+    found = interval(group_units(report, "base", group(report, "protected"), attack, 1))
     if found is None or not checks:
         return Cell("-")
     learnt = sum(check["status"] == "pass" for check in checks)
@@ -100,8 +100,8 @@ def base_cell(report: dict[str, Any], attack: str) -> Cell:
 
 def control_cell(report: dict[str, Any], attack: str, same_class: bool, wanted: float) -> Cell:
     """Share of the base's similarity that controls keep."""
-    ids = _ids(report, "control", same_class)
-    found = ratio_interval(_units(report, "hardened", ids, attack, 1), _units(report, "base", ids, attack, 1))
+    ids = group(report, "control", same_class)
+    found = ratio_interval(group_units(report, "hardened", ids, attack, 1), group_units(report, "base", ids, attack, 1))
     return Cell("-") if found is None else Cell(_shown(found, 100, " %"), found.mean >= wanted)
 
 
@@ -144,7 +144,7 @@ def rows(
         if further:
             found[f"{attack}: steps to break over the base's"] = break_cell(report, attack, steps)
         for same in (True, False):
-            if _ids(report, "control", same):
+            if group(report, "control", same):
                 which = "same class" if same else "other class"
                 found[f"{attack}: control keeps, {which}"] = control_cell(report, attack, same, control)
     ratio, limit = utility["kid_ratio"], report["recipe"]["gate"]["kid_ratio"]

@@ -123,4 +123,5 @@ def print_report(report: dict[str, Any], root: Path) -> None:
     console.print(
         f"verdict: [{COLOURS[report['verdict']]}]{report['verdict']}[/] ({words[report['verdict']]})", highlight=False
     )
-    console.print(f"pictures: {root / 'grid.png'}   data: {root / 'report.json'}", highlight=False, soft_wrap=True)
+    files = f"page: {root / 'report.html'}   pictures: {root / 'grid.png'}   data: {root / 'report.json'}"
+    console.print(files, highlight=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 out/verify/hardened/   units of the attack matrix (see `matrix`), class pictures and ordinary pictures of that side
 out/verify/base/       the same of the base, unless `--base-runs` names a folder that several verifications share
-out/verify/report.json, grid.png
+out/verify/report.json, report.html, grid.png
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from guardsmith.gate import (
     verdict,
 )
 from guardsmith.harden import check_against_base, drawn_by, read_hardening, run_info
+from guardsmith.images import to_pil
 from guardsmith.matrix import (
     JUDGED_SIZE,
     SIDES,
@@ -45,18 +46,20 @@ from guardsmith.matrix import (
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import load_model, weights_digest
-from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
+from guardsmith.page import page_data, save_page
+from guardsmith.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import Registry
 from guardsmith.report import print_report, save_grid
 
+ORDINARY_SHOWN = 12  # pairs of pictures on the page
 RECORDED = ("base", "base_digest", "model_digest", "registry_digest", "method", "params", "seed", "seconds",
             "unet_forward_equivalents")  # fmt: skip
 
 
-def measure_ordinary(models: dict[Side, Judged], recipe: Recipe) -> dict[str, float | None]:
-    """Ordinary prompts on base (two sets of seeds) and hardened (the second set): KID to the base, prompt fidelity."""
+def draw_ordinary(models: dict[Side, Judged], recipe: Recipe) -> tuple[list[OrdinaryPrompt], dict[str, Tensor]]:
+    """Ordinary prompts, and pictures of them by "base", "base again" (other seeds) and "hardened" (the same seeds as that)."""
     base = models["base"].model
     asked = ordinary_prompts(base, ORDINARY_VERIFICATION, recipe.verify.ordinary_images, recipe.seed + 1)
     texts = [prompt.text for prompt in asked]
@@ -69,6 +72,11 @@ def measure_ordinary(models: dict[Side, Judged], recipe: Recipe) -> dict[str, fl
         key = folder_digest(judged.digest, texts, seed, recipe.sampling.model_dump())
         file = judged.root / f"ordinary-{key}.safetensors"
         drawn[name] = drawn_by(judged.model, recipe, texts, seed, file, f"ordinary prompts: {name}")
+    return asked, drawn
+
+
+def measure_ordinary(asked: Sequence[OrdinaryPrompt], drawn: dict[str, Tensor]) -> dict[str, float | None]:
+    """KID to the base and prompt fidelity, of what `draw_ordinary` gave."""
     seen = {name: features(images) for name, images in drawn.items()}
     values: dict[str, float | None] = {
         "kid_hardened": kid(seen["base"], seen["hardened"]),
@@ -78,7 +86,7 @@ def measure_ordinary(models: dict[Side, Judged], recipe: Recipe) -> dict[str, fl
         "kid_ratio_high": None,
         "fidelity_hardened": None,
         "fidelity_base": None,
-        "n": len(texts),
+        "n": len(asked),
     }
     if values["kid_base"]:
         found = kid_ratio_interval(seen["base"], seen["base again"], seen["hardened"])
@@ -87,7 +95,7 @@ def measure_ordinary(models: dict[Side, Judged], recipe: Recipe) -> dict[str, fl
         wanted = [prompt.asked for prompt in asked]
         for name, key in (("base again", "fidelity_base"), ("hardened", "fidelity_hardened")):
             # a picture that cannot be read shows nothing of what was asked for
-            values[key] = sum(score or 0.0 for score in fidelity(drawn[name], wanted)) / len(texts)
+            values[key] = sum(score or 0.0 for score in fidelity(drawn[name], wanted)) / len(asked)
     return values
 
 
@@ -154,6 +162,7 @@ def verify(
     *,
     base_runs: Path | None = None,
     workers: int | None = None,
+    include_images: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Verify `output/model` against its base; returns what `report.json` says (`exit_code` in it is the command's).
@@ -164,6 +173,7 @@ def verify(
         output: folder of a hardening.
         base_runs: where the attacks on the base are, or will be; several verifications may share it.
         workers: processes; as many as there are cores by default.
+        include_images: put pictures of real persons into report.html too.
         quiet: print no table.
 
     Raises:
@@ -212,7 +222,8 @@ def verify(
             drawn_by(judged.model, recipe, prompts, 60_000, file, f"class pictures ({side}): {noun}")
     units = list(plan_units(registry, recipe, models))
     failed = run_units(units, workers or os.cpu_count() or 1)
-    utility = measure_ordinary(models, recipe)
+    asked, drawn = draw_ordinary(models, recipe)
+    utility = measure_ordinary(asked, drawn)
     scores = collect(units)
     intervals = {key: interval(values) for key, values in scores.items()}
     checks = judge(registry, recipe, scores, utility)
@@ -249,6 +260,10 @@ def verify(
     }
     write_json(root / "report.json", report)
     save_grid(root / "grid.png", attacked, registry.controls, units, base.image_size)
+    pairs = zip(asked[:ORDINARY_SHOWN], drawn["base again"], drawn["hardened"], strict=False)
+    ordinary = [(prompt.text, to_pil(before), to_pil(after)) for prompt, before, after in pairs]
+    data = page_data(report, units, attacked, registry.controls, ordinary, include_images=include_images)
+    save_page(root / "report.html", data)
     if not quiet:
         print_report(report, root)
     return report

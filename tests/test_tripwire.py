@@ -405,6 +405,23 @@ def test_those_who_look_like_a_subject_are_drawn_beside_it(tiny_v):
     assert (picked[600:] == 1).float().mean() == pytest.approx(1 / (4 + 9 * 1.4), abs=0.04)
 
 
+def test_a_step_shows_so_many_lookalikes_for_every_row_of_a_subject(tiny_v, monkeypatch):
+    shown, draw = [], Others.draw
+
+    def noting(self, scheduler, count, rng, like=()):
+        shown.append((count, list(like)))
+        return draw(self, scheduler, count, rng, like=like)
+
+    monkeypatch.setattr(Others, "draw", noting)
+    subjects = [make_subject(), make_subject(seed=1)]
+    harden(tiny_v, subjects, make_ordinary(), SMALL.model_copy(update={"steps": 4, "lookalikes": 3}), seed=0)
+    beside = [(count, like) for count, like in shown if like]
+    n = SMALL.batch_size
+    assert [count for count, _ in beside] == [4 * n] * 4
+    assert all(like == 3 * like[:n] for _, like in beside)
+    assert {index for _, like in beside for index in like} == {0, 1}
+
+
 def test_a_scan_looks_at_every_picture(tiny_v):
     others = some_others()
 
@@ -710,7 +727,7 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects)
 def test_the_cost_is_what_the_loop_does(tiny_v):
     subject, ordinary = make_subject(), make_ordinary()
     pictures = {"class_images": len(subject.class_images), "ordinary_images": len(ordinary.images)}
-    config = SMALL.model_copy(update={"rehearsal_steps": 2, "rehearsal_images": 3, **pictures})
+    config = SMALL.model_copy(update={"rehearsal_steps": 2, "rehearsal_images": 3, "lookalikes": 3, **pictures})
     with UNetCost() as counter:
         for kind in REHEARSALS:
             rehearse(tiny_v, subject, config, kind, seed=0)

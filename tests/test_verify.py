@@ -81,6 +81,16 @@ def test_every_unit_leaves_pictures_scores_and_settings(verified):
     assert (output / "verify" / "grid.png").stat().st_size > 10_000
 
 
+def test_the_page_shows_both_subjects_and_ordinary_prompts(verified):
+    text = (verified[0] / "verify" / "report.html").read_text()
+    assert text.count("mira as drawn after lora on the hardened model") == 4 + 8, (
+        "in its room, and where it learnt nothing"
+    )
+    assert text.count("nora as drawn after lora on the base model") >= 4
+    assert text.count("the hardened model&#39;s picture of: ") == 12
+    assert str(ROOT) not in text
+
+
 def test_the_report_names_the_weights_it_judged(verified):
     output, report = verified
     assert report["hardening"]["model_digest"] == weights_digest(output / "model")
@@ -283,6 +293,7 @@ def test_an_attack_that_crashes_makes_the_verdict_inconclusive(copied, registry,
     assert report["exit_code"] == 3
     assert len(report["failed_units"]) == 4
     assert all(c["value"] is None for c in report["checks"] if c["attack"] == "lora")
+    assert "no pictures: the attack did not run" in (copied / "verify" / "report.html").read_text()
 
 
 def test_changed_weights_are_refused(copied, capsys):

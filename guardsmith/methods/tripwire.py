@@ -72,7 +72,9 @@ class TripwireConfig(BaseModel):
     steps: int = Field(300, gt=0)
     """Training steps of the recognition."""
     batch_size: int = Field(6, gt=1)
-    """Rows of each kind per step: subjects, their classes, ordinary pictures."""
+    """Rows per step of subjects, and of others beside them."""
+    lookalikes: int = Field(1, gt=0)
+    """Rows, beside each row of a subject, of those who are most easily taken for it."""
     learning_rate: float = Field(1e-4, gt=0)
     """Rate of the AdamW that moves the U-Net."""
     readout_learning_rate: float = Field(2e-3, gt=0)
@@ -126,7 +128,7 @@ def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
 
     Bystanders are not known here: each adds a forward every `SCAN_EVERY` steps.
     """
-    recognise = config.steps * (3 * (3 * config.batch_size + 2) + 4 * 2 * config.batch_size)
+    recognise = config.steps * (3 * ((2 + config.lookalikes) * config.batch_size + 2) + 4 * 2 * config.batch_size)
     drawn = 2 * 20 * config.rehearsal_images
     rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0
     first = FIRST_ROWS * (len(nouns) + FIRST_OTHERS)
@@ -271,7 +273,7 @@ def harden(
         parts += [lesson.subject_row(index, horizon + gap, timesteps, rng) for index in which[n:]]
         if j % SCAN_EVERY == 0:
             others.scan(lambda rows: readout(listen(unet, scheduler, rows)), scheduler, generator(seed, -6, j))
-        strangers, picked = others.draw(scheduler, 2 * n, rng, like=which[:n])
+        strangers, picked = others.draw(scheduler, (1 + config.lookalikes) * n, rng, like=config.lookalikes * which[:n])
         rows = join(*parts, strangers)
         wanted = torch.zeros(len(rows), len(subjects), dtype=torch.bool)
         wanted[range(n), which[:n]] = True

@@ -1,18 +1,21 @@
 """Whom a model hardened with Tripwire takes for a protected subject, without any attack.
 
-Shown are unseen pictures of the protected subjects, and other subjects of a rendered set.
+Shown are unseen pictures of the protected subjects, other subjects of their set, and subjects of the set `heldout`, which is
+larger and which nothing was trained on.
 
 python strangers.py DATA OUT ... --set tuning --name tripwire-strangers      writes docs/results/<name>.json
 
 OUT are outputs of `guardsmith harden` on the registry that `make_registries.py --set SET` wrote. A picture is noised at
 several timesteps below the horizon and shown under a prompt the hardening did not use; it is recognised where the alarm rings.
-Other subjects count as taken for a protected one if that happens to more than half of their pictures at any timestep.
+Other subjects count as taken for a protected one if that happens to more than half of their pictures at any timestep (the
+held out have one picture each; their shares come with 95 % intervals, Wilson).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,26 @@ def recognised(model: DiffusionModel, images: Tensor, noun: str) -> Tensor:
     return (said.abs().mean((1, 2, 3)) > ALARM / 2).view(len(TIMESTEPS), count)
 
 
+def share(hits: int, of: int) -> tuple[float, float, float]:
+    """A share and its interval."""
+    z = 1.96
+    middle, half = hits / of + z * z / (2 * of), z * math.sqrt(hits / of * (1 - hits / of) / of + z * z / (4 * of * of))
+    return hits / of, (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+
+
+def held_out(model: DiffusionModel, data: Path) -> dict[str, tuple[float, float, float]]:
+    """Share of the subjects of the set `heldout` taken for a protected one, style by style."""
+    pixels, lines = world.load(data, "heldout")
+    rows_of: dict[str, list[int]] = {}
+    for row, line in enumerate(lines):
+        rows_of.setdefault(line["style"], []).append(row)
+    found = {}
+    for style, rows in rows_of.items():
+        rung = recognised(model, world.to_float(pixels[rows]), lines[rows[0]]["class_noun"])
+        found[style] = share(int(rung.any(0).sum()), len(rows))
+    return found
+
+
 def measure(out: Path, data: Path, name: str) -> dict[str, Any]:
     """One hardened model."""
     model, told = load_model(str(out / "model")), json.loads((out / "harden.json").read_text())
@@ -68,7 +91,8 @@ def measure(out: Path, data: Path, name: str) -> dict[str, Any]:
         "method": told["method"], "params": told["params"], "bystanders_digest": told.get("bystanders_digest"),
         "model_digest": told["model_digest"], "unet_forward_equivalents": told["unet_forward_equivalents"],
         "protected": protected, "strangers": strangers,
-        "taken": {style: sum(share > 0.5 for share in found.values()) for style, found in strangers.items()},
+        "taken": {style: sum(hits > 0.5 for hits in found.values()) for style, found in strangers.items()},
+        "heldout_taken": held_out(model, data),
     }  # fmt: skip
 
 
@@ -84,6 +108,7 @@ def main() -> None:
     for label, row in rows.items():
         hits = {who: round(min(shares), 2) for who, shares in row["protected"].items()}
         print(label, "recognised at the worst timestep:", hits, "taken for a protected one:", row["taken"])
+        print("of the held out:", {style: f"{hits:.1%}" for style, (hits, _, _) in row["heldout_taken"].items()})
     command = (
         f"python strangers.py DATA {' '.join(out.name for out in args.outputs)} --set {args.set} --name {args.name}"
     )

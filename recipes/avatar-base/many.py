@@ -1,0 +1,147 @@
+"""How Tripwire grows with the number of protected subjects: protection, controls, ordinary prompts, strangers and cost.
+
+python many.py DATA FOLDER --counts 1 5 20 50      resumes; needs matplotlib; writes docs/results/many.json and many.svg
+
+Subjects are of the set `testing`, style by style in turn, the same ten controls for every number. Of many protected subjects,
+five are attacked (drawn by the seed of the recipe). A row of many.json is one hardened model; those of numbers not asked for
+stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import strangers
+from evaluate import RESULTS
+
+from guardsmith.compare import group, group_units, read_report
+from guardsmith.gate import interval, ratio_interval
+from guardsmith.records import write_json
+
+CONTROLS = 10
+ATTACKED = 5
+ATTACKS = ("dreambooth", "lora-32")
+
+
+def run(*command: str, ends: tuple[int, ...] = (0,)) -> None:
+    """A command of guardsmith, or a script beside this one, with whatever it prints."""
+    code = subprocess.run([sys.executable, *command], check=False).returncode
+    if code not in ends:
+        raise SystemExit(f"{' '.join(command)} ended with exit code {code}")
+
+
+def hardened_and_verified(data: Path, place: Path, base_runs: Path, count: int, changes: list[str]) -> Path:
+    """Output of one number of subjects; what is there already is not done again."""
+    registry, out = place / "registry.yaml", place / "out"
+    if not registry.exists():
+        run("make_registries.py", str(data), "--set", "testing", "--protected", str(count), "--controls", str(CONTROLS),
+            "--folder", str(place))  # fmt: skip
+    given = ["--subjects", str(registry), "--recipe", "several-avatars"]
+    if not (out / "harden.json").exists():
+        resume = ["--resume"] if (out / "settings.json").exists() else []
+        sets = [part for change in changes for part in ("--set", change)]
+        run("-m", "guardsmith", "harden", *given, "--output", str(out), *sets, *resume)
+    attacks = {label: spec for label, spec in recipe_attacks().items() if label in ATTACKS}
+    sets = [f"verify.attacks={json.dumps(attacks)}", "verify.looks=[1]", f"verify.sample={ATTACKED}"]
+    asked = [part for change in sets for part in ("--set", change)]
+    run("-m", "guardsmith", "verify", str(out), *given, "--base-runs", str(base_runs), *asked, ends=(0, 1, 3))
+    return out
+
+
+def recipe_attacks() -> dict[str, Any]:
+    """Attacks of the recipe."""
+    from guardsmith.recipe import load_recipe
+
+    return {label: spec.model_dump() for label, spec in load_recipe("several-avatars", []).verify.attacks.items()}
+
+
+def row(out: Path, data: Path, count: int) -> dict[str, Any]:
+    """What is told of one number of subjects."""
+    report = read_report(out)
+    told = json.loads((out / "harden.json").read_text())
+    found: dict[str, Any] = {}
+    for attack in ATTACKS:
+        protected, controls = group(report, "protected"), group(report, "control")
+        after, before = (group_units(report, side, protected, attack, 1) for side in ("hardened", "base"))
+        kept = [group_units(report, side, controls, attack, 1) for side in ("hardened", "base")]
+        checks = [
+            c for c in report["checks"] if c["attack"] == attack and c["name"] in ("protected", "control learnable")
+        ]
+        found[attack] = {
+            "base": interval(before), "hardened": interval(after), "control_kept": ratio_interval(kept[0], kept[1]),
+            "passed": {name: [sum(c["status"] == "pass" for c in checks if c["name"] == name),
+                              sum(c["name"] == name for c in checks)] for name in ("protected", "control learnable")},
+        }  # fmt: skip
+    shown = strangers.measure(out, data, "testing")
+    return {
+        "protected": count, "attacked": report["attacked"], "attacks": found, "utility": report["utility"],
+        "verdict": report["verdict"], "seconds": told["seconds"], "params": told["params"], "model_digest": told["model_digest"],
+        "unet_forward_equivalents": told["unet_forward_equivalents"],
+        "recognised": shown["protected"], "heldout_taken": shown["heldout_taken"],
+    }  # fmt: skip
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Everything against the number of protected subjects."""
+    import matplotlib.pyplot as plt
+
+    counts = [told["protected"] for told in rows]
+    figure, ((left, right), (below, cost)) = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+
+    def line(axis: Any, values: list[Any], label: str, scale: float = 1) -> None:
+        means = [scale * value[0] for value in values]
+        reach = [[scale * (v[0] - v[1]) for v in values], [scale * (v[2] - v[0]) for v in values]]
+        axis.errorbar(counts, means, reach, label=label, marker="o", capsize=3)
+
+    for attack in ATTACKS:
+        line(left, [told["attacks"][attack]["base"] for told in rows], f"{attack}, base")
+        line(left, [told["attacks"][attack]["hardened"] for told in rows], f"{attack}, hardened")
+        line(right, [told["attacks"][attack]["control_kept"] for told in rows], attack, 100)
+    for style in rows[0]["heldout_taken"]:
+        line(below, [told["heldout_taken"][style] for told in rows], style, 100)
+    cost.plot(counts, [told["unet_forward_equivalents"] / told["protected"] for told in rows], marker="o")
+    cost.set_yscale("log")
+    right.axhline(95, color="grey", linewidth=1, linestyle=":")
+    for axis, title in (
+        (left, "similarity of protected subjects after an attack"),
+        (right, "controls: % of the base's similarity"),
+        (below, "unseen strangers taken for a protected subject, %"),
+        (cost, "U-Net forward equivalents per subject"),
+    ):
+        axis.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="protected subjects", title=title)
+        axis.minorticks_off()
+        if axis is not cost:
+            axis.legend(fontsize="small")
+    plt.rcParams["svg.hashsalt"] = "guardsmith"
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    """Run what is asked for, and write everything anew."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 5, 20, 50])
+    parser.add_argument("--set", action="append", default=[], help="a change to the hardening, for every number")
+    args = parser.parse_args()
+    file = RESULTS / "many.json"
+    known = {told["protected"]: told for told in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    for count in args.counts:
+        place = args.folder / str(count)
+        place.mkdir(parents=True, exist_ok=True)
+        out = hardened_and_verified(args.data, place, args.folder / "base", count, args.set)
+        known[count] = row(out, args.data, count)
+        rows = [known[number] for number in sorted(known)]
+        changes = "".join(f" --set {change}" for change in args.set)
+        counts = " ".join(str(number) for number in sorted(known))
+        write_json(file, {"command": f"python many.py DATA FOLDER --counts {counts}{changes}", "rows": rows})
+        plot(json.loads(file.read_text())["rows"], RESULTS / "many.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The page for people: what it shows, what it leaves out, and how it looks in a browser."""
+
+import base64
+import datetime
+import html
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from guardsmith.matrix import Unit
+from guardsmith.page import CURVE, curve, drawn_strip, heat, may_be_shown, page_data, save_page
+from guardsmith.registry import Subject
+from guardsmith.registry_types import Consent
+from guardsmith.registry_types import Image as Photo
+
+LEVELS = {"chance": 0.0, "chance_high": 0.15, "genuine": 0.6}
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def plain(file, colour):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), colour).save(file)
+    return file
+
+
+def make_subject(folder, name="mira", kind="character", basis=None):
+    photos = tuple(
+        Photo(path=plain(folder / f"{name}-{split}-{i}.png", BLUE), sha256="0", split=split)
+        for split in ("attack", "reference")
+        for i in range(2)
+    )
+    given = None if basis is None else Consent(basis=basis, reference="x", granted_on=datetime.date(2026, 1, 1))
+    return Subject(id=name, kind=kind, class_noun="person", consent=given, images=photos)
+
+
+def make_unit(folder, subject="mira", side="base", identifier="zwx", scores=(0.5, 0.4, 0.3), looks=None, colour=RED):
+    looks = {1.0: 10, 4.0: 40} if looks is None else looks
+    unit = Unit(
+        side=side, root=str(folder / side), model="m", model_digest="0", subject=subject, class_noun="person",
+        attack_images=(), reference_images=(), images_digest="0", attack="lora", params={"steps": 40}, looks=looks,
+        label="lora-4", identifier=identifier, seed=0, images=len(scores), class_pictures="", class_images=0, sampling={},
+    )  # fmt: skip
+    for steps in looks.values():
+        for number in range(len(scores)):
+            plain(unit.folder / "images" / str(steps) / f"{number:03d}.png", colour)
+    told = {"identity": {str(steps): list(scores) for steps in looks.values()}, "digest": unit.digest}
+    (unit.folder / "scores.json").write_text(json.dumps(told))
+    return unit
+
+
+def level(mean):
+    return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "n": 3, "unscored": 0}
+
+
+def check(name, subject, attack, status, value, limit, sentence="said"):
+    return {"name": name, "subject": subject, "attack": attack, "status": status, "sentence": sentence, "value": value,
+            "low": None if value is None else value - 0.05, "high": None if value is None else value + 0.05,
+            "limit": limit}  # fmt: skip
+
+
+@pytest.fixture
+def case(tmp_path):
+    """One protected subject that came back after four times the steps, and one control."""
+    mira, nora = make_subject(tmp_path), make_subject(tmp_path, "nora")
+    units = [
+        make_unit(tmp_path, "mira", "base", looks={1.0: 10}),
+        make_unit(tmp_path, "mira", "hardened", scores=(0.1, None, 0.2), colour=GREEN),
+        make_unit(tmp_path, "nora", "base", looks={1.0: 10}),
+        make_unit(tmp_path, "nora", "hardened", looks={1.0: 10}),
+    ]
+    scores = [
+        {"side": unit.side, "subject": unit.subject, "attack": "lora-4", "look": look, "units": [],
+         "interval": level(0.5 if (unit.side, look) == ("base", 1.0) else 0.1 * look)}
+        for unit in units for look in unit.looks
+    ]  # fmt: skip
+    report = {
+        "verdict": "fail",
+        "checks": [
+            check("attack works on base", "mira", "lora-4", "pass", 0.5, 0.3),
+            check("protected", "mira", "lora-4", "inconclusive", 0.1, 0.15),
+            check("protected", "mira", "lora-4, 4 x steps", "fail", 0.4, 0.15, "it <script>came</script> back"),
+            check("control learnable", "nora", "lora-4", "pass", 1.0, 0.9),
+            check("ordinary prompts (KID)", "", "", "pass", 1.1, 2.0),
+        ],
+        "scores": scores,
+        "attacked": {"protected": 1, "of": 1, "controls": 1},
+        "failed_units": {"base/mira/lora-4/zwx/0": "RuntimeError: no <b>memory</b>"},
+        "calibration": {"person": LEVELS},
+        "hardening": {"base": "b", "base_digest": "sha256:1", "model_digest": "sha256:2", "registry_digest": "3",
+                      "method": "tripwire", "params": {"steps": 3}, "seed": 0, "seconds": 1.0,
+                      "unet_forward_equivalents": 1234},
+        "recipe": {"verify": {"attacks": {"lora-4": {"name": "lora", "params": {"steps": 10}}}, "looks": [1.0, 4.0],
+                              "identifiers": ["zwx"], "seeds": [0], "images_per_unit": 3}},
+        "run": {"guardsmith": "0", "python": "3", "machine": "m", "finished": "now", "packages": {"torch": "2"}},
+    }  # fmt: skip
+    return report, units, [mira], [nora]
+
+
+def made(case, tmp_path, include_images=False):
+    report, units, protected, controls = case
+    pair = ("a photo of <a> dog", Image.new("RGB", (64, 64), RED), Image.new("RGB", (64, 64), GREEN))
+    file = tmp_path / "report.html"
+    save_page(file, page_data(report, units, protected, controls, [pair], include_images=include_images))
+    return file.read_text()
+
+
+def colours(text):
+    """Mean colour of every picture on a page, in order."""
+    found = []
+    for data in re.findall(r'<img src="data:image/webp;base64,([^"]*)"', text):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), float)
+        found.append("RGB"[int(pixels.mean((0, 1)).argmax())])
+    return "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "basis", "asked", "shown"),
+    [
+        ("person", "request", False, False),
+        ("person", None, False, False),
+        ("person", "request", True, True),
+        ("person", "invented", False, True),
+        ("character", None, False, True),
+    ],
+)
+def test_a_real_person_is_shown_only_when_asked_for(tmp_path, kind, basis, asked, shown):
+    assert may_be_shown(make_subject(tmp_path, kind=kind, basis=basis), asked) is shown
+
+
+def test_the_verdict_comes_first_and_then_what_failed_worst_first(case, tmp_path):
+    text = made(case, tmp_path)
+    places = [text.index(part) for part in (
+        "must not be released", "What did not pass", "protected: mira, lora-4, 4 x steps", "protected: mira, lora-4<",
+        "How much of a protected subject comes back", "Subject by subject", "Ordinary prompts", "How it was measured",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    assert (
+        "attacks on protected subjects fail on the hardened model: 0 of 2 checks passed, 1 failed, 1 undecided" in text
+    )
+    assert "unprotected subjects can still be learnt: 1 of 1 checks passed<" in text
+
+
+def test_pictures_stand_in_the_rows_they_belong_to(case, tmp_path):
+    text = made(case, tmp_path)
+    # failed at 4 x: real, hardened; undecided: real, base, hardened; then the rooms of mira and nora; then the pair
+    failed, undecided = "BB" + "GGG", "BB" + "RRR" + "GGG"
+    assert colours(text) == failed + undecided + "BB" + "RRR" + "GGG" + "BB" + "RRR" + "RRR" + "RG"
+    assert text.count("<img ") == text.count(" alt=") == len(colours(text))
+    assert "mira as drawn after lora-4 on the hardened model, similarity not scored" in text
+
+
+def test_a_person_is_left_out_everywhere(case, tmp_path):
+    report, units, _, controls = case
+    case = report, units, [make_subject(tmp_path, kind="person", basis="request")], controls
+    text = made(case, tmp_path)
+    assert colours(text) == "BB" + "RRR" + "RRR" + "RG", "the control and the pair only"
+    assert "Pictures of mira are left out" in text
+    assert "G" in colours(made(case, tmp_path, include_images=True))[:-1]
+
+
+def test_nothing_on_the_page_is_taken_for_markup_or_comes_from_elsewhere(case, tmp_path):
+    text = made(case, tmp_path)
+    assert "<script" not in text
+    assert html.escape("it <script>came</script> back") in text
+    assert html.escape("no <b>memory</b>") in text
+    assert html.escape("a photo of <a> dog") in text
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text)
+    assert "url(" not in text
+    assert str(tmp_path) not in text, "no path of this machine"
+    assert not list(tmp_path.glob(".report*")), "nothing half-written is left"
+
+
+def test_an_attack_that_did_not_run_is_said_to_be_missing(case, tmp_path):
+    report, units, protected, controls = case
+    (units[1].folder / "scores.json").unlink()
+    report["scores"] = [told for told in report["scores"] if (told["side"], told["subject"]) != ("hardened", "mira")]
+    text = made((report, units, protected, controls), tmp_path)
+    assert "no pictures: the attack did not run" in text
+    assert text.count("not scored") == 2, "both cells of the matrix"
+
+
+def test_a_strip_takes_the_first_pictures_of_every_unit_in_turn(tmp_path):
+    units = [
+        make_unit(tmp_path, identifier="zwx", scores=(0.9, 0.8, 0.7)),
+        make_unit(tmp_path, identifier="olis", scores=(0.1, 0.2, 0.3)),
+    ]
+    assert [picture.caption for picture in drawn_strip(units, "t", 1.0, 4).pictures] == ["0.90", "0.80", "0.10", "0.20"]
+    assert [picture.caption for picture in drawn_strip(units, "t", 1.0, 3).pictures] == ["0.90", "0.80", "0.10"]
+
+
+def test_a_curve_by_hand():
+    levels = {
+        "base": {10: level(0.5)},
+        "hardened": {1: level(0.0), 10: level(0.1), 100: level(0.2)},
+    }
+    found = curve(levels, LEVELS, "lora")
+    # top of the drawing: the genuine level and 0.05 more; its bottom: -0.1; steps are on a logarithmic scale
+    width, height = CURVE
+    scale = height / (0.65 + 0.1)
+    expected = [(0, 0.65), (width / 2, 0.55), (width, 0.45)]
+    points = [tuple(map(float, point.split(","))) for point in found.lines["hardened"].split()]
+    assert points == [pytest.approx((x, scale * below), abs=0.06) for x, below in expected]
+    assert found.lines["base"] == f"{width / 2},{round(scale * 0.15, 1)}"
+    assert found.limit == pytest.approx(scale * 0.5, abs=0.06)
+    assert found.top == pytest.approx(scale * 0.05, abs=0.06)
+    assert [steps for _, steps in found.ticks] == [1, 10, 100]
+    assert "lora on the hardened model: 0.00 after 1 steps, 0.10 after 10 steps, 0.20 after 100 steps" in found.words
+    assert curve({"base": {10: level(0.5)}}, LEVELS, "lora") is None
+
+
+def test_heat_goes_from_chance_to_genuine():
+    assert [heat(value, LEVELS) for value in (-0.3, 0.0, 0.15, 0.6, 0.9)] == [0, 0, 25, 100, 100]
+
+
+def test_the_page_in_a_browser(case, tmp_path):
+    """Needs the extra `browser` and an installed Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no Chromium here")
+    made(case, tmp_path)
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=flags)
+        for width, scheme in ((1100, "light"), (360, "dark")):
+            context = browser.new_context(viewport={"width": width, "height": 700}, color_scheme=scheme)
+            page, said, asked = context.new_page(), [], []
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.on("pageerror", lambda error, said=said: said.append(str(error)))
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto((tmp_path / "report.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
+            dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
+            assert dark is (scheme == "dark")
+            page.keyboard.press("Tab")  # the first failure, which is open; Enter closes it
+            page.keyboard.press("Enter")
+            assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+            assert page.evaluate("document.activeElement.parentElement.open") is False
+            assert said == []
+            assert [url for url in asked if not url.startswith(("data:", "file:"))] == []
+            assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+        browser.close()
