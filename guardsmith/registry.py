@@ -158,6 +158,7 @@ def check_registry(path: Path, text: str, today: date, check_images: bool) -> Re
         for index, subject in enumerate(members):
             line = line_of(lines, (group, index, "class_noun"))
             registry._class_noun_places[subject.id] = f"{path}:{line}"
+            registry._lines[subject.id] = line_of(lines, (group, index, "id"))
     return registry
 
 

@@ -163,6 +163,12 @@ class Registry(BaseModel):
     warnings: tuple[str, ...]
     """What is allowed but weak, as `file:line: sentence`."""
     _class_noun_places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _lines: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """Line of the file at which each subject and control is named."""
+        return dict(self._lines)
 
     def find(self, subject_id: str) -> Subject:
         """The subject or control with this id.

@@ -2,7 +2,7 @@
 
 out/verify/hardened/   units of the attack matrix (see `matrix`), class pictures and ordinary pictures of that side
 out/verify/base/       the same of the base, unless `--base-runs` names a folder that several verifications share
-out/verify/report.json, report.html, grid.png
+out/verify/report.json, and the same for others: report.html, report.md, report.junit.xml, report.sarif, grid.png
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from guardsmith.errors import UserError
+from guardsmith.exports import save_exports
 from guardsmith.gate import (
     EXIT_CODES,
     Check,
@@ -264,6 +265,7 @@ def verify(
     ordinary = [(prompt.text, to_pil(before), to_pil(after)) for prompt, before, after in pairs]
     data = page_data(report, units, attacked, registry.controls, ordinary, include_images=include_images)
     save_page(root / "report.html", data)
+    save_exports(root, report, registry.path, registry.lines)
     if not quiet:
         print_report(report, root)
     return report
