@@ -380,9 +380,16 @@ def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
 
 @app.command()
 def verify(
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of `guardsmith harden`.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Output folder of `guardsmith harden`, or where to report on --model.")
+    ],
     subjects: SUBJECTS = None,
     recipe: RECIPE = None,
+    model: Annotated[
+        str | None, typer.Option(help="Verify this checkpoint (folder or Hub id), whoever made it, against --base.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of --model.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of --model.  [default: the recipe's]")] = None,
     changes: CHANGES = None,
     base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
@@ -391,14 +398,24 @@ def verify(
     today: TODAY = None,
 ) -> None:
     """Attack base and hardened model, judge, and exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
-    chosen = _recipe(recipe, None, changes)
+    if model is None and (base or revision):
+        raise UserError("--base and --revision belong to --model; a hardening's own base is on record.")
+    chosen = _recipe(recipe, base, changes)
     registry = _registry(subjects, chosen, today)
     from guardsmith.progress import quiet_libraries
     from guardsmith.verify import verify as run_verification
 
     quiet_libraries()
     report = run_verification(
-        registry, chosen, output, base_runs=base_runs, workers=workers, include_images=include_images, quiet=as_json
+        registry,
+        chosen,
+        output,
+        model=model,
+        revision=revision,
+        base_runs=base_runs,
+        workers=workers,
+        include_images=include_images,
+        quiet=as_json,
     )
     if as_json:
         typer.echo(json.dumps(report, indent=1, sort_keys=True))

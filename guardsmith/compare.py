@@ -132,9 +132,10 @@ def rows(
     """
     spec, hardening, utility = report["recipe"]["verify"], report["hardening"], report["utility"]
     further = [look for look in sorted(spec["looks"]) if look > 1]
+    cost = hardening["unet_forward_equivalents"]
     found = {
-        "method": Cell(hardening["method"]),
-        "cost, U-Net forward equivalents": Cell(f"{hardening['unet_forward_equivalents']:,}"),
+        "method": Cell(hardening["method"] or "not guardsmith's"),
+        "cost, U-Net forward equivalents": Cell("-" if cost is None else f"{cost:,}"),
     }
     for attack in spec["attacks"]:
         found[f"{attack}: base"] = base_cell(report, attack)

@@ -60,7 +60,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         lines += ["### What did not pass", "", *table(failed), ""]
     lines += [f"- attack that did not run: `{name}`: {reason}" for name, reason in report["failed_units"].items()]
     lines += ["<details><summary>All checks</summary>", "", *table(checks), "", "</details>", ""]
-    of = f"base `{hardening['base_digest']}`, {hardening['method']}"
+    of = f"base `{hardening['base_digest']}`, {hardening['method'] or 'made elsewhere'}"
     lines += [f"Hardened model `{hardening['model_digest']}` ({of}); guardsmith {report['run']['guardsmith']}.", ""]
     return "\n".join(lines)
 

@@ -46,7 +46,7 @@ from guardsmith.matrix import (
 )
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.kid import kid, kid_ratio_interval
-from guardsmith.models import load_model, weights_digest
+from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.page import page_data, save_page
 from guardsmith.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe
@@ -156,62 +156,104 @@ def steps_to_break(
     return found
 
 
-def verify(
-    registry: Registry,
-    recipe: Recipe,
-    output: Path,
-    *,
-    base_runs: Path | None = None,
-    workers: int | None = None,
-    include_images: bool = False,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Verify `output/model` against its base; returns what `report.json` says (`exit_code` in it is the command's).
-
-    Args:
-        registry: the one that the model was hardened on.
-        recipe: its attacks and gate.
-        output: folder of a hardening.
-        base_runs: where the attacks on the base are, or will be; several verifications may share it.
-        workers: processes; as many as there are cores by default.
-        include_images: put pictures of real persons into report.html too.
-        quiet: print no table.
+def hardened_here(output: Path, registry: Registry) -> tuple[DiffusionModel, DiffusionModel, dict[str, Any]]:
+    """Base and hardened model of a hardening, and what its harden.json says.
 
     Raises:
-        UserError: there is no hardened model in `output`, the registry is not the one it was hardened on, a class has no
-            calibration.
-        RunFailed: a worker process was killed.
+        UserError: it is not finished, was changed since, or is of another base or registry.
     """
     record = output / "harden.json"
     if not record.is_file() or not (output / "model").is_dir():
         raise UserError(
-            f"{output} holds no finished hardening (no harden.json and model/); run `guardsmith harden` first."
+            f"{output} holds no finished hardening (no harden.json and model/); run `guardsmith harden` first, or name the "
+            "model to verify with --model."
         )
     told = read_hardening(record)
     if told["registry_digest"] != registry.digest:
         raise UserError(f"{registry.path} is not the registry that {output} was hardened on (the digests differ).")
-    if not recipe.verify.attacks:
-        raise UserError("The recipe names no attacks (verify.attacks); nothing would be verified.")
-    hardened_digest = weights_digest(output / "model")
-    if hardened_digest != told["model_digest"]:
+    if weights_digest(output / "model") != told["model_digest"]:
         raise UserError(
             f"{output / 'model'} was changed after hardening (its digest differs from harden.json); harden again."
         )
     base = load_model(told["base"], told["base_revision"])
     if weights_digest(base.folder) != told["base_digest"]:
         raise UserError(f"{told['base']} is not the base that {output} was hardened from (the digests differ).")
+    return base, load_model(str(output / "model")), told
+
+
+def made_elsewhere(
+    source: str, revision: str | None, output: Path, registry: Registry, recipe: Recipe
+) -> tuple[DiffusionModel, DiffusionModel, dict[str, Any]]:
+    """Base and any other checkpoint of its kind, which guardsmith need not have made; the record says how little is known.
+
+    Raises:
+        UserError: one of them cannot be read, they do not belong together, or `output` holds a hardening.
+    """
+    if (output / "harden.json").exists():
+        raise UserError(f"{output} holds a hardening of its own; give the verification of {source} another folder.")
+    base, model = load_model(recipe.base, recipe.revision), load_model(source, revision)
+    for what, ours, theirs in (
+        ("pictures of {} px", base.image_size, model.image_size),
+        ("{} latent channels", base.unet.config.in_channels, model.unet.config.in_channels),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{source} has {what.format(theirs)} and its base {recipe.base} {what.format(ours)}; "
+                "they do not belong together."
+            )
+    told: dict[str, Any] = dict.fromkeys(RECORDED) | {
+        "base": recipe.base, "base_digest": weights_digest(base.folder), "model_digest": weights_digest(model.folder),
+        "registry_digest": registry.digest,
+    }  # fmt: skip
+    return base, model, told
+
+
+def verify(
+    registry: Registry,
+    recipe: Recipe,
+    output: Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    base_runs: Path | None = None,
+    workers: int | None = None,
+    include_images: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Verify a model against its base; returns what `report.json` says (`exit_code` in it is the command's).
+
+    Args:
+        registry: the one that the model was hardened on.
+        recipe: its attacks and gate, and the base where `model` is given.
+        output: folder of a hardening, whose model is verified; or a folder for the report on `model`.
+        model: any checkpoint, as a folder or a Hub id.
+        revision: commit, tag or branch of that Hub id.
+        base_runs: where the attacks on the base are, or will be; several verifications may share it.
+        workers: processes; as many as there are cores by default.
+        include_images: put pictures of real persons into report.html too.
+        quiet: print no table.
+
+    Raises:
+        UserError: there is no such model, the registry is not the one it was hardened on, a class has no calibration.
+        RunFailed: a worker process was killed.
+    """
+    if not recipe.verify.attacks:
+        raise UserError("The recipe names no attacks (verify.attacks); nothing would be verified.")
+    if model is None:
+        base, hardened, told = hardened_here(output, registry)
+    else:
+        base, hardened, told = made_elsewhere(model, revision, output, registry, recipe)
     unknown = sorted({s.class_noun for s in (*registry.subjects, *registry.controls)} - calibration().keys())
     if unknown or base.image_size != JUDGED_SIZE:
         raise UserError(
             f"The embedded judges read 64 px avatars of class {', '.join(calibration())}; this registry or base is of another "
             "kind, and no other identity metric is built in yet."
         )
-    hardened = load_model(str(output / "model"))
     check_against_base(base, registry, recipe)
     root = output / "verify"
     models: dict[Side, Judged] = {
         "base": Judged(base, told["base_digest"], base_runs or root / "base"),
-        "hardened": Judged(hardened, hardened_digest, root / "hardened"),
+        "hardened": Judged(hardened, told["model_digest"], root / "hardened"),
     }
     attacked = attacked_subjects(registry, recipe.verify, recipe.seed)
     nouns = dict.fromkeys(s.class_noun for s in (*attacked, *registry.controls))

@@ -313,6 +313,41 @@ def test_another_registry_is_refused(copied, capsys):
     assert "is not the registry" in capsys.readouterr().err
 
 
+def test_a_model_made_elsewhere_is_verified_against_its_base(verified, recipe_file, tmp_path, capsys):
+    given = ["--recipe", str(recipe_file), "--workers", "1", "--base-runs", str(verified[0] / "verify" / "base")]
+    released = verified[0] / "model"  # as anyone would find it, without the record of how it came about
+    code = cli.main(["verify", str(tmp_path / "judged"), "--model", str(released), "--base", "builtin:avatar", *given])
+    assert code == 3
+    assert "verdict: inconclusive" in capsys.readouterr().out
+    told = json.loads((tmp_path / "judged" / "verify" / "report.json").read_text())
+    assert told["checks"] == verified[1]["checks"]
+    assert told["hardening"]["model_digest"] == verified[1]["hardening"]["model_digest"]
+    assert told["hardening"]["method"] is None
+    assert "not made by guardsmith" in (tmp_path / "judged" / "verify" / "report.html").read_text()
+    assert cli.main(["compare", str(tmp_path / "judged"), str(verified[0])]) == 0
+    assert "not guardsmith's" in capsys.readouterr().out
+
+
+def test_a_model_of_another_kind_than_its_base_is_refused(v_folder, recipe_file, tmp_path, capsys):
+    given = ["--recipe", str(recipe_file), "--base", "builtin:avatar"]
+    assert cli.main(["verify", str(tmp_path / "judged"), "--model", str(v_folder), *given]) == 2
+    said = capsys.readouterr().err
+    assert "4 latent channels" in said and "16 latent channels" in said and "do not belong together" in said
+    assert not (tmp_path / "judged").exists()
+
+
+def test_a_report_on_another_model_does_not_go_into_a_hardening(copied, recipe_file, capsys):
+    before = (copied / "verify" / "report.json").read_bytes()
+    assert cli.main(["verify", str(copied), "--recipe", str(recipe_file), "--model", "builtin:avatar"]) == 2
+    assert "another folder" in capsys.readouterr().err
+    assert (copied / "verify" / "report.json").read_bytes() == before
+
+
+def test_a_base_without_a_model_is_refused(copied, recipe_file, capsys):
+    assert cli.main(["verify", str(copied), "--recipe", str(recipe_file), "--base", "builtin:avatar"]) == 2
+    assert "belong to --model" in capsys.readouterr().err
+
+
 def test_the_command_prints_a_table_and_its_exit_code(verified, recipe_file, capsys):
     code = cli.main(["verify", str(verified[0]), "--recipe", str(recipe_file), "--workers", "1"])
     out = capsys.readouterr().out
