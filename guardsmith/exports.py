@@ -13,6 +13,8 @@ from typing import Any
 
 from junitparser import Error, Failure, JUnitXml, TestCase, TestSuite
 
+from guardsmith.records import write_text
+
 RULES = {
     "attack works on base": ("attack-works-on-base", "The attack has to learn its subject on the base model."),
     "protected": ("protected", "An attack on a protected subject has to fail on the hardened model."),
@@ -132,14 +134,6 @@ def save_exports(root: Path, report: Mapping[str, Any], registry: Path, lines: M
     """
     here = Path.cwd()
     named = registry.relative_to(here).as_posix() if registry.is_relative_to(here) else registry.name
-    for name, text in (
-        ("report.md", as_markdown(report)),
-        ("report.junit.xml", as_junit(report)),
-        ("report.sarif", as_sarif(report, named, lines)),
-    ):
-        temporary = root / f".{name}.tmp"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(root / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_text(root / "report.md", as_markdown(report))
+    write_text(root / "report.junit.xml", as_junit(report))
+    write_text(root / "report.sarif", as_sarif(report, named, lines))

@@ -10,6 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from guardsmith.images import open_image, square
 from guardsmith.matrix import Unit, scores_of
+from guardsmith.records import write_text
 from guardsmith.registry import Subject
 
 SHOWN = 4  # pictures of a row
@@ -164,133 +166,149 @@ def heat(value: float, calibrated: dict[str, float]) -> int:
     return round(100 * min(1.0, max(0.0, share)))
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a verification left, and how to find things in it.
+
+    Attributes:
+        report: what `report.json` holds.
+        units: of the attack matrix, both sides.
+        include_images: show persons too.
+    """
+
+    report: dict[str, Any]
+    units: Sequence[Unit]
+    include_images: bool
+
+    @property
+    def attacks(self) -> dict[str, dict[str, Any]]:
+        """Label -> name and settings."""
+        return dict(self.report["recipe"]["verify"]["attacks"])
+
+    def shows(self, subject: Subject) -> bool:
+        """See `may_be_shown`."""
+        return may_be_shown(subject, self.include_images)
+
+    def units_of(self, subject: Subject, label: str, side: str) -> list[Unit]:
+        """One for every identifier and seed."""
+        return [unit for unit in self.units if (unit.subject, unit.label, unit.side) == (subject.id, label, side)]
+
+    def level(self, side: str, subject: Subject, label: str, look: float) -> dict[str, Any] | None:
+        """The interval that was measured."""
+        asked = side, subject.id, label, look
+        for told in self.report["scores"]:
+            if (told["side"], told["subject"], told["attack"], told["look"]) == asked:
+                return dict(told["interval"]) if told["interval"] is not None else None
+        return None
+
+    def calibrated(self, subject: Subject) -> dict[str, float]:
+        """Levels of its class."""
+        return dict(self.report["calibration"][subject.class_noun])
+
+    def strips(self, subject: Subject, label: str, look: float, count: int) -> list[Strip]:
+        """What an attack draws on either side, or, beyond the usual steps, on the hardened model."""
+        after = "" if look == 1 else f", {look:g} × the usual steps"
+        return [
+            drawn_strip(self.units_of(subject, label, side), f"{label} {words}{after}", look, count)
+            for side, words in SIDES
+            if look == 1 or side == "hardened"
+        ]
+
+
+def _attack_and_look(check: dict[str, Any]) -> tuple[str, float]:
+    """What a check's attack is called in the recipe, and after which share of its steps it looked."""
+    label, _, rest = check["attack"].partition(", ")
+    return label, float(rest.split(" x ")[0]) if rest else 1.0
+
+
+def failures(evidence: Evidence, everyone: dict[str, Subject]) -> list[dict[str, Any]]:
+    """Checks that did not pass, with the pictures they are about; the failed before the undecided."""
+    found = []
+    for status in ("fail", "inconclusive"):
+        for check in (check for check in evidence.report["checks"] if check["status"] == status):
+            subject, rows = everyone.get(check["subject"]), []
+            if subject is not None and check["attack"] and evidence.shows(subject):
+                label, look = _attack_and_look(check)
+                rows = [real_strip(subject), *evidence.strips(subject, label, look, FAILED_SHOWN)]
+            found.append(check | {"strips": rows})
+    return found
+
+
+def room(evidence: Evidence, subject: Subject, role: str) -> dict[str, Any]:
+    """All that was found about one subject, attack by attack."""
+    attacks = []
+    for label, attack in evidence.attacks.items():
+        levels: dict[str, dict[int, dict[str, Any]]] = {}
+        for side, _ in SIDES:
+            for unit in evidence.units_of(subject, label, side)[:1]:
+                for look, steps in unit.looks.items():
+                    if (level := evidence.level(side, subject, label, look)) is not None:
+                        levels.setdefault(side, {})[steps] = level
+        attacks.append({
+            "label": label, "name": attack["name"], "curve": curve(levels, evidence.calibrated(subject), label),
+            "strips": evidence.strips(subject, label, 1.0, SHOWN) if evidence.shows(subject) else [],
+            "checks": [c for c in evidence.report["checks"] if (c["subject"], _attack_and_look(c)[0]) == (subject.id, label)],
+        })  # fmt: skip
+    return {
+        "id": subject.id, "class_noun": subject.class_noun, "role": role, "attacks": attacks, "shown": evidence.shows(subject),
+        "real": real_strip(subject) if evidence.shows(subject) else None,
+    }  # fmt: skip
+
+
+def matrix_row(
+    evidence: Evidence, subject: Subject, columns: Sequence[tuple[str, float]]
+) -> list[dict[str, Any] | None]:
+    """One protected subject's row: after each attack its similarity, how hot that is, and what the gate says."""
+    said = {_attack_and_look(c): c["status"] for c in evidence.report["checks"]
+            if (c["name"], c["subject"]) == ("protected", subject.id)}  # fmt: skip
+    cells: list[dict[str, Any] | None] = []
+    for label, look in columns:
+        level = evidence.level("hardened", subject, label, look)
+        if level is not None:
+            level |= {"heat": heat(level["mean"], evidence.calibrated(subject)), "status": said[label, look]}
+        cells.append(level)
+    return cells
+
+
 def page_data(
-    report: dict[str, Any],
-    units: Sequence[Unit],
+    evidence: Evidence,
     protected: Sequence[Subject],
     controls: Sequence[Subject],
     ordinary: Sequence[tuple[str, Image.Image, Image.Image]],
-    *,
-    include_images: bool,
 ) -> dict[str, Any]:
     """Everything the template asks for.
 
     Args:
-        report: what `report.json` holds.
-        units: of the attack matrix, both sides.
+        evidence: what was found.
         protected: the subjects that were attacked.
         controls: the controls.
         ordinary: prompt, the base's picture and the hardened model's, from the same noise.
-        include_images: show persons too.
     """
-    everyone = {subject.id: subject for subject in (*protected, *controls)}
-    spec = report["recipe"]["verify"]
-    looks = [1.0, *(look for look in sorted(spec["looks"]) if look > 1)]
-    found: dict[tuple[str, str, str, float], dict[str, Any]] = {
-        (told["side"], told["subject"], told["attack"], told["look"]): told["interval"]
-        for told in report["scores"]
-        if told["interval"] is not None
-    }
-
-    def mine(subject: str, label: str, side: str) -> list[Unit]:
-        return [unit for unit in units if (unit.subject, unit.label, unit.side) == (subject, label, side)]
-
-    def strips(subject: Subject, label: str, look: float, count: int) -> list[Strip]:
-        rows = []
-        for side, words in SIDES:
-            if look > 1 and side == "base":
-                continue
-            after = "" if look == 1 else f", {look:g} × the usual steps"
-            rows.append(drawn_strip(mine(subject.id, label, side), f"{label} {words}{after}", look, count))
-        return rows
-
-    def named(check: dict[str, Any]) -> tuple[str, float]:
-        """Attack label and look of a check."""
-        label, _, rest = check["attack"].partition(", ")
-        return label, float(rest.split(" x ")[0]) if rest else 1.0
-
-    failures = []
-    for check in sorted(report["checks"], key=lambda check: ("fail", "inconclusive", "pass").index(check["status"])):
-        if check["status"] == "pass":
-            break
-        subject, rows = everyone.get(check["subject"]), []
-        if subject is not None and check["attack"] and may_be_shown(subject, include_images):
-            label, look = named(check)
-            rows = [real_strip(subject), *strips(subject, label, look, FAILED_SHOWN)]
-        failures.append(check | {"strips": rows})
-
-    rooms = []
-    for subject in everyone.values():
-        shown, calibrated = may_be_shown(subject, include_images), report["calibration"][subject.class_noun]
-        attacks = []
-        for label, attack in spec["attacks"].items():
-            levels: dict[str, dict[int, dict[str, Any]]] = {}
-            for side, _ in SIDES:
-                for unit in mine(subject.id, label, side)[:1]:
-                    known = {
-                        steps: found[side, subject.id, label, look]
-                        for look, steps in unit.looks.items()
-                        if (side, subject.id, label, look) in found
-                    }
-                    if known:
-                        levels[side] = known
-            attacks.append({
-                "label": label, "name": attack["name"], "curve": curve(levels, calibrated, label),
-                "strips": strips(subject, label, 1.0, SHOWN) if shown else [],
-                "checks": [c for c in report["checks"] if c["subject"] == subject.id and named(c)[0] == label],
-            })  # fmt: skip
-        rooms.append({
-            "id": subject.id, "class_noun": subject.class_noun, "kind": subject.kind, "shown": shown,
-            "role": "protected" if subject in protected else "control", "attacks": attacks,
-            "real": real_strip(subject) if shown else None,
-        })  # fmt: skip
-
-    columns = [(label, look) for label in spec["attacks"] for look in looks]
-    cells = []
-    for subject in protected:
-        calibrated, line = report["calibration"][subject.class_noun], []
-        for label, look in columns:
-            level = found.get(("hardened", subject.id, label, look))
-            after = label if look == 1 else f"{label}, {look:g} x steps"
-            status = [
-                c["status"]
-                for c in report["checks"]
-                if (c["name"], c["subject"], c["attack"]) == ("protected", subject.id, after)
-            ]
-            line.append(
-                None if level is None else level | {"heat": heat(level["mean"], calibrated), "status": status[0]}
-            )
-        cells.append((subject.id, line))
-
+    report = evidence.report
+    looks = [1.0, *(look for look in sorted(report["recipe"]["verify"]["looks"]) if look > 1)]
+    columns = [(label, look) for label in evidence.attacks for look in looks]
+    rooms = [room(evidence, subject, "protected") for subject in protected]
+    rooms += [room(evidence, subject, "control") for subject in controls]
     counts = {
         name: [sum(c["name"] == name and c["status"] == status for c in report["checks"]) for status in WORDS]
         for name in dict.fromkeys(check["name"] for check in report["checks"])
     }
+    pairs = [
+        (prompt, Picture(_embedded(before), f"the base's picture of: {prompt}"),
+         Picture(_embedded(after), f"the hardened model's picture of: {prompt}"))
+        for prompt, before, after in ordinary
+    ]  # fmt: skip
     return {
-        "report": report, "words": WORDS[report["verdict"]], "plain": PLAIN, "counts": counts, "failures": failures,
-        "rooms": rooms,
-        "columns": columns, "cells": cells, "hidden": [room["id"] for room in rooms if not room["shown"]],
-        "curve_size": CURVE,
-        "ordinary": [
-            (prompt, Picture(_embedded(before), f"the base's picture of: {prompt}"),
-             Picture(_embedded(after), f"the hardened model's picture of: {prompt}"))
-            for prompt, before, after in ordinary
-        ],
+        "report": report, "words": WORDS[report["verdict"]], "plain": PLAIN, "counts": counts, "rooms": rooms,
+        "failures": failures(evidence, {subject.id: subject for subject in (*protected, *controls)}),
+        "columns": columns, "cells": [(subject.id, matrix_row(evidence, subject, columns)) for subject in protected],
+        "hidden": [told["id"] for told in rooms if not told["shown"]], "curve_size": CURVE, "ordinary": pairs,
     }  # fmt: skip
 
 
 def save_page(path: Path, data: dict[str, Any]) -> None:
     """Fill the template in; the file appears whole."""
     environment = Environment(
-        loader=PackageLoader("guardsmith"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(environment.get_template("report.html").render(**data), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        loader=PackageLoader("guardsmith"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # fmt: skip
+    write_text(path, environment.get_template("report.html").render(**data))

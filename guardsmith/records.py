@@ -1,4 +1,4 @@
-"""What runs write down of themselves: JSON files that appear whole, and are read with care."""
+"""What runs write down of themselves: files that appear whole, and are read with care."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any
 from guardsmith.errors import UserError
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """The same with JSON."""
+    write_text(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
 def read_record(record: Path, needed: Sequence[str], again: str) -> dict[str, Any]:

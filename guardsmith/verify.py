@@ -47,7 +47,7 @@ from guardsmith.matrix import (
 from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.page import page_data, save_page
+from guardsmith.page import Evidence, page_data, save_page
 from guardsmith.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.records import folder_digest, write_json
@@ -305,8 +305,8 @@ def verify(
     save_grid(root / "grid.png", attacked, registry.controls, units, base.image_size)
     pairs = zip(asked[:ORDINARY_SHOWN], drawn["base again"], drawn["hardened"], strict=False)
     ordinary = [(prompt.text, to_pil(before), to_pil(after)) for prompt, before, after in pairs]
-    data = page_data(report, units, attacked, registry.controls, ordinary, include_images=include_images)
-    save_page(root / "report.html", data)
+    evidence = Evidence(report, units, include_images)
+    save_page(root / "report.html", page_data(evidence, attacked, registry.controls, ordinary))
     save_exports(root, report, registry.path, registry.lines)
     if not quiet:
         print_report(report, root)

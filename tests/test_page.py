@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from guardsmith.matrix import Unit
-from guardsmith.page import CURVE, curve, drawn_strip, heat, may_be_shown, page_data, save_page
+from guardsmith.page import CURVE, Evidence, curve, drawn_strip, heat, may_be_shown, page_data, save_page
 from guardsmith.registry import Subject
 from guardsmith.registry_types import Consent
 from guardsmith.registry_types import Image as Photo
@@ -105,7 +105,7 @@ def made(case, tmp_path, include_images=False):
     report, units, protected, controls = case
     pair = ("a photo of <a> dog", Image.new("RGB", (64, 64), RED), Image.new("RGB", (64, 64), GREEN))
     file = tmp_path / "report.html"
-    save_page(file, page_data(report, units, protected, controls, [pair], include_images=include_images))
+    save_page(file, page_data(Evidence(report, units, include_images), protected, controls, [pair]))
     return file.read_text()
 
 
