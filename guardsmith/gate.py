@@ -187,7 +187,7 @@ def check_utility(values: Mapping[str, float | None], rules: GateSpec) -> list[C
     now, before = values["fidelity_hardened"], values["fidelity_base"]
     if now is not None and before is not None:
         limit = before - rules.fidelity_drop
-        sentence = f"pictures show {100 * now:.0f} % of what the prompts ask for; the base {100 * before:.0f} %"
+        sentence = f"pictures show {100 * now:.1f} % of what the prompts ask for; the base {100 * before:.1f} %"
         checks.append(Check(name, "", "", "pass" if now >= limit else "fail", sentence, now, limit=limit))
     elif now is not None or before is not None:
         checks.append(Check(name, "", "", "inconclusive", "not measured", now))
