@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from guardsmith.errors import UserError
-from guardsmith.gate import Interval, Units, interval, ratio_interval
+from guardsmith.gate import Interval, Units, attack_at, interval, ratio_interval
 from guardsmith.records import read_record
 
 NEEDED = ("checks", "scores", "subjects", "steps_to_break", "utility", "hardening", "verdict", "recipe")
@@ -74,8 +74,7 @@ def _shown(found: Interval | None, scale: float = 1, unit: str = "") -> str:
 
 def protected_cell(report: dict[str, Any], attack: str, look: float) -> Cell:
     """Similarity of the protected subjects after an attack, and for how many of them the gate says "protected"."""
-    label = attack if look == 1 else f"{attack}, {look:g} x steps"
-    checks = [c for c in report["checks"] if (c["name"], c["attack"]) == ("protected", label)]
+    checks = [c for c in report["checks"] if (c["name"], c["attack"]) == ("protected", attack_at(attack, look))]
     found = interval(group_units(report, "hardened", group(report, "protected"), attack, look))
     if found is None or not checks:
         return Cell("-")

@@ -57,6 +57,11 @@ class Check(NamedTuple):
     """What the unfavourable end is compared with."""
 
 
+def attack_at(label: str, look: float) -> str:
+    """What checks call an attack at a look: its label, with the share of the usual steps where it went on."""
+    return label if look == 1 else f"{label}, {look:g} x steps"
+
+
 class Levels(NamedTuple):
     """What similarities mean for one class: measured on real pictures of identities nobody trained on."""
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from guardsmith.gate import attack_at
 from guardsmith.images import open_image, square
 from guardsmith.matrix import Unit, scores_of
 from guardsmith.records import write_text
@@ -185,6 +186,12 @@ class Evidence:
         """Label -> name and settings."""
         return dict(self.report["recipe"]["verify"]["attacks"])
 
+    @property
+    def columns(self) -> dict[str, tuple[str, float]]:
+        """What checks call an attack at a look -> its label and the look, from the usual steps on."""
+        further = [look for look in sorted(self.report["recipe"]["verify"]["looks"]) if look > 1]
+        return {attack_at(label, look): (label, look) for label in self.attacks for look in (1.0, *further)}
+
     def shows(self, subject: Subject) -> bool:
         """See `may_be_shown`."""
         return may_be_shown(subject, self.include_images)
@@ -215,12 +222,6 @@ class Evidence:
         ]
 
 
-def _attack_and_look(check: dict[str, Any]) -> tuple[str, float]:
-    """What a check's attack is called in the recipe, and after which share of its steps it looked."""
-    label, _, rest = check["attack"].partition(", ")
-    return label, float(rest.split(" x ")[0]) if rest else 1.0
-
-
 def failures(evidence: Evidence, everyone: dict[str, Subject]) -> list[dict[str, Any]]:
     """Checks that did not pass, with the pictures they are about; the failed before the undecided."""
     found = []
@@ -228,7 +229,7 @@ def failures(evidence: Evidence, everyone: dict[str, Subject]) -> list[dict[str,
         for check in (check for check in evidence.report["checks"] if check["status"] == status):
             subject, rows = everyone.get(check["subject"]), []
             if subject is not None and check["attack"] and evidence.shows(subject):
-                label, look = _attack_and_look(check)
+                label, look = evidence.columns[check["attack"]]
                 rows = [real_strip(subject), *evidence.strips(subject, label, look, FAILED_SHOWN)]
             found.append(check | {"strips": rows})
     return found
@@ -247,7 +248,8 @@ def room(evidence: Evidence, subject: Subject, role: str) -> dict[str, Any]:
         attacks.append({
             "label": label, "name": attack["name"], "curve": curve(levels, evidence.calibrated(subject), label),
             "strips": evidence.strips(subject, label, 1.0, SHOWN) if evidence.shows(subject) else [],
-            "checks": [c for c in evidence.report["checks"] if (c["subject"], _attack_and_look(c)[0]) == (subject.id, label)],
+            "checks": [c for c in evidence.report["checks"]
+                       if c["subject"] == subject.id and evidence.columns[c["attack"]][0] == label],
         })  # fmt: skip
     return {
         "id": subject.id, "class_noun": subject.class_noun, "role": role, "attacks": attacks, "shown": evidence.shows(subject),
@@ -255,17 +257,15 @@ def room(evidence: Evidence, subject: Subject, role: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def matrix_row(
-    evidence: Evidence, subject: Subject, columns: Sequence[tuple[str, float]]
-) -> list[dict[str, Any] | None]:
+def matrix_row(evidence: Evidence, subject: Subject) -> list[dict[str, Any] | None]:
     """One protected subject's row: after each attack its similarity, how hot that is, and what the gate says."""
-    said = {_attack_and_look(c): c["status"] for c in evidence.report["checks"]
+    said = {c["attack"]: c["status"] for c in evidence.report["checks"]
             if (c["name"], c["subject"]) == ("protected", subject.id)}  # fmt: skip
     cells: list[dict[str, Any] | None] = []
-    for label, look in columns:
+    for name, (label, look) in evidence.columns.items():
         level = evidence.level("hardened", subject, label, look)
         if level is not None:
-            level |= {"heat": heat(level["mean"], evidence.calibrated(subject)), "status": said[label, look]}
+            level |= {"heat": heat(level["mean"], evidence.calibrated(subject)), "status": said[name]}
         cells.append(level)
     return cells
 
@@ -285,8 +285,6 @@ def page_data(
         ordinary: prompt, the base's picture and the hardened model's, from the same noise.
     """
     report = evidence.report
-    looks = [1.0, *(look for look in sorted(report["recipe"]["verify"]["looks"]) if look > 1)]
-    columns = [(label, look) for label in evidence.attacks for look in looks]
     rooms = [room(evidence, subject, "protected") for subject in protected]
     rooms += [room(evidence, subject, "control") for subject in controls]
     counts = {
@@ -301,7 +299,8 @@ def page_data(
     return {
         "report": report, "words": WORDS[report["verdict"]], "plain": PLAIN, "counts": counts, "rooms": rooms,
         "failures": failures(evidence, {subject.id: subject for subject in (*protected, *controls)}),
-        "columns": columns, "cells": [(subject.id, matrix_row(evidence, subject, columns)) for subject in protected],
+        "columns": list(evidence.columns.values()),
+        "cells": [(subject.id, matrix_row(evidence, subject)) for subject in protected],
         "hidden": [told["id"] for told in rooms if not told["shown"]], "curve_size": CURVE, "ordinary": pairs,
     }  # fmt: skip
 

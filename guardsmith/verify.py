@@ -21,6 +21,7 @@ from guardsmith.gate import (
     Check,
     Interval,
     Units,
+    attack_at,
     calibration,
     check_control,
     check_learnt,
@@ -112,8 +113,8 @@ def judge(registry: Registry, recipe: Recipe, scores: Scores, utility: dict[str,
             level = levels[subject.class_noun]
             checks.append(check_learnt(subject.id, label, scores["base", subject.id, label, 1], level, recipe.gate))
             for look in (1, *further):
-                after = label if look == 1 else f"{label}, {look:g} x steps"
-                checks.append(check_protected(subject.id, after, scores["hardened", subject.id, label, look], level))
+                hardened = scores["hardened", subject.id, label, look]
+                checks.append(check_protected(subject.id, attack_at(label, look), hardened, level))
         for control in registry.controls:
             level = levels[control.class_noun]
             base, hardened = (scores[side, control.id, label, 1] for side in ("base", "hardened"))

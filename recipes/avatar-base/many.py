@@ -21,6 +21,7 @@ from evaluate import RESULTS
 
 from guardsmith.compare import group, group_units, read_report
 from guardsmith.gate import interval, ratio_interval
+from guardsmith.recipe import load_recipe
 from guardsmith.records import write_json
 
 CONTROLS = 10
@@ -46,18 +47,12 @@ def hardened_and_verified(data: Path, place: Path, base_runs: Path, count: int, 
         resume = ["--resume"] if (out / "settings.json").exists() else []
         sets = [part for change in changes for part in ("--set", change)]
         run("-m", "guardsmith", "harden", *given, "--output", str(out), *sets, *resume)
-    attacks = {label: spec for label, spec in recipe_attacks().items() if label in ATTACKS}
+    known = load_recipe("several-avatars", []).verify.attacks
+    attacks = {label: known[label].model_dump() for label in ATTACKS}
     sets = [f"verify.attacks={json.dumps(attacks)}", "verify.looks=[1]", f"verify.sample={ATTACKED}"]
     asked = [part for change in sets for part in ("--set", change)]
     run("-m", "guardsmith", "verify", str(out), *given, "--base-runs", str(base_runs), *asked, ends=(0, 1, 3))
     return out
-
-
-def recipe_attacks() -> dict[str, Any]:
-    """Attacks of the recipe."""
-    from guardsmith.recipe import load_recipe
-
-    return {label: spec.model_dump() for label, spec in load_recipe("several-avatars", []).verify.attacks.items()}
 
 
 def row(out: Path, data: Path, count: int) -> dict[str, Any]:
