@@ -35,6 +35,13 @@ app = typer.Typer(
 )
 registry_app = typer.Typer(help="Write registries of protected subjects.", no_args_is_help=True)
 app.add_typer(registry_app, name="registry")
+report_app = typer.Typer(help="About reports of verifications.", no_args_is_help=True)
+app.add_typer(report_app, name="report")
+
+
+@report_app.callback()
+def _report() -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -252,7 +259,21 @@ def registry_schema(
     """Print the JSON schema of registry files, for editors."""
     from guardsmith.registry import json_schema
 
-    text = json.dumps(json_schema(), indent=2) + "\n"
+    _print_schema(json_schema(), output)
+
+
+@report_app.command("schema")
+def report_schema(
+    output: Annotated[Path | None, typer.Option(help="File to write; by default stdout.")] = None,
+) -> None:
+    """Print the JSON schema of report.json, for other tools."""
+    from guardsmith.report_schema import json_schema
+
+    _print_schema(json_schema(), output)
+
+
+def _print_schema(schema: dict[str, Any], output: Path | None) -> None:
+    text = json.dumps(schema, indent=2) + "\n"
     if output is None:
         typer.echo(text, nl=False)
     else:
@@ -280,6 +301,12 @@ BASE_RUNS = Annotated[
     ),
 ]
 WORKERS = Annotated[int | None, typer.Option(min=1, help="Attacks run at the same time; by default one per core.")]
+BUDGET = Annotated[
+    str | None, typer.Option(help="How much to try: quick, standard (as the recipe says) or audit; --set goes on top.")
+]
+POLICY = Annotated[
+    Path | None, typer.Option(help="Rules and levels of the gate (see `guardsmith policy`).  [default: the recipe's]")
+]
 INCLUDE_IMAGES = Annotated[
     bool,
     typer.Option(
@@ -301,6 +328,17 @@ def _recipe(name: str | None, base: str | None, changes: list[str] | None, **val
         values["bystanders"] = beside(Path(), values["bystanders"])
     flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
     return load_recipe(name, [*(changes or []), *flags])
+
+
+def _budget(name: str | None) -> list[str]:
+    """The changes to a recipe that a budget stands for."""
+    from guardsmith.recipe import BUDGETS
+
+    if name is None:
+        return []
+    if name not in BUDGETS:
+        raise UserError(f"--budget {name}: there is no such budget; choose {', '.join(BUDGETS)}")
+    return [f"verify.{key}={json.dumps(value)}" for key, value in BUDGETS[name].items()]
 
 
 def _registry(subjects: Path | None, recipe: Recipe, today: datetime | None) -> Registry:
@@ -393,6 +431,8 @@ def verify(
     changes: CHANGES = None,
     base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
+    policy: POLICY = None,
+    budget: BUDGET = None,
     include_images: INCLUDE_IMAGES = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout instead of the table.")] = False,
     today: TODAY = None,
@@ -400,10 +440,13 @@ def verify(
     """Attack base and hardened model, judge, and exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
     if model is None and (base or revision):
         raise UserError("--base and --revision belong to --model; a hardening's own base is on record.")
-    chosen = _recipe(recipe, base, changes)
+    chosen = _recipe(recipe, base, [*_budget(budget), *(changes or [])])
     registry = _registry(subjects, chosen, today)
+    from guardsmith.policy import load_policy
     from guardsmith.progress import quiet_libraries
     from guardsmith.verify import verify as run_verification
+
+    rules = None if policy is None else load_policy(policy)
 
     quiet_libraries()
     report = run_verification(
@@ -414,6 +457,7 @@ def verify(
         revision=revision,
         base_runs=base_runs,
         workers=workers,
+        policy=rules,
         include_images=include_images,
         quiet=as_json,
     )
@@ -432,20 +476,31 @@ def run(
     overwrite: OVERWRITE = False,
     base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
+    policy: POLICY = None,
+    budget: BUDGET = None,
     include_images: INCLUDE_IMAGES = False,
     today: TODAY = None,
 ) -> None:
     """Harden, verify and judge as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
-    chosen = _recipe(recipe, None, changes)
+    chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])])
     registry = _registry(subjects, chosen, today)
     from guardsmith.harden import harden as run_hardening
+    from guardsmith.policy import load_policy
     from guardsmith.progress import quiet_libraries
     from guardsmith.verify import verify as run_verification
+
+    rules = None if policy is None else load_policy(policy)
 
     quiet_libraries()
     run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
     report = run_verification(
-        registry, chosen, output, base_runs=base_runs, workers=workers, include_images=include_images
+        registry,
+        chosen,
+        output,
+        base_runs=base_runs,
+        workers=workers,
+        policy=rules,
+        include_images=include_images,
     )
     raise typer.Exit(report["exit_code"])
 
@@ -479,6 +534,15 @@ def compare(
 
         save_table(table, 60 + 44 * len(runs), svg)
         say(f"wrote {svg}")
+
+
+@app.command("policy")
+def print_policy() -> None:
+    """Print the gate's default policy as YAML: its rules, and the measured levels that similarities are compared with."""
+    from guardsmith.policy import as_yaml, default_policy
+
+    typer.echo(as_yaml(default_policy()), nl=False)
+    say("next: change it and use it with guardsmith verify DIR --policy FILE")
 
 
 @app.command("list")

@@ -33,6 +33,7 @@ from guardsmith.errors import UserError
 from guardsmith.images import open_image, square, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
+from guardsmith.methods.ideal import with_ideal_states
 from guardsmith.methods.tripwire import REHEARSALS, rehearse
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
 from guardsmith.probes import Probes
@@ -400,6 +401,13 @@ def harden(
             model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures"
         )
         ordinary = OrdinaryData(images, texts, states, bystanders)
+        close: int = getattr(config, "ideal_bystanders", 0)
+        if bystanders is not None and close:
+            ordinary, drawn_rows = with_ideal_states(
+                model, subjects, ordinary, close, seed=recipe.seed, steps=recipe.sampling.steps,
+                guidance=recipe.sampling.guidance, cache=cache / "bystanders.safetensors",
+            )  # fmt: skip
+            forwards += drawn_rows
 
     last = output / "checkpoints" / "last.safetensors"
     counter, spent = UNetCost(), output / "checkpoints" / "cost.jsonl"

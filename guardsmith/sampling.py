@@ -17,6 +17,21 @@ from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
 
 
+def solver_for(model: DiffusionModel, steps: int) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ (2M) on the model's own noise schedule, with its timesteps set."""
+    solver = DPMSolverMultistepScheduler.from_config(
+        model.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
+    )
+    solver.set_timesteps(steps)
+    return solver
+
+
+def first_noise(model: DiffusionModel, seeds: Sequence[int]) -> Tensor:
+    """Gaussian noise, float32 (n, c, h, w), each row from a seed of its own."""
+    side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
+    return torch.stack([torch.randn((channels, side, side), generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
 @torch.no_grad()
 def generate(
     model: DiffusionModel,
@@ -44,19 +59,13 @@ def generate(
         on_state: called before it with the timestep and the half-finished latents of a batch, (b, c, h, w).
     """
     bank = PromptBank(model)
-    side = int(model.unet.config.sample_size)
-    channels = int(model.unet.config.in_channels)
     pictures = []
     for start in range(0, len(prompts), batch):
         some = slice(start, start + batch)
         context = bank.encode(prompts[some])
         empty = bank.encode([negative_prompt]).expand(len(context), -1, -1)
-        noise = [torch.randn((channels, side, side), generator=torch.Generator().manual_seed(s)) for s in seeds[some]]
-        solver = DPMSolverMultistepScheduler.from_config(
-            model.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
-        )
-        solver.set_timesteps(steps)
-        latents = torch.stack(noise) * solver.init_noise_sigma
+        solver = solver_for(model, steps)
+        latents = first_noise(model, seeds[some]) * solver.init_noise_sigma
         for t in solver.timesteps:
             if on_state is not None:
                 on_state(int(t), latents)

@@ -20,6 +20,7 @@ from guardsmith.gate import (
     EXIT_CODES,
     Check,
     Interval,
+    Levels,
     Units,
     attack_at,
     calibration,
@@ -49,6 +50,7 @@ from guardsmith.metrics.fidelity import features, fidelity
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.page import Evidence, page_data, save_page
+from guardsmith.policy import Policy, default_policy
 from guardsmith.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.records import folder_digest, write_json
@@ -104,30 +106,34 @@ def measure_ordinary(asked: Sequence[OrdinaryPrompt], drawn: dict[str, Tensor]) 
 Scores = dict[tuple[Side, str, str, float], Units]
 
 
-def judge(registry: Registry, recipe: Recipe, scores: Scores, utility: dict[str, float | None]) -> list[Check]:
+def judge(
+    registry: Registry, recipe: Recipe, scores: Scores, utility: dict[str, float | None], policy: Policy
+) -> list[Check]:
     """All checks of the gate, protected subjects first."""
-    levels, checks = calibration(), []
+    levels, rules, checks = policy.classes, policy.rules, []
     further = [look for look in sorted(recipe.verify.looks) if look > 1]
     for label in recipe.verify.attacks:
         for subject in attacked_subjects(registry, recipe.verify, recipe.seed):
             level = levels[subject.class_noun]
-            checks.append(check_learnt(subject.id, label, scores["base", subject.id, label, 1], level, recipe.gate))
+            checks.append(check_learnt(subject.id, label, scores["base", subject.id, label, 1], level, rules))
             for look in (1, *further):
                 hardened = scores["hardened", subject.id, label, look]
-                checks.append(check_protected(subject.id, attack_at(label, look), hardened, level))
+                checks.append(check_protected(subject.id, attack_at(label, look), hardened, level, rules))
         for control in registry.controls:
             level = levels[control.class_noun]
             base, hardened = (scores[side, control.id, label, 1] for side in ("base", "hardened"))
-            checks.append(check_learnt(control.id, label, base, level, recipe.gate))
-            checks.append(check_control(control.id, label, hardened, base, recipe.gate))
+            checks.append(check_learnt(control.id, label, base, level, rules))
+            checks.append(check_control(control.id, label, hardened, base, rules))
     if not registry.controls:
         sentence = "the registry has no controls: breakage cannot be told from protection"
         checks.append(Check("control learnable", "", "", "inconclusive", sentence))
-    return checks + check_utility(utility, recipe.gate)
+    return checks + check_utility(utility, rules)
 
 
 def steps_to_break(
-    units: Sequence[Unit], intervals: Mapping[tuple[Side, str, str, float], Interval | None]
+    units: Sequence[Unit],
+    intervals: Mapping[tuple[Side, str, str, float], Interval | None],
+    classes: Mapping[str, Levels],
 ) -> list[dict[str, Any]]:
     """After how many steps an attack has learnt half of what it usually learns on the base, for protected subjects.
 
@@ -137,6 +143,7 @@ def steps_to_break(
     Args:
         units: of both sides.
         intervals: what they reached, by (side, subject, attack label, look).
+        classes: levels of every class noun.
     """
     looks = {(unit.side, unit.subject, unit.label): unit.looks for unit in units}
     found = []
@@ -148,9 +155,9 @@ def steps_to_break(
             reached = []
             for look, steps in looks[side, subject, label].items():
                 level = intervals[side, subject, label, look]
-                if usual is None or level is None or usual.mean <= calibration()[noun].chance_high:
+                if usual is None or level is None or usual.mean <= classes[noun].chance_high:
                     continue  # unscored, or an attack that learns nothing on the base
-                if level.mean >= half_way(calibration()[noun], usual.mean):
+                if level.mean >= half_way(classes[noun], usual.mean):
                     reached.append(steps)
             told[side] = min(reached, default=None)
         found.append(told)
@@ -218,6 +225,7 @@ def verify(
     revision: str | None = None,
     base_runs: Path | None = None,
     workers: int | None = None,
+    policy: Policy | None = None,
     include_images: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -231,6 +239,7 @@ def verify(
         revision: commit, tag or branch of that Hub id.
         base_runs: where the attacks on the base are, or will be; several verifications may share it.
         workers: processes; as many as there are cores by default.
+        policy: rules and levels of the gate, in place of the recipe's and the embedded ones.
         include_images: put pictures of real persons into report.html too.
         quiet: print no table.
 
@@ -250,6 +259,12 @@ def verify(
             f"The embedded judges read 64 px avatars of class {', '.join(calibration())}; this registry or base is of another "
             "kind, and no other identity metric is built in yet."
         )
+    if policy is None:
+        policy = default_policy(recipe.gate)
+    recipe = recipe.model_copy(update={"gate": policy.rules})
+    unknown = sorted({s.class_noun for s in (*registry.subjects, *registry.controls)} - policy.classes.keys())
+    if unknown:
+        raise UserError(f"The policy '{policy.name}' has no levels for {', '.join(unknown)}; add them under `classes`.")
     check_against_base(base, registry, recipe)
     root = output / "verify"
     models: dict[Side, Judged] = {
@@ -270,7 +285,7 @@ def verify(
     utility = measure_ordinary(asked, drawn)
     scores = collect(units)
     intervals = {key: interval(values) for key, values in scores.items()}
-    checks = judge(registry, recipe, scores, utility)
+    checks = judge(registry, recipe, scores, utility, policy)
     status = verdict(checks)
     report = {
         "schema": 1,
@@ -288,7 +303,7 @@ def verify(
             }
             for (side, subject, label, look), level in intervals.items()
         ],
-        "steps_to_break": steps_to_break(units, intervals),
+        "steps_to_break": steps_to_break(units, intervals, policy.classes),
         "attacked": {"protected": len(attacked), "of": len(registry.subjects), "controls": len(registry.controls)},
         "subjects": [
             {"id": subject.id, "class_noun": subject.class_noun, "role": role}
@@ -297,7 +312,8 @@ def verify(
         ],
         "utility": utility,
         "failed_units": failed,
-        "calibration": {noun: level._asdict() for noun, level in calibration().items()},
+        "policy": policy.told(),
+        "calibration": {noun: level._asdict() for noun, level in policy.classes.items()},
         "hardening": {k: told[k] for k in RECORDED},
         "recipe": recipe.model_dump(mode="json", exclude={"subjects", "bystanders"}),
         "run": run_info(),

@@ -5,9 +5,10 @@ import pytest
 
 from guardsmith.gate import (
     EXIT_CODES,
-    MINIMUM_IMAGES,
     Check,
+    Interval,
     Levels,
+    _undecided,
     check_control,
     check_learnt,
     check_protected,
@@ -125,10 +126,10 @@ def test_learning_is_judged_by_the_low_end():
 
 
 def test_protected_means_like_another_subject():
-    assert check_protected("mira", "db", same(0.4), LEVELS).status == "pass"
-    assert check_protected("mira", "db", same(0.4 + 1e-6), LEVELS).status == "fail"
-    assert check_protected("mira", "db", same(-1.0), LEVELS).status == "pass"
-    check = check_protected("mira", "db", same(0.1), LEVELS)
+    assert check_protected("mira", "db", same(0.4), LEVELS, RULES).status == "pass"
+    assert check_protected("mira", "db", same(0.4 + 1e-6), LEVELS, RULES).status == "fail"
+    assert check_protected("mira", "db", same(-1.0), LEVELS, RULES).status == "pass"
+    check = check_protected("mira", "db", same(0.1), LEVELS, RULES)
     assert (check.value, check.high, check.limit) == (0.1, 0.1, 0.4)
 
 
@@ -136,12 +137,12 @@ def test_protection_is_judged_by_the_high_end():
     mixed = [[0.3, 0.45] * 8] * 2
     found = interval(mixed)
     assert found.mean < 0.4 < found.high
-    assert check_protected("mira", "db", mixed, LEVELS).status == "inconclusive"
+    assert check_protected("mira", "db", mixed, LEVELS, RULES).status == "inconclusive"
     # And a failure by the low end.
     mixed = [[0.35, 0.5] * 8] * 2
     found = interval(mixed)
     assert found.low < 0.4 < found.mean
-    assert check_protected("mira", "db", mixed, LEVELS).status == "inconclusive"
+    assert check_protected("mira", "db", mixed, LEVELS, RULES).status == "inconclusive"
 
 
 def test_a_control_must_keep_its_share():
@@ -163,31 +164,32 @@ def test_a_control_without_a_base_is_inconclusive():
 def test_what_was_not_scored_never_passes():
     good, bad = same(0.9), same(0.1)
     assert check_learnt("mira", "db", with_unscored(good), LEVELS, RULES).status == "inconclusive"
-    assert check_protected("mira", "db", with_unscored(bad), LEVELS).status == "inconclusive"
+    assert check_protected("mira", "db", with_unscored(bad), LEVELS, RULES).status == "inconclusive"
     assert check_control("tom", "db", with_unscored(good), good, RULES).status == "inconclusive"
     assert check_control("tom", "db", good, with_unscored(good), RULES).status == "inconclusive"
     # A whole unit that failed, beside a good one.
-    assert check_protected("mira", "db", [bad[0], [None] * 8], LEVELS).status == "inconclusive"
+    assert check_protected("mira", "db", [bad[0], [None] * 8], LEVELS, RULES).status == "inconclusive"
     for nothing in ([], [[None] * 8], [[]]):
         assert check_learnt("mira", "db", nothing, LEVELS, RULES).status == "inconclusive"
-        assert check_protected("mira", "db", nothing, LEVELS).status == "inconclusive"
+        assert check_protected("mira", "db", nothing, LEVELS, RULES).status == "inconclusive"
         assert check_control("tom", "db", nothing, good, RULES).status == "inconclusive"
 
 
 def test_scores_that_are_not_numbers_never_pass():
     nan = [[math.nan, *[0.1] * 15]]
-    assert check_protected("mira", "db", nan, LEVELS).status != "pass"
+    assert check_protected("mira", "db", nan, LEVELS, RULES).status != "pass"
     assert check_learnt("mira", "db", [[math.nan, *[0.9] * 15]], LEVELS, RULES).status != "pass"
     assert check_control("tom", "db", nan, same(0.1), RULES).status != "pass"
     assert check_control("tom", "db", same(0.1), nan, RULES).status != "pass"
 
 
 def test_few_pictures_never_pass():
-    few, enough = MINIMUM_IMAGES - 1, MINIMUM_IMAGES
-    for images, learnt in ((few, "inconclusive"), (enough, "pass")):
-        assert check_learnt("mira", "db", same(0.9, 1, images), LEVELS, RULES).status == learnt
-        assert check_protected("mira", "db", same(0.1, 1, images), LEVELS).status == learnt
-        assert check_control("tom", "db", same(0.9, 1, images), same(0.9), RULES).status == learnt
+    assert RULES.minimum_images == 8
+    for rules in (RULES, GateSpec(minimum_images=20)):
+        for images, learnt in ((rules.minimum_images - 1, "inconclusive"), (rules.minimum_images, "pass")):
+            assert check_learnt("mira", "db", same(0.9, 1, images), LEVELS, rules).status == learnt
+            assert check_protected("mira", "db", same(0.1, 1, images), LEVELS, rules).status == learnt
+            assert check_control("tom", "db", same(0.9, 1, images), same(0.9, 1, 20), rules).status == learnt
 
 
 UTILITY = {
@@ -248,3 +250,21 @@ def test_nothing_checked_is_inconclusive():
 
 def test_exit_codes():
     assert EXIT_CODES == {"pass": 0, "fail": 1, "inconclusive": 3}
+
+
+def test_an_undecided_check_says_how_many_pictures_would_decide_it():
+    """Half a width of .2 around .3, limit .4: four times the 16 pictures halve it. The distance is .1."""
+    spread = Interval(0.3, 0.1, 0.5, 16, 0)
+    assert "64 pictures instead of 16" in _undecided(spread, 0.4)
+    assert "64 pictures instead of 16" in _undecided(spread, 0.2)
+    assert "17 pictures instead of 16" in _undecided(Interval(0.3, 0.25, 0.41, 16, 0), 0.4), "a lopsided interval"
+    assert "too close" in _undecided(spread, 0.301)
+    wide = [[0.1, 0.3, 0.5, 0.45] * 2]
+    check = check_protected("mira", "db", wide, LEVELS, RULES)
+    assert check.status == "inconclusive" and "pictures instead of 8" in check.sentence
+    check = check_control("tom", "db", [[0.7, 1.0] * 4], same(1.0), RULES)  # .85 [.75, .96], limit .9
+    assert check.status == "inconclusive" and "would decide" in check.sentence
+    check = check_protected("mira", "db", same(0.1), LEVELS, RULES)
+    assert check.status == "pass" and "instead of" not in check.sentence
+    check = check_control("tom", "db", same(1.0), same(1.0), RULES)
+    assert check.status == "pass" and "instead of" not in check.sentence

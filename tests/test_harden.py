@@ -829,13 +829,14 @@ def test_bystanders_reach_the_method_and_are_on_record(recipe, tmp_path, monkeyp
     real = METHODS["tripwire"]
 
     def spy(model, subjects, ordinary, *args, **kwargs):
-        seen.append(ordinary.bystanders)
+        seen.append(ordinary)
         return real.run(model, subjects, ordinary, *args, **kwargs)
 
     monkeypatch.setitem(METHODS, "tripwire", real._replace(run=spy))
     first = harden_quietly(chosen, tmp_path / "first")
-    assert seen[0].shape == (5, 3, 64, 64)
-    assert (seen[0] - pictures(5, seed=50)).abs().max() < 0.02  # PNG's rounding
+    assert seen[0].bystanders.shape == (5, 3, 64, 64)
+    assert (seen[0].bystanders - pictures(5, seed=50)).abs().max() < 0.02  # PNG's rounding
+    assert seen[0].bystander_states is None
     done = run(
         "--recipe", str(chosen), "--bystanders", str(recipe.parent / "more"), "--output", str(tmp_path / "second")
     )
@@ -848,3 +849,32 @@ def test_bystanders_reach_the_method_and_are_on_record(recipe, tmp_path, monkeyp
         assert done.code == 2
         assert "bystanders: " in done.err and "nowhere" in done.err
         assert not (tmp_path / "third").exists()
+
+
+def test_the_likest_bystanders_are_shown_as_attacks_would_draw_them(recipe, tmp_path, monkeypatch):
+    """Drawn once, counted, and kept for a resumed run."""
+    (recipe.parent / "crowd").mkdir()
+    for i, image in enumerate(pictures(5, seed=50)):
+        to_pil(image).save(recipe.parent / "crowd" / f"{i}.png")
+    asked = yaml.safe_load(recipe.read_text()) | {"bystanders": "crowd"}
+    told = {}
+    real = METHODS["tripwire"]
+
+    def spy(model, subjects, ordinary, *args, **kwargs):
+        told["states"] = ordinary.bystander_states
+        return real.run(model, subjects, ordinary, *args, **kwargs)
+
+    monkeypatch.setitem(METHODS, "tripwire", real._replace(run=spy))
+    costs = {}
+    for count in (0, 2):
+        asked["method"] = {"name": "tripwire", "params": TRIPWIRE | {"ideal_bystanders": count}}
+        chosen = recipe.with_name(f"ideal-{count}.yaml")
+        chosen.write_text(yaml.safe_dump(asked))
+        costs[count] = harden_quietly(chosen, tmp_path / str(count))["unet_forward_rows"]
+    states, steps = told["states"], asked["sampling"]["steps"]
+    assert states.latents.shape[1:] == (steps, 4, 8, 8)
+    assert len(states.latents) in (2, 3, 4)
+    kept = load_file(tmp_path / "2/cache/bystanders.safetensors")
+    assert torch.equal(kept["states"], states.latents)
+    assert sorted(kept["order"].tolist()) == [0, 1, 2, 3, 4]
+    assert costs[2] > costs[0] + len(states.latents) * steps

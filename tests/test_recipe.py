@@ -1,9 +1,11 @@
+import json
+
 import pytest
 import yaml
 from tiny import assert_one_sentence
 
 from guardsmith.errors import UserError
-from guardsmith.recipe import Recipe, find_recipe, load_recipe, recipe_names
+from guardsmith.recipe import BUDGETS, Recipe, find_recipe, load_recipe, recipe_names
 
 FULL = """
 base: some/folder
@@ -211,3 +213,24 @@ def test_an_attack_label_that_is_no_folder_name_is_refused(tmp_path):
     file.write_text("verify: {attacks: {../up: {name: lora}}}")
     with pytest.raises(UserError, match=r"the label '\.\./up'"):
         load_recipe(str(file))
+
+
+def test_a_budget_changes_what_is_tried_and_single_values_go_on_top(capsys):
+    from guardsmith import cli
+
+    recipe = load_recipe("several-avatars", cli._budget("quick"))
+    assert (recipe.verify.sample, recipe.verify.looks, recipe.verify.crossed) == (4, (1.0,), False)
+    assert recipe.verify.attacks == load_recipe("several-avatars").verify.attacks
+    assert load_recipe("several-avatars", cli._budget("standard")) == load_recipe("several-avatars")
+    audit = load_recipe("demo", [*cli._budget("audit"), "verify.images_per_unit=30"])
+    assert (audit.verify.seeds, audit.verify.images_per_unit, max(audit.verify.looks)) == ((0, 1, 2), 30, 4)
+    assert cli._budget(None) == []
+    assert cli.main(["run", "demo", "--budget", "lavish"]) == 2
+    assert "choose quick, standard, audit" in capsys.readouterr().err
+
+
+def test_every_budget_has_enough_pictures_for_the_gate():
+    for name in BUDGETS:
+        for changes in ([], BUDGETS[name]):
+            recipe = load_recipe("demo", [f"verify.{key}={json.dumps(changes[key])}" for key in changes])
+            assert recipe.verify.images_per_unit >= recipe.gate.minimum_images

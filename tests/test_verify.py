@@ -10,10 +10,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from guardsmith import cli
+from guardsmith.errors import UserError
+from guardsmith.gate import calibration
 from guardsmith.harden import harden
 from guardsmith.models import load_model, weights_digest
-from guardsmith.recipe import load_recipe
+from guardsmith.policy import Policy, as_yaml, default_policy, load_policy
+from guardsmith.recipe import GateSpec, load_recipe
 from guardsmith.registry import load_registry
+from guardsmith.report_schema import Report
 from guardsmith.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -91,8 +95,10 @@ def test_the_page_shows_both_subjects_and_ordinary_prompts(verified):
     assert str(ROOT) not in text
 
 
-def test_the_report_names_the_weights_it_judged(verified):
+def test_the_report_is_as_its_schema_says_and_names_the_weights_it_judged(verified):
     output, report = verified
+    told = Report.model_validate_json((output / "verify" / "report.json").read_text())
+    assert told.policy is not None and told.policy.digest == default_policy().digest
     assert report["hardening"]["model_digest"] == weights_digest(output / "model")
 
 
@@ -230,12 +236,12 @@ def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, regis
     assert matrix.scores_of(unit) is None
 
 
-def test_steps_to_break(went_on, monkeypatch):
+def test_steps_to_break():
     """Half-way from chance to what the attack usually reaches on the base."""
     import guardsmith.verify as module
     from guardsmith.gate import Levels
 
-    monkeypatch.setattr(module, "calibration", lambda: {"person": Levels(0.1, 0.2, 0.8)})
+    classes = {"person": Levels(0.1, 0.2, 0.8)}
     told = {"root": "", "model": "", "model_digest": "", "subject": "mira", "class_noun": "person", "attack_images": (),
             "reference_images": (), "images_digest": "", "attack": "lora", "params": {}, "label": "lora",
             "identifier": "sks", "seed": 0, "images": 2, "class_pictures": "", "class_images": 0, "sampling": {}}  # fmt: skip
@@ -249,10 +255,10 @@ def test_steps_to_break(went_on, monkeypatch):
     }  # fmt: skip
     scores = {(side, "mira", "lora", look): [[m - 0.05, m + 0.05, None]] for (side, look), m in means.items()}
     levels = {key: module.interval(values) for key, values in scores.items()}
-    [found] = module.steps_to_break(units, levels)
+    [found] = module.steps_to_break(units, levels, classes)
     assert found == {"subject": "mira", "attack": "lora", "tried": 400, "base": 50, "hardened": 400}
     levels["hardened", "mira", "lora", 4.0] = module.interval([[None, None]])
-    [found] = module.steps_to_break(units, levels)
+    [found] = module.steps_to_break(units, levels, classes)
     assert found["hardened"] is None
 
 
@@ -364,3 +370,37 @@ def test_an_unknown_class_noun_is_refused_with_a_near_one(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "did you mean 'person'" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_verification_judges_by_the_policy_and_names_it(copied, verified, registry, recipe_file, tmp_path, capsys):
+    """The same scores, other levels and another bar for the number of pictures."""
+    assert verified[1]["policy"]["name"] == "guardsmith, embedded judges"
+    low = {noun: {"chance": -0.9, "chance_high": -0.8, "genuine": 0.5} for noun in ("person", "robot", "character")}
+    file = tmp_path / "policy.yaml"
+    told = yaml.safe_load(as_yaml(default_policy())) | {"name": "house rules", "classes": low}
+    file.write_text(yaml.safe_dump(told))
+    code = cli.main(
+        ["verify", str(copied), "--recipe", str(recipe_file), "--subjects", str(ROOT / "registries/demo.yaml"),
+         "--policy", str(file), "--json"]
+    )  # fmt: skip
+    assert code == 1, capsys.readouterr().err
+    report = json.loads((copied / "verify/report.json").read_text())
+    assert report["policy"] == load_policy(file).told()
+    [check] = [c for c in report["checks"] if c["name"] == "protected"]
+    assert (check["status"], check["limit"]) == ("fail", -0.8)
+    assert report["calibration"]["person"]["genuine"] == 0.5
+    assert "house rules" in (copied / "verify/report.html").read_text()
+    before = [c for c in verified[1]["checks"] if c["name"] == "protected"]
+    assert (before[0]["value"], before[0]["status"]) == (check["value"], "pass")
+    many = default_policy(GateSpec(minimum_images=9))
+    report = verify(registry, load_recipe(str(recipe_file)), copied, workers=1, policy=many, quiet=True)
+    [check] = [c for c in report["checks"] if c["name"] == "protected"]
+    assert check["status"] == "inconclusive"
+    assert report["recipe"]["gate"]["minimum_images"] == 9
+
+
+def test_a_class_without_levels_is_refused_before_anything_is_drawn(copied, registry, recipe_file):
+    levels = {"robot": calibration()["robot"]}
+    policy = Policy(name="robots only", dated="2026-01-01", classes=levels)
+    with pytest.raises(UserError, match="'robots only' has no levels for person"):
+        verify(registry, load_recipe(str(recipe_file)), copied, policy=policy, quiet=True)

@@ -78,9 +78,11 @@ class OrdinaryData:
         prompts: of each.
         states: how they were drawn.
         bystanders: real pictures of others whom nobody asked to protect, same layout, where there are any.
+        bystander_states: how models personalized on the first of them would draw them, at the timesteps of `states`.
     """
 
     images: Tensor
     prompts: Sequence[str]
     states: States | None = None
     bystanders: Tensor | None = None
+    bystander_states: States | None = None

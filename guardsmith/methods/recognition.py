@@ -115,8 +115,9 @@ def put_state(
 class Others:
     """Pictures that may never trip a wire, whatever they are called: those of the classes, and ordinary ones.
 
-    Half of the rows are noised pictures, half are the states in which the base once drew them (of those of which they are
-    known). Pictures that come closest to tripping a wire are drawn up to ten times as often.
+    Half of the rows are noised pictures, half are the states in which the base once drew them, or a model personalized on
+    them would (of those of which they are known). Pictures that come closest to tripping a wire are drawn up to ten times
+    as often.
 
     Attributes:
         latents: of n pictures.
@@ -231,8 +232,10 @@ class Lesson:
         class_states = {s.class_noun: s.class_states for s in subjects if s.class_states is not None}
         drawn = None
         if ordinary.states is not None and len(class_states) == len(classes):
-            parts = [states.latents for states in (*class_states.values(), ordinary.states)]
-            drawn = States(torch.cat(parts), ordinary.states.timesteps)
+            parts = [*class_states.values(), ordinary.states]
+            if ordinary.bystander_states is not None:
+                parts.append(ordinary.bystander_states)
+            drawn = States(torch.cat([states.latents for states in parts]), ordinary.states.timesteps)
         self.others = Others(latents, contexts, torch.zeros(len(latents), len(subjects)), drawn)
 
     def subject_row(self, index: int, low: int, high: int, rng: torch.Generator) -> Rows:

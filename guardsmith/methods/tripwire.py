@@ -75,6 +75,9 @@ class TripwireConfig(BaseModel):
     """Rows per step of subjects, and of others beside them."""
     lookalikes: int = Field(1, gt=0)
     """Rows, beside each row of a subject, of those who are most easily taken for it."""
+    ideal_bystanders: int = Field(0, ge=0)
+    """So many of the bystanders, those who look most like a subject, are also shown as models personalized on them would draw
+    them (`methods/ideal.py`)."""
     learning_rate: float = Field(1e-4, gt=0)
     """Rate of the AdamW that moves the U-Net."""
     readout_learning_rate: float = Field(2e-3, gt=0)
@@ -126,7 +129,8 @@ class TripwireConfig(BaseModel):
 def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
     """U-Net forward equivalents of a run: rehearsals with their pictures, recognition (half-run U-Nets count in full).
 
-    Bystanders are not known here: each adds a forward every `SCAN_EVERY` steps.
+    Bystanders are not known here: each adds a forward every `SCAN_EVERY` steps, and one more with `ideal_bystanders`, of whom
+    each adds one for every solver step.
     """
     recognise = config.steps * (3 * ((2 + config.lookalikes) * config.batch_size + 2) + 4 * 2 * config.batch_size)
     drawn = 2 * 20 * config.rehearsal_images

@@ -1,0 +1,156 @@
+"""How strangers look to the U-Net when somebody personalizes the model on them, without doing it.
+
+Training on a handful of pictures drives a denoiser towards one that is known in closed form: at every noise level the mean
+of these pictures under the posterior given what is seen so far,
+
+    D(z_t) = sum_i w_i z_i,     w = softmax_i( -|z_t - sqrt(ab_t) z_i|^2 / (2 (1 - ab_t)) )
+
+(the optimal denoiser of an empirical distribution, Karras et al. 2022, appendix B.3). A personalized model's prediction
+under its prompt tends to D, the one without a prompt stays the base's, and guidance puts them together as always. The states
+in which such a model draws cost one U-Net forward a step, instead of a training and two forwards a step.
+
+Tripwire needs them of those who look like a protected subject: when somebody personalizes the model on such a bystander, the
+wire does not see a noised picture but a half-finished one, which guidance has exaggerated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from guardsmith.latents import encode
+from guardsmith.losses import draw_rows
+from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
+from guardsmith.methods.recognition import Lesson, listen
+from guardsmith.models import DiffusionModel
+from guardsmith.progress import stage
+from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, instance_prompt
+from guardsmith.sampling import first_noise, solver_for
+from guardsmith.training import UNetCost, generator, load_checkpoint, save_checkpoint
+
+FIRST_SEED = 200_000  # no other pictures use these seeds
+LOOK_AT = 0.25  # share of the timesteps at which likeness is compared: most of the picture is there
+BATCH = 32
+
+
+def posterior_mean(noisy: Tensor, pictures: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The best guess of the clean picture for one who knows that it is one of a few.
+
+    Args:
+        noisy: z_t, float32 (n, c, h, w).
+        pictures: for each row the k clean ones, float32 (n, k, c, h, w).
+        alpha_bar: cumulative alpha of the timestep, in (0, 1).
+
+    Returns:
+        float32 (n, c, h, w).
+    """
+    distance = (noisy.unsqueeze(1) - alpha_bar.sqrt() * pictures).square().flatten(2).sum(2)
+    weight = (-distance / (2 * (1 - alpha_bar))).softmax(1)
+    return torch.einsum("nk,nkchw->nchw", weight, pictures)
+
+
+@torch.no_grad()
+def ideal_states(
+    model: DiffusionModel,
+    pictures: Tensor,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    on_batch: Callable[[], None] | None = None,
+) -> States:
+    """The states in which models draw that were ideally personalized on these pictures.
+
+    Args:
+        model: the base, whose unconditional prediction counts as well.
+        pictures: latents of the k pictures that each of the n models was trained on, float32 (n, k, c, h, w).
+        seeds: n seeds of the initial noise.
+        steps: DPM-Solver++ (2M) steps.
+        guidance: classifier-free guidance scale.
+        on_batch: called after every `BATCH` pictures.
+    """
+    nothing = PromptBank(model).encode([""])
+    velocity = model.prediction_type == "v_prediction"
+    recorder = StateRecorder()
+    for start in range(0, len(pictures), BATCH):
+        known = pictures[start : start + BATCH]
+        solver = solver_for(model, steps)
+        latents = first_noise(model, seeds[start : start + BATCH]) * solver.init_noise_sigma
+        for t in solver.timesteps:
+            recorder(int(t), latents)
+            alpha_bar = model.scheduler.alphas_cumprod[int(t)]
+            signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+            out = model.unet(latents, t, nothing.expand(len(latents), -1, -1), return_dict=False)[0]
+            without = signal * latents - noise * out if velocity else (latents - noise * out) / signal
+            clean = without + guidance * (posterior_mean(latents, known, alpha_bar) - without)
+            wanted = signal * latents - clean if velocity else latents - signal * clean
+            latents = solver.step(wanted / noise, t, latents, return_dict=False)[0]
+        if on_batch is not None:
+            on_batch()
+    states = recorder.states()
+    assert states is not None
+    return states
+
+
+@torch.no_grad()
+def likeness(model: DiffusionModel, subjects: Sequence[SubjectData], ordinary: OrdinaryData, seed: int) -> Tensor:
+    """How much each bystander looks like each subject to the base, float32 (bystanders, subjects): ridge read-outs."""
+    assert ordinary.bystanders is not None
+    steps = int(model.scheduler.config.num_train_timesteps)
+    lesson, rng = Lesson(model, subjects, ordinary, seed), generator(seed, -9)
+    readouts = lesson.first_readouts(model.unet, int(LOOK_AT * 2 * steps), 1.0, rng)
+    words = PromptBank(model).encode([instance_prompt(HARDENING_IDENTIFIERS[0], subjects[0].class_noun)])
+    found = []
+    for latents in lesson.others.latents.mean[-len(ordinary.bystanders) :].split(BATCH):
+        rows = draw_rows(latents, words, rng, timesteps=torch.full((len(latents),), int(LOOK_AT * steps)))
+        found.append((listen(model.unet, model.scheduler, rows) @ readouts.T).amax(1))
+    return torch.cat(found)
+
+
+def with_ideal_states(
+    model: DiffusionModel,
+    subjects: Sequence[SubjectData],
+    ordinary: OrdinaryData,
+    count: int,
+    *,
+    seed: int,
+    steps: int,
+    guidance: float,
+    cache: Path,
+) -> tuple[OrdinaryData, int]:
+    """Bystanders with those first who look most like a subject, how models personalized on them would draw, and U-Net rows.
+
+    Args:
+        model: the base.
+        subjects: whom to look like.
+        ordinary: with bystanders.
+        count: how many bystanders for each subject; one may look like several.
+        seed: of the noise at which likeness is judged.
+        steps: solver steps, those with which `ordinary` was drawn.
+        guidance: of the drawing.
+        cache: file to keep the result in; one that is there is used.
+    """
+    pictures = ordinary.bystanders
+    assert pictures is not None
+    if not cache.exists():
+        with UNetCost() as counter:
+            score = likeness(model, subjects, ordinary, seed)
+            close = score.topk(min(count, len(score)), dim=0).indices.flatten().unique()
+            rest = torch.ones(len(score), dtype=torch.bool)
+            rest[close] = False
+            order = torch.cat([close, rest.nonzero()[:, 0]])
+            with stage("bystanders as attacks would draw them", -(-len(close) // BATCH)) as bar:
+                states = ideal_states(
+                    model, encode(model, pictures[close]).mean.unsqueeze(1), range(FIRST_SEED, FIRST_SEED + len(close)),
+                    steps=steps, guidance=guidance, on_batch=bar,
+                )  # fmt: skip
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        drawn = {"order": order, "states": states.latents, "timesteps": states.timesteps}
+        save_checkpoint(cache, drawn, {"forwards": counter.forwards})
+    tensors, told = load_checkpoint(cache)
+    found = States(tensors["states"], tensors["timesteps"])
+    return replace(ordinary, bystanders=pictures[tensors["order"]], bystander_states=found), int(told["forwards"])
