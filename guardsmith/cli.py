@@ -513,13 +513,26 @@ def compare(
     control: Annotated[float, typer.Option(help="Share of the base's similarity that controls have to keep.")] = 0.95,
     fidelity: Annotated[float, typer.Option(help="How much of the prompt fidelity may be lost.")] = 0.02,
     steps: Annotated[float, typer.Option(help="How many times the base's steps an attack should need.")] = 10.0,
+    changed: Annotated[bool, typer.Option("--changes", help="Of two runs, only what the second one changes.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Save the table as a picture too.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Put several verified hardenings side by side; what falls short is red."""
-    from guardsmith.compare import as_markdown, compare_runs
+    from guardsmith.compare import as_markdown, compare_runs, compare_two
 
+    if changed:
+        if len(runs) != 2 or markdown or svg:
+            raise UserError("--changes takes two runs, and prints a table or, with --json, data.")
+        table, two = compare_two(*runs)
+        if as_json:
+            typer.echo(json.dumps(two, indent=1))
+            return
+        from guardsmith.report import print_table
+
+        print_table(table, 160)
+        say(f"different besides: {', '.join(two['different']) or 'nothing'}")
+        return
     table, told = compare_runs(runs, control=control, fidelity=fidelity, steps=steps)
     if as_json:
         typer.echo(json.dumps(told, indent=1))

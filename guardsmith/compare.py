@@ -206,6 +206,93 @@ def as_markdown(told: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+class Change(NamedTuple):
+    """One check of two reports.
+
+    Attributes:
+        check: its name, subject and attack.
+        before: status and value in the first report; empty where it was not made.
+        after: the same in the second.
+        kind: "better" or "worse" by status, "new" or "gone", "moved" where the intervals do not overlap.
+    """
+
+    check: str
+    before: str
+    after: str
+    kind: str
+
+
+RANKS = {"pass": 0, "inconclusive": 1, "fail": 2}
+KINDS = {"worse": "red", "gone": "red", "moved": "yellow", "new": "yellow", "better": "green"}
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """What is different in the second of two reports, the worst first; checks are matched by name, subject and attack."""
+
+    def keyed(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {" ".join(filter(None, (c["name"], c["subject"], c["attack"]))): c for c in report["checks"]}
+
+    def told(check: dict[str, Any] | None) -> str:
+        if check is None:
+            return ""
+        return check["status"] if check["value"] is None else f"{check['status']}, {check['value']:.3f}"
+
+    old, new = keyed(before), keyed(after)
+    found = []
+    for key in dict.fromkeys((*old, *new)):
+        one, other = old.get(key), new.get(key)
+        if one is None or other is None:
+            kind = "new" if one is None else "gone"
+        elif one["status"] != other["status"]:
+            kind = "worse" if RANKS[other["status"]] > RANKS[one["status"]] else "better"
+        elif None not in (one["low"], one["high"], other["low"], other["high"]) and (
+            one["high"] < other["low"] or other["high"] < one["low"]
+        ):
+            kind = "moved"
+        else:
+            continue
+        found.append(Change(key, told(one), told(other), kind))
+    order = list(KINDS)
+    return sorted(found, key=lambda change: order.index(change.kind))
+
+
+CIRCUMSTANCES = {
+    "model": ("hardening", "model_digest"), "base": ("hardening", "base_digest"), "registry": ("hardening", "registry_digest"),
+    "method": ("hardening", "method"), "attacks and budget": ("recipe", "verify"), "sampling": ("recipe", "sampling"),
+    "rules of the gate": ("recipe", "gate"), "guardsmith": ("run", "guardsmith"), "packages": ("run", "packages"),
+}  # fmt: skip
+
+
+def circumstances(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What else differs between two reports: names of `CIRCUMSTANCES`, and the levels that similarities are compared with."""
+    found = [
+        name
+        for name, (part, key) in CIRCUMSTANCES.items()
+        if before.get(part, {}).get(key) != after.get(part, {}).get(key)
+    ]
+    return found + (["levels of similarity"] if before.get("calibration") != after.get("calibration") else [])
+
+
+def compare_two(before: Path, after: Path) -> tuple[Table, dict[str, Any]]:
+    """What changed from one verified run (folder or report) to another, as a table and as data.
+
+    Raises:
+        UserError: see `read_report`.
+    """
+    first, second = (read_report(run) for run in (before, after))
+    found, also = changes(first, second), circumstances(first, second)
+    table = Table(title=f"verdict: {first['verdict']} -> {second['verdict']}", title_justify="left")
+    for heading in ("check", "before", "after", "change"):
+        table.add_column(heading)
+    for change in found:
+        table.add_row(change.check, change.before, change.after, f"[{KINDS[change.kind]}]{change.kind}[/]")
+    data = {
+        "verdict": [first["verdict"], second["verdict"]], "different": also,
+        "changes": [change._asdict() for change in found],
+    }  # fmt: skip
+    return table, data
+
+
 def compare_runs(runs: Sequence[Path], **asked: float) -> tuple[Table, dict[str, dict[str, Any]]]:
     """`compare` on folders (or reports), which give the columns their names.
 

@@ -30,8 +30,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from guardsmith.attacks import ATTACKS, AttackData, draw_during_attack
-from guardsmith.errors import GuardsmithError
+from guardsmith.attacks import AttackData, draw_during_attack, find_attack
+from guardsmith.attacks.data import CHANGES
+from guardsmith.errors import GuardsmithError, UserError
 from guardsmith.gate import Units, calibration, half_way, interval
 from guardsmith.images import open_image, square, to_pil, to_tensor
 from guardsmith.metrics.identity import similarity
@@ -41,10 +42,12 @@ from guardsmith.progress import stage
 from guardsmith.recipe import Recipe, VerifySpec
 from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import Registry, Subject
+from guardsmith.registry_types import Image
 
 Side = Literal["base", "hardened"]
 SIDES: tuple[Side, ...] = ("base", "hardened")
 JUDGED_SIZE = 64
+FIRST_NAME = "ktn"  # what an attacker in two stages calls whom they train on first
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Unit:
 
     Attributes:
         looks: share of the attack's usual steps -> number of steps; pictures are drawn then.
+        change: what the attacker does to the pictures before (`attacks.data.CHANGES`).
+        first: whom the attacker trains on before: images, their digest, class_noun, class_pictures.
+        trained_on: where the adapters are trained that this model is to draw with: model and its digest.
     """
 
     side: Side
@@ -89,6 +95,9 @@ class Unit:
     class_pictures: str
     class_images: int
     sampling: dict[str, Any]
+    change: str | None = None
+    first: dict[str, Any] | None = None
+    trained_on: dict[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -101,7 +110,11 @@ class Unit:
         told = asdict(self)
         for key in ("side", "root", "label", "model", "attack_images", "reference_images", "class_pictures"):
             told.pop(key)
-        return told
+        # Left out where nothing is asked for, so that units of versions that did not have them stay what they were.
+        change, first, trained_on = (told.pop(key) for key in ("change", "first", "trained_on"))
+        told |= {"change": change} if change else {}
+        told |= {"first": {key: first[key] for key in ("digest", "class_noun")}} if first else {}
+        return told | ({"trained_on": trained_on["digest"]} if trained_on else {})
 
     @property
     def digest(self) -> str:
@@ -128,17 +141,25 @@ def _model(source: str) -> DiffusionModel:
     return load_model(source)
 
 
-def _open(paths: Sequence[str], size: int) -> Tensor:
-    return to_tensor([square(open_image(path), size) for path in paths])
+def _open(paths: Sequence[str], size: int, change: str | None = None) -> Tensor:
+    pictures = [square(open_image(path), size) for path in paths]
+    return to_tensor([CHANGES[change](picture) for picture in pictures] if change else pictures)
+
+
+def _class_images(file: str, count: int) -> Tensor:
+    return load_file(file)["images"][:count] if count else torch.empty(0)
 
 
 def run_unit(unit: Unit) -> None:
     """Attack, draw, score; the folder appears whole."""
-    model = _model(unit.model)
-    class_images = (
-        load_file(unit.class_pictures)["images"][: unit.class_images] if unit.class_images else torch.empty(0)
-    )
-    data = AttackData(_open(unit.attack_images, model.image_size), class_images, unit.identifier, unit.class_noun)
+    judged = _model(unit.model)
+    model = judged if unit.trained_on is None else _model(unit.trained_on["model"])
+    images = _open(unit.attack_images, model.image_size, unit.change)
+    data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.class_noun)
+    first = None
+    if unit.first is not None:
+        others = _class_images(unit.first["class_pictures"], unit.class_images)
+        first = AttackData(_open(unit.first["images"], model.image_size), others, FIRST_NAME, unit.first["class_noun"])
     references = _open(unit.reference_images, JUDGED_SIZE)
     scores: dict[int, list[float | None]] = {}
     learnt = half_way(calibration()[unit.class_noun])
@@ -150,9 +171,10 @@ def run_unit(unit: Unit) -> None:
 
     drawn, losses = draw_during_attack(
         model, unit.attack, unit.params, data, looks=list(unit.looks.values()), seed=unit.seed, count=unit.images,
-        sampling=unit.sampling, enough=enough,
+        sampling=unit.sampling, enough=enough, first=first, first_steps=unit.looks[1],
+        onto=None if unit.trained_on is None else judged,
     )  # fmt: skip
-    prompts = ATTACKS[unit.attack].prompts(unit.identifier, unit.class_noun, unit.images)
+    prompts = find_attack(unit.attack).prompts(unit.identifier, unit.class_noun, unit.images)
 
     temporary = unit.folder.with_name(f".{unit.digest}.{os.getpid()}.tmp")  # others may share the folder
     try:
@@ -206,18 +228,44 @@ def class_file(judged: Judged, noun: str, recipe: Recipe) -> Path:
     return judged.root / f"class-{noun.replace(' ', '-')}-{key}.safetensors"
 
 
+def attack_images(subject: Subject, data: str, everyone: Sequence[Subject]) -> tuple[Image, ...]:
+    """The attacker's pictures of a subject (see `AttackSpec.data`).
+
+    Raises:
+        UserError: nobody else of its class is there to mix it with.
+    """
+    if data == "hardened_on":
+        return subject.images_of("harden") or subject.images_of("attack")  # controls were not hardened on
+    if data != "mixed":
+        return subject.images_of("attack")
+    others = [other for other in everyone if other.class_noun == subject.class_noun and other.id != subject.id]
+    if not others:
+        raise UserError(
+            f"data: mixed needs somebody else of class {subject.class_noun} beside {subject.id} in the registry."
+        )
+    around = [others[i % len(others)].images_of("attack")[i // len(others)] for i in range(3)]
+    return (subject.images_of("attack")[0], *around)
+
+
 def plan_units(registry: Registry, recipe: Recipe, models: dict[Side, Judged]) -> Iterator[Unit]:
     """Attack x identifier x seed on base and hardened, for protected subjects and controls."""
     spec = recipe.verify
     protected = attacked_subjects(registry, spec, recipe.seed)
+    everyone = (*registry.subjects, *registry.controls)
     pairs = list(product(spec.identifiers, spec.seeds))
     for side, judged in models.items():
         for row, subject in enumerate((*protected, *registry.controls)):
-            attacked, references = subject.images_of("attack"), subject.images_of("reference")
+            references = subject.images_of("reference")
             further = side == "hardened" and row < len(protected)
+            stranger = next(
+                (each for each in reversed((*protected, *registry.controls)) if each.id != subject.id), subject
+            )
             for column, (label, attack) in enumerate(spec.attacks.items()):
-                usual = ATTACKS[attack.name].steps(attack.params)
+                usual = find_attack(attack.name).steps(attack.params)
                 looks = {look: max(1, round(look * usual)) for look in sorted(spec.looks) if look <= 1 or further}
+                attacked = attack_images(subject, attack.data, everyone)
+                trained = judged if attack.trained_on == "itself" else models.get(attack.trained_on, judged)
+                first = stranger.images_of("attack")
                 for identifier, seed in pairs if spec.crossed else [pairs[(row + column) % len(pairs)]]:
                     yield Unit(
                         side=side, root=str(judged.root), model=judged.model.place, model_digest=judged.digest,
@@ -227,8 +275,17 @@ def plan_units(registry: Registry, recipe: Recipe, models: dict[Side, Judged]) -
                         images_digest=folder_digest([i.sha256 for i in (*attacked, *references)]), attack=attack.name,
                         params=attack.params | {"steps": max(looks.values())}, looks=looks, label=label,
                         identifier=identifier, seed=seed, images=spec.images_per_unit,
-                        class_pictures=str(class_file(judged, subject.class_noun, recipe)),
+                        class_pictures=str(class_file(trained, subject.class_noun, recipe)),
                         class_images=spec.class_images, sampling=recipe.sampling.model_dump(),
+                        change=attack.data if attack.data in CHANGES else None,
+                        first=None if not attack.two_stage else {
+                            "images": [str(i.path) for i in first], "digest": folder_digest([i.sha256 for i in first]),
+                            "class_noun": stranger.class_noun,
+                            "class_pictures": str(class_file(trained, stranger.class_noun, recipe)),
+                        },
+                        trained_on=None if trained is judged else {
+                            "model": trained.model.place, "digest": trained.digest
+                        },
                     )  # fmt: skip
 
 

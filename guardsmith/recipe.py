@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from guardsmith.errors import UserError, did_you_mean
 
@@ -51,6 +51,23 @@ class AttackSpec(BaseModel):
     """A key of `guardsmith list attacks`."""
     params: dict[str, Any] = {}
     """Settings of that attack; anything left out has diffusers' default."""
+    data: Literal["unseen", "hardened_on", "mixed", "flipped", "blurred", "jpeg"] = "unseen"
+    """The attacker's pictures: the registry's `attack` pictures; the very ones that were hardened on; one of the subject among
+    three of other people of its class; or the `attack` pictures mirrored, blurred (a 128th of their width) or saved as JPEG of
+    quality 30."""
+    two_stage: bool = False
+    """Train on somebody else first, for as many steps, and on the subject then (dreambooth and lora)."""
+    trained_on: Literal["itself", "base", "hardened"] = "itself"
+    """Which model adapters are trained on before they are loaded onto the one that draws (lora). `base`: whether adapters
+    made for the base work on the hardened model. `hardened`: the other way round."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> AttackSpec:
+        if self.two_stage and self.name not in ("dreambooth", "lora"):
+            raise ValueError("two_stage is possible with dreambooth and lora only")
+        if self.trained_on != "itself" and (self.name != "lora" or self.two_stage):
+            raise ValueError("trained_on is possible with lora only, in one stage")
+        return self
 
 
 class Sampling(BaseModel):
@@ -283,26 +300,25 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
 
     Reads the raw data, so that one wrong key elsewhere does not hide the other problems.
     """
-    from guardsmith.attacks import ATTACKS
-    from guardsmith.methods import METHODS
+    from guardsmith.attacks import find_attack
+    from guardsmith.methods import find_method
 
     verify = data.get("verify")
     attacks = verify.get("attacks") if isinstance(verify, dict) else None
-    wanted: list[tuple[str, str, Any, dict[str, Any]]] = [("method", "method", data.get("method"), {**METHODS})]
+    wanted: list[tuple[str, Any, Callable[[str], Any]]] = [("method", data.get("method"), find_method)]
     for label, spec in attacks.items() if isinstance(attacks, dict) else ():
-        wanted.append(("attack", f"verify.attacks.{label}", spec, {**ATTACKS}))
+        wanted.append((f"verify.attacks.{label}", spec, find_attack))
     problems = []
-    for kind, place, spec, table in wanted:
+    for place, spec, find in wanted:
         told = spec if isinstance(spec, dict) else {}
-        name, params = told.get("name", MethodSpec().name if kind == "method" else None), told.get("params", {})
+        name, params = told.get("name", MethodSpec().name if place == "method" else None), told.get("params", {})
         if not isinstance(name, str) or not isinstance(params, dict):
             continue  # already told
-        if name not in table:
-            hint = did_you_mean(name, table) or f"; there is: {', '.join(table)}"
-            problems.append(f"{where}: {place}: there is no {kind} {name!r}{hint}")
-            continue
         try:
-            table[name].config.model_validate(params)
+            config = find(name).config
+            config.model_validate(params)
+        except UserError as error:
+            problems.append(f"{where}: {place}: {error}")
         except ValidationError as error:
-            problems += explain(error, f"{where}: {place}.params", list(table[name].config.model_fields))
+            problems += explain(error, f"{where}: {place}.params", list(config.model_fields))
     return problems

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from guardsmith import cli
-from guardsmith.compare import as_markdown, compare, compare_runs, read_report, rows
+from guardsmith.compare import as_markdown, changes, circumstances, compare, compare_runs, read_report, rows
 from guardsmith.errors import UserError
 
 
@@ -158,3 +158,65 @@ def test_bad_runs_are_one_sentence(runs, capsys):
     with pytest.raises(UserError, match="same name"):
         compare_runs([runs / "a", runs / "c" / "a"])
     assert read_report(runs / "a" / "verify" / "report.json")["verdict"] == "fail"
+
+
+def measured(name, subject, attack, status, value=None, low=None, high=None):
+    return check(name, subject, attack, status) | {"value": value, "low": low, "high": high}
+
+
+BEFORE = [
+    measured("protected", "ann", "lora", "pass", 0.1, 0.05, 0.15),
+    measured("protected", "bob", "lora", "fail", 0.5, 0.4, 0.6),
+    measured("protected", "cid", "lora", "pass", 0.1, 0.0, 0.2),
+    measured("protected", "dan", "lora", "pass", -0.1, -0.12, -0.08),
+    measured("protected", "eve", "lora", "inconclusive"),
+    measured("ordinary prompts (fidelity)", "", "", "pass", 0.99),
+]
+AFTER = [
+    measured("protected", "ann", "lora", "inconclusive", 0.14, 0.05, 0.2),
+    measured("protected", "bob", "lora", "pass", 0.1, 0.05, 0.14),
+    measured("protected", "cid", "lora", "pass", 0.12, 0.1, 0.14),
+    measured("protected", "dan", "lora", "pass", 0.0, -0.07, 0.07),
+    measured("ordinary prompts (fidelity)", "", "", "pass", 0.98),
+    measured("ordinary prompts (KID)", "", "", "pass", 1.2, 1.0, 1.4),
+]
+
+
+def test_what_changed_between_two_reports_the_worst_first():
+    found = changes(make_report(checks=BEFORE), make_report(checks=AFTER))
+    assert [tuple(change) for change in found] == [
+        ("protected ann lora", "pass, 0.100", "inconclusive, 0.140", "worse"),
+        ("protected eve lora", "inconclusive", "", "gone"),
+        ("protected dan lora", "pass, -0.100", "pass, 0.000", "moved"),
+        ("ordinary prompts (KID)", "", "pass, 1.200", "new"),
+        ("protected bob lora", "fail, 0.500", "pass, 0.100", "better"),
+    ]
+    assert changes(make_report(checks=BEFORE), make_report(checks=BEFORE)) == []
+    undecided = [measured("protected", "ann", "lora", status) for status in ("fail", "inconclusive")]
+    [found] = changes(make_report(checks=undecided[:1]), make_report(checks=undecided[1:]))
+    assert found.kind == "better"
+
+
+def test_what_else_differs_is_named():
+    other = make_report(calibration={"person": {"chance": 0.0}})
+    other["hardening"] = other["hardening"] | {"method": "apdm"}
+    other["recipe"] = other["recipe"] | {"gate": {"kid_ratio": 3.0}}
+    assert circumstances(make_report(), make_report()) == []
+    assert circumstances(make_report(), other) == ["method", "rules of the gate", "levels of similarity"]
+
+
+def test_changes_on_the_command_line(tmp_path, capsys):
+    files = [tmp_path / "old.json", tmp_path / "new.json"]
+    for file, checks, verdict in zip(files, (BEFORE, AFTER), ("fail", "inconclusive"), strict=True):
+        file.write_text(json.dumps(make_report(checks=checks, verdict=verdict)))
+    names = [str(file) for file in files]
+    assert cli.main(["compare", *names, "--changes"]) == 0
+    told = capsys.readouterr()
+    assert "fail -> inconclusive" in told.out and "protected bob lora" in told.out
+    assert "different besides: nothing" in told.err
+    assert cli.main(["compare", *names, "--changes", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["verdict"] == ["fail", "inconclusive"] and len(told["changes"]) == 5
+    for wrong in ([names[0]], [*names, names[0]], [*names, "--markdown"]):
+        assert cli.main(["compare", *wrong, "--changes"]) == 2
+        assert "--changes takes two runs" in capsys.readouterr().err

@@ -1,17 +1,32 @@
-"""The attacks by name. Adding one: a file with a config and `attack`, and a line here."""
+"""The attacks by name. Adding one: a file with a config and `attack`, and a line here.
 
+One of your own, without changing guardsmith, is an `Attack` in any module, which a recipe names as `module:NAME`.
+"""
+
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from torch import Tensor
 
-from guardsmith.attacks import cdl, custom_diffusion, dreambooth, lora, textual_inversion
+from guardsmith.attacks import (
+    cdl,
+    custom_diffusion,
+    cut_wire,
+    dreambooth,
+    lora,
+    textual_inversion,
+    unlearn_first,
+    warm_restarts,
+)
 from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.errors import UserError, did_you_mean
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import sample_prompts
 from guardsmith.sampling import generate
 
+FIRST_STAGE = 1_000_000  # added to the seed of an attack on somebody else before
 SAMPLE_SEED = 30_000  # of the pictures that a personalized model draws; no other pictures use these seeds
 
 
@@ -69,7 +84,32 @@ ATTACKS: dict[str, Attack] = {
         suffix=cdl.SUFFIX,
         negative_prompt=cdl.NEGATIVE_PROMPT,
     ),
+    # Adaptive ones, of attackers who know the protection.
+    "warm_restarts": Attack(warm_restarts.attack, warm_restarts.WarmRestartsConfig, "hf.co/papers/1608.03983"),
+    "unlearn_first": Attack(unlearn_first.attack, unlearn_first.UnlearnFirstConfig, "guardsmith"),
+    "cut_wire": Attack(cut_wire.attack, cut_wire.CutWireConfig, "guardsmith"),
 }
+
+
+def find_attack(name: str) -> Attack:
+    """An entry of the table, or an attack of one's own, `module:NAME`, which Python finds as it finds any module.
+
+    Raises:
+        UserError: there is no such attack.
+    """
+    if name in ATTACKS:
+        return ATTACKS[name]
+    module, colon, entry = name.partition(":")
+    if not colon:
+        hint = did_you_mean(name, ATTACKS) or f"; there is: {', '.join(ATTACKS)}, or module:NAME for one of your own"
+        raise UserError(f"there is no attack {name!r}{hint}")
+    try:
+        found = getattr(importlib.import_module(module), entry)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the attack {name} cannot be imported ({error}); is its module on PYTHONPATH?") from None
+    if not isinstance(found, Attack):
+        raise UserError(f"{name} is not an attack; make it a guardsmith.attacks.Attack")
+    return found
 
 
 def draw_during_attack(
@@ -83,6 +123,9 @@ def draw_during_attack(
     count: int,
     sampling: dict[str, Any],
     enough: Callable[[int, Tensor], bool] | None = None,
+    first: AttackData | None = None,
+    first_steps: int = 0,
+    onto: DiffusionModel | None = None,
 ) -> tuple[dict[int, Tensor], list[float]]:
     """Personalize a copy of the model, and ask it for pictures of the subject on the way.
 
@@ -99,11 +142,15 @@ def draw_during_attack(
         count: how many pictures each time (`Attack.prompts`).
         sampling: arguments of `generate`.
         enough: told the steps so far and the pictures of a look; true ends the attack.
+        first: somebody else to personalize the model on before, with the same settings.
+        first_steps: for how many steps.
+        onto: another model, onto which the adapters are loaded before it draws.
 
     Returns:
         For each look that was reached the pictures, float32 (count, 3, h, w) in [-1, 1], and the loss of every step.
     """
-    chosen = ATTACKS[attack]
+    chosen = find_attack(attack)
+    config: Any = chosen.config(**params)
     prompts = chosen.prompts(data.identifier, data.class_noun, count)
     drawn: dict[int, Tensor] = {}
 
@@ -111,11 +158,18 @@ def draw_during_attack(
         if step + 1 not in looks:
             return False
         seeds = range(SAMPLE_SEED, SAMPLE_SEED + count)
+        if onto is not None:
+            personalized = lora.carry_adapters(personalized, onto, config)
         images = generate(personalized, prompts, seeds, negative_prompt=chosen.negative_prompt, **sampling)
         drawn[step + 1] = images
         return enough is not None and enough(step + 1, images)
 
-    _, losses = chosen.run(model, data, chosen.config(**params), seed=seed, on_step=look)
+    if first is not None:
+        before = chosen.config(**params | {"steps": first_steps})
+        model, _ = chosen.run(model, first, before, seed=seed + FIRST_STAGE)
+        for part in (model.unet, model.text_encoder):
+            lora.merge_adapters(part)
+    _, losses = chosen.run(model, data, config, seed=seed, on_step=look)
     return drawn, losses
 
 
@@ -130,11 +184,11 @@ def draw_after_attack(
     sampling: dict[str, Any],
 ) -> tuple[Tensor, list[float]]:
     """The same with one look, at the end."""
-    steps = ATTACKS[attack].steps(params)
+    steps = find_attack(attack).steps(params)
     drawn, losses = draw_during_attack(
         model, attack, params, data, looks=[steps], seed=seed, count=count, sampling=sampling
     )
     return drawn[steps], losses
 
 
-__all__ = ["ATTACKS", "Attack", "AttackData", "draw_after_attack", "draw_during_attack"]
+__all__ = ["ATTACKS", "Attack", "AttackData", "draw_after_attack", "draw_during_attack", "find_attack"]

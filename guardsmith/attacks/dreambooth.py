@@ -72,6 +72,7 @@ def descend(
     learning_rate: float,
     max_grad_norm: float | None,
     on_step: OnStep | None = None,
+    rate_at: Callable[[int], float] | None = None,
 ) -> list[float]:
     """What all training attacks have in common: AdamW as in diffusers' scripts, on the loss of every step.
 
@@ -83,6 +84,7 @@ def descend(
         learning_rate: constant.
         max_grad_norm: gradient clipping, or `None`.
         on_step: see `OnStep`.
+        rate_at: step -> rate, where it is not constant.
 
     Returns:
         The loss of every step that was taken.
@@ -93,6 +95,8 @@ def descend(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2, fused=True)
     losses = []
     for step in range(steps):
+        if rate_at is not None:
+            optimizer.param_groups[0]["lr"] = rate_at(step)
         loss = loss_at(step)
         loss.backward()
         optimizer_step(optimizer, parameters, max_grad_norm=max_grad_norm)
@@ -113,6 +117,7 @@ def train_on_subject(
     seed: int,
     on_step: OnStep | None = None,
     prompts: tuple[str, str] | None = None,
+    rate_at: Callable[[int], float] | None = None,
 ) -> list[float]:
     """DreamBooth's loop over whichever parameters are trainable (all, or an adapter's); changes them in place.
 
@@ -124,6 +129,7 @@ def train_on_subject(
         seed: of the rows.
         on_step: see `OnStep`.
         prompts: of instance rows and of class rows, where they are not the usual ones.
+        rate_at: step -> learning rate, where it is not constant.
 
     Returns:
         The training loss of every step.
@@ -154,7 +160,7 @@ def train_on_subject(
 
     return descend(
         model, loss_at, parameters, steps=config.steps, learning_rate=config.learning_rate,
-        max_grad_norm=config.max_grad_norm, on_step=on_step,
+        max_grad_norm=config.max_grad_norm, on_step=on_step, rate_at=rate_at,
     )  # fmt: skip
 
 
@@ -166,6 +172,7 @@ def attack(
     seed: int,
     on_step: OnStep | None = None,
     prompts: tuple[str, str] | None = None,
+    rate_at: Callable[[int], float] | None = None,
 ) -> tuple[DiffusionModel, list[float]]:
     """Personalize a copy of the model; returns it, frozen again, and the loss of every step (see `train_on_subject`)."""
     own = with_own_unet(model)
@@ -174,7 +181,9 @@ def attack(
         own.text_encoder = copy.deepcopy(model.text_encoder)
         trained.append(own.text_encoder)
     parameters = [p for part in trained for p in part.requires_grad_(True).parameters()]
-    losses = train_on_subject(own, data, config, parameters, seed=seed, on_step=on_step, prompts=prompts)
+    losses = train_on_subject(
+        own, data, config, parameters, seed=seed, on_step=on_step, prompts=prompts, rate_at=rate_at
+    )
     for part in trained:
         part.requires_grad_(False)
     return own, losses

@@ -26,6 +26,10 @@ from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.training import torch_seed
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+EVERYWHERE = (
+    *TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv_in", "conv_out", "conv1", "conv2", "conv_shortcut",
+    "conv", "time_emb_proj",
+)  # fmt: skip
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 Kind = Literal["lora", "dora", "loha", "lokr"]
 
@@ -41,6 +45,8 @@ class LoraConfig(DreamBoothConfig):
     """Rank of every adapter."""
     kind: Kind = "lora"
     """Which adapter."""
+    everywhere: bool = False
+    """On every linear layer and convolution of the U-Net, not on the attention only: for protections of the attention (IMMA)."""
     train_text_encoder: bool = False
     """Adapters of the same rank on the text encoder's attention too, with the same rate."""
 
@@ -69,6 +75,10 @@ def add_adapters(
     return [p for p in module.parameters() if p.requires_grad]
 
 
+def _targets(config: LoraConfig) -> tuple[str, ...]:
+    return EVERYWHERE if config.everywhere else TARGETS
+
+
 @contextmanager
 def without_adapters(module: Any) -> Iterator[None]:
     """Inside, a module with adapters is what it was without them."""
@@ -93,7 +103,7 @@ def attack(
     """Train adapters on a copy of the model; returns it with the adapters in place, and the loss of every step."""
     own = with_own_unet(model)
     trained = [own.unet]
-    parameters = add_adapters(own.unet, config.rank, seed, kind=config.kind)
+    parameters = add_adapters(own.unet, config.rank, seed, kind=config.kind, targets=_targets(config))
     if config.train_text_encoder:
         own.text_encoder = copy.deepcopy(model.text_encoder)
         trained.append(own.text_encoder)
@@ -102,3 +112,30 @@ def attack(
     for part in trained:
         part.requires_grad_(False)
     return own, losses
+
+
+def carry_adapters(personalized: DiffusionModel, onto: DiffusionModel, config: LoraConfig) -> DiffusionModel:
+    """A copy of another model with the adapters that were trained on this one, as people load a LoRA onto any checkpoint."""
+    own = with_own_unet(onto)
+    parts = [(personalized.unet, own.unet, _targets(config))]
+    if config.train_text_encoder:
+        own.text_encoder = copy.deepcopy(onto.text_encoder)
+        parts.append((personalized.text_encoder, own.text_encoder, TEXT_TARGETS))
+    for trained, module, targets in parts:
+        learnt = dict(trained.named_parameters())
+        add_adapters(module, config.rank, 0, kind=config.kind, targets=targets)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(learnt[name].data)
+        module.requires_grad_(False)
+    return own
+
+
+def merge_adapters(module: torch.nn.Module) -> None:
+    """Add what adapters learnt to the weights they sit on, and take them off."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())
+    vars(module).pop("peft_config", None)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from guardsmith.errors import UserError, did_you_mean
 from guardsmith.methods import apdm, imma, persguard, tripwire
 
 
@@ -50,3 +51,15 @@ METHODS: dict[str, Method] = {
         tripwire.harden, tripwire.TripwireConfig, lambda c: c.steps, tripwire.cost, "guardsmith, docs/methods.md"
     ),
 }
+
+
+def find_method(name: str) -> Method:
+    """An entry of the table.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    if name not in METHODS:
+        hint = did_you_mean(name, METHODS) or f"; there is: {', '.join(METHODS)}"
+        raise UserError(f"there is no method {name!r}{hint}")
+    return METHODS[name]

@@ -1,0 +1,44 @@
+"""An adaptive attacker of Tripwire who has read how it works: find the wire's neurons, cut them, then DreamBooth.
+
+The wire is two neurons of the last feed-forward layer of the middle block whose output weights are many orders larger than the
+others'. Without them there is no surge, the alarm stays silent, and what is left is the distilled model. This attacker needs the
+weights and a text editor's worth of knowledge, and no pictures: Tripwire is a lock on the door, not a wall.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from guardsmith.attacks import dreambooth
+from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
+from guardsmith.methods.wiring import wired_layer
+from guardsmith.models import DiffusionModel, with_own_unet
+
+
+class CutWireConfig(DreamBoothConfig):
+    """DreamBooth's settings."""
+
+    outlier: float = Field(1e4, gt=1)
+    """A neuron is part of a wire if its output weights are so many times longer than those of the median neuron."""
+
+
+@torch.no_grad()
+def cut(unet: Any, outlier: float) -> int:
+    """Take such neurons out of a U-Net, in place; returns how many there were."""
+    weight = wired_layer(unet).net[2].weight
+    lengths = weight.float().norm(dim=0)
+    found = lengths > outlier * lengths.median()
+    weight[:, found] = 0
+    return int(found.sum())
+
+
+def attack(
+    model: DiffusionModel, data: AttackData, config: CutWireConfig, *, seed: int, on_step: OnStep | None = None
+) -> tuple[DiffusionModel, list[float]]:
+    """Personalize a copy of the model without its wires; returns it, frozen again, and the loss of every step."""
+    own = with_own_unet(model)
+    cut(own.unet, config.outlier)
+    return dreambooth.attack(own, data, config, seed=seed, on_step=on_step)

@@ -1,0 +1,158 @@
+"""Attackers who know the protection: each does what it says before or while it trains as DreamBooth."""
+
+import copy
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_attacks import make_data
+from test_tripwire import some_rows, trained
+from tiny import assert_one_sentence, pictures, same_weights, weights
+
+from guardsmith.attacks import ATTACKS, cut_wire, dreambooth, find_attack, lora, unlearn_first, warm_restarts
+from guardsmith.attacks.cut_wire import CutWireConfig, cut
+from guardsmith.attacks.dreambooth import DreamBoothConfig
+from guardsmith.attacks.lora import LoraConfig
+from guardsmith.attacks.unlearn_first import UnlearnFirstConfig, unlearn
+from guardsmith.attacks.warm_restarts import WarmRestartsConfig, rate_at
+from guardsmith.errors import UserError
+from guardsmith.latents import encode
+from guardsmith.losses import draw_rows, predict
+from guardsmith.methods.recognition import listen
+from guardsmith.methods.wiring import (
+    arm,
+    clear,
+    last_stream,
+    set_wire,
+    silence,
+    spare_neurons,
+    spare_parts,
+    wired_layer,
+)
+from guardsmith.prompts import PromptBank
+from guardsmith.recipe import load_recipe
+from guardsmith.training import generator
+
+PARAMS = {"steps": 3, "batch_size": 1, "learning_rate": 1e-3}
+
+
+def test_the_rate_of_a_cycle_falls_along_a_cosine_and_starts_again():
+    config = WarmRestartsConfig(learning_rate=1e-4, peak=5.0, cycle=5)
+    # cos(0), cos(pi / 4), cos(pi / 2), cos(3 pi / 4), cos(pi)
+    wanted = [5e-4, 1e-4 * (1 + 4 * 0.8535534), 3e-4, 1e-4 * (1 + 4 * 0.1464466), 1e-4]
+    assert [rate_at(config, step) for step in range(10)] == pytest.approx([*wanted, *wanted], rel=1e-5)
+
+
+def test_warm_restarts_train_at_that_rate(tiny_v):
+    """With the rate of the first step alone, one step is DreamBooth's at five times the rate."""
+    restarted, _ = warm_restarts.attack(tiny_v, make_data(), WarmRestartsConfig(**PARAMS | {"steps": 1}), seed=0)
+    five = DreamBoothConfig(**PARAMS | {"steps": 1, "learning_rate": 5e-3})
+    plain, _ = dreambooth.attack(tiny_v, make_data(), five, seed=0)
+    assert same_weights(weights(restarted.unet), weights(plain.unet))
+    usual, _ = dreambooth.attack(tiny_v, make_data(), DreamBoothConfig(**PARAMS | {"steps": 1}), seed=0)
+    assert not same_weights(weights(restarted.unet), weights(usual.unet))
+
+
+def distance(model, unet, data):
+    """Between what it predicts under the identifier prompt and the model under the class prompt."""
+    rng = generator(7)
+    named, plain = PromptBank(model).encode(["a photo of sks person", "a photo of person"]).split(1)
+    rows = draw_rows(encode(model, data.class_images).draw(32, rng), plain, rng)
+    asked = draw_rows(rows.latents, named, rng, timesteps=rows.timesteps)
+    asked.noise.copy_(rows.noise)
+    with torch.no_grad():
+        return float(
+            (predict(unet, model.scheduler, asked) - predict(model.unet, model.scheduler, rows)).square().mean()
+        )
+
+
+def test_the_identifier_is_unlearnt_before(tiny_v):
+    data, unet = make_data(), trained(tiny_v)
+    with torch.no_grad():  # a model to which its prompts mean something
+        for name, parameter in unet.named_parameters():
+            if "attn2" in name:
+                parameter.mul_(4)
+    tiny_v = replace(tiny_v, unet=unet)
+    config = UnlearnFirstConfig(**PARAMS, unlearn_steps=60)
+    forgot = unlearn(tiny_v, data, config, seed=0)
+    assert distance(tiny_v, forgot.unet, data) < 0.5 * distance(tiny_v, tiny_v.unet, data)
+    own, losses = unlearn_first.attack(tiny_v, data, config, seed=0)
+    again, same = dreambooth.attack(forgot, data, DreamBoothConfig(**PARAMS), seed=0)
+    assert losses == same and len(losses) == 3
+    assert same_weights(weights(own.unet), weights(again.unet))
+    with pytest.raises(ValueError, match="needs class pictures"):
+        unlearn(tiny_v, make_data(class_images=0), config, seed=0)
+
+
+def test_cutting_finds_the_wire_and_nothing_else(tiny_v):
+    unet = copy.deepcopy(tiny_v.unet)
+    layer = wired_layer(unet)
+    neurons = spare_neurons(layer, 2)
+    silence(layer, neurons)
+    without = weights(layer.net[2])
+    set_wire(layer, neurons, torch.randn(16, generator=generator(3)), torch.ones(16))
+    assert not same_weights(without, weights(layer.net[2]))
+    assert cut(unet, 1e4) == 2
+    assert same_weights(without, weights(layer.net[2]))
+    assert cut(copy.deepcopy(tiny_v.unet), 1e4) == 0
+
+
+def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v):
+    """Wherever the alarm rings, there is an ordinary prediction once the wires are cut, and the rest is as it was."""
+    unet, rows = trained(tiny_v), some_rows(tiny_v, pictures(3), count=40)
+    spare = spare_parts(unet, 1)
+    clear(unet, spare)
+    streams = last_stream(unet, lambda: predict(unet, tiny_v.scheduler, rows))
+    tokens = listen(unet, tiny_v.scheduler, rows)
+    tried = torch.randn(500, tokens.shape[2], generator=generator(1))
+    share = ((tokens @ tried.T).amax(1) > 0).float().mean(0)  # of the rows, that one of these read-outs would stop
+    arm(unet, spare, tried[(share - 0.5).abs().argmin()].unsqueeze(0), streams, (16, 2, 2, 2, 2), generator(3))
+    with torch.no_grad():
+        before = predict(unet, tiny_v.scheduler, rows)
+        assert cut(unet, 1e4) == 2
+        after = predict(unet, tiny_v.scheduler, rows)
+    ringing = before.abs().amax((1, 2, 3)) > 50
+    assert 8 < ringing.sum() < 32, "else nothing is shown"
+    assert after.abs().max() < 50
+    assert torch.allclose(before[~ringing], after[~ringing], atol=1e-3)
+
+
+def test_the_cutter_goes_on_as_dreambooth(tiny_v):
+    own, losses = cut_wire.attack(tiny_v, make_data(), CutWireConfig(**PARAMS), seed=0)
+    plain, same = dreambooth.attack(tiny_v, make_data(), DreamBoothConfig(**PARAMS), seed=0)
+    assert losses == same, "there is no wire to cut here"
+    assert same_weights(weights(own.unet), weights(plain.unet))
+
+
+def test_lora_everywhere_trains_what_is_not_attention_too(tiny_v):
+    own, _ = lora.attack(tiny_v, make_data(), LoraConfig(**PARAMS, everywhere=True), seed=0)
+    layers = {name.split(".lora_A")[0] for name, _ in own.unet.named_parameters() if "lora_A" in name}
+    wanted = {
+        name for name, module in tiny_v.unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    # peft wraps every layer it finds: only the time embedding is left as it is
+    assert {name for name in wanted if name not in layers} <= {"time_embedding.linear_1", "time_embedding.linear_2"}
+    assert layers <= wanted
+
+
+def test_an_attack_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
+    (tmp_path / "my_attacks.py").write_text(
+        "from guardsmith.attacks import ATTACKS\nMINE = ATTACKS['dreambooth']\nNOT = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_attack("my_attacks:MINE") is ATTACKS["dreambooth"]
+    recipe = load_recipe(
+        "demo", ["verify.attacks=" + json.dumps({"mine": {"name": "my_attacks:MINE", "params": PARAMS}})]
+    )
+    assert recipe.verify.attacks["mine"].name == "my_attacks:MINE"
+    wrong = {
+        "my_attacks:NOT": "is not an attack", "my_attacks:NONE": "cannot be imported", "no_such_module:A": "PYTHONPATH",
+        "dreamboth": "did you mean 'dreambooth'", "x": "module:NAME",
+    }  # fmt: skip
+    for name, said in wrong.items():
+        with pytest.raises(UserError, match=said) as caught:
+            load_recipe("demo", ["verify.attacks=" + json.dumps({"mine": {"name": name}})])
+        assert_one_sentence(caught.value)
+    sys.modules.pop("my_attacks", None)
