@@ -141,7 +141,8 @@ def _model(source: str) -> DiffusionModel:
     return load_model(source)
 
 
-def _open(paths: Sequence[str], size: int, change: str | None = None) -> Tensor:
+def open_pictures(paths: Sequence[str | Path], size: int, change: str | None = None) -> Tensor:
+    """Pictures at a size, float32 (n, 3, size, size) in [-1, 1], after what an attacker does to them (`attacks.data`)."""
     pictures = [square(open_image(path), size) for path in paths]
     return to_tensor([CHANGES[change](picture) for picture in pictures] if change else pictures)
 
@@ -154,13 +155,15 @@ def run_unit(unit: Unit) -> None:
     """Attack, draw, score; the folder appears whole."""
     judged = _model(unit.model)
     model = judged if unit.trained_on is None else _model(unit.trained_on["model"])
-    images = _open(unit.attack_images, model.image_size, unit.change)
+    images = open_pictures(unit.attack_images, model.image_size, unit.change)
     data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.class_noun)
     first = None
     if unit.first is not None:
         others = _class_images(unit.first["class_pictures"], unit.class_images)
-        first = AttackData(_open(unit.first["images"], model.image_size), others, FIRST_NAME, unit.first["class_noun"])
-    references = _open(unit.reference_images, JUDGED_SIZE)
+        first = AttackData(
+            open_pictures(unit.first["images"], model.image_size), others, FIRST_NAME, unit.first["class_noun"]
+        )
+    references = open_pictures(unit.reference_images, JUDGED_SIZE)
     scores: dict[int, list[float | None]] = {}
     learnt = half_way(calibration()[unit.class_noun])
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ WORDS = {
 PLAIN = {
     "attack works on base": "attacks learn their subject on the base model",
     "protected": "attacks on protected subjects fail on the hardened model",
+    "released weights": "the released weights do not draw protected subjects by themselves",
     "control learnable": "unprotected subjects can still be learnt",
     "ordinary prompts (KID)": "pictures of ordinary prompts look as before",
     "ordinary prompts (fidelity)": "pictures of ordinary prompts show what was asked for",
@@ -108,6 +109,19 @@ def drawn_strip(units: Sequence[Unit], title: str, look: float, count: int) -> S
     return Strip(title, shown[:count], "" if shown else "no pictures: the attack did not run")
 
 
+def released_strip(evidence: Evidence, subject: Subject, count: int) -> Strip | None:
+    """What the released weights draw of a protected subject before anyone attacks: the first pictures, not the best ones."""
+    files = evidence.released.get(subject.id, ())[:count]
+    told = [
+        "not scored" if score is None else f"{score:.2f}" for score in evidence.report["released"][subject.id][:count]
+    ] if files else []  # fmt: skip
+    shown = [
+        Picture(_embedded(open_image(file)), f"{subject.id} as the released weights draw it, similarity {score}", score)
+        for file, score in zip(files, told, strict=True)
+    ]
+    return Strip("released weights, without an attack", shown) if shown else None
+
+
 class Curve(NamedTuple):
     """Similarity against an attacker's steps, as points of an SVG.
 
@@ -175,11 +189,13 @@ class Evidence:
         report: what `report.json` holds.
         units: of the attack matrix, both sides.
         include_images: show persons too.
+        released: protected subject -> what the released weights draw of it.
     """
 
     report: dict[str, Any]
     units: Sequence[Unit]
     include_images: bool
+    released: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
     @property
     def attacks(self) -> dict[str, dict[str, Any]]:
@@ -231,6 +247,9 @@ def failures(evidence: Evidence, everyone: dict[str, Subject]) -> list[dict[str,
             if subject is not None and check["attack"] and evidence.shows(subject):
                 label, look = evidence.columns[check["attack"]]
                 rows = [real_strip(subject), *evidence.strips(subject, label, look, FAILED_SHOWN)]
+            elif subject is not None and evidence.shows(subject):
+                drawn = released_strip(evidence, subject, FAILED_SHOWN)
+                rows = [real_strip(subject), *([drawn] if drawn else [])]
             found.append(check | {"strips": rows})
     return found
 
@@ -249,11 +268,13 @@ def room(evidence: Evidence, subject: Subject, role: str) -> dict[str, Any]:
             "label": label, "name": attack["name"], "curve": curve(levels, evidence.calibrated(subject), label),
             "strips": evidence.strips(subject, label, 1.0, SHOWN) if evidence.shows(subject) else [],
             "checks": [c for c in evidence.report["checks"]
-                       if c["subject"] == subject.id and evidence.columns[c["attack"]][0] == label],
+                       if c["subject"] == subject.id and c["attack"] and evidence.columns[c["attack"]][0] == label],
         })  # fmt: skip
     return {
         "id": subject.id, "class_noun": subject.class_noun, "role": role, "attacks": attacks, "shown": evidence.shows(subject),
         "real": real_strip(subject) if evidence.shows(subject) else None,
+        "released": released_strip(evidence, subject, SHOWN) if evidence.shows(subject) else None,
+        "checks": [c for c in evidence.report["checks"] if c["subject"] == subject.id and not c["attack"]],
     }  # fmt: skip
 
 

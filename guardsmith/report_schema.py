@@ -196,6 +196,8 @@ class Report(BaseModel):
     """Every check of the gate."""
     scores: list[Scored]
     """What was measured."""
+    released: dict[str, list[float | None]] | None = None
+    """Protected subject -> similarity to it of every picture that the released weights draw of it without an attack."""
     steps_to_break: list[StepsToBreak]
     """Where attackers went on for longer than usual."""
     attacked: Attacked

@@ -27,6 +27,7 @@ from guardsmith.gate import (
     check_control,
     check_learnt,
     check_protected,
+    check_released,
     check_utility,
     half_way,
     interval,
@@ -51,10 +52,12 @@ from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.page import Evidence, page_data, save_page
 from guardsmith.policy import Policy, default_policy
+from guardsmith.progress import stage
 from guardsmith.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, class_prompt, ordinary_prompts
 from guardsmith.recipe import Recipe
 from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import Registry
+from guardsmith.released import likeness_of, released_pictures
 from guardsmith.report import print_report, save_grid
 
 ORDINARY_SHOWN = 12  # pairs of pictures on the page
@@ -107,10 +110,17 @@ Scores = dict[tuple[Side, str, str, float], Units]
 
 
 def judge(
-    registry: Registry, recipe: Recipe, scores: Scores, utility: dict[str, float | None], policy: Policy
+    registry: Registry,
+    recipe: Recipe,
+    scores: Scores,
+    released: Mapping[str, Sequence[float | None]],
+    utility: dict[str, float | None],
+    policy: Policy,
 ) -> list[Check]:
     """All checks of the gate, protected subjects first."""
-    levels, rules, checks = policy.classes, policy.rules, []
+    levels, rules = policy.classes, policy.rules
+    nouns = {subject.id: subject.class_noun for subject in registry.subjects}
+    checks = [check_released(name, [drawn], levels[nouns[name]], rules) for name, drawn in released.items()]
     further = [look for look in sorted(recipe.verify.looks) if look > 1]
     for label in recipe.verify.attacks:
         for subject in attacked_subjects(registry, recipe.verify, recipe.seed):
@@ -283,9 +293,16 @@ def verify(
     failed = run_units(units, workers or os.cpu_count() or 1)
     asked, drawn = draw_ordinary(models, recipe)
     utility = measure_ordinary(asked, drawn)
+    released: dict[str, list[Path]] = {}
+    without_attack: dict[str, list[float | None]] = {}
+    with stage("released weights", len(attacked)) as bar:
+        for subject in attacked:
+            released[subject.id] = released_pictures(models["hardened"], recipe, subject)
+            without_attack[subject.id] = likeness_of(released[subject.id], subject)
+            bar()
     scores = collect(units)
     intervals = {key: interval(values) for key, values in scores.items()}
-    checks = judge(registry, recipe, scores, utility, policy)
+    checks = judge(registry, recipe, scores, without_attack, utility, policy)
     status = verdict(checks)
     report = {
         "schema": 1,
@@ -303,6 +320,7 @@ def verify(
             }
             for (side, subject, label, look), level in intervals.items()
         ],
+        "released": without_attack,
         "steps_to_break": steps_to_break(units, intervals, policy.classes),
         "attacked": {"protected": len(attacked), "of": len(registry.subjects), "controls": len(registry.controls)},
         "subjects": [
@@ -322,7 +340,7 @@ def verify(
     save_grid(root / "grid.png", attacked, registry.controls, units, base.image_size)
     pairs = zip(asked[:ORDINARY_SHOWN], drawn["base again"], drawn["hardened"], strict=False)
     ordinary = [(prompt.text, to_pil(before), to_pil(after)) for prompt, before, after in pairs]
-    evidence = Evidence(report, units, include_images)
+    evidence = Evidence(report, units, include_images, released)
     save_page(root / "report.html", page_data(evidence, attacked, registry.controls, ordinary))
     save_exports(root, report, registry.path, registry.lines)
     if not quiet:

@@ -69,6 +69,17 @@ def test_an_attack_that_does_not_learn_on_the_base_is_inconclusive_not_a_pass(ve
     assert {c["status"] for c in learnt} == {"inconclusive"}
 
 
+def test_protected_subjects_are_asked_for_before_anyone_attacks(verified):
+    output, report = verified
+    [check] = [c for c in report["checks"] if c["name"] == "released weights"]
+    assert (check["subject"], check["status"]) == ("mira", "pass")
+    assert list(report["released"]) == ["mira"]
+    assert sum(report["released"]["mira"]) / 8 == pytest.approx(check["value"])
+    assert len(list((output / "verify/hardened/released/mira").glob("*/*.png"))) == 8
+    page = (output / "verify" / "report.html").read_text()
+    assert page.count("mira as the released weights draw it") == 4
+
+
 def test_every_unit_leaves_pictures_scores_and_settings(verified):
     output, report = verified
     units = sorted((output / "verify").glob("*/*/lora/sks/0/*"))

@@ -23,13 +23,11 @@ from typing import Any
 import torch
 import world
 import yaml
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
 from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import ATTACKS, AttackData, draw_after_attack
 from guardsmith.harden import drawn_by, drawn_with_states, rehearsed_by
-from guardsmith.images import to_pil, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.persguard import shows_mark
@@ -47,7 +45,7 @@ from guardsmith.prompts import (
 )
 from guardsmith.recipe import Recipe, load_recipe
 from guardsmith.records import folder_digest, write_json
-from guardsmith.sampling import generate, grid
+from guardsmith.sampling import generate, grid, redraw
 
 VIEWS = 16
 
@@ -80,18 +78,8 @@ def likeness(images: Tensor, views: Tensor) -> float:
 
 def from_class_pictures(model: DiffusionModel, recipe: Recipe, class_images: Tensor, prompt: str) -> Tensor:
     """Class pictures noised half-way and drawn again under another prompt (SDEdit), 16 pictures."""
-    parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer, "unet": model.unet}
-    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config, timestep_spacing="trailing")
-    pipeline = StableDiffusionImg2ImgPipeline(
-        **parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(
-        prompt=[prompt] * VIEWS, image=[to_pil(image) for image in class_images[:VIEWS]], strength=0.5,
-        num_inference_steps=2 * recipe.sampling.steps, guidance_scale=recipe.sampling.guidance,
-        generator=[torch.Generator().manual_seed(i) for i in range(VIEWS)],
-    ).images  # fmt: skip
-    return to_tensor(drawn)
+    sampling = recipe.sampling.model_dump()
+    return redraw(model, class_images[:VIEWS], [prompt] * VIEWS, range(VIEWS), strength=0.5, **sampling)
 
 
 def measure(

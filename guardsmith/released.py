@@ -1,0 +1,71 @@
+"""What the released weights draw of protected subjects before anyone attacks.
+
+A hardening sees the subjects' pictures, and may leave them in the weights: under the names that it used, or as what half-finished
+pictures of the class are drawn towards. So the model under test is asked for every protected subject, by the names that it is
+known under and those that attackers pick: half of the pictures from noise, half from class pictures that are noised half-way and
+drawn again (SDEdit, Meng et al. 2022; hf.co/papers/2108.01073).
+
+    <root>/released/<subject>/<digest>/000.png ...
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from guardsmith.images import to_pil
+from guardsmith.matrix import JUDGED_SIZE, Judged, class_file, open_pictures
+from guardsmith.metrics.identity import similarity
+from guardsmith.prompts import instance_prompt
+from guardsmith.recipe import Recipe
+from guardsmith.records import folder_digest
+from guardsmith.registry import Subject
+from guardsmith.sampling import generate, redraw
+
+FIRST_SEED = 90_000  # no other pictures of verification use these
+STRENGTH = 0.5
+
+
+def released_pictures(judged: Judged, recipe: Recipe, subject: Subject) -> list[Path]:
+    """The pictures, drawn unless they are there; the folder appears whole."""
+    count = recipe.verify.images_per_unit
+    names = list(dict.fromkeys((*subject.identifiers, *recipe.verify.identifiers)))
+    prompts = [instance_prompt(names[i // 2 % len(names)], subject.class_noun) for i in range(count)]
+    sampling, class_images = recipe.sampling.model_dump(), recipe.verify.class_images
+    digest = folder_digest(judged.digest, prompts, sampling, class_images, STRENGTH, FIRST_SEED)
+    folder = judged.root / "released" / subject.id / digest
+    if not folder.is_dir():
+        # Every name is asked for both ways: even pictures from noise, odd ones from class pictures where there are any.
+        ways = [range(0, count, 2), range(1, count, 2)] if class_images else [range(count), range(0)]
+        drawn: dict[int, Tensor] = {}
+        for way, class_pictures in zip(ways, (False, True), strict=True):
+            asked, seeds = [prompts[i] for i in way], [FIRST_SEED + i for i in way]
+            if not asked:
+                continue
+            if class_pictures:
+                known = load_file(class_file(judged, subject.class_noun, recipe))["images"]
+                before = known[[i % len(known) for i in way]]
+                images = redraw(judged.model, before, asked, seeds, strength=STRENGTH, **sampling)
+            else:
+                images = generate(judged.model, asked, seeds, **sampling)
+            drawn |= dict(zip(way, images, strict=True))
+        temporary = folder.with_name(f".{digest}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            for i, image in drawn.items():
+                to_pil(image).save(temporary / f"{i:03d}.png")
+            temporary.replace(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(folder.glob("*.png"))
+
+
+def likeness_of(files: Sequence[Path], subject: Subject) -> list[float | None]:
+    """Similarity of each of these pictures to the subject's real ones."""
+    references = open_pictures([image.path for image in subject.images_of("reference")], JUDGED_SIZE)
+    return similarity(open_pictures(files, JUDGED_SIZE), references)
