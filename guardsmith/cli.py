@@ -550,12 +550,41 @@ def compare(
 
 
 @app.command("policy")
-def print_policy() -> None:
-    """Print the gate's default policy as YAML: its rules, and the measured levels that similarities are compared with."""
-    from guardsmith.policy import as_yaml, default_policy
+def print_policy(
+    judge: Annotated[
+        str | None, typer.Option(help="Measure the levels of this judge, avatar, dino or clip, on --subjects.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of its encoder.  [default: the usual one]")
+    ] = None,
+    subjects: Annotated[
+        Path | None, typer.Option(help="Registry to measure on; best of subjects whom nobody verifies.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=16, help="Pictures are opened at this many pixels.")] = 512,
+    today: TODAY = None,
+) -> None:
+    """Print a policy of the gate as YAML: judge, rules, and the levels that similarities are compared with.
 
-    typer.echo(as_yaml(default_policy()), nl=False)
-    say("next: change it and use it with guardsmith verify DIR --policy FILE")
+    Without options it is the one of the embedded world; with a judge its levels are measured.
+    """
+    from guardsmith.metrics import JUDGE_NAMES
+    from guardsmith.policy import JudgeSpec, as_yaml, default_policy, measure_policy
+
+    if (judge is None) != (subjects is None) or (judge_model and judge is None):
+        raise UserError("--judge and --subjects belong together: levels are measured with a judge on a registry.")
+    if judge is not None and judge not in JUDGE_NAMES:
+        raise UserError(f"--judge {judge}: there is no such judge; choose {', '.join(JUDGE_NAMES)}")
+    if judge is None or subjects is None:
+        policy = default_policy()
+    else:
+        from guardsmith.progress import quiet_libraries
+        from guardsmith.registry import load_registry
+
+        quiet_libraries()
+        chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model})
+        policy = measure_policy(load_registry(subjects, today=_day(today)), chosen, size)
+    typer.echo(as_yaml(policy), nl=False)
+    say("next: put it into a file and use it with guardsmith verify DIR --policy FILE")
 
 
 @app.command("list")

@@ -19,18 +19,20 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from guardsmith import __version__
 from guardsmith.errors import UserError
-from guardsmith.images import open_image, square, to_tensor
+from guardsmith.images import open_image, open_pictures, square, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.ideal import with_ideal_states
@@ -125,7 +127,7 @@ def check_apart(base: Path, output: Path) -> None:
 
 def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tensor:
     """A subject's pictures of one split at the model's size, float32 (n, 3, h, w) in [-1, 1]."""
-    return to_tensor([square(open_image(image.path), model.image_size) for image in subject.images_of(split)])
+    return open_pictures([image.path for image in subject.images_of(split)], model.image_size)
 
 
 def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | None, str | None]:
@@ -325,9 +327,36 @@ def harden(
         add_to: output of an earlier run on some of the subjects, to begin from instead of from the base.
 
     Raises:
-        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`.
+        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`, `_only_run`.
         RunFailed: the training diverged; the last checkpoint stays.
     """
+    with ExitStack() as held:
+        return _harden(registry, recipe, output, resume, overwrite, add_to, held)
+
+
+def _only_run(output: Path, held: ExitStack) -> None:
+    """Keep every other run out of a folder for as long as `held` is open; the system opens it if this process is killed.
+
+    Raises:
+        UserError: another one is in there.
+    """
+    place = output / ".lock"
+    try:
+        held.enter_context(FileLock(place).acquire(timeout=0))
+    except Timeout:
+        raise UserError(f"another run is writing into {output}; wait for it, or name another folder.") from None
+    held.callback(place.unlink, missing_ok=True)
+
+
+def _harden(
+    registry: Registry,
+    recipe: Recipe,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    add_to: Path | None,
+    held: ExitStack,
+) -> dict[str, Any]:
     method = METHODS[recipe.method.name]
     config: Any = method.config(**recipe.method.params)
     model = load_model(recipe.base, recipe.revision)
@@ -350,7 +379,12 @@ def harden(
         wanted.sort(key=lambda subject: known.get(subject.id, len(known)))  # their wires come first
         if output.resolve() == add_to.resolve():
             raise UserError(f"{output} is the run to add to; name another folder for the output.")
+    known_folder = _read_settings(output) is not None
+    if known_folder:
+        _only_run(output, held)
     prepare_output(output, settings, resume=resume, overwrite=overwrite)
+    if not known_folder:
+        _only_run(output, held)
     record = output / "harden.json"
     if record.exists() and (output / "model").is_dir():
         console.print(f"{output} is complete already.", markup=False, soft_wrap=True)

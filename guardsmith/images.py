@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,6 +141,18 @@ def to_tensor(image: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
         return torch.stack([to_tensor(one) for one in image])
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def open_pictures(
+    paths: Sequence[str | Path], size: int, change: Callable[[Image.Image], Image.Image] | None = None
+) -> torch.Tensor:
+    """Pictures opened and squared at a size, then changed if asked, float32 (n, 3, size, size) in [-1, 1].
+
+    Raises:
+        UserError: see `open_image`.
+    """
+    pictures = [square(open_image(path), size) for path in paths]
+    return to_tensor(pictures if change is None else [change(picture) for picture in pictures])
 
 
 def to_pil(tensor: torch.Tensor) -> Image.Image:

@@ -34,9 +34,10 @@ from guardsmith.attacks import AttackData, draw_during_attack, find_attack
 from guardsmith.attacks.data import CHANGES
 from guardsmith.errors import GuardsmithError, UserError
 from guardsmith.gate import Units, calibration, half_way, interval
-from guardsmith.images import open_image, square, to_pil, to_tensor
-from guardsmith.metrics.identity import similarity
+from guardsmith.images import open_pictures, to_pil
+from guardsmith.metrics import load_judge
 from guardsmith.models import DiffusionModel, load_model
+from guardsmith.policy import Policy
 from guardsmith.processes import processes
 from guardsmith.progress import stage
 from guardsmith.recipe import Recipe, VerifySpec
@@ -46,7 +47,6 @@ from guardsmith.registry_types import Image
 
 Side = Literal["base", "hardened"]
 SIDES: tuple[Side, ...] = ("base", "hardened")
-JUDGED_SIZE = 64
 FIRST_NAME = "ktn"  # what an attacker in two stages calls whom they train on first
 
 
@@ -74,6 +74,7 @@ class Unit:
         change: what the attacker does to the pictures before (`attacks.data.CHANGES`).
         first: whom the attacker trains on before: images, their digest, class_noun, class_pictures.
         trained_on: where the adapters are trained that this model is to draw with: model and its digest.
+        judge: who measures, where it is not the embedded encoder: name, model, and the similarity that counts as learnt.
     """
 
     side: Side
@@ -98,6 +99,7 @@ class Unit:
     change: str | None = None
     first: dict[str, Any] | None = None
     trained_on: dict[str, str] | None = None
+    judge: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -111,8 +113,9 @@ class Unit:
         for key in ("side", "root", "label", "model", "attack_images", "reference_images", "class_pictures"):
             told.pop(key)
         # Left out where nothing is asked for, so that units of versions that did not have them stay what they were.
-        change, first, trained_on = (told.pop(key) for key in ("change", "first", "trained_on"))
+        change, first, trained_on, judge = (told.pop(key) for key in ("change", "first", "trained_on", "judge"))
         told |= {"change": change} if change else {}
+        told |= {"judge": judge} if judge else {}
         told |= {"first": {key: first[key] for key in ("digest", "class_noun")}} if first else {}
         return told | ({"trained_on": trained_on["digest"]} if trained_on else {})
 
@@ -141,12 +144,6 @@ def _model(source: str) -> DiffusionModel:
     return load_model(source)
 
 
-def open_pictures(paths: Sequence[str | Path], size: int, change: str | None = None) -> Tensor:
-    """Pictures at a size, float32 (n, 3, size, size) in [-1, 1], after what an attacker does to them (`attacks.data`)."""
-    pictures = [square(open_image(path), size) for path in paths]
-    return to_tensor([CHANGES[change](picture) for picture in pictures] if change else pictures)
-
-
 def _class_images(file: str, count: int) -> Tensor:
     return load_file(file)["images"][:count] if count else torch.empty(0)
 
@@ -155,7 +152,8 @@ def run_unit(unit: Unit) -> None:
     """Attack, draw, score; the folder appears whole."""
     judged = _model(unit.model)
     model = judged if unit.trained_on is None else _model(unit.trained_on["model"])
-    images = open_pictures(unit.attack_images, model.image_size, unit.change)
+    change = None if unit.change is None else CHANGES[unit.change]
+    images = open_pictures(unit.attack_images, model.image_size, change)
     data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.class_noun)
     first = None
     if unit.first is not None:
@@ -163,12 +161,14 @@ def run_unit(unit: Unit) -> None:
         first = AttackData(
             open_pictures(unit.first["images"], model.image_size), others, FIRST_NAME, unit.first["class_noun"]
         )
-    references = open_pictures(unit.reference_images, JUDGED_SIZE)
+    judge, learnt = load_judge("avatar"), half_way(calibration()[unit.class_noun]) if unit.judge is None else 0.0
+    if unit.judge is not None:
+        judge, learnt = load_judge(unit.judge["name"], unit.judge["model"]), unit.judge["learnt"]
+    references = open_pictures(unit.reference_images, judge.size or model.image_size)
     scores: dict[int, list[float | None]] = {}
-    learnt = half_way(calibration()[unit.class_noun])
 
     def enough(steps: int, images: Tensor) -> bool:
-        scores[steps] = similarity(images, references)
+        scores[steps] = judge.similarity(images, references)
         reached = interval([scores[steps]])
         return steps >= unit.looks[1] and reached is not None and reached.mean >= learnt
 
@@ -250,8 +250,10 @@ def attack_images(subject: Subject, data: str, everyone: Sequence[Subject]) -> t
     return (subject.images_of("attack")[0], *around)
 
 
-def plan_units(registry: Registry, recipe: Recipe, models: dict[Side, Judged]) -> Iterator[Unit]:
-    """Attack x identifier x seed on base and hardened, for protected subjects and controls."""
+def plan_units(
+    registry: Registry, recipe: Recipe, models: dict[Side, Judged], policy: Policy | None = None
+) -> Iterator[Unit]:
+    """Attack x identifier x seed on base and hardened, for protected subjects and controls, judged as the policy says."""
     spec = recipe.verify
     protected = attacked_subjects(registry, spec, recipe.seed)
     everyone = (*registry.subjects, *registry.controls)
@@ -288,6 +290,9 @@ def plan_units(registry: Registry, recipe: Recipe, models: dict[Side, Judged]) -
                         },
                         trained_on=None if trained is judged else {
                             "model": trained.model.place, "digest": trained.digest
+                        },
+                        judge=None if policy is None or policy.judge.name == "avatar" else policy.judge.model_dump() | {
+                            "learnt": half_way(policy.classes[subject.class_noun])
                         },
                     )  # fmt: skip
 

@@ -7,21 +7,37 @@ Whoever signs a release can keep one file under review, and use it with every re
 from __future__ import annotations
 
 import json
-from datetime import date
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from guardsmith.errors import UserError
 from guardsmith.gate import Levels, calibration, calibration_info
+from guardsmith.images import open_pictures
+from guardsmith.metrics import load_judge
 from guardsmith.recipe import GateSpec, explain
 from guardsmith.records import folder_digest
+from guardsmith.registry import Registry
+
+
+class JudgeSpec(BaseModel):
+    """Who measures similarity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: Literal["avatar", "dino", "clip"] = "avatar"
+    """`avatar`: the embedded encoder, for the embedded world only. `dino`, `clip`: vision transformers of the Hub."""
+    model: str | None = None
+    """Folder or Hub id of the encoder, where it is not the usual one."""
 
 
 class Policy(BaseModel):
-    """Rules and levels."""
+    """Who judges, by which rules and levels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -31,6 +47,8 @@ class Policy(BaseModel):
     """Day from which it holds, or on which the levels were measured."""
     measured_on: str = ""
     """Where the levels come from."""
+    judge: JudgeSpec = JudgeSpec()
+    """Whose similarities the levels are levels of."""
     rules: GateSpec = GateSpec()
     """See `gate` in a recipe, whose place they take."""
     classes: dict[str, Levels] = Field(min_length=1)
@@ -53,12 +71,7 @@ class Policy(BaseModel):
 
     def told(self) -> dict[str, Any]:
         """What the report says of it."""
-        return {
-            "name": self.name,
-            "dated": self.dated.isoformat(),
-            "measured_on": self.measured_on,
-            "digest": self.digest,
-        }
+        return self.model_dump(mode="json", include={"name", "dated", "measured_on", "judge"}) | {"digest": self.digest}
 
 
 def default_policy(rules: GateSpec | None = None) -> Policy:
@@ -67,6 +80,55 @@ def default_policy(rules: GateSpec | None = None) -> Policy:
         name="guardsmith, embedded judges", dated=date.fromisoformat(calibration_info("date")),
         measured_on=calibration_info("measured_on"), rules=rules or GateSpec(), classes=calibration(),
     )  # fmt: skip
+
+
+def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateSpec | None = None) -> Policy:
+    """Levels of a judge, measured on the pictures of a registry, which should be of subjects that nobody verifies.
+
+    Genuine is the mean similarity of a subject's `attack` pictures to its `reference` pictures; chance is the same between two
+    subjects of one class, and chance_high what 95 % of these pairs stay below.
+
+    Args:
+        registry: at least two subjects of every class.
+        judge: whose levels.
+        size: pictures are opened at, in pixels.
+        rules: to go with them.
+
+    Raises:
+        UserError: a class has one subject only, or the judge cannot tell its subjects apart.
+    """
+    measured = load_judge(judge.name, judge.model)
+    everyone = (*registry.subjects, *registry.controls)
+    classes, told = {}, []
+    for noun in dict.fromkeys(subject.class_noun for subject in everyone):
+        people = [subject for subject in everyone if subject.class_noun == noun]
+        if len(people) < 2:
+            raise UserError(
+                f"{registry.path}: class {noun} has one subject only; levels need two at least, better twenty."
+            )
+        shown, known = (
+            [open_pictures([image.path for image in person.images_of(split)], size) for person in people]
+            for split in ("attack", "reference")
+        )
+        means = [[_mean(measured.similarity(mine, theirs)) for theirs in known] for mine in shown]
+        own = [means[i][i] for i in range(len(people))]
+        pairs = [means[i][j] for i in range(len(people)) for j in range(len(people)) if i != j]
+        levels = Levels(float(np.mean(pairs)), float(np.quantile(pairs, 0.95)), float(np.mean(own)))
+        if levels.chance_high >= levels.genuine:
+            raise UserError(
+                f"{registry.path}: the judge {judge.name} cannot tell subjects of class {noun} apart (two different ones "
+                f"{levels.chance_high:.2f}, one and the same {levels.genuine:.2f}); choose another."
+            )
+        classes[noun] = levels
+        told.append(f"{len(people)} of class {noun}")
+    return Policy(
+        name=f"measured with {judge.name}", dated=datetime.now(UTC).date(),
+        measured_on=f"{registry.path.name}: {', '.join(told)}", judge=judge, rules=rules or GateSpec(), classes=classes,
+    )  # fmt: skip
+
+
+def _mean(scores: Sequence[float | None]) -> float:
+    return float(np.mean([score for score in scores if score is not None]))
 
 
 def load_policy(path: Path) -> Policy:

@@ -18,9 +18,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from guardsmith.images import to_pil
-from guardsmith.matrix import JUDGED_SIZE, Judged, class_file, open_pictures
-from guardsmith.metrics.identity import similarity
+from guardsmith.images import open_pictures, to_pil
+from guardsmith.matrix import Judged, class_file
+from guardsmith.metrics import Judge
 from guardsmith.prompts import instance_prompt
 from guardsmith.recipe import Recipe
 from guardsmith.records import folder_digest
@@ -65,7 +65,7 @@ def released_pictures(judged: Judged, recipe: Recipe, subject: Subject) -> list[
     return sorted(folder.glob("*.png"))
 
 
-def likeness_of(files: Sequence[Path], subject: Subject) -> list[float | None]:
-    """Similarity of each of these pictures to the subject's real ones."""
-    references = open_pictures([image.path for image in subject.images_of("reference")], JUDGED_SIZE)
-    return similarity(open_pictures(files, JUDGED_SIZE), references)
+def likeness_of(files: Sequence[Path], subject: Subject, judge: Judge, size: int) -> list[float | None]:
+    """Similarity of each of these pictures to the subject's real ones, by a judge who sees them at a size."""
+    references = open_pictures([image.path for image in subject.images_of("reference")], size)
+    return judge.similarity(open_pictures(files, size), references)

@@ -154,8 +154,10 @@ class PolicyTold(BaseModel):
     """As its file says, YYYY-MM-DD."""
     measured_on: str
     """Where its levels come from."""
+    judge: dict[str, str | None]
+    """Who measured similarity: name, and the encoder where it is not the usual one."""
     digest: str
-    """Of its rules and levels."""
+    """Of judge, rules and levels."""
 
 
 class Hardening(BaseModel):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -108,6 +108,8 @@ def redraw(
         guidance: classifier-free guidance scale.
         batch: pictures per U-Net call.
     """
+    from diffusers import StableDiffusionImg2ImgPipeline  # brings much of transformers with it
+
     scheduler = solver_for(model, steps)
     pipeline = StableDiffusionImg2ImgPipeline(
         vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet, scheduler=scheduler,

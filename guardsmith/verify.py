@@ -36,7 +36,6 @@ from guardsmith.gate import (
 from guardsmith.harden import check_against_base, drawn_by, read_hardening, run_info
 from guardsmith.images import to_pil
 from guardsmith.matrix import (
-    JUDGED_SIZE,
     SIDES,
     Judged,
     Side,
@@ -47,7 +46,8 @@ from guardsmith.matrix import (
     plan_units,
     run_units,
 )
-from guardsmith.metrics.fidelity import features, fidelity
+from guardsmith.metrics import Judge, load_judge
+from guardsmith.metrics.identity import SIZE
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.page import Evidence, page_data, save_page
@@ -82,9 +82,11 @@ def draw_ordinary(models: dict[Side, Judged], recipe: Recipe) -> tuple[list[Ordi
     return asked, drawn
 
 
-def measure_ordinary(asked: Sequence[OrdinaryPrompt], drawn: dict[str, Tensor]) -> dict[str, float | None]:
+def measure_ordinary(
+    asked: Sequence[OrdinaryPrompt], drawn: dict[str, Tensor], judge: Judge
+) -> dict[str, float | None]:
     """KID to the base and prompt fidelity, of what `draw_ordinary` gave."""
-    seen = {name: features(images) for name, images in drawn.items()}
+    seen = {name: judge.features(images) for name, images in drawn.items()}
     values: dict[str, float | None] = {
         "kid_hardened": kid(seen["base"], seen["hardened"]),
         "kid_base": kid(seen["base"], seen["base again"]),
@@ -98,18 +100,18 @@ def measure_ordinary(asked: Sequence[OrdinaryPrompt], drawn: dict[str, Tensor]) 
     if values["kid_base"]:
         found = kid_ratio_interval(seen["base"], seen["base again"], seen["hardened"])
         values |= dict(zip(("kid_ratio", "kid_ratio_low", "kid_ratio_high"), found, strict=True))
-    if all(prompt.asked for prompt in asked):
+    if judge.fidelity is not None and all(prompt.asked for prompt in asked):
         wanted = [prompt.asked for prompt in asked]
         for name, key in (("base again", "fidelity_base"), ("hardened", "fidelity_hardened")):
             # a picture that cannot be read shows nothing of what was asked for
-            values[key] = sum(score or 0.0 for score in fidelity(drawn[name], wanted)) / len(asked)
+            values[key] = sum(score or 0.0 for score in judge.fidelity(drawn[name], wanted)) / len(asked)
     return values
 
 
 Scores = dict[tuple[Side, str, str, float], Units]
 
 
-def judge(
+def make_checks(
     registry: Registry,
     recipe: Recipe,
     scores: Scores,
@@ -263,18 +265,19 @@ def verify(
         base, hardened, told = hardened_here(output, registry)
     else:
         base, hardened, told = made_elsewhere(model, revision, output, registry, recipe)
-    unknown = sorted({s.class_noun for s in (*registry.subjects, *registry.controls)} - calibration().keys())
-    if unknown or base.image_size != JUDGED_SIZE:
-        raise UserError(
-            f"The embedded judges read 64 px avatars of class {', '.join(calibration())}; this registry or base is of another "
-            "kind, and no other identity metric is built in yet."
-        )
     if policy is None:
         policy = default_policy(recipe.gate)
-    recipe = recipe.model_copy(update={"gate": policy.rules})
-    unknown = sorted({s.class_noun for s in (*registry.subjects, *registry.controls)} - policy.classes.keys())
+    nouns_there = {s.class_noun for s in (*registry.subjects, *registry.controls)}
+    if policy.judge.name == "avatar" and (base.image_size != SIZE or nouns_there - calibration().keys()):
+        raise UserError(
+            f"The embedded judges read 64 px avatars of class {', '.join(calibration())}; this registry or base is of another "
+            "kind: judge it by a policy with another judge (`guardsmith policy --judge dino --subjects REGISTRY`)."
+        )
+    unknown = sorted(nouns_there - policy.classes.keys())
     if unknown:
         raise UserError(f"The policy '{policy.name}' has no levels for {', '.join(unknown)}; add them under `classes`.")
+    recipe = recipe.model_copy(update={"gate": policy.rules})
+    judge = load_judge(policy.judge.name, policy.judge.model)
     check_against_base(base, registry, recipe)
     root = output / "verify"
     models: dict[Side, Judged] = {
@@ -289,20 +292,22 @@ def verify(
             prompts = [class_prompt(noun)] * recipe.verify.class_images
             file = class_file(judged, noun, recipe)
             drawn_by(judged.model, recipe, prompts, 60_000, file, f"class pictures ({side}): {noun}")
-    units = list(plan_units(registry, recipe, models))
+    units = list(plan_units(registry, recipe, models, policy))
     failed = run_units(units, workers or os.cpu_count() or 1)
     asked, drawn = draw_ordinary(models, recipe)
-    utility = measure_ordinary(asked, drawn)
+    utility = measure_ordinary(asked, drawn, judge)
     released: dict[str, list[Path]] = {}
     without_attack: dict[str, list[float | None]] = {}
     with stage("released weights", len(attacked)) as bar:
         for subject in attacked:
             released[subject.id] = released_pictures(models["hardened"], recipe, subject)
-            without_attack[subject.id] = likeness_of(released[subject.id], subject)
+            without_attack[subject.id] = likeness_of(
+                released[subject.id], subject, judge, judge.size or base.image_size
+            )
             bar()
     scores = collect(units)
     intervals = {key: interval(values) for key, values in scores.items()}
-    checks = judge(registry, recipe, scores, without_attack, utility, policy)
+    checks = make_checks(registry, recipe, scores, without_attack, utility, policy)
     status = verdict(checks)
     report = {
         "schema": 1,

@@ -878,3 +878,25 @@ def test_the_likest_bystanders_are_shown_as_attacks_would_draw_them(recipe, tmp_
     assert torch.equal(kept["states"], states.latents)
     assert sorted(kept["order"].tolist()) == [0, 1, 2, 3, 4]
     assert costs[2] > costs[0] + len(states.latents) * steps
+
+
+def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path, run):
+    output = tmp_path / "out"
+    asked = ("--recipe", str(recipe), "--output", str(output))
+    seen = []
+
+    def another(step, losses):
+        if not seen:
+            for flag in ("--resume", "--overwrite"):
+                seen.append(run(*asked, flag))
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = METHODS["apdm"]
+        patch.setitem(METHODS, "apdm", real._replace(run=lambda *a, on_step, **k: real.run(
+            *a, on_step=lambda step, losses: (another(step, losses), on_step(step, losses)), **k)))  # fmt: skip
+        first = run(*asked)
+    assert first.code == 0, first.err
+    assert [done.code for done in seen] == [2, 2]
+    assert all("another run is writing into" in done.err for done in seen)
+    assert not (output / ".lock").exists()
+    assert run(*asked, "--resume").code == 0, "it is free again, and complete"

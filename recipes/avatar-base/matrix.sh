@@ -23,9 +23,9 @@ harden() { # name, recipe, changes
     $([ -f "$out/settings.json" ] && echo --resume)
 }
 harden tripwire several-avatars
-harden persguard persguard-avatar --set method.params.steps=2610 --set method.params.target_noun=character # nobody's class
-harden imma imma-avatar --set method.params.steps=5600
-harden apdm apdm-avatar --set method.params.outer_steps=440
+harden persguard persguard-avatar --set method.params.steps=3535 --set method.params.target_noun=character # nobody's class
+harden imma imma-avatar --set method.params.steps=7576
+harden apdm apdm-avatar --set method.params.outer_steps=596
 
 for run in tripwire persguard imma apdm; do # the verdict is in the report; a failed gate (1, 3) is a result
   code=0

@@ -1,0 +1,96 @@
+"""DINO and CLIP-I: similarity of pictures by a vision transformer of the Hub.
+
+These are the subject metrics of the DreamBooth paper (Ruiz et al. 2023; hf.co/papers/2208.12242): cosine similarity of
+normalised embeddings, of the class token of a self-supervised ViT (DINO), which tells subjects of one class apart, or of CLIP's
+projected image embedding, which sees the class more than the subject. Neither recognises faces well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from guardsmith.errors import RunFailed, UserError
+
+DEFAULTS = {"dino": "facebook/dinov2-small", "clip": "openai/clip-vit-large-patch14"}
+BATCH = 32
+
+
+class VisionEncoder:
+    """A vision transformer in eval mode, float32, with the resizing and scaling that it was trained with."""
+
+    def __init__(self, kind: str, source: str) -> None:
+        """Load it: `kind` is a key of `DEFAULTS`, `source` a folder or a Hub id, safetensors only.
+
+        Raises:
+            UserError: there are no such weights as safetensors.
+            RunFailed: they are not in the local cache and the Hub cannot be reached.
+        """
+        from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+        from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+        from transformers.utils import cached_file
+        from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        try:
+            self.kind, self.source = kind, source
+            loader: Any = CLIPVisionModelWithProjection if kind == "clip" else AutoModel
+            self.model = loader.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
+            config = AutoConfig.from_pretrained(source)
+            scaling = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            cause = error.__cause__ or error.__context__
+            if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) or isinstance(
+                cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)
+            ):
+                raise RunFailed(
+                    f"the judge {source} is not in the local Hub cache and the Hub cannot be reached; go online, or name a "
+                    "folder."
+                ) from error
+            raise UserError(f"the judge {source} cannot be loaded ({reason}); it has to be safetensors.") from error
+        self.model.requires_grad_(False)
+        told = {} if scaling is None else json.loads(Path(scaling).read_text(encoding="utf-8"))
+        vision = getattr(config, "vision_config", config)
+        self.size = int(vision.image_size)
+        self.mean = torch.tensor(told.get("image_mean", IMAGENET_DEFAULT_MEAN)).view(3, 1, 1)
+        self.std = torch.tensor(told.get("image_std", IMAGENET_DEFAULT_STD)).view(3, 1, 1)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) float in [-1, 1] -> (n, width) float, norm 1."""
+        found = []
+        for chunk in images.float().split(BATCH):
+            if chunk.shape[-2:] != (self.size, self.size):
+                chunk = F.interpolate(chunk, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+            out = self.model(pixel_values=(chunk / 2 + 0.5 - self.mean) / self.std)
+            found.append(out.image_embeds if self.kind == "clip" else out.last_hidden_state[:, 0])
+        return F.normalize(torch.cat(found), dim=-1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features for KID, (n, width), each of length sqrt(width) as those of the embedded world."""
+        found = self.embed(images)
+        return found * math.sqrt(found.shape[1])
+
+    def similarity(self, images: Tensor, references: Tensor) -> list[float | None]:
+        """Mean cosine similarity of each picture to the references; `None` for one that is not finite.
+
+        Args:
+            images: (n, 3, h, w) float in [-1, 1].
+            references: (m, 3, h, w), real pictures of the subject.
+        """
+        finite = torch.isfinite(images).flatten(1).all(dim=1)
+        scores = (self.embed(torch.nan_to_num(images)) @ self.embed(references).T).mean(dim=1)
+        return [float(s) if ok else None for s, ok in zip(scores, finite, strict=True)]
+
+
+@cache
+def load_vision(kind: str, source: str) -> VisionEncoder:
+    """See `VisionEncoder`; loaded once in a process."""
+    return VisionEncoder(kind, source)
