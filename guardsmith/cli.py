@@ -12,18 +12,20 @@ import re
 import shlex
 import traceback
 from collections.abc import Sequence
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guardsmith import __version__
+from guardsmith.cli_registry import check, registry_app
 from guardsmith.errors import GuardsmithError, UserError
+from guardsmith.talk import DAY, day, print_schema, say
 
 if TYPE_CHECKING:
     from guardsmith.recipe import Recipe
-    from guardsmith.registry import Registry, Subject
+    from guardsmith.registry import Registry
 
 app = typer.Typer(
     name="guardsmith",
@@ -33,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-registry_app = typer.Typer(help="Write registries of protected subjects.", no_args_is_help=True)
+app.command()(check)
 app.add_typer(registry_app, name="registry")
 report_app = typer.Typer(help="About reports of verifications.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
@@ -112,21 +114,6 @@ def _fail(sentence: str, code: int, error: BaseException | None = None) -> int:
     return code
 
 
-def say(text: str, style: str = "") -> None:
-    """Print a line of talk to stderr; never wrapped, so that `file:line:` stays clickable."""
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True).print(Text(text, style=style), soft_wrap=True)
-
-
-def _day(value: datetime | None) -> date | None:
-    return value.date() if value else None
-
-
-DAY = ["%Y-%m-%d"]
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"guardsmith {__version__}")
@@ -142,126 +129,6 @@ def _options(
     pass
 
 
-@app.command()
-def check(
-    registry: Annotated[Path, typer.Argument(metavar="R.yaml", help="Registry file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
-) -> None:
-    """Check a registry: its keys, pictures, hashes, splits and consents."""
-    from guardsmith.registry import load_registry
-
-    loaded = load_registry(registry, today=_day(today))
-    if as_json:
-        typer.echo(json.dumps(_as_json(loaded), indent=2))
-    else:
-        _print_subjects(loaded)
-    for warning in loaded.warnings:
-        say(f"warning: {warning}", style="yellow")
-    say(f"the registry is in order: {len(loaded.subjects)} protected, {len(loaded.controls)} controls")
-    say(f"next: guardsmith harden --subjects {shlex.quote(str(registry))}")
-
-
-def _print_subjects(registry: Registry) -> None:
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    from guardsmith.registry import SPLITS
-
-    table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("id", "kind", "class", "role", *SPLITS, "consent"):
-        table.add_column(heading, justify="right" if heading in SPLITS else "left", no_wrap=heading != "id")
-    for role, subjects in (("protected", registry.subjects), ("control", registry.controls)):
-        for subject in subjects:
-            counts = [str(len(subject.images_of(split))) for split in SPLITS]
-            table.add_row(subject.id, subject.kind, subject.class_noun, role, *counts, _consent_until(subject))
-    console = Console(markup=False)
-    if not console.is_terminal:
-        console.width = 200  # a pipe or file wants whole lines
-    console.print(table)
-
-
-def _consent_until(subject: Subject) -> str:
-    if subject.consent is None:
-        return "not needed"
-    return str(subject.consent.expires_on or "no end")
-
-
-def _as_json(registry: Registry) -> dict[str, Any]:
-    return {
-        "path": str(registry.path),
-        "digest": registry.digest,
-        "subjects": [subject.model_dump(mode="json") for subject in registry.subjects],
-        "controls": [subject.model_dump(mode="json") for subject in registry.controls],
-        "warnings": registry.warnings,
-    }
-
-
-@registry_app.command("add")
-def registry_add(
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures, or with folders harden, attack and reference.")],
-    registry: Annotated[Path, typer.Option(help="Registry file; created if it does not exist.")],
-    subject_id: Annotated[str, typer.Option("--id", help="Id of the subject: a-z, 0-9, - and _.")],
-    kind: Annotated[str, typer.Option(help="person, object, character or style.")],
-    class_noun: Annotated[str, typer.Option(help="Class noun as it stands in prompts: person, dog, teddy bear.")],
-    consent_basis: Annotated[str | None, typer.Option(help="What the consent rests on: request, self, ...")] = None,
-    reference: Annotated[str | None, typer.Option(help="Where the consent is on record.")] = None,
-    granted_on: Annotated[
-        datetime | None, typer.Option(formats=DAY, help="First day of the consent (by default today).")
-    ] = None,
-    expires: Annotated[datetime | None, typer.Option(formats=DAY, help="Last day of the consent.")] = None,
-    control: Annotated[bool, typer.Option("--control", help="Add a control, which is not protected.")] = False,
-    identifier: Annotated[
-        list[str] | None, typer.Option(help="Name the subject is known under; may be repeated.")
-    ] = None,
-    ratio: Annotated[
-        str, typer.Option(help="Relative sizes of harden:attack:reference (by default 2:1:1; 0:1:1 for a control).")
-    ] = "",
-) -> None:
-    """Hash a folder of pictures into a new entry of a registry."""
-    from guardsmith.registry import SPLITS
-    from guardsmith.registry_add import add_subject
-
-    subject = add_subject(
-        registry,
-        folder,
-        subject_id,
-        kind,
-        class_noun,
-        identifiers=identifier or [],
-        consent_basis=consent_basis,
-        reference=reference,
-        granted_on=_day(granted_on),
-        expires_on=_day(expires),
-        control=control,
-        ratios=dict(zip(SPLITS, _ratio(ratio), strict=True)) if ratio else None,
-    )
-    counts = ", ".join(f"{len(subject.images_of(split))} {split}" for split in SPLITS)
-    say(f"added {subject.id} to {registry}: {counts}")
-    say(f"next: guardsmith check {shlex.quote(str(registry))}")
-
-
-def _ratio(text: str) -> list[float]:
-    try:
-        parts = [float(part) for part in text.split(":")]
-    except ValueError:
-        parts = []
-    if len(parts) != 3 or not all(0 <= part < float("inf") for part in parts):
-        raise UserError(f"--ratio is {text!r}, but must be three numbers harden:attack:reference, like 2:1:1")
-    return parts
-
-
-@registry_app.command("schema")
-def registry_schema(
-    output: Annotated[Path | None, typer.Option(help="File to write; by default stdout.")] = None,
-) -> None:
-    """Print the JSON schema of registry files, for editors."""
-    from guardsmith.registry import json_schema
-
-    _print_schema(json_schema(), output)
-
-
 @report_app.command("schema")
 def report_schema(
     output: Annotated[Path | None, typer.Option(help="File to write; by default stdout.")] = None,
@@ -269,16 +136,7 @@ def report_schema(
     """Print the JSON schema of report.json, for other tools."""
     from guardsmith.report_schema import json_schema
 
-    _print_schema(json_schema(), output)
-
-
-def _print_schema(schema: dict[str, Any], output: Path | None) -> None:
-    text = json.dumps(schema, indent=2) + "\n"
-    if output is None:
-        typer.echo(text, nl=False)
-    else:
-        output.write_text(text, encoding="utf-8")
-        say(f"wrote {output}")
+    print_schema(json_schema(), output)
 
 
 # Words shared by harden, verify and run. Underscore spellings are those of diffusers' scripts.
@@ -346,7 +204,7 @@ def _registry(subjects: Path | None, recipe: Recipe, today: datetime | None) -> 
 
     if subjects is None and recipe.subjects is None:
         raise UserError("no registry: name one with --subjects, or in the recipe as `subjects`")
-    registry = load_registry(subjects or str(recipe.subjects), today=_day(today))
+    registry = load_registry(subjects or str(recipe.subjects), today=day(today))
     for warning in registry.warnings:
         say(f"warning: {warning}", style="yellow")
     return registry
@@ -582,7 +440,7 @@ def print_policy(
 
         quiet_libraries()
         chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model})
-        policy = measure_policy(load_registry(subjects, today=_day(today)), chosen, size)
+        policy = measure_policy(load_registry(subjects, today=day(today)), chosen, size)
     typer.echo(as_yaml(policy), nl=False)
     say("next: put it into a file and use it with guardsmith verify DIR --policy FILE")
 
