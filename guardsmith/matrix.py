@@ -22,7 +22,7 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ from guardsmith.registry_types import Image
 
 Side = Literal["base", "hardened"]
 SIDES: tuple[Side, ...] = ("base", "hardened")
+AROUND = 3  # pictures of others around the one of the subject
 FIRST_NAME = "ktn"  # what an attacker in two stages calls whom they train on first
 
 
@@ -161,9 +162,8 @@ def run_unit(unit: Unit) -> None:
         first = AttackData(
             open_pictures(unit.first["images"], model.image_size), others, FIRST_NAME, unit.first["class_noun"]
         )
-    judge, learnt = load_judge("avatar"), half_way(calibration()[unit.class_noun]) if unit.judge is None else 0.0
-    if unit.judge is not None:
-        judge, learnt = load_judge(unit.judge["name"], unit.judge["model"]), unit.judge["learnt"]
+    asked = unit.judge or {"name": "avatar", "model": None, "learnt": half_way(calibration()[unit.class_noun])}
+    judge, learnt = load_judge(asked["name"], asked["model"]), asked["learnt"]
     references = open_pictures(unit.reference_images, judge.size or model.image_size)
     scores: dict[int, list[float | None]] = {}
 
@@ -242,12 +242,24 @@ def attack_images(subject: Subject, data: str, everyone: Sequence[Subject]) -> t
     if data != "mixed":
         return subject.images_of("attack")
     others = [other for other in everyone if other.class_noun == subject.class_noun and other.id != subject.id]
-    if not others:
+    in_turn = [image for row in zip_longest(*(other.images_of("attack") for other in others)) for image in row if image]
+    if len(in_turn) < AROUND:
         raise UserError(
-            f"data: mixed needs somebody else of class {subject.class_noun} beside {subject.id} in the registry."
+            f"data: mixed needs {AROUND} pictures of others of class {subject.class_noun} beside {subject.id} in the registry."
         )
-    around = [others[i % len(others)].images_of("attack")[i // len(others)] for i in range(3)]
-    return (subject.images_of("attack")[0], *around)
+    return (subject.images_of("attack")[0], *in_turn[:AROUND])
+
+
+def stranger_to(subject: Subject, everyone: Sequence[Subject]) -> Subject:
+    """Whom an attacker in two stages trains on first: the last one that is somebody else.
+
+    Raises:
+        UserError: nobody is.
+    """
+    for other in reversed(everyone):
+        if other.id != subject.id:
+            return other
+    raise UserError(f"two_stage needs somebody else beside {subject.id} in the registry.")
 
 
 def plan_units(
@@ -262,15 +274,20 @@ def plan_units(
         for row, subject in enumerate((*protected, *registry.controls)):
             references = subject.images_of("reference")
             further = side == "hardened" and row < len(protected)
-            stranger = next(
-                (each for each in reversed((*protected, *registry.controls)) if each.id != subject.id), subject
-            )
             for column, (label, attack) in enumerate(spec.attacks.items()):
                 usual = find_attack(attack.name).steps(attack.params)
                 looks = {look: max(1, round(look * usual)) for look in sorted(spec.looks) if look <= 1 or further}
                 attacked = attack_images(subject, attack.data, everyone)
                 trained = judged if attack.trained_on == "itself" else models.get(attack.trained_on, judged)
-                first = stranger.images_of("attack")
+                first = None
+                if attack.two_stage:
+                    stranger = stranger_to(subject, (*protected, *registry.controls))
+                    before = stranger.images_of("attack")
+                    first = {
+                        "images": [str(i.path) for i in before], "digest": folder_digest([i.sha256 for i in before]),
+                        "class_noun": stranger.class_noun,
+                        "class_pictures": str(class_file(trained, stranger.class_noun, recipe)),
+                    }  # fmt: skip
                 for identifier, seed in pairs if spec.crossed else [pairs[(row + column) % len(pairs)]]:
                     yield Unit(
                         side=side, root=str(judged.root), model=judged.model.place, model_digest=judged.digest,
@@ -283,11 +300,7 @@ def plan_units(
                         class_pictures=str(class_file(trained, subject.class_noun, recipe)),
                         class_images=spec.class_images, sampling=recipe.sampling.model_dump(),
                         change=attack.data if attack.data in CHANGES else None,
-                        first=None if not attack.two_stage else {
-                            "images": [str(i.path) for i in first], "digest": folder_digest([i.sha256 for i in first]),
-                            "class_noun": stranger.class_noun,
-                            "class_pictures": str(class_file(trained, stranger.class_noun, recipe)),
-                        },
+                        first=first,
                         trained_on=None if trained is judged else {
                             "model": trained.model.place, "digest": trained.digest
                         },

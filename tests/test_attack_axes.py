@@ -19,7 +19,7 @@ from guardsmith.attacks.lora import LoraConfig, carry_adapters, merge_adapters
 from guardsmith.errors import UserError
 from guardsmith.images import to_pil, to_tensor
 from guardsmith.losses import predict
-from guardsmith.matrix import Judged, attack_images, plan_units, run_unit, scores_of
+from guardsmith.matrix import Judged, attack_images, plan_units, run_unit, scores_of, stranger_to
 from guardsmith.models import load_model
 from guardsmith.recipe import load_recipe
 from guardsmith.registry import load_registry
@@ -67,8 +67,19 @@ def test_the_attackers_pictures(registry):
     assert len({image.sha256 for image in others}) == 3
     assert all(foreign[image].class_noun == mira.class_noun and image.split == "attack" for image in others)
     [robot] = [s for s in everyone if s.class_noun == "robot"][:1]
-    with pytest.raises(UserError, match="somebody else of class robot") as caught:
+    with pytest.raises(UserError, match="needs 3 pictures of others of class robot") as caught:
         attack_images(robot, "mixed", [mira, robot])
+    assert_one_sentence(caught.value)
+    nora = everyone[1] if everyone[1].class_noun == mira.class_noun else registry.controls[0]
+    one, two, three = attack_images(mira, "mixed", [mira, nora])[1:]
+    assert (one, two, three) == nora.images_of("attack")[:3], "one other has to do"
+
+
+def test_two_stages_need_somebody_else(registry):
+    mira, other = registry.subjects[:2]
+    assert stranger_to(mira, [mira, other, mira]) is other
+    with pytest.raises(UserError, match="somebody else beside mira") as caught:
+        stranger_to(mira, [mira])
     assert_one_sentence(caught.value)
 
 
