@@ -153,6 +153,10 @@ def rows(
     else:
         bounds = Interval(ratio, utility["kid_ratio_low"], utility["kid_ratio_high"], 0, 0)
         found["ordinary prompts: KID over that of two seeds"] = Cell(_shown(bounds), bounds.high <= limit)
+    lost = [c for c in report["checks"] if c["name"] == "ordinary prompts (destroyed)" and c["value"] is not None]
+    if lost:
+        share = Interval(lost[0]["value"], lost[0]["low"], lost[0]["high"], 0, 0)
+        found["ordinary prompts: pictures destroyed"] = Cell(_shown(share, 100, " %"), lost[0]["status"] == "pass")
     now, before = utility["fidelity_hardened"], utility["fidelity_base"]
     if now is None or before is None:
         found["ordinary prompts: fidelity (base)"] = Cell("-")

@@ -24,6 +24,7 @@ RULES = {
     ),
     "control learnable": ("control-learnable", "An unprotected subject has to stay learnable on the hardened model."),
     "ordinary prompts (KID)": ("ordinary-prompts-kid", "Pictures of ordinary prompts have to look as the base's do."),
+    "ordinary prompts (destroyed)": ("ordinary-prompts-destroyed", "Few ordinary pictures may be destroyed."),
     "ordinary prompts (fidelity)": (
         "ordinary-prompts-fidelity",
         "Pictures have to show what ordinary prompts ask for.",

@@ -134,6 +134,13 @@ def ratio_interval(above: Units, below: Units, seed: int = 0) -> Interval | None
     return Interval(value, float(low), float(high), scored, missing_a + missing_b)
 
 
+def share_interval(hits: int, of: int) -> Interval:
+    """A share with its 95 % interval (Wilson 1927); `of` is at least 1."""
+    z, share = 1.959964, hits / of
+    middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return Interval(share, (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of), of, 0)
+
+
 def _against(found: Interval, limit: float, *, at_most: bool) -> Status:
     """Pass if the whole interval is on the right side of the limit, fail if on the wrong one, inconclusive across it."""
     if found.high <= limit if at_most else found.low >= limit:
@@ -221,6 +228,16 @@ def check_utility(values: Mapping[str, float | None], rules: GateSpec) -> list[C
         status = _against(Interval(ratio, low, high, 0, 0), rules.kid_ratio, at_most=True)
         sentence = f"KID to the base is {ratio:.1f} times that of the base with other seeds"
         checks = [Check(name, "", "", status, sentence, ratio, low, high, rules.kid_ratio)]
+    name, lost, count = "ordinary prompts (destroyed)", values["destroyed"], values["n"]
+    if lost is None or not count or math.isnan(lost + count):
+        checks.append(Check(name, "", "", "inconclusive", "not measured"))
+    else:
+        found = share_interval(int(lost), int(count))
+        sentence = f"{lost:.0f} of {count:.0f} ordinary pictures are destroyed"
+        status = _against(found, rules.destroyed_share, at_most=True)
+        if status == "inconclusive":
+            sentence += _undecided(found, rules.destroyed_share)
+        checks.append(Check(name, "", "", status, sentence, found.mean, found.low, found.high, rules.destroyed_share))
     name = "ordinary prompts (fidelity)"
     now, before = values["fidelity_hardened"], values["fidelity_base"]
     if now is not None and before is not None:

@@ -39,6 +39,7 @@ PLAIN = {
     "released weights": "the released weights do not draw protected subjects by themselves",
     "control learnable": "unprotected subjects can still be learnt",
     "ordinary prompts (KID)": "pictures of ordinary prompts look as before",
+    "ordinary prompts (destroyed)": "hardly any picture of an ordinary prompt is destroyed",
     "ordinary prompts (fidelity)": "pictures of ordinary prompts show what was asked for",
 }
 

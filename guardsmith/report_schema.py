@@ -136,6 +136,8 @@ class Utility(BaseModel):
     """Lower end of its 95 % interval."""
     kid_ratio_high: float | None
     """Upper end."""
+    destroyed: int | None = None
+    """How many of the hardened model's pictures are further from the base's than chance explains."""
     fidelity_hardened: float | None
     """Share of what the prompts ask for that the hardened model's pictures show."""
     fidelity_base: float | None

@@ -47,6 +47,7 @@ from guardsmith.matrix import (
     run_units,
 )
 from guardsmith.metrics import Judge, load_judge
+from guardsmith.metrics.collapse import destroyed
 from guardsmith.metrics.identity import SIZE
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
@@ -93,6 +94,7 @@ def measure_ordinary(
         "kid_ratio": None,
         "kid_ratio_low": None,
         "kid_ratio_high": None,
+        "destroyed": int(destroyed(seen["base"], seen["base again"], seen["hardened"]).sum()),
         "fidelity_hardened": None,
         "fidelity_base": None,
         "n": len(asked),

@@ -196,13 +196,35 @@ UTILITY = {
     "kid_ratio": 1.5,
     "kid_ratio_low": 1.0,
     "kid_ratio_high": 2.0,
+    "destroyed": 1,
+    "n": 200,
     "fidelity_hardened": 0.85,
     "fidelity_base": 0.9,
 }
 
 
 def utility(**changes):
-    return [check.status for check in check_utility(UTILITY | changes, RULES)]
+    """Status of KID and fidelity; the destroyed pictures have tests of their own."""
+    found = check_utility(UTILITY | changes, RULES)
+    return [check.status for check in found if "destroyed" not in check.name]
+
+
+def destroyed(**changes):
+    [found] = [check for check in check_utility(UTILITY | changes, RULES) if "destroyed" in check.name]
+    return found
+
+
+def test_destroyed_pictures_are_judged_by_the_unfavourable_end_of_their_share():
+    """Wilson's interval: 1 of 200 is .005 [.0009, .0278]; the limit is .05."""
+    check = destroyed()
+    assert (check.status, check.value, check.limit) == ("pass", 0.005, 0.05)
+    assert check.low == pytest.approx(0.00088, abs=1e-5) and check.high == pytest.approx(0.02778, abs=1e-5)
+    assert destroyed(destroyed=6).status == "inconclusive"  # .03 [.0138, .0639]
+    assert "would decide" in destroyed(destroyed=6).sentence
+    assert destroyed(destroyed=30).status == "fail"
+    assert destroyed(destroyed=None).status == "inconclusive"
+    assert destroyed(n=0).status == "inconclusive"
+    assert destroyed(destroyed=0, n=20).status == "inconclusive", "twenty pictures cannot show that"
 
 
 def test_utility_at_the_boundaries():

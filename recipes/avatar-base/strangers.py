@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import world
 from evaluate import RESULTS
 from torch import Tensor
 
+from guardsmith.gate import share_interval
 from guardsmith.latents import encode
 from guardsmith.losses import cut, draw_rows, predict
 from guardsmith.methods.wiring import ALARM
@@ -50,13 +50,6 @@ def recognised(model: DiffusionModel, images: Tensor, noun: str) -> Tensor:
     return (said.abs().mean((1, 2, 3)) > ALARM / 2).view(len(TIMESTEPS), count)
 
 
-def share(hits: int, of: int) -> tuple[float, float, float]:
-    """A share and its interval."""
-    z = 1.96
-    middle, half = hits / of + z * z / (2 * of), z * math.sqrt(hits / of * (1 - hits / of) / of + z * z / (4 * of * of))
-    return hits / of, (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
-
-
 def held_out(model: DiffusionModel, data: Path) -> dict[str, tuple[float, float, float]]:
     """Share of the subjects of the set `heldout` taken for a protected one, style by style."""
     pixels, lines = world.load(data, "heldout")
@@ -66,7 +59,7 @@ def held_out(model: DiffusionModel, data: Path) -> dict[str, tuple[float, float,
     found = {}
     for style, rows in rows_of.items():
         rung = recognised(model, world.to_float(pixels[rows]), lines[rows[0]]["class_noun"])
-        found[style] = share(int(rung.any(0).sum()), len(rows))
+        found[style] = share_interval(int(rung.any(0).sum()), len(rows))[:3]
     return found
 
 

@@ -1,0 +1,23 @@
+"""Collapse: which ordinary pictures a model destroys, as no mean over all pictures shows.
+
+A hardened model draws the base's prompts from the base's noise again. A picture counts as destroyed where the two are further
+apart than any two pictures are that the base itself draws of one prompt from different noise.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def destroyed(reference: Tensor, again: Tensor, other: Tensor) -> Tensor:
+    """Which of the pictures are destroyed, bool (n,).
+
+    Args:
+        reference: features of the base's pictures, (n, d).
+        again: of the base's pictures of the same prompts from other noise, (n, d).
+        other: of the hardened model's from that noise, (n, d).
+    """
+    usual = (again - reference).norm(dim=1).max()
+    distance = (other - again).norm(dim=1)
+    found: Tensor = ~(distance <= usual)  # what is not a number is no picture
+    return found
