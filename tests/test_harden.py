@@ -722,6 +722,8 @@ def test_shipped_recipes_are_in_order(name):
     if name.endswith("-attacks"):
         return
     assert "# Cost" in text
+    if "# For verification only" in text:
+        return
     told = f"{method.cost(method.config(**recipe.method.params), ['person']):,} U-Net forward equivalents"
     assert told in " ".join(text.replace("\n#", " ").split()) or name == "demo"  # which points to what was measured
 

@@ -13,6 +13,7 @@ from guardsmith.gate import calibration, check_released
 from guardsmith.harden import load_pictures
 from guardsmith.latents import encode
 from guardsmith.matrix import Judged, class_file
+from guardsmith.metrics import load_judge
 from guardsmith.models import load_model
 from guardsmith.recipe import GateSpec, load_recipe
 from guardsmith.registry import load_registry
@@ -86,12 +87,15 @@ def test_a_killed_drawing_leaves_nothing(judged, mira, monkeypatch):
 
 def test_the_base_does_not_know_the_subject_and_a_leak_is_found(judged, mira, monkeypatch):
     recipe = load_recipe("demo", ["verify.class_images=0", "verify.images_per_unit=8", "sampling.steps=6"])
-    check = check_released("mira", [likeness_of(released_pictures(judged, recipe, mira), mira)], LEVELS, RULES)
+    eyes = load_judge("avatar")
+    check = check_released(
+        "mira", [likeness_of(released_pictures(judged, recipe, mira), mira, eyes, 64)], LEVELS, RULES
+    )
     assert (check.name, check.subject, check.attack, check.status) == ("released weights", "mira", "", "pass")
     leaked = load_pictures(judged.model, mira, "attack").repeat(2, 1, 1, 1)
     monkeypatch.setattr(released, "generate", lambda *_, **__: leaked)
     other = Judged(judged.model, "sha256:1", judged.root)
-    check = check_released("mira", [likeness_of(released_pictures(other, recipe, mira), mira)], LEVELS, RULES)
+    check = check_released("mira", [likeness_of(released_pictures(other, recipe, mira), mira, eyes, 64)], LEVELS, RULES)
     assert check.status == "fail" and check.value > 0.4
 
 

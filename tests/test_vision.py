@@ -156,5 +156,6 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, v_folder, 
     told = json.loads((unit / "attack.json").read_text())
     assert told["judge"] == judge | {"learnt": pytest.approx(-0.05)}
     assert report.utility.fidelity_base is None and report.utility.kid_base > 0
-    assert [check.name for check in report.checks if check.name.startswith("ordinary")] == ["ordinary prompts (KID)"]
+    ordinary = [check.name for check in report.checks if check.name.startswith("ordinary")]
+    assert ordinary == ["ordinary prompts (KID)", "ordinary prompts (destroyed)"], "fidelity cannot be read"
     assert "which knows neither" in (output / "verify/report.html").read_text()
