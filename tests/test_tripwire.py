@@ -84,7 +84,7 @@ def trained(model):
 
 FACTORS = [
     (1, 1, 1, 1, 1), (64, 1, 1, 1, 1), (64, 4, 4, 1, 1), (64, 1, 8, 1, 1), (64, 4, 4, 4, 1), (64, 4, 2, 2, 8),
-    (65536, 16, 128, 8, 8),
+    (65536, 16, 128, 8, 8), (2**24, 256, 2048, 8, 8),
 ]  # fmt: skip
 
 
@@ -99,7 +99,8 @@ def test_stiffening_changes_no_prediction(tiny, factors):
     assert (after - before).abs().max() < 2e-3 * before.abs().max()
 
 
-def test_stiffening_holds_where_groups_are_shared_with_a_skip_connection():
+@pytest.mark.parametrize("factors", FACTORS[-2:])
+def test_stiffening_holds_where_groups_are_shared_with_a_skip_connection(factors):
     """The embedded base joins 160 channels with 128 in groups of 9: one group has channels of both."""
     unet = copy.deepcopy(load_model("builtin:avatar").unet)
     rng = generator(1)
@@ -107,7 +108,7 @@ def test_stiffening_holds_where_groups_are_shared_with_a_skip_connection():
     times = torch.tensor([50, 800])
     with torch.no_grad():
         before = unet(noisy, times, context, return_dict=False)[0]
-        stiffen(unet, 65536, 16, 128, 8, 8)
+        stiffen(unet, *factors)
         after = unet(noisy, times, context, return_dict=False)[0]
     assert (after - before).abs().max() < 1e-4
 
