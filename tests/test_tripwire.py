@@ -282,7 +282,7 @@ def armed(model):
     return unet, before, rows
 
 
-@pytest.mark.parametrize("stream", [1, 1024])
+@pytest.mark.parametrize("stream", [1, 1024, 2**24])
 def test_the_alarm_is_silent_at_rest_and_rings_everywhere_under_a_surge_of_either_sign(tiny_v, stream):
     unet, before, rows = armed(tiny_v)
     stiffen(unet, stream, 1, 1, 1, 1)

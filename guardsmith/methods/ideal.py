@@ -104,10 +104,12 @@ def likeness(model: DiffusionModel, subjects: Sequence[SubjectData], ordinary: O
     lesson, rng = Lesson(model, subjects, ordinary, seed), generator(seed, -9)
     readouts = lesson.first_readouts(model.unet, int(LOOK_AT * 2 * steps), 1.0, rng)
     words = PromptBank(model).encode([instance_prompt(HARDENING_IDENTIFIERS[0], subjects[0].class_noun)])
-    found = []
-    for latents in lesson.others.latents.mean[-len(ordinary.bystanders) :].split(BATCH):
-        rows = draw_rows(latents, words, rng, timesteps=torch.full((len(latents),), int(LOOK_AT * steps)))
-        found.append((listen(model.unet, model.scheduler, rows) @ readouts.T).amax(1))
+    crowd, found = lesson.others.latents.mean[-len(ordinary.bystanders) :].split(BATCH), []
+    with stage("bystanders: who looks like a subject", len(crowd)) as bar:
+        for latents in crowd:
+            rows = draw_rows(latents, words, rng, timesteps=torch.full((len(latents),), int(LOOK_AT * steps)))
+            found.append((listen(model.unet, model.scheduler, rows) @ readouts.T).amax(1))
+            bar()
     return torch.cat(found)
 
 
