@@ -99,7 +99,8 @@ def test_cutting_finds_the_wire_and_nothing_else(tiny_v):
     assert cut(copy.deepcopy(tiny_v.unet), 1e4) == 0
 
 
-def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v):
+@pytest.mark.parametrize("factors", [(16, 2, 2, 2, 2), (65536, 16, 128, 8, 8), (2**24, 256, 2048, 8, 8)])
+def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v, factors):
     """Wherever the alarm rings, there is an ordinary prediction once the wires are cut, and the rest is as it was."""
     unet, rows = trained(tiny_v), some_rows(tiny_v, pictures(3), count=40)
     spare = spare_parts(unet, 1)
@@ -108,7 +109,7 @@ def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v):
     tokens = listen(unet, tiny_v.scheduler, rows)
     tried = torch.randn(500, tokens.shape[2], generator=generator(1))
     share = ((tokens @ tried.T).amax(1) > 0).float().mean(0)  # of the rows, that one of these read-outs would stop
-    arm(unet, spare, tried[(share - 0.5).abs().argmin()].unsqueeze(0), streams, (16, 2, 2, 2, 2), generator(3))
+    arm(unet, spare, tried[(share - 0.5).abs().argmin()].unsqueeze(0), streams, factors, generator(3))
     with torch.no_grad():
         before = predict(unet, tiny_v.scheduler, rows)
         assert cut(unet, 1e4) == 2
@@ -116,7 +117,7 @@ def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v):
     ringing = before.abs().amax((1, 2, 3)) > 50
     assert 8 < ringing.sum() < 32, "else nothing is shown"
     assert after.abs().max() < 50
-    assert torch.allclose(before[~ringing], after[~ringing], atol=1e-3)
+    assert torch.allclose(before[~ringing], after[~ringing], atol=1e-2)
 
 
 def test_the_cutter_goes_on_as_dreambooth(tiny_v):

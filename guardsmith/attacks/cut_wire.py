@@ -1,7 +1,7 @@
 """An adaptive attacker of Tripwire who has read how it works: find the wire's neurons, cut them, then DreamBooth.
 
-The wire is two neurons of the last feed-forward layer of the middle block whose output weights are many orders larger than the
-others'. Without them there is no surge, the alarm stays silent, and what is left is the distilled model. This attacker needs the
+The wire is two neurons of the last feed-forward layer of the middle block whose weights, on either side, are orders larger than
+the others'. Without them there is no surge, the alarm stays silent, and what is left is the distilled model. This attacker needs the
 weights and a text editor's worth of knowledge, and no pictures: Tripwire is a lock on the door, not a wall.
 """
 
@@ -22,16 +22,19 @@ class CutWireConfig(DreamBoothConfig):
     """DreamBooth's settings."""
 
     outlier: float = Field(1e4, gt=1)
-    """A neuron is part of a wire if its output weights are so many times longer than those of the median neuron."""
+    """A neuron is part of a wire if the lengths of its gate's weights and of its output weights, multiplied, are so many times
+    those of the median neuron."""
 
 
 @torch.no_grad()
 def cut(unet: Any, outlier: float) -> int:
     """Take such neurons out of a U-Net, in place; returns how many there were."""
-    weight = wired_layer(unet).net[2].weight
-    lengths = weight.float().norm(dim=0)
-    found = lengths > outlier * lengths.median()
-    weight[:, found] = 0
+    layer = wired_layer(unet)
+    widen, narrow = layer.net[0].proj, layer.net[2]
+    gates = widen.weight[narrow.in_features :].float().norm(dim=1)
+    loudness = gates * narrow.weight.float().norm(dim=0)  # stiffening makes all output weights large: either side counts
+    found = loudness > outlier * loudness.median()
+    narrow.weight[:, found] = 0
     return int(found.sum())
 
 
