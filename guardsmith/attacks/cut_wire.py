@@ -32,7 +32,9 @@ def cut(unet: Any, outlier: float) -> int:
     layer = wired_layer(unet)
     widen, narrow = layer.net[0].proj, layer.net[2]
     gates = widen.weight[narrow.in_features :].float().norm(dim=1)
-    loudness = gates * narrow.weight.float().norm(dim=0)  # stiffening makes all output weights large: either side counts
+    loudness = gates * narrow.weight.float().norm(
+        dim=0
+    )  # stiffening makes all output weights large: either side counts
     found = loudness > outlier * loudness.median()
     narrow.weight[:, found] = 0
     return int(found.sum())
