@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from guardsmith.errors import UserError
-from guardsmith.gate import Interval, Units, attack_at, interval, ratio_interval
+from guardsmith.gate import Interval, Units, attack_at, called, interval, ratio_interval
 from guardsmith.records import read_record
 
 NEEDED = ("checks", "scores", "subjects", "steps_to_break", "utility", "hardening", "verdict", "recipe")
@@ -234,7 +234,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """What is different in the second of two reports, the worst first; checks are matched by name, subject and attack."""
 
     def keyed(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        return {" ".join(filter(None, (c["name"], c["subject"], c["attack"]))): c for c in report["checks"]}
+        return {called(check): check for check in report["checks"]}
 
     def told(check: dict[str, Any] | None) -> str:
         if check is None:

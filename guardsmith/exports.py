@@ -13,6 +13,7 @@ from typing import Any
 
 from junitparser import Error, Failure, JUnitXml, TestCase, TestSuite
 
+from guardsmith.gate import called
 from guardsmith.records import write_text
 
 RULES = {
@@ -39,10 +40,6 @@ def _measured(check: Mapping[str, Any]) -> str:
         return "-"
     bounds = "" if check["low"] is None or check["high"] is None else f" [{check['low']:.2f}, {check['high']:.2f}]"
     return f"{check['value']:.2f}{bounds}"
-
-
-def _named(check: Mapping[str, Any]) -> str:
-    return ", ".join(part for part in (check["name"], check["subject"], check["attack"]) if part)
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
@@ -109,7 +106,7 @@ def as_sarif(report: Mapping[str, Any], registry: str, lines: Mapping[str, int])
         {
             "ruleId": RULES[check["name"]][0],
             "level": SARIF_LEVELS[check["status"]],
-            "message": {"text": f"{_named(check)}: {check['sentence']} (measured {_measured(check)})."},
+            "message": {"text": f"{called(check, ', ')}: {check['sentence']} (measured {_measured(check)})."},
             "locations": [
                 {
                     "physicalLocation": {

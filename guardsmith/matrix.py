@@ -14,9 +14,7 @@ missing, and several verifications can share those of the base. Units run in pro
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -41,7 +39,7 @@ from guardsmith.policy import Policy
 from guardsmith.processes import processes
 from guardsmith.progress import stage
 from guardsmith.recipe import Recipe, VerifySpec
-from guardsmith.records import folder_digest, write_json
+from guardsmith.records import folder_digest, whole_folder, write_json
 from guardsmith.registry import Registry, Subject
 from guardsmith.registry_types import Image
 
@@ -179,10 +177,9 @@ def run_unit(unit: Unit) -> None:
     )  # fmt: skip
     prompts = find_attack(unit.attack).prompts(unit.identifier, unit.class_noun, unit.images)
 
-    temporary = unit.folder.with_name(f".{unit.digest}.{os.getpid()}.tmp")  # others may share the folder
-    try:
+    with whole_folder(unit.folder) as folder:
         for steps, images in drawn.items():
-            place = temporary / "images" / str(steps)
+            place = folder / "images" / str(steps)
             place.mkdir(parents=True)
             for i, image in enumerate(images):
                 to_pil(image).save(place / f"{i:03d}.png")
@@ -190,12 +187,8 @@ def run_unit(unit: Unit) -> None:
         told = {
             "digest": unit.digest, "loss_start": losses[0], "loss_end": sum(tail) / len(tail), "steps_taken": len(losses)
         }  # fmt: skip
-        write_json(temporary / "attack.json", unit.settings | told)
-        write_json(temporary / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
-        shutil.rmtree(unit.folder, ignore_errors=True)
-        temporary.replace(unit.folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(folder / "attack.json", unit.settings | told)
+        write_json(folder / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
 
 
 def scores_of(unit: Unit) -> dict[float, list[float | None]] | None:

@@ -84,6 +84,10 @@ def _embedded(image: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def _told(score: float | None) -> str:
+    return "not scored" if score is None else f"{score:.2f}"
+
+
 def real_strip(subject: Subject) -> Strip:
     """What the judge compares with."""
     pictures = [
@@ -103,8 +107,7 @@ def drawn_strip(units: Sequence[Unit], title: str, look: float, count: int) -> S
         if scores is None:
             continue
         for number, file in enumerate(unit.pictures(look)[:share]):
-            score = scores[look][number]
-            told = "not scored" if score is None else f"{score:.2f}"
+            told = _told(scores[look][number])
             alt = f"{unit.subject} as drawn after {unit.label} {dict(SIDES)[unit.side]}, similarity {told}"
             shown.append(Picture(_embedded(open_image(file)), alt, told))
     return Strip(title, shown[:count], "" if shown else "no pictures: the attack did not run")
@@ -113,14 +116,14 @@ def drawn_strip(units: Sequence[Unit], title: str, look: float, count: int) -> S
 def released_strip(evidence: Evidence, subject: Subject, count: int) -> Strip | None:
     """What the released weights draw of a protected subject before anyone attacks: the first pictures, not the best ones."""
     files = evidence.released.get(subject.id, ())[:count]
-    told = [
-        "not scored" if score is None else f"{score:.2f}" for score in evidence.report["released"][subject.id][:count]
-    ] if files else []  # fmt: skip
+    if not files:
+        return None
+    told = [_told(score) for score in evidence.report["released"][subject.id][:count]]
     shown = [
         Picture(_embedded(open_image(file)), f"{subject.id} as the released weights draw it, similarity {score}", score)
         for file, score in zip(files, told, strict=True)
     ]
-    return Strip("released weights, without an attack", shown) if shown else None
+    return Strip("released weights, without an attack", shown)
 
 
 class Curve(NamedTuple):

@@ -21,7 +21,7 @@ from guardsmith.gate import Levels, calibration, calibration_info
 from guardsmith.images import open_pictures
 from guardsmith.metrics import load_judge
 from guardsmith.recipe import GateSpec, explain
-from guardsmith.records import folder_digest
+from guardsmith.records import folder_digest, read_yaml
 from guardsmith.registry import Registry
 
 
@@ -138,13 +138,9 @@ def load_policy(path: Path) -> Policy:
         UserError: every problem, one sentence a line.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path, "a policy")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a policy file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a policy is a mapping of keys to values; this file is not")
     try:
         return Policy.model_validate(data)
     except ValidationError as error:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from guardsmith.errors import UserError, did_you_mean
+from guardsmith.records import read_yaml
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -260,12 +261,7 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         UserError: every problem, one sentence a line.
     """
     path = find_recipe(name)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values; this file is not")
+    data = read_yaml(path, "a recipe")
     problems = []
     for change in changes:
         try:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from guardsmith.errors import UserError
 
@@ -19,6 +24,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which appears whole in the place of an older one, or not at all; others may write theirs."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -45,6 +63,26 @@ def read_record(record: Path, needed: Sequence[str], again: str) -> dict[str, An
     if missing:
         raise UserError(f"{record} lacks {', '.join(missing)}; {again}.")
     return dict(told)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        path: the file.
+        what: it is, e.g. "a recipe".
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is no YAML, or no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: {what} is a mapping of keys to values; this file is not")
+    return data
 
 
 def folder_digest(*parts: Any) -> str:

@@ -10,20 +10,17 @@ drawn again (SDEdit, Meng et al. 2022; hf.co/papers/2108.01073).
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from guardsmith.images import open_pictures, to_pil
 from guardsmith.matrix import Judged, class_file
 from guardsmith.metrics import Judge
 from guardsmith.prompts import instance_prompt
 from guardsmith.recipe import Recipe
-from guardsmith.records import folder_digest
+from guardsmith.records import folder_digest, whole_folder
 from guardsmith.registry import Subject
 from guardsmith.sampling import generate, redraw
 
@@ -41,27 +38,19 @@ def released_pictures(judged: Judged, recipe: Recipe, subject: Subject) -> list[
     folder = judged.root / "released" / subject.id / digest
     if not folder.is_dir():
         # Every name is asked for both ways: even pictures from noise, odd ones from class pictures where there are any.
-        ways = [range(0, count, 2), range(1, count, 2)] if class_images else [range(count), range(0)]
-        drawn: dict[int, Tensor] = {}
-        for way, class_pictures in zip(ways, (False, True), strict=True):
-            asked, seeds = [prompts[i] for i in way], [FIRST_SEED + i for i in way]
-            if not asked:
-                continue
-            if class_pictures:
-                known = load_file(class_file(judged, subject.class_noun, recipe))["images"]
-                before = known[[i % len(known) for i in way]]
-                images = redraw(judged.model, before, asked, seeds, strength=STRENGTH, **sampling)
-            else:
-                images = generate(judged.model, asked, seeds, **sampling)
-            drawn |= dict(zip(way, images, strict=True))
-        temporary = folder.with_name(f".{digest}.{os.getpid()}.tmp")
-        try:
-            temporary.mkdir(parents=True)
-            for i, image in drawn.items():
-                to_pil(image).save(temporary / f"{i:03d}.png")
-            temporary.replace(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        again = range(1, count, 2) if class_images else range(0)
+        afresh = [i for i in range(count) if i not in again]
+        drawn = generate(judged.model, [prompts[i] for i in afresh], [FIRST_SEED + i for i in afresh], **sampling)
+        found = dict(zip(afresh, drawn, strict=True))
+        if again:
+            known = load_file(class_file(judged, subject.class_noun, recipe))["images"]
+            before = known[[i % len(known) for i in again]]
+            asked, seeds = [prompts[i] for i in again], [FIRST_SEED + i for i in again]
+            drawn = redraw(judged.model, before, asked, seeds, strength=STRENGTH, **sampling)
+            found |= zip(again, drawn, strict=True)
+        with whole_folder(folder) as place:
+            for i, image in found.items():
+                to_pil(image).save(place / f"{i:03d}.png")
     return sorted(folder.glob("*.png"))
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
+from guardsmith.gate import called
 from guardsmith.images import open_image, square
 from guardsmith.matrix import Unit
 from guardsmith.registry import Subject
@@ -112,9 +113,8 @@ def print_report(report: dict[str, Any], root: Path) -> None:
     console.print(table)
     for check in report["checks"]:
         if check["status"] != "pass":
-            who = " ".join(part for part in (check["name"], check["subject"], check["attack"]) if part)
             console.print(
-                f"  [{COLOURS[check['status']]}]{check['status']}[/] {who}: {check['sentence']}",
+                f"  [{COLOURS[check['status']]}]{check['status']}[/] {called(check)}: {check['sentence']}",
                 highlight=False,
             )
     for name, reason in report["failed_units"].items():

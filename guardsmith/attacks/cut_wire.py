@@ -31,10 +31,8 @@ def cut(unet: Any, outlier: float) -> int:
     """Take such neurons out of a U-Net, in place; returns how many there were."""
     layer = wired_layer(unet)
     widen, narrow = layer.net[0].proj, layer.net[2]
-    gates = widen.weight[narrow.in_features :].float().norm(dim=1)
-    loudness = gates * narrow.weight.float().norm(
-        dim=0
-    )  # stiffening makes all output weights large: either side counts
+    # Stiffening makes all output weights large, so either side counts.
+    loudness = widen.weight[narrow.in_features :].float().norm(dim=1) * narrow.weight.float().norm(dim=0)
     found = loudness > outlier * loudness.median()
     narrow.weight[:, found] = 0
     return int(found.sum())

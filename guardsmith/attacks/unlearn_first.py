@@ -7,6 +7,8 @@ knowledge of the backdoor, only the suspicion that there is one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -37,7 +39,8 @@ def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig,
         raise ValueError("unlearning the identifier needs class pictures (verify.class_images)")
     own = with_own_unet(model)
     bank, store = PromptBank(model), encode(model, data.class_images)
-    named, plain = (bank.encode([text]) for text in _prompts(data))
+    named = bank.encode([instance_prompt(data.identifier, data.class_noun)])
+    plain = bank.encode([class_prompt(data.class_noun)])
     steps = int(model.scheduler.config.num_train_timesteps)
 
     def loss_at(step: int) -> Tensor:
@@ -45,8 +48,7 @@ def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig,
         rows = draw_rows(store.draw(2 * config.batch_size, rng), plain, rng, steps=steps)
         with torch.no_grad():
             wanted = predict(model.unet, model.scheduler, rows)
-        asked = draw_rows(rows.latents, named, rng, timesteps=rows.timesteps)
-        asked.noise.copy_(rows.noise)
+        asked = replace(rows, context=named.expand(len(rows), -1, -1))
         return (predict(own.unet, model.scheduler, asked) - wanted).square().mean()
 
     parameters = list(own.unet.requires_grad_(True).parameters())
@@ -56,10 +58,6 @@ def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig,
     )  # fmt: skip
     own.unet.requires_grad_(False)
     return own
-
-
-def _prompts(data: AttackData) -> tuple[str, str]:
-    return instance_prompt(data.identifier, data.class_noun), class_prompt(data.class_noun)
 
 
 def attack(

@@ -7,6 +7,7 @@ that no other part of the project uses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +72,11 @@ def similarity(images: Tensor, references: Tensor) -> list[float | None]:
     Returns:
         One value per picture; `None` for a picture that cannot be scored (not finite).
     """
+    return mean_cosine(embed, images, references)
+
+
+def mean_cosine(embed: Callable[[Tensor], Tensor], images: Tensor, references: Tensor) -> list[float | None]:
+    """`similarity` by any encoder: `embed` gives rows of norm 1."""
     finite = torch.isfinite(images).flatten(1).all(dim=1)
     scores = (embed(torch.nan_to_num(images)) @ embed(references).T).mean(dim=1)
     return [float(s) if ok else None for s, ok in zip(scores, finite, strict=True)]

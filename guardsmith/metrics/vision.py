@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.errors import RunFailed, UserError
+from guardsmith.metrics.identity import mean_cosine
 
 DEFAULTS = {"dino": "facebook/dinov2-small", "clip": "openai/clip-vit-large-patch14"}
 BATCH = 32
@@ -46,10 +47,8 @@ class VisionEncoder:
             scaling = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
-            cause = error.__cause__ or error.__context__
-            if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) or isinstance(
-                cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)
-            ):
+            offline = (LocalEntryNotFoundError, OfflineModeIsEnabled)
+            if any(isinstance(each, offline) for each in (error, error.__cause__ or error.__context__)):
                 raise RunFailed(
                     f"the judge {source} is not in the local Hub cache and the Hub cannot be reached; go online, or name a "
                     "folder."
@@ -79,15 +78,8 @@ class VisionEncoder:
         return found * math.sqrt(found.shape[1])
 
     def similarity(self, images: Tensor, references: Tensor) -> list[float | None]:
-        """Mean cosine similarity of each picture to the references; `None` for one that is not finite.
-
-        Args:
-            images: (n, 3, h, w) float in [-1, 1].
-            references: (m, 3, h, w), real pictures of the subject.
-        """
-        finite = torch.isfinite(images).flatten(1).all(dim=1)
-        scores = (self.embed(torch.nan_to_num(images)) @ self.embed(references).T).mean(dim=1)
-        return [float(s) if ok else None for s, ok in zip(scores, finite, strict=True)]
+        """See `identity.similarity`."""
+        return mean_cosine(self.embed, images, references)
 
 
 @cache
