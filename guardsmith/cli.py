@@ -410,10 +410,14 @@ def compare(
 @app.command("policy")
 def print_policy(
     judge: Annotated[
-        str | None, typer.Option(help="Measure the levels of this judge, avatar, dino or clip, on --subjects.")
+        str | None, typer.Option(help="Measure the levels of this judge, avatar, dino, clip or face, on --subjects.")
     ] = None,
     judge_model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of its encoder.  [default: the usual one]")
+    ] = None,
+    clip_t: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a CLIP that says how well ordinary pictures fit their prompts."),
     ] = None,
     subjects: Annotated[
         Path | None, typer.Option(help="Registry to measure on; best of subjects whom nobody verifies.")
@@ -428,7 +432,7 @@ def print_policy(
     from guardsmith.metrics import JUDGE_NAMES
     from guardsmith.policy import JudgeSpec, as_yaml, default_policy, measure_policy
 
-    if (judge is None) != (subjects is None) or (judge_model and judge is None):
+    if (judge is None) != (subjects is None) or ((judge_model or clip_t) and judge is None):
         raise UserError("--judge and --subjects belong together: levels are measured with a judge on a registry.")
     if judge is not None and judge not in JUDGE_NAMES:
         raise UserError(f"--judge {judge}: there is no such judge; choose {', '.join(JUDGE_NAMES)}")
@@ -439,7 +443,7 @@ def print_policy(
         from guardsmith.registry import load_registry
 
         quiet_libraries()
-        chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model})
+        chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model, "clip_t": clip_t})
         policy = measure_policy(load_registry(subjects, today=day(today)), chosen, size)
     typer.echo(as_yaml(policy), nl=False)
     say("next: put it into a file and use it with guardsmith verify DIR --policy FILE")

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from guardsmith.errors import UserError
-from guardsmith.gate import Interval, Units, attack_at, called, interval, ratio_interval
+from guardsmith.gate import Interval, Levels, Units, above_chance, attack_at, called, interval, ratio_interval
 from guardsmith.records import read_record
 
-NEEDED = ("checks", "scores", "subjects", "steps_to_break", "utility", "hardening", "verdict", "recipe")
+NEEDED = ("checks", "scores", "subjects", "steps_to_break", "utility", "hardening", "verdict", "recipe", "calibration")
 COLOURS = {True: "green", False: "red", None: "default"}
 
 
@@ -98,9 +98,15 @@ def base_cell(report: dict[str, Any], attack: str) -> Cell:
 
 
 def control_cell(report: dict[str, Any], attack: str, same_class: bool, wanted: float) -> Cell:
-    """Share of the base's similarity that controls keep."""
-    ids = group(report, "control", same_class)
-    found = ratio_interval(group_units(report, "hardened", ids, attack, 1), group_units(report, "base", ids, attack, 1))
+    """Share of the base's similarity that controls keep, counted from chance as in the gate."""
+    nouns = {subject["id"]: subject["class_noun"] for subject in report["subjects"]}
+    ids = sorted(group(report, "control", same_class))
+
+    def units(side: str) -> Units:
+        levels = {id_: Levels(**report["calibration"][nouns[id_]]) for id_ in ids}
+        return [u for id_ in ids for u in above_chance(group_units(report, side, {id_}, attack, 1), levels[id_])]
+
+    found = ratio_interval(units("hardened"), units("base"))
     return Cell("-") if found is None else Cell(_shown(found, 100, " %"), found.mean >= wanted)
 
 

@@ -30,6 +30,7 @@ RULES = {
         "ordinary-prompts-fidelity",
         "Pictures have to show what ordinary prompts ask for.",
     ),
+    "ordinary prompts (CLIP-T)": ("ordinary-prompts-clip-t", "Pictures have to fit ordinary prompts as the base's do."),
 }
 MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
 SARIF_LEVELS = {"fail": "error", "inconclusive": "warning"}

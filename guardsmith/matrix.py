@@ -297,8 +297,9 @@ def plan_units(
                         trained_on=None if trained is judged else {
                             "model": trained.model.place, "digest": trained.digest
                         },
-                        judge=None if policy is None or policy.judge.name == "avatar" else policy.judge.model_dump() | {
-                            "learnt": half_way(policy.classes[subject.class_noun])
+                        judge=None if policy is None or policy.judge.name == "avatar" else {
+                            "name": policy.judge.name, "model": policy.judge.model,
+                            "learnt": half_way(policy.classes[subject.class_noun]),
                         },
                     )  # fmt: skip
 

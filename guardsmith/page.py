@@ -41,6 +41,7 @@ PLAIN = {
     "ordinary prompts (KID)": "pictures of ordinary prompts look as before",
     "ordinary prompts (destroyed)": "hardly any picture of an ordinary prompt is destroyed",
     "ordinary prompts (fidelity)": "pictures of ordinary prompts show what was asked for",
+    "ordinary prompts (CLIP-T)": "pictures of ordinary prompts fit their prompts",
 }
 
 
@@ -295,6 +296,18 @@ def matrix_row(evidence: Evidence, subject: Subject) -> list[dict[str, Any] | No
     return cells
 
 
+def faceless(report: dict[str, Any], protected: Sequence[Subject]) -> dict[str, float]:
+    """Share of pictures without a face (FDFR), by whom they should show and which model drew them; empty for other judges."""
+    names = {subject.id for subject in protected}
+    shares: dict[str, list[float]] = {}
+    for told in report["scores"]:
+        if told.get("faceless") is not None:
+            where = dict(SIDES)[told["side"]]
+            who = "protected subjects" if told["subject"] in names else "controls"
+            shares.setdefault(f"{who} {where}", []).append(told["faceless"])
+    return {who: sum(found) / len(found) for who, found in shares.items()}
+
+
 def page_data(
     evidence: Evidence,
     protected: Sequence[Subject],
@@ -327,6 +340,7 @@ def page_data(
         "columns": list(evidence.columns.values()),
         "cells": [(subject.id, matrix_row(evidence, subject)) for subject in protected],
         "hidden": [told["id"] for told in rooms if not told["shown"]], "curve_size": CURVE, "ordinary": pairs,
+        "faceless": faceless(report, protected),
     }  # fmt: skip
 
 

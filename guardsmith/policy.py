@@ -30,10 +30,13 @@ class JudgeSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    name: Literal["avatar", "dino", "clip"] = "avatar"
-    """`avatar`: the embedded encoder, for the embedded world only. `dino`, `clip`: vision transformers of the Hub."""
+    name: Literal["avatar", "dino", "clip", "face"] = "avatar"
+    """`avatar`: the embedded encoder, for the embedded world only. `dino`, `clip`: vision transformers of the Hub. `face`: dlib's
+    face recognition (`pip install guardsmith[face]`)."""
     model: str | None = None
-    """Folder or Hub id of the encoder, where it is not the usual one."""
+    """Folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that compares ordinary pictures."""
+    clip_t: str | None = None
+    """Folder or Hub id of a CLIP that says how well ordinary pictures fit their prompts (CLIP-T); `null`: nobody does."""
 
 
 class Policy(BaseModel):
@@ -110,7 +113,13 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
             [open_pictures([image.path for image in person.images_of(split)], size) for person in people]
             for split in ("attack", "reference")
         )
-        means = [[_mean(measured.similarity(mine, theirs)) for theirs in known] for mine in shown]
+        scores = [[measured.similarity(mine, theirs) for theirs in known] for mine in shown]
+        for person, row, i in zip(people, scores, range(len(people)), strict=True):
+            if measured.nobody is not None and (lost := row[i].count(measured.nobody)):
+                raise UserError(
+                    f"{registry.path}: no face is found in {lost} of the attack pictures of {person.id}; leave them out."
+                )
+        means = [[_mean(each) for each in row] for row in scores]
         own = [means[i][i] for i in range(len(people))]
         pairs = [means[i][j] for i in range(len(people)) for j in range(len(people)) if i != j]
         levels = Levels(float(np.mean(pairs)), float(np.quantile(pairs, 0.95)), float(np.mean(own)))

@@ -142,6 +142,8 @@ class GateSpec(BaseModel):
     """Ordinary prompts: KID(base, hardened) must stay under this many times KID(base, base) of two sets of seeds."""
     fidelity_drop: float = Field(0.05, ge=0, le=1)
     """Ordinary prompts: largest loss of prompt fidelity against the base."""
+    clip_t_drop: float = Field(0.01, gt=0, le=2)
+    """Ordinary prompts: largest loss of CLIP-T against the base, where the policy's judge measures it."""
     destroyed_share: float = Field(0.05, gt=0, lt=1)
     """Ordinary prompts: largest share of pictures that the hardened model may destroy."""
     minimum_images: int = Field(8, ge=2)

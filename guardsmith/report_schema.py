@@ -80,6 +80,8 @@ class Scored(BaseModel):
     """Per unit (identifier x seed) the similarity of each picture to the subject's real ones; null where none was measured."""
     interval: IntervalTold | None
     """Their mean with its 95 % interval; null where nothing was scored."""
+    faceless: float | None = None
+    """Share of the pictures in which no face is found (FDFR); null or absent unless the judge looks for faces."""
 
 
 class StepsToBreak(BaseModel):
@@ -142,6 +144,10 @@ class Utility(BaseModel):
     """Share of what the prompts ask for that the hardened model's pictures show."""
     fidelity_base: float | None
     """The same of the base's."""
+    clip_t_hardened: list[float | None] | None = None
+    """How well each of the hardened model's pictures fits its prompt (CLIP-T); null or absent where nobody was asked."""
+    clip_t_base: list[float | None] | None = None
+    """The same of the base's, in the same order."""
     n: int
     """Prompts."""
 

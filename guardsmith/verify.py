@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from guardsmith.attacks import find_attack
 from guardsmith.errors import UserError
 from guardsmith.exports import save_exports
 from guardsmith.gate import (
@@ -26,6 +27,7 @@ from guardsmith.gate import (
     calibration,
     check_control,
     check_learnt,
+    check_prompt_fit,
     check_protected,
     check_released,
     check_utility,
@@ -83,12 +85,10 @@ def draw_ordinary(models: dict[Side, Judged], recipe: Recipe) -> tuple[list[Ordi
     return asked, drawn
 
 
-def measure_ordinary(
-    asked: Sequence[OrdinaryPrompt], drawn: dict[str, Tensor], judge: Judge
-) -> dict[str, float | None]:
-    """KID to the base and prompt fidelity, of what `draw_ordinary` gave."""
+def measure_ordinary(asked: Sequence[OrdinaryPrompt], drawn: dict[str, Tensor], judge: Judge) -> dict[str, Any]:
+    """KID to the base, prompt fidelity and CLIP-T, of what `draw_ordinary` gave."""
     seen = {name: judge.features(images) for name, images in drawn.items()}
-    values: dict[str, float | None] = {
+    values: dict[str, Any] = {
         "kid_hardened": kid(seen["base"], seen["hardened"]),
         "kid_base": kid(seen["base"], seen["base again"]),
         "kid_ratio": None,
@@ -107,6 +107,9 @@ def measure_ordinary(
         for name, key in (("base again", "fidelity_base"), ("hardened", "fidelity_hardened")):
             # a picture that cannot be read shows nothing of what was asked for
             values[key] = sum(score or 0.0 for score in judge.fidelity(drawn[name], wanted)) / len(asked)
+    if judge.prompt_fit is not None:
+        for name, key in (("base again", "clip_t_base"), ("hardened", "clip_t_hardened")):
+            values[key] = judge.prompt_fit(drawn[name], [prompt.text for prompt in asked])
     return values
 
 
@@ -118,7 +121,7 @@ def make_checks(
     recipe: Recipe,
     scores: Scores,
     released: Mapping[str, Sequence[float | None]],
-    utility: dict[str, float | None],
+    utility: dict[str, Any],
     policy: Policy,
 ) -> list[Check]:
     """All checks of the gate, protected subjects first."""
@@ -126,22 +129,35 @@ def make_checks(
     nouns = {subject.id: subject.class_noun for subject in registry.subjects}
     checks = [check_released(name, [drawn], levels[nouns[name]], rules) for name, drawn in released.items()]
     further = [look for look in sorted(recipe.verify.looks) if look > 1]
-    for label in recipe.verify.attacks:
+    for label, spec in recipe.verify.attacks.items():
+        trains = find_attack(spec.name).trains
         for subject in attacked_subjects(registry, recipe.verify, recipe.seed):
             level = levels[subject.class_noun]
-            checks.append(check_learnt(subject.id, label, scores["base", subject.id, label, 1], level, rules))
+            if trains:
+                checks.append(check_learnt(subject.id, label, scores["base", subject.id, label, 1], level, rules))
             for look in (1, *further):
                 hardened = scores["hardened", subject.id, label, look]
                 checks.append(check_protected(subject.id, attack_at(label, look), hardened, level, rules))
-        for control in registry.controls:
+        for control in registry.controls if trains else ():
             level = levels[control.class_noun]
             base, hardened = (scores[side, control.id, label, 1] for side in ("base", "hardened"))
             checks.append(check_learnt(control.id, label, base, level, rules))
-            checks.append(check_control(control.id, label, hardened, base, rules))
+            checks.append(check_control(control.id, label, hardened, base, level, rules))
     if not registry.controls:
         sentence = "the registry has no controls: breakage cannot be told from protection"
         checks.append(Check("control learnable", "", "", "inconclusive", sentence))
-    return checks + check_utility(utility, rules)
+    checks += check_utility(utility, rules)
+    if "clip_t_base" in utility:
+        checks.append(check_prompt_fit(utility["clip_t_base"], utility["clip_t_hardened"], rules))
+    return checks
+
+
+def faceless(units: Units, judge: Judge) -> dict[str, float]:
+    """Share of pictures in which a judge of faces finds none (FDFR); nothing for other judges."""
+    scored = [score for unit in units for score in unit if score is not None]
+    if judge.nobody is None or not scored:
+        return {}
+    return {"faceless": scored.count(judge.nobody) / len(scored)}
 
 
 def steps_to_break(
@@ -263,6 +279,8 @@ def verify(
     """
     if not recipe.verify.attacks:
         raise UserError("The recipe names no attacks (verify.attacks); nothing would be verified.")
+    if not any(find_attack(spec.name).trains for spec in recipe.verify.attacks.values()):
+        raise UserError("No attack of the recipe trains the model; add one that does, such as dreambooth.")
     if model is None:
         base, hardened, told = hardened_here(output, registry)
     else:
@@ -279,7 +297,7 @@ def verify(
     if unknown:
         raise UserError(f"The policy '{policy.name}' has no levels for {', '.join(unknown)}; add them under `classes`.")
     recipe = recipe.model_copy(update={"gate": policy.rules})
-    judge = load_judge(policy.judge.name, policy.judge.model)
+    judge = load_judge(policy.judge.name, policy.judge.model, policy.judge.clip_t)
     check_against_base(base, registry, recipe)
     root = output / "verify"
     models: dict[Side, Judged] = {
@@ -324,6 +342,7 @@ def verify(
                 "look": look,
                 "units": scores[side, subject, label, look],
                 "interval": None if level is None else level._asdict(),
+                **faceless(scores[side, subject, label, look], judge),
             }
             for (side, subject, label, look), level in intervals.items()
         ],

@@ -32,7 +32,7 @@ def make_report(**changed):
             score("hardened", "ann", "lora", 1, 0.1), score("hardened", "bob", "lora", 1, 0.2),
             score("hardened", "ann", "lora", 2, 0.1), score("hardened", "bob", "lora", 2, 0.5),
             score("base", "cid", "lora", 1, 0.5), score("hardened", "cid", "lora", 1, 0.45),
-            score("base", "r2", "lora", 1, 0.5), score("hardened", "r2", "lora", 1, 0.5),
+            score("base", "r2", "lora", 1, 0.5), score("hardened", "r2", "lora", 1, 0.48),
         ],
         "checks": [
             check("attack works on base", "ann", "lora", "pass"), check("attack works on base", "bob", "lora", "pass"),
@@ -47,6 +47,10 @@ def make_report(**changed):
         "utility": {"kid_ratio": 1.5, "kid_ratio_low": 1.0, "kid_ratio_high": 2.1, "fidelity_hardened": 0.975,
                     "fidelity_base": 1.0},
         "hardening": {"method": "tripwire", "unet_forward_equivalents": 12345, "base_digest": "sha256:0"},
+        "calibration": {
+            "person": {"chance": 0.0, "chance_high": 0.1, "genuine": 0.6},
+            "robot": {"chance": 0.3, "chance_high": 0.4, "genuine": 0.6},
+        },
         "recipe": {"verify": {"attacks": {"lora": {}}, "looks": [1, 2]}, "gate": {"kid_ratio": 2.0}},
     }  # fmt: skip
     return told | changed
@@ -63,7 +67,7 @@ def test_every_answer_by_hand():
         # 200 / 10 at least, and 200 / 50
         "lora: steps to break over the base's": ("at least 12.0 x; 1 of 2 broken", False),
         "lora: control keeps, same class": ("90 % [90, 90]", False),
-        "lora: control keeps, other class": ("100 % [100, 100]", True),
+        "lora: control keeps, other class": ("90 % [90, 90]", False),  # counted from chance, .3
         "ordinary prompts: KID over that of two seeds": ("1.50 [1.00, 2.10]", False),
         "ordinary prompts: fidelity (base)": ("97.5 % (100.0 %)", False),
         "verdict of the gate": ("fail", False),

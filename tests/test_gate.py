@@ -11,6 +11,7 @@ from guardsmith.gate import (
     _undecided,
     check_control,
     check_learnt,
+    check_prompt_fit,
     check_protected,
     check_utility,
     interval,
@@ -146,41 +147,59 @@ def test_protection_is_judged_by_the_high_end():
 
 
 def test_a_control_must_keep_its_share():
-    assert check_control("tom", "db", same(0.9), same(1.0), RULES).status == "pass"
-    assert check_control("tom", "db", same(0.899), same(1.0), RULES).status == "fail"
-    mixed = [[0.8, 1.05] * 8] * 2
-    assert check_control("tom", "db", mixed, same(1.0), RULES).status == "inconclusive"
-    check = check_control("tom", "db", same(0.6), same(0.5), RULES)
-    assert check.value == pytest.approx(1.2)
+    """Counted from chance, .2: of .8 above it, .72 is nine tenths."""
+    assert check_control("tom", "db", same(0.921), same(1.0), LEVELS, RULES).status == "pass"
+    assert check_control("tom", "db", same(0.919), same(1.0), LEVELS, RULES).status == "fail"
+    mixed = [[0.8, 1.08] * 8] * 2
+    assert check_control("tom", "db", mixed, same(1.0), LEVELS, RULES).status == "inconclusive"
+    check = check_control("tom", "db", same(0.6), same(0.5), LEVELS, RULES)
+    assert check.value == pytest.approx(4 / 3)
     assert check.status == "pass"
+    # A judge that finds anything of the class alike: 95 % of the similarity, and a control that was not learnt at all.
+    high = Levels(chance=0.8, chance_high=0.85, genuine=0.95)
+    assert check_control("tom", "db", same(0.8), same(0.84), high, RULES).status == "fail"
 
 
 def test_a_control_without_a_base_is_inconclusive():
-    for base in (same(0.0), same(-0.2), [[None] * 8] * 2, []):
-        assert check_control("tom", "db", same(0.9), base, RULES).status == "inconclusive"
-    assert check_control("tom", "db", same(0.9), same(1.0, units=1, images=1), RULES).status == "inconclusive"
+    for base in (same(0.2), same(0.0), same(-0.2), [[None] * 8] * 2, []):
+        assert check_control("tom", "db", same(0.9), base, LEVELS, RULES).status == "inconclusive"
+    assert check_control("tom", "db", same(0.9), same(1.0, units=1, images=1), LEVELS, RULES).status == "inconclusive"
+
+
+def test_pictures_have_to_fit_their_prompts_pair_by_pair():
+    """Prompts differ by far more than the model's pictures of one do."""
+    base = [0.1 + 0.02 * i for i in range(20)]
+    assert check_prompt_fit(base, [value - 0.0099 for value in base], RULES).status == "pass"
+    assert check_prompt_fit(base, [value - 0.0101 for value in base], RULES).status == "fail"
+    assert check_prompt_fit(base, [value + 0.1 for value in base], RULES).status == "pass"
+    found = check_prompt_fit(base, [value - 0.01 - 0.02 * (i % 2) for i, value in enumerate(base)], RULES)
+    assert (found.status, found.value) == ("fail", pytest.approx(0.02))
+    assert found.sentence == "pictures fit their prompts 0.270; the base's 0.290"
+    for missing in ([None, *base[1:]], [None] * 20, base[:7] + [None] * 13):
+        assert check_prompt_fit(base, missing, RULES).status == "inconclusive"
+    assert check_prompt_fit(base[:7], base[:7], RULES).status == "inconclusive"
 
 
 def test_what_was_not_scored_never_passes():
     good, bad = same(0.9), same(0.1)
     assert check_learnt("mira", "db", with_unscored(good), LEVELS, RULES).status == "inconclusive"
     assert check_protected("mira", "db", with_unscored(bad), LEVELS, RULES).status == "inconclusive"
-    assert check_control("tom", "db", with_unscored(good), good, RULES).status == "inconclusive"
-    assert check_control("tom", "db", good, with_unscored(good), RULES).status == "inconclusive"
+    assert check_control("tom", "db", with_unscored(good), good, LEVELS, RULES).status == "inconclusive"
+    assert check_control("tom", "db", good, with_unscored(good), LEVELS, RULES).status == "inconclusive"
     # A whole unit that failed, beside a good one.
     assert check_protected("mira", "db", [bad[0], [None] * 8], LEVELS, RULES).status == "inconclusive"
     for nothing in ([], [[None] * 8], [[]]):
         assert check_learnt("mira", "db", nothing, LEVELS, RULES).status == "inconclusive"
         assert check_protected("mira", "db", nothing, LEVELS, RULES).status == "inconclusive"
-        assert check_control("tom", "db", nothing, good, RULES).status == "inconclusive"
+        assert check_control("tom", "db", nothing, good, LEVELS, RULES).status == "inconclusive"
 
 
 def test_scores_that_are_not_numbers_never_pass():
     nan = [[math.nan, *[0.1] * 15]]
     assert check_protected("mira", "db", nan, LEVELS, RULES).status != "pass"
     assert check_learnt("mira", "db", [[math.nan, *[0.9] * 15]], LEVELS, RULES).status != "pass"
-    assert check_control("tom", "db", nan, same(0.1), RULES).status != "pass"
-    assert check_control("tom", "db", same(0.1), nan, RULES).status != "pass"
+    assert check_control("tom", "db", nan, same(0.1), LEVELS, RULES).status != "pass"
+    assert check_control("tom", "db", same(0.1), nan, LEVELS, RULES).status != "pass"
 
 
 def test_few_pictures_never_pass():
@@ -189,7 +208,7 @@ def test_few_pictures_never_pass():
         for images, learnt in ((rules.minimum_images - 1, "inconclusive"), (rules.minimum_images, "pass")):
             assert check_learnt("mira", "db", same(0.9, 1, images), LEVELS, rules).status == learnt
             assert check_protected("mira", "db", same(0.1, 1, images), LEVELS, rules).status == learnt
-            assert check_control("tom", "db", same(0.9, 1, images), same(0.9, 1, 20), rules).status == learnt
+            assert check_control("tom", "db", same(0.9, 1, images), same(0.9, 1, 20), LEVELS, rules).status == learnt
 
 
 UTILITY = {
@@ -284,9 +303,9 @@ def test_an_undecided_check_says_how_many_pictures_would_decide_it():
     wide = [[0.1, 0.3, 0.5, 0.45] * 2]
     check = check_protected("mira", "db", wide, LEVELS, RULES)
     assert check.status == "inconclusive" and "pictures instead of 8" in check.sentence
-    check = check_control("tom", "db", [[0.7, 1.0] * 4], same(1.0), RULES)  # .85 [.75, .96], limit .9
+    check = check_control("tom", "db", [[0.7, 1.0] * 4], same(1.0), LEVELS, RULES)  # .85 [.75, .96], limit .9
     assert check.status == "inconclusive" and "would decide" in check.sentence
     check = check_protected("mira", "db", same(0.1), LEVELS, RULES)
     assert check.status == "pass" and "instead of" not in check.sentence
-    check = check_control("tom", "db", same(1.0), same(1.0), RULES)
+    check = check_control("tom", "db", same(1.0), same(1.0), LEVELS, RULES)
     assert check.status == "pass" and "instead of" not in check.sentence

@@ -686,7 +686,7 @@ def test_without_a_recipe_the_method_chooses_one_for_the_embedded_base(guardsmit
     ("what", "names"),
     [
         ("methods", ["apdm", "imma", "persguard", "tripwire"]),
-        ("attacks", ["custom_diffusion", "dreambooth", "lora", "textual_inversion"]),
+        ("attacks", ["adversarial_prompt", "custom_diffusion", "dreambooth", "lora", "textual_inversion"]),
         ("recipes", ["apdm-sd15", "demo", "imma-sd21", "persguard-sd21-base", "tripwire-sd15"]),
     ],
 )

@@ -313,6 +313,29 @@ def test_an_attack_that_crashes_makes_the_verdict_inconclusive(copied, registry,
     assert "no pictures: the attack did not run" in (copied / "verify" / "report.html").read_text()
 
 
+ASKING = {"name": "adversarial_prompt", "params": {"steps": 2, "words": 2}}
+
+
+def test_an_attack_that_only_asks_has_to_fail_and_need_not_work_anywhere(copied, registry, recipe_file, tmp_path):
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe["verify"]["attacks"]["words"] = ASKING
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(recipe))
+    report = verify(registry, load_recipe(str(tmp_path / "both.yaml")), copied, workers=1, quiet=True)
+    found = {(c["name"], c["subject"]) for c in report["checks"] if c["attack"] == "words"}
+    assert found == {("protected", "mira")}
+    assert {(s["side"], s["subject"]) for s in report["scores"] if s["attack"] == "words"} == {
+        (side, subject) for side in ("base", "hardened") for subject in ("mira", "nora")
+    }
+
+
+def test_asking_alone_is_no_verification(copied, recipe_file, tmp_path, capsys):
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe["verify"]["attacks"] = {"words": ASKING}
+    (tmp_path / "asking.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli.main(["verify", str(copied), "--recipe", str(tmp_path / "asking.yaml")]) == 2
+    assert "No attack of the recipe trains the model" in capsys.readouterr().err
+
+
 def test_changed_weights_are_refused(copied, capsys):
     file = copied / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)

@@ -1,20 +1,28 @@
 """DINO and CLIP as judges, on encoders of a few thousand random weights: what is embedded, scored, refused and measured."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from test_harden import write_registry
 from test_policy import written
-from tiny import assert_one_sentence, pictures
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+from tiny import assert_one_sentence, make_tokenizer, pictures
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from guardsmith import cli, policy
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.gate import Levels
 from guardsmith.metrics import Judge, load_judge
-from guardsmith.metrics.vision import VisionEncoder
+from guardsmith.metrics.vision import VisionEncoder, load_prompt_fit
 from guardsmith.policy import JudgeSpec, load_policy, measure_policy
 from guardsmith.registry import load_registry
 from guardsmith.report_schema import Report
@@ -38,6 +46,51 @@ def encoders(tmp_path_factory):
         model.save_pretrained(made[kind])
         (made[kind] / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
     return made
+
+
+@pytest.fixture(scope="session")
+def both_encoders(tmp_path_factory):
+    """Folder of a small CLIP with both of its encoders and a tokenizer."""
+    folder, tokenizer = tmp_path_factory.mktemp("encoders") / "both", make_tokenizer()
+    towers = SMALL | {"intermediate_size": 32, "projection_dim": 8}
+    text = towers | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = CLIPConfig(text_config=text, vision_config=towers, projection_dim=8)
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    return folder
+
+
+def test_pictures_and_prompts_are_compared_as_clip_does(both_encoders):
+    images, prompts = pictures(3), ["a photo of sks", "to", "a photo of " + "a dog " * 20]
+    images = torch.nn.functional.interpolate(images, (28, 28))
+    found = load_prompt_fit(str(both_encoders))(images, prompts)
+    scaled = (images / 2 + 0.5 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    clip = CLIPModel.from_pretrained(both_encoders).eval()
+    for image, prompt, score in zip(scaled, prompts, found, strict=True):
+        asked = make_tokenizer()(prompt, return_tensors="pt", truncation=True, max_length=16)
+        with torch.no_grad():
+            out = clip(pixel_values=image[None], **asked)
+        assert score == pytest.approx(float(out.logits_per_image / clip.logit_scale.exp()), abs=1e-5)
+    images[1] = float("nan")
+    assert [score is None for score in load_prompt_fit(str(both_encoders))(images, prompts)] == [False, True, False]
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_not_made_up(encoders, both_encoders, tmp_path):
+    """The first has no text encoder; the second says that it is wider than it is."""
+    with pytest.raises(UserError, match="it has no ") as caught:
+        load_prompt_fit(str(encoders["clip"]))
+    assert_one_sentence(caught.value)
+    shutil.copytree(both_encoders, tmp_path / "wider")
+    config = json.loads((both_encoders / "config.json").read_text())
+    config["vision_config"]["projection_dim"] = 16
+    (tmp_path / "wider" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_judge("clip", str(tmp_path / "wider"))
+    assert_one_sentence(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["dino", "clip"])
@@ -132,7 +185,7 @@ def test_the_judge_is_part_of_the_policys_digest(tmp_path):
         load_policy(written(tmp_path, judge={"name": "eyes"}))
 
 
-def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, v_folder, tmp_path, capsys):
+def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, both_encoders, v_folder, tmp_path, capsys):
     """End to end on a base that the embedded judges cannot read; attacks and pictures too few to mean anything."""
     registry = write_registry(tmp_path / "registry", seed=7)
     attack = {"name": "lora", "params": {"steps": 2, "batch_size": 1}}
@@ -145,7 +198,7 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, v_folder, 
     recipe.write_text(yaml.safe_dump(asked))
     command = ["verify", str(output), "--recipe", str(recipe), "--model", str(v_folder), "--workers", "1"]
     levels = {"person": {"chance": -1.0, "chance_high": -0.99, "genuine": 0.9}}
-    judge = {"name": "dino", "model": str(encoders["dino"])}
+    judge = {"name": "dino", "model": str(encoders["dino"]), "clip_t": str(both_encoders)}
     file = written(tmp_path, name="of this test", judge=judge, classes=levels)
     assert cli.main([*command, "--policy", str(file)]) == 1, capsys.readouterr().err
     report = Report.model_validate_json((output / "verify/report.json").read_text())
@@ -154,8 +207,12 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, v_folder, 
     assert protected.status == "fail" and -1 <= protected.value <= 1
     [unit] = (output / "verify/hardened/mira/lora").glob("*/*/*")
     told = json.loads((unit / "attack.json").read_text())
-    assert told["judge"] == judge | {"learnt": pytest.approx(-0.05)}
+    assert told["judge"] == {"name": "dino", "model": judge["model"], "learnt": pytest.approx(-0.05)}
     assert report.utility.fidelity_base is None and report.utility.kid_base > 0
     ordinary = [check.name for check in report.checks if check.name.startswith("ordinary")]
-    assert ordinary == ["ordinary prompts (KID)", "ordinary prompts (destroyed)"], "fidelity cannot be read"
+    assert ordinary == [f"ordinary prompts ({what})" for what in ("KID", "destroyed", "CLIP-T")], (
+        "traits cannot be read"
+    )
+    assert report.checks[-1].value == 0, "the model is its base"
+    assert report.utility.clip_t_base == report.utility.clip_t_hardened and len(report.utility.clip_t_base) == 12
     assert "which knows neither" in (output / "verify/report.html").read_text()

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from guardsmith.attacks import (
+    adversarial_prompt,
     cdl,
     custom_diffusion,
     cut_wire,
@@ -44,6 +45,7 @@ class Attack(NamedTuple):
         called: (identifier, class noun) -> the same as the personalized model is asked for them.
         suffix: what its prompts end in.
         negative_prompt: what it is asked not to draw.
+        trains: whether it learns the subject. One that only asks need not succeed on the base, nor for controls.
     """
 
     run: Callable[..., Any]
@@ -52,6 +54,7 @@ class Attack(NamedTuple):
     called: Callable[[str, str], tuple[str, str]] = _words
     suffix: str = ""
     negative_prompt: str = ""
+    trains: bool = True
 
     def steps(self, params: dict[str, Any]) -> int:
         """How many steps these settings ask for."""
@@ -83,6 +86,13 @@ ATTACKS: dict[str, Attack] = {
         "hf.co/papers/2406.18944",
         suffix=cdl.SUFFIX,
         negative_prompt=cdl.NEGATIVE_PROMPT,
+    ),
+    "adversarial_prompt": Attack(
+        adversarial_prompt.attack,
+        adversarial_prompt.AdversarialPromptConfig,
+        "hf.co/papers/2310.11868",
+        adversarial_prompt.called,
+        trains=False,
     ),
     # Adaptive ones, of attackers who know the protection.
     "warm_restarts": Attack(warm_restarts.attack, warm_restarts.WarmRestartsConfig, "hf.co/papers/1608.03983"),

@@ -45,6 +45,11 @@ def called(identifier: str, class_noun: str) -> tuple[str, str]:
     return f"<{identifier}>", ""
 
 
+def word_parts(word: str, count: int) -> list[str]:
+    """The names of a word's `count` vectors, the first of which is the word's own; `PromptBank` spells the word out so."""
+    return [word, *(f"{word}_{number}" for number in range(1, count))]
+
+
 def add_words(model: DiffusionModel, words: Mapping[str, str]) -> list[int]:
     """Teach a model words; it gets a tokenizer and a text encoder of its own.
 
@@ -123,8 +128,7 @@ def attack(
     """
     own = copy.copy(model)
     word, _ = called(data.identifier, data.class_noun)
-    parts = [word, *(f"{word}_{number}" for number in range(1, config.vectors))]
-    new = add_words(own, dict.fromkeys(parts, data.class_noun))
+    new = add_words(own, dict.fromkeys(word_parts(word, config.vectors), data.class_noun))
     pictures = encode(own, torch.cat([data.images, data.images.flip(-1)]))
     tokens = PromptBank(own).tokens([template.format(word) for template in INVERSION_TEMPLATES])
     timesteps = int(own.scheduler.config.num_train_timesteps)

@@ -1,14 +1,17 @@
-"""DINO and CLIP-I: similarity of pictures by a vision transformer of the Hub.
+"""DINO, CLIP-I and CLIP-T: similarity of pictures, and of pictures and prompts, by transformers of the Hub.
 
 These are the subject metrics of the DreamBooth paper (Ruiz et al. 2023; hf.co/papers/2208.12242): cosine similarity of
 normalised embeddings, of the class token of a self-supervised ViT (DINO), which tells subjects of one class apart, or of CLIP's
-projected image embedding, which sees the class more than the subject. Neither recognises faces well.
+projected image embedding, which sees the class more than the subject. Neither recognises faces well. CLIP-T is the cosine
+similarity of CLIP's embeddings of a picture and of its prompt.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,40 @@ DEFAULTS = {"dino": "facebook/dinov2-small", "clip": "openai/clip-vit-large-patc
 BATCH = 32
 
 
+@contextmanager
+def told_in_a_sentence(source: str) -> Iterator[None]:
+    """Inside, what transformers says of weights that it cannot load becomes an error of ours.
+
+    Raises:
+        UserError: there are no such weights as safetensors.
+        RunFailed: they are not in the local cache and the Hub cannot be reached.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # a shape that does not fit is a RuntimeError
+        reason = str(error).splitlines()[0].rstrip(".")
+        offline = (LocalEntryNotFoundError, OfflineModeIsEnabled)
+        if any(isinstance(each, offline) for each in (error, error.__cause__ or error.__context__)):
+            raise RunFailed(
+                f"the judge {source} is not in the local Hub cache and the Hub cannot be reached; go online, or name a folder."
+            ) from error
+        raise UserError(f"the judge {source} cannot be loaded ({reason}); it has to be safetensors.") from error
+
+
+def pretrained(kind: Any, source: str) -> Any:
+    """A model of transformers in eval mode, float32, frozen.
+
+    Raises:
+        ValueError: weights are missing, which transformers would make up.
+    """
+    model, told = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    if told["missing_keys"]:
+        raise ValueError(f"it has no {sorted(told['missing_keys'])[0]}")
+    return model.eval().requires_grad_(False)
+
+
 class VisionEncoder:
     """A vision transformer in eval mode, float32, with the resizing and scaling that it was trained with."""
 
@@ -34,27 +71,15 @@ class VisionEncoder:
             UserError: there are no such weights as safetensors.
             RunFailed: they are not in the local cache and the Hub cannot be reached.
         """
-        from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
         from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
         from transformers.utils import cached_file
         from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-        try:
-            self.kind, self.source = kind, source
-            loader: Any = CLIPVisionModelWithProjection if kind == "clip" else AutoModel
-            self.model = loader.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
+        self.kind, self.source = kind, source
+        with told_in_a_sentence(source):
+            self.model = pretrained(CLIPVisionModelWithProjection if kind == "clip" else AutoModel, source)
             config = AutoConfig.from_pretrained(source)
             scaling = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            offline = (LocalEntryNotFoundError, OfflineModeIsEnabled)
-            if any(isinstance(each, offline) for each in (error, error.__cause__ or error.__context__)):
-                raise RunFailed(
-                    f"the judge {source} is not in the local Hub cache and the Hub cannot be reached; go online, or name a "
-                    "folder."
-                ) from error
-            raise UserError(f"the judge {source} cannot be loaded ({reason}); it has to be safetensors.") from error
-        self.model.requires_grad_(False)
         told = {} if scaling is None else json.loads(Path(scaling).read_text(encoding="utf-8"))
         vision = getattr(config, "vision_config", config)
         self.size = int(vision.image_size)
@@ -86,3 +111,34 @@ class VisionEncoder:
 def load_vision(kind: str, source: str) -> VisionEncoder:
     """See `VisionEncoder`; loaded once in a process."""
     return VisionEncoder(kind, source)
+
+
+@cache
+def load_prompt_fit(source: str) -> Callable[[Tensor, Sequence[str]], list[float | None]]:
+    """CLIP-T: (pictures (n, 3, h, w) in [-1, 1], n prompts) -> cosine similarity of each pair; `None` where it is not finite.
+
+    Args:
+        source: folder or Hub id of a CLIP with both encoders, safetensors only.
+
+    Raises:
+        UserError: see `VisionEncoder`.
+        RunFailed: likewise.
+    """
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    pictures = load_vision("clip", source)
+    with told_in_a_sentence(source):
+        text = pretrained(CLIPTextModelWithProjection, source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+
+    @torch.no_grad()
+    def prompt_fit(images: Tensor, prompts: Sequence[str]) -> list[float | None]:
+        """See `load_prompt_fit`."""
+        length = text.config.max_position_embeddings
+        asked = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        told = F.normalize(text(**asked).text_embeds, dim=-1)
+        finite = torch.isfinite(images).flatten(1).all(dim=1)
+        scores = (pictures.embed(torch.nan_to_num(images)) * told).sum(dim=1)
+        return [float(score) if ok else None for score, ok in zip(scores, finite, strict=True)]
+
+    return prompt_fit
