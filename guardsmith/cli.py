@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shlex
 import traceback
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import typer
 
 from guardsmith import __version__
 from guardsmith.cli_registry import check, registry_app
-from guardsmith.errors import GuardsmithError, UserError
+from guardsmith.errors import GuardsmithError, UserError, system_errno
 from guardsmith.talk import DAY, day, print_schema, say
 
 if TYPE_CHECKING:
@@ -70,19 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # wrong usage; Typer's exception class is not public in every version
             return _usage(error)
-        number = _errno(error)
+        number = system_errno(error)
         if number == errno.ENOSPC:
             return _fail(f"no space left on the disk{_of(error)}: free some space and run again", 4, error)
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _fail(f"no permission to write or read{_of(error)}: choose another place", 2, error)
         return _bug(error)
-
-
-def _errno(error: Exception) -> int | None:
-    """The system's error number; safetensors and shutil.copytree have it only in their text."""
-    number = getattr(error, "errno", None)
-    told = re.search(r"(?:os error |Errno )(\d+)", str(error))
-    return number or (int(told[1]) if told else None)
 
 
 def _of(error: Exception) -> str:

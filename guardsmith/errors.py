@@ -1,6 +1,7 @@
 """One error class per exit code. Each carries one sentence: what is wrong and what to do."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -26,3 +27,10 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the choice that is spelt nearly like it, or nothing."""
     close = difflib.get_close_matches(str(word).lower(), list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def system_errno(error: Exception) -> int | None:
+    """The system's error number; safetensors and shutil.copytree have it only in their text."""
+    number: int | None = getattr(error, "errno", None)
+    told = re.search(r"(?:os error |Errno )(\d+)", str(error))
+    return number or (int(told[1]) if told else None)

@@ -13,6 +13,7 @@ missing, and several verifications can share those of the base. Units run in pro
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_during_attack, find_attack
 from guardsmith.attacks.data import CHANGES
-from guardsmith.errors import GuardsmithError, UserError
+from guardsmith.errors import GuardsmithError, UserError, system_errno
 from guardsmith.gate import Units, calibration, half_way, interval
 from guardsmith.images import open_pictures, to_pil
 from guardsmith.metrics import load_judge
@@ -323,6 +324,8 @@ def run_units(units: Sequence[Unit], workers: int) -> dict[str, str]:
             except GuardsmithError as error:
                 failed[unit.name] = str(error)
             except Exception as error:  # an attack that crashes is a finding about that cell, not the end of the run
+                if system_errno(error) == errno.ENOSPC:  # unlike a full disk
+                    raise
                 failed[unit.name] = f"{type(error).__name__}: {error}"
             bar()
     return failed

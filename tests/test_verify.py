@@ -1,7 +1,11 @@
 """Verification end to end on the embedded base, with attacks too short to learn anything: what is tested is the judging."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -334,6 +338,55 @@ def test_asking_alone_is_no_verification(copied, recipe_file, tmp_path, capsys):
     (tmp_path / "asking.yaml").write_text(yaml.safe_dump(recipe))
     assert cli.main(["verify", str(copied), "--recipe", str(tmp_path / "asking.yaml")]) == 2
     assert "No attack of the recipe trains the model" in capsys.readouterr().err
+
+
+FULL = """
+import errno
+from guardsmith.attacks import Attack
+from guardsmith.attacks.lora import LoraConfig
+
+def run(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+ATTACK = Attack(run, LoraConfig, "nowhere")
+"""
+
+
+def test_a_full_disk_ends_the_run_and_leaves_no_report(copied, recipe_file, tmp_path, monkeypatch, capsys):
+    """Unlike an attack that crashes: every other would find no space either."""
+    (tmp_path / "full_disk.py").write_text(FULL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe["verify"]["attacks"] = {"full": {"name": "full_disk:ATTACK"}}
+    (tmp_path / "full.yaml").write_text(yaml.safe_dump(recipe))
+    (copied / "verify" / "report.json").unlink()
+    assert cli.main(["verify", str(copied), "--recipe", str(tmp_path / "full.yaml"), "--workers", "1"]) == 4
+    assert "no space left on the disk" in capsys.readouterr().err
+    assert not (copied / "verify" / "report.json").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
+def test_a_verification_killed_on_the_way_goes_on_with_what_is_missing(verified, recipe_file, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(verified[0], output, ignore=shutil.ignore_patterns("lora", "report*", "grid.png"))
+    command = [sys.executable, "-m", "guardsmith", "verify", output, "--recipe", recipe_file, "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            deadline = time.monotonic() + 300
+            while not (done := list((output / "verify").glob("*/*/lora/**/scores.json"))):
+                assert child.poll() is None, child.communicate()[1]
+                assert time.monotonic() < deadline, "no unit within five minutes"
+                time.sleep(0.005)
+        finally:
+            child.kill()
+    assert len(done) < 4
+    assert not (output / "verify" / "report.json").exists()
+    before = {file: file.stat().st_mtime_ns for file in done}
+    assert cli.main(["verify", str(output), "--recipe", str(recipe_file), "--workers", "1"]) == 3
+    assert {file: file.stat().st_mtime_ns for file in done} == before
+    again = json.loads((output / "verify" / "report.json").read_text())
+    assert again["checks"] == json.loads((verified[0] / "verify" / "report.json").read_text())["checks"]
 
 
 def test_changed_weights_are_refused(copied, capsys):
