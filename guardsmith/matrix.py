@@ -70,6 +70,8 @@ class Unit:
     """One attack on one model: everything that decides its result.
 
     Attributes:
+        class_noun: the registry's word for the subject's class, whose levels count.
+        called: the attacker's word for it, where it is another one.
         looks: share of the attack's usual steps -> number of steps; pictures are drawn then.
         change: what the attacker does to the pictures before (`attacks.data.CHANGES`).
         first: whom the attacker trains on before: images, their digest, class_noun, class_pictures.
@@ -100,6 +102,12 @@ class Unit:
     first: dict[str, Any] | None = None
     trained_on: dict[str, str] | None = None
     judge: dict[str, Any] | None = None
+    called: str | None = None
+
+    @property
+    def noun(self) -> str:
+        """What the attacker calls the class."""
+        return self.called or self.class_noun
 
     @property
     def name(self) -> str:
@@ -116,6 +124,8 @@ class Unit:
         change, first, trained_on, judge = (told.pop(key) for key in ("change", "first", "trained_on", "judge"))
         told |= {"change": change} if change else {}
         told |= {"judge": judge} if judge else {}
+        if told["called"] is None:
+            del told["called"]
         told |= {"first": {key: first[key] for key in ("digest", "class_noun")}} if first else {}
         return told | ({"trained_on": trained_on["digest"]} if trained_on else {})
 
@@ -154,7 +164,7 @@ def run_unit(unit: Unit) -> None:
     model = judged if unit.trained_on is None else _model(unit.trained_on["model"])
     change = None if unit.change is None else CHANGES[unit.change]
     images = open_pictures(unit.attack_images, model.image_size, change)
-    data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.class_noun)
+    data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.noun)
     first = None
     if unit.first is not None:
         others = _class_images(unit.first["class_pictures"], unit.class_images)
@@ -176,7 +186,7 @@ def run_unit(unit: Unit) -> None:
         sampling=unit.sampling, enough=enough, first=first, first_steps=unit.looks[1],
         onto=None if unit.trained_on is None else judged,
     )  # fmt: skip
-    prompts = find_attack(unit.attack).prompts(unit.identifier, unit.class_noun, unit.images)
+    prompts = find_attack(unit.attack).prompts(unit.identifier, unit.noun, unit.images)
 
     with whole_folder(unit.folder) as folder:
         for steps, images in drawn.items():
@@ -282,6 +292,7 @@ def plan_units(
                         "class_noun": stranger.class_noun,
                         "class_pictures": str(class_file(trained, stranger.class_noun, recipe)),
                     }  # fmt: skip
+                noun = attack.class_noun or subject.class_noun
                 for identifier, seed in pairs if spec.crossed else [pairs[(row + column) % len(pairs)]]:
                     yield Unit(
                         side=side, root=str(judged.root), model=judged.model.place, model_digest=judged.digest,
@@ -291,8 +302,9 @@ def plan_units(
                         images_digest=folder_digest([i.sha256 for i in (*attacked, *references)]), attack=attack.name,
                         params=attack.params | {"steps": max(looks.values())}, looks=looks, label=label,
                         identifier=identifier, seed=seed, images=spec.images_per_unit,
-                        class_pictures=str(class_file(trained, subject.class_noun, recipe)),
+                        class_pictures=str(class_file(trained, noun, recipe)),
                         class_images=spec.class_images, sampling=recipe.sampling.model_dump(),
+                        called=None if noun == subject.class_noun else noun,
                         change=attack.data if attack.data in CHANGES else None,
                         first=first,
                         trained_on=None if trained is judged else {

@@ -52,6 +52,8 @@ class AttackSpec(BaseModel):
     """A key of `guardsmith list attacks`."""
     params: dict[str, Any] = {}
     """Settings of that attack; anything left out has diffusers' default."""
+    class_noun: str | None = Field(None, min_length=1)
+    """What the attacker calls the class of everyone attacked, where it is not the registry's word."""
     data: Literal["unseen", "hardened_on", "mixed", "flipped", "blurred", "jpeg"] = "unseen"
     """The attacker's pictures: the registry's `attack` pictures; the very ones that were hardened on; one of the subject among
     three of other people of its class; or the `attack` pictures mirrored, blurred (a 128th of their width) or saved as JPEG of

@@ -306,6 +306,7 @@ def verify(
     }
     attacked = attacked_subjects(registry, recipe.verify, recipe.seed)
     nouns = dict.fromkeys(s.class_noun for s in (*attacked, *registry.controls))
+    nouns |= dict.fromkeys(spec.class_noun for spec in recipe.verify.attacks.values() if spec.class_noun)
     for side, judged in models.items():
         judged.root.mkdir(parents=True, exist_ok=True)
         for noun in nouns if recipe.verify.class_images else ():

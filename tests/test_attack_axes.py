@@ -12,7 +12,7 @@ from test_attacks import make_data
 from test_tripwire import some_rows, trained
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
-from guardsmith.attacks import FIRST_STAGE, draw_during_attack, dreambooth, lora
+from guardsmith.attacks import ATTACKS, FIRST_STAGE, draw_during_attack, dreambooth, lora
 from guardsmith.attacks.data import CHANGES
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig, carry_adapters, merge_adapters
@@ -21,6 +21,7 @@ from guardsmith.images import to_pil, to_tensor
 from guardsmith.losses import predict
 from guardsmith.matrix import Judged, attack_images, plan_units, run_unit, scores_of, stranger_to
 from guardsmith.models import load_model
+from guardsmith.prompts import PromptBank
 from guardsmith.recipe import load_recipe
 from guardsmith.registry import load_registry
 
@@ -73,6 +74,59 @@ def test_the_attackers_pictures(registry):
     nora = everyone[1] if everyone[1].class_noun == mira.class_noun else registry.controls[0]
     one, two, three = attack_images(mira, "mixed", [mira, nora])[1:]
     assert (one, two, three) == nora.images_of("attack")[:3], "one other has to do"
+
+
+def test_the_attackers_class_noun_is_in_prompts_and_class_pictures_and_no_level(registry, both, monkeypatch):
+    from guardsmith import matrix
+
+    found = units_of(registry, both, class_noun="character")
+    unit = found["hardened", "other", "mira"]
+    assert (unit.class_noun, unit.noun, unit.settings["called"]) == ("person", "character", "character")
+    assert "class-character-" in unit.class_pictures and "class-person-" not in unit.class_pictures
+    plain = found["hardened", "plain", "mira"]
+    assert unit.digest != plain.digest and "called" not in plain.settings
+    by_registry = units_of(registry, both, class_noun="person")["hardened", "other", "mira"]
+    assert by_registry.digest == plain.digest, "the registry's own word is no other one"
+    asked = []
+
+    def spy(model, attack, params, data, **_):
+        asked.append(data.class_noun)
+        return {3: torch.zeros(unit.images, 3, 64, 64)}, [1.0]
+
+    monkeypatch.setattr(matrix, "draw_during_attack", spy)
+    run_unit(unit)
+    assert asked == ["character"]
+    told = json.loads((unit.folder / "scores.json").read_text())
+    assert told["prompts"][0] == "a photo of zwx character"
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "cdl", "custom_diffusion", "unlearn_first"])
+def test_the_instance_prompt_is_the_attackers(tiny_v, name, monkeypatch):
+    """What is encoded: the template's words, and the class prompt as ever."""
+    attack, said = ATTACKS[name], set()
+    real = PromptBank.tokens
+
+    def spy(self, prompts):
+        said.update(prompts)
+        return real(self, prompts)
+
+    monkeypatch.setattr(PromptBank, "tokens", spy)
+    config = attack.config(steps=1, batch_size=1, template="the {class_noun} {identifier} at sea")
+    attack.run(tiny_v, make_data(), config, seed=0)
+    word = "<sks>" if name == "custom_diffusion" else "sks"
+    assert any(f"the person {word} at sea" in prompt for prompt in said), said
+    assert not any(f"a photo of {word}" in prompt for prompt in said)
+    assert any("a photo of person" in prompt for prompt in said)
+
+
+@pytest.mark.parametrize(
+    "template", ["a photo", "{identifier}", "{identifier} {class_noun} {x}", "{identifier} {class_noun} }"]
+)
+def test_an_instance_prompt_without_its_words_is_refused(template):
+    attack = {"name": "lora", "params": {"template": template}}
+    with pytest.raises(UserError, match="template") as caught:
+        load_recipe("demo", ["verify.attacks=" + json.dumps({"some": attack})])
+    assert_one_sentence(caught.value)
 
 
 def test_two_stages_need_somebody_else(registry):

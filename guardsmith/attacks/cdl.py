@@ -44,7 +44,7 @@ def attack(
 ) -> tuple[DiffusionModel, list[float]]:
     """Personalize a copy of the model; returns it, frozen again, and the loss of every step."""
     prompts = (
-        f"{instance_prompt(data.identifier, data.class_noun)}, {NOISE}",
+        f"{instance_prompt(data.identifier, data.class_noun, config.template)}, {NOISE}",
         f"{class_prompt(data.class_noun)}{SUFFIX}",
     )
     return dreambooth.attack(model, data, config, seed=seed, on_step=on_step, prompts=prompts)

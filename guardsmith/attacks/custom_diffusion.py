@@ -116,7 +116,7 @@ def attack(
     pictures = encode(own, torch.cat([images for images, _, _ in views]))
     masks = torch.cat([mask for _, mask, _ in views])
     bank = PromptBank(own)
-    plain = instance_prompt(word, noun).removeprefix("a ")
+    plain = instance_prompt(word, noun, config.template).removeprefix("a ")
     tokens = bank.tokens([f"a {phrase} {plain}".replace("  ", " ") for _, _, said in views for phrase in said])
     prior = encode(own, data.class_images) if config.prior_weight and len(data.class_images) else None
     class_context = bank.encode([class_prompt(noun)])

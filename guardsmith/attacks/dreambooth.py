@@ -10,16 +10,17 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from string import Formatter
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from guardsmith.errors import RunFailed
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import draw_rows, join, row_losses
 from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.prompts import PromptBank, class_prompt, instance_prompt
+from guardsmith.prompts import INSTANCE_TEMPLATE, PromptBank, class_prompt, instance_prompt
 from guardsmith.training import generator, optimizer_step
 
 
@@ -40,6 +41,16 @@ class DreamBoothConfig(BaseModel):
     """Gradient clipping."""
     train_text_encoder: bool = False
     """Train the text encoder too, with the same rate."""
+    template: str = INSTANCE_TEMPLATE
+    """Instance prompt, with {identifier} and {class_noun} in it."""
+
+    @field_validator("template")
+    @classmethod
+    def _has_its_words(cls, template: str) -> str:
+        fields = [field for _, field, *_ in Formatter().parse(template) if field is not None]
+        if sorted(fields) != ["class_noun", "identifier"]:
+            raise ValueError("has to contain {identifier} and {class_noun}, once each")
+        return template
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,10 @@ def train_on_subject(
     """
     subject: LatentStore = encode(model, data.images)
     prior = encode(model, data.class_images) if config.prior_weight and len(data.class_images) else None
-    said = prompts or (instance_prompt(data.identifier, data.class_noun), class_prompt(data.class_noun))
+    said = prompts or (
+        instance_prompt(data.identifier, data.class_noun, config.template),
+        class_prompt(data.class_noun),
+    )
     bank = PromptBank(model)
     timesteps = int(model.scheduler.config.num_train_timesteps)
 

@@ -39,7 +39,7 @@ def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig,
         raise ValueError("unlearning the identifier needs class pictures (verify.class_images)")
     own = with_own_unet(model)
     bank, store = PromptBank(model), encode(model, data.class_images)
-    named = bank.encode([instance_prompt(data.identifier, data.class_noun)])
+    named = bank.encode([instance_prompt(data.identifier, data.class_noun, config.template)])
     plain = bank.encode([class_prompt(data.class_noun)])
     steps = int(model.scheduler.config.num_train_timesteps)
 
