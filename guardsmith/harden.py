@@ -1,45 +1,32 @@
-"""Registry + base -> hardened model: `out/model` (a diffusers folder) and `out/harden.json` (how it came about).
-
-out/settings.json      what was asked; a resumed run must ask the same
-out/cache/             class pictures and ordinary pictures drawn by the base
-out/checkpoints/       training state
-out/probes/            what the model drew on the way, and numbers
-out/model/             appears whole, at the end
-out/state.safetensors  what `--add-to` begins from; for Tripwire a model without its wires, so not for publication
-out/harden.json        written last: its presence says that the run is complete
-"""
+"""Registry + base -> hardened model: `out/model` (a diffusers folder) and `out/harden.json` (how it came about)."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from guardsmith import __version__
+from guardsmith.drawing import drawn_by, drawn_with_states
 from guardsmith.errors import UserError
 from guardsmith.images import open_image, open_pictures, square, to_tensor
 from guardsmith.methods import METHODS
-from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
+from guardsmith.methods.data import OrdinaryData, States, SubjectData
 from guardsmith.methods.ideal import with_ideal_states
-from guardsmith.methods.tripwire import REHEARSALS, rehearse
+from guardsmith.methods.rehearsal import rehearsed_by
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
+from guardsmith.output import check_apart, only_run, prepare_output, read_settings
 from guardsmith.probes import Probes
-from guardsmith.processes import gather, processes, tell
 from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
 from guardsmith.recipe import Recipe
@@ -47,82 +34,9 @@ from guardsmith.records import folder_digest, read_record, write_json
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
 from guardsmith.registry_images import files_of
 from guardsmith.registry_types import ImageEntry
-from guardsmith.sampling import generate
-from guardsmith.training import UNetCost, changed_fraction, finished_state, load_checkpoint, save_checkpoint
+from guardsmith.training import UNetCost, changed_fraction, finished_state, save_checkpoint
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
-WRITTEN = ("harden.json", "state.safetensors", "model", ".model.tmp", "checkpoints", "cache", "probes", "verify")
-
-
-def _read_settings(output: Path) -> dict[str, Any] | None:
-    """What an earlier run was asked, if the folder's settings.json is one of guardsmith's."""
-    try:
-        written = json.loads((output / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return written if isinstance(written, dict) and "registry_digest" in written else None
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{key}" if key else section: value
-        for section, content in json.loads(json.dumps(settings)).items()
-        for key, value in (content if isinstance(content, dict) else {"": content}).items()
-    }
-
-
-def prepare_output(output: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make the output folder, or agree to go on in it. Overwriting deletes what guardsmith wrote, and nothing else.
-
-    Raises:
-        UserError: it exists and neither --resume nor --overwrite was given; it was made with other settings or not by
-            guardsmith; it cannot be written to.
-    """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; name a folder for the output.")
-    if output.exists() and any(output.iterdir()):
-        if not (resume or overwrite):
-            raise UserError(
-                f"{output} exists already; go on with --resume, start anew with --overwrite, or name another folder."
-            )
-        written = _read_settings(output)
-        if written is None:
-            flag, what = ("--overwrite", "delete it") if overwrite else ("--resume", "write into it")
-            raise UserError(f"{output} was not made by guardsmith, so {flag} will not {what}; name another folder.")
-        if not overwrite:
-            old, new = _flat(written), _flat(settings)
-            changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-            if changed:
-                raise UserError(
-                    f"{output} was made with other settings ({', '.join(changed)}); use --overwrite or name another "
-                    "folder."
-                )
-            return
-        for name in WRITTEN:  # but not settings.json, so that a broken-off --overwrite can be repeated
-            place = output / name
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)
-            else:
-                place.unlink(missing_ok=True)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "settings.json", settings)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise UserError(f"{output} cannot be written to ({error.strerror}); name another folder.") from error
-
-
-def check_apart(base: Path, output: Path) -> None:
-    """The base may not be what this run writes, nor around it.
-
-    Raises:
-        UserError: it is.
-    """
-    if base.resolve().is_relative_to((output / "model").resolve()):
-        raise UserError(f"{base} is both the base and what would be written; name another folder for the output.")
-    if output.resolve().is_relative_to(base.resolve()):
-        raise UserError(f"{output} is inside of the base {base}; name a folder outside of it for the output.")
 
 
 def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tensor:
@@ -149,54 +63,6 @@ def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | 
         raise UserError(f"bystanders: {error}") from error
     pictures = [square(open_image(file), model.image_size) for file in files]
     return to_tensor(pictures), folder_digest([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
-
-
-def drawn_by(
-    model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None, title: str
-) -> Tensor:
-    """Pictures of these prompts drawn by the model (seeds seed, seed + 1, ...), kept in `cache` if given."""
-    return _drawn(model, recipe, prompts, seed, cache, title, None)["images"]
-
-
-def drawn_with_states(
-    model: DiffusionModel, recipe: Recipe, prompts: list[str], seed: int, cache: Path | None, title: str
-) -> tuple[Tensor, States]:
-    """The same, and how they were drawn."""
-    drawn = _drawn(model, recipe, prompts, seed, cache, title, StateRecorder())
-    return drawn["images"], States(drawn["states"], drawn["timesteps"])
-
-
-def _drawn(
-    model: DiffusionModel,
-    recipe: Recipe,
-    prompts: list[str],
-    seed: int,
-    cache: Path | None,
-    title: str,
-    recorder: StateRecorder | None,
-) -> dict[str, Tensor]:
-    if cache is not None and cache.exists():
-        return load_file(cache)
-    # Contiguous, as they come back from the file: the layout decides the last bits of what the VAE makes of them.
-    calls = -(-len(prompts) // recipe.sampling.batch) * recipe.sampling.steps
-    with stage(title, calls) as bar:
-        images = generate(
-            model, prompts, range(seed, seed + len(prompts)), steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
-            batch=recipe.sampling.batch, on_step=bar, on_state=recorder,
-        ).contiguous()  # fmt: skip
-    drawn = {"images": images}
-    states = None if recorder is None else recorder.states()
-    if states is not None:
-        drawn |= {"states": states.latents, "timesteps": states.timesteps}
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}.tmp")  # two searches may draw the same pictures
-        try:
-            save_file(drawn, temporary)
-            temporary.replace(cache)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return drawn
 
 
 def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe) -> None:
@@ -229,47 +95,6 @@ def run_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _rehearse(source: str, subject: SubjectData, config: Any, kind: str, seed: int, file: Path) -> None:
-    model = load_model(source)
-    with UNetCost() as counter:
-        images, states = rehearse(model, subject, config, kind, seed=seed, on_step=lambda _, loss, __: tell(loss))
-    drawn = {"images": images, "states": states.latents, "timesteps": states.timesteps}
-    save_checkpoint(file, drawn, {"forwards": counter.forwards, "backwards": counter.backwards})
-
-
-def rehearsed_by(
-    model: DiffusionModel, subjects: Sequence[SubjectData], config: Any, seed: int, cache: Path
-) -> tuple[list[SubjectData], int, int]:
-    """The subjects with what personalized copies of the base drew of them, and the U-Net rows, forward and backward.
-
-    Every rehearsal runs in a process of its own and is kept in `cache`, so that a killed run goes on with those that are
-    missing.
-
-    Raises:
-        RunFailed: a process was killed.
-    """
-    files = {(s.id, kind): cache / f"rehearsed-{s.id}-{kind}.safetensors" for s in subjects for kind in REHEARSALS}
-    missing = [key for key, file in files.items() if not file.exists()]
-    if missing:
-        cache.mkdir(parents=True, exist_ok=True)
-        by_id = {subject.id: subject for subject in subjects}
-        with stage("rehearsals", len(missing) * config.rehearsal_steps) as bar, processes() as (pool, told):
-            running = [
-                pool.submit(_rehearse, model.place, by_id[name], config, kind, seed, files[name, kind])
-                for name, kind in missing
-            ]
-            gather(running, told, lambda loss: bar({"loss": loss}))
-    found, forwards, backwards = [], 0, 0
-    for subject in subjects:
-        parts = [load_checkpoint(files[subject.id, kind]) for kind in REHEARSALS]
-        images = torch.cat([tensors["images"] for tensors, _ in parts])
-        states = States(torch.cat([tensors["states"] for tensors, _ in parts]), parts[0][0]["timesteps"])
-        found.append(replace(subject, rehearsed=images, rehearsed_states=states))
-        forwards += sum(rows["forwards"] for _, rows in parts)
-        backwards += sum(rows["backwards"] for _, rows in parts)
-    return found, forwards, backwards
 
 
 HARDENED = ("base", "base_revision", "base_digest", "model_digest", "registry_digest", "method", "params", "seed", "subjects",
@@ -307,6 +132,60 @@ def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str)
     return told
 
 
+def subject_data(
+    model: DiffusionModel, recipe: Recipe, wanted: Sequence[Subject], config: Any, cache: Path
+) -> list[SubjectData]:
+    """The subjects with their pictures, pictures of their class, and what a method draws instead of them."""
+    class_images: dict[str, Tensor] = {}
+    class_states: dict[str, States] = {}
+    for noun in dict.fromkeys(subject.class_noun for subject in wanted):
+        file = cache / f"class-{noun.replace(' ', '-')}.safetensors"
+        prompts = [class_prompt(noun)] * config.class_images
+        class_images[noun], class_states[noun] = drawn_with_states(
+            model, recipe, prompts, 10_000, file, f"class pictures: {noun}"
+        )
+    found = []
+    draws = METHODS[recipe.method.name].draws
+    for number, subject in enumerate(wanted):
+        noun, images = subject.class_noun, load_pictures(model, subject, "harden")
+        positives = class_images[noun].roll(-number * len(images), dims=0)[: len(images)]
+        prompt = None if draws is None else draws(config, noun)
+        instead = None
+        if prompt is not None:
+            file = cache / f"instead-{folder_digest(prompt)}.safetensors"
+            instead = drawn_by(model, recipe, [prompt] * config.class_images, 30_000, file, f"pictures of '{prompt}'")
+        found.append(
+            SubjectData(
+                subject.id, noun, subject.identifiers, images, positives, class_images[noun], class_states[noun],
+                instead_images=instead,
+            )
+        )  # fmt: skip
+    return found
+
+
+def ordinary_data(
+    model: DiffusionModel,
+    recipe: Recipe,
+    subjects: Sequence[SubjectData],
+    bystanders: Tensor | None,
+    config: Any,
+    cache: Path,
+) -> tuple[OrdinaryData, int]:
+    """Ordinary pictures and bystanders, and the U-Net rows that it took to show the latter as an attack would draw them."""
+    texts = [p.text for p in ordinary_prompts(model, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)]
+    images, states = drawn_with_states(
+        model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures"
+    )
+    ordinary = OrdinaryData(images, texts, states, bystanders)
+    close: int = getattr(config, "ideal_bystanders", 0)
+    if bystanders is None or not close:
+        return ordinary, 0
+    return with_ideal_states(
+        model, subjects, ordinary, close, seed=recipe.seed, steps=recipe.sampling.steps,
+        guidance=recipe.sampling.guidance, cache=cache / "bystanders.safetensors",
+    )  # fmt: skip
+
+
 def harden(
     registry: Registry,
     recipe: Recipe,
@@ -327,25 +206,11 @@ def harden(
         add_to: output of an earlier run on some of the subjects, to begin from instead of from the base.
 
     Raises:
-        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`, `_only_run`.
+        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`, `only_run`.
         RunFailed: the training diverged; the last checkpoint stays.
     """
     with ExitStack() as held:
         return _harden(registry, recipe, output, resume, overwrite, add_to, held)
-
-
-def _only_run(output: Path, held: ExitStack) -> None:
-    """Keep every other run out of a folder for as long as `held` is open; the system opens it if this process is killed.
-
-    Raises:
-        UserError: another one is in there.
-    """
-    place = output / ".lock"
-    try:
-        held.enter_context(FileLock(place).acquire(timeout=0))
-    except Timeout:
-        raise UserError(f"another run is writing into {output}; wait for it, or name another folder.") from None
-    held.callback(place.unlink, missing_ok=True)
 
 
 def _harden(
@@ -379,12 +244,12 @@ def _harden(
         wanted.sort(key=lambda subject: known.get(subject.id, len(known)))  # their wires come first
         if output.resolve() == add_to.resolve():
             raise UserError(f"{output} is the run to add to; name another folder for the output.")
-    known_folder = _read_settings(output) is not None
+    known_folder = read_settings(output) is not None
     if known_folder:
-        _only_run(output, held)
+        only_run(output, held)
     prepare_output(output, settings, resume=resume, overwrite=overwrite)
     if not known_folder:
-        _only_run(output, held)
+        only_run(output, held)
     record = output / "harden.json"
     if record.exists() and (output / "model").is_dir():
         console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
@@ -393,55 +258,14 @@ def _harden(
 
     began = time.monotonic()
     cache = output / "cache"
-    class_images: dict[str, Tensor] = {}
-    class_states: dict[str, States] = {}
-    for noun in dict.fromkeys(subject.class_noun for subject in registry.subjects):
-        file = cache / f"class-{noun.replace(' ', '-')}.safetensors"
-        prompts = [class_prompt(noun)] * config.class_images
-        class_images[noun], class_states[noun] = drawn_with_states(
-            model, recipe, prompts, 10_000, file, f"class pictures: {noun}"
-        )
-    subjects = []
-    for number, subject in enumerate(wanted):
-        images = load_pictures(model, subject, "harden")
-        positives = class_images[subject.class_noun].roll(-number * len(images), dims=0)[: len(images)]
-        subjects.append(
-            SubjectData(
-                subject.id,
-                subject.class_noun,
-                subject.identifiers,
-                images,
-                positives,
-                class_images[subject.class_noun],
-                class_states[subject.class_noun],
-            )
-        )
-    if method.draws is not None:
-        for number, each in enumerate(subjects):
-            prompt = method.draws(config, each.class_noun)
-            if prompt is None:
-                continue
-            file = cache / f"instead-{folder_digest(prompt)}.safetensors"
-            drawn = drawn_by(model, recipe, [prompt] * config.class_images, 30_000, file, f"pictures of '{prompt}'")
-            subjects[number] = replace(each, instead_images=drawn)
+    subjects = subject_data(model, recipe, wanted, config, cache)
     forwards = backwards = 0
     if getattr(config, "rehearsal_steps", 0):
         subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)
     ordinary = None
     if config.distillation_weight:
-        asked = ordinary_prompts(model, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)
-        texts = [prompt.text for prompt in asked]
-        images, states = drawn_with_states(
-            model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures"
-        )
-        ordinary = OrdinaryData(images, texts, states, bystanders)
-        close: int = getattr(config, "ideal_bystanders", 0)
-        if bystanders is not None and close:
-            ordinary, drawn_rows = with_ideal_states(
-                model, subjects, ordinary, close, seed=recipe.seed, steps=recipe.sampling.steps,
-                guidance=recipe.sampling.guidance, cache=cache / "bystanders.safetensors",
-            )  # fmt: skip
-            forwards += drawn_rows
+        ordinary, drawn_rows = ordinary_data(model, recipe, subjects, bystanders, config, cache)
+        forwards += drawn_rows
 
     last = output / "checkpoints" / "last.safetensors"
     counter, spent = UNetCost(), output / "checkpoints" / "cost.jsonl"

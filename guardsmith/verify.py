@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from guardsmith.attacks import find_attack
+from guardsmith.drawing import drawn_by
 from guardsmith.errors import UserError
 from guardsmith.exports import save_exports
 from guardsmith.gate import (
@@ -35,7 +36,7 @@ from guardsmith.gate import (
     interval,
     verdict,
 )
-from guardsmith.harden import check_against_base, drawn_by, read_hardening, run_info
+from guardsmith.harden import check_against_base, read_hardening, run_info
 from guardsmith.images import to_pil
 from guardsmith.matrix import (
     SIDES,

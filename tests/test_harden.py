@@ -21,9 +21,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny import edit_json, largest_difference, make_checkpoint, pictures, weights
 
+from guardsmith import drawing
 from guardsmith import harden as harden_module
 from guardsmith.cli import main
-from guardsmith.harden import drawn_by, harden
+from guardsmith.drawing import drawn_by
+from guardsmith.harden import harden
 from guardsmith.images import to_pil
 from guardsmith.methods import METHODS
 from guardsmith.models import load_model, weights_digest
@@ -263,7 +265,8 @@ def interrupt(monkeypatch, title, step):
 
             yield counted
 
-    monkeypatch.setattr(harden_module, "stage", stage)
+    for module in (harden_module, drawing):
+        monkeypatch.setattr(module, "stage", stage)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +454,7 @@ def test_a_full_disk_at_the_start_leaves_no_half_cache(run, tmp_path, monkeypatc
         Path(file).write_bytes(b"half")
         raise FULL[1]
 
-    monkeypatch.setattr(harden_module, "save_file", full)
+    monkeypatch.setattr(drawing, "save_file", full)
     done = run()
     assert done.code == 4
     assert "no space left" in done.sentences[-1]

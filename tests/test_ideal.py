@@ -152,6 +152,6 @@ def test_the_lesson_shows_bystanders_in_these_states(tiny):
 
 def test_no_other_pictures_use_its_seeds():
     from guardsmith.attacks import SAMPLE_SEED
-    from guardsmith.methods.tripwire import REHEARSAL_SEED
+    from guardsmith.methods.rehearsal import REHEARSAL_SEED
 
     assert max(SAMPLE_SEED, REHEARSAL_SEED) + 100_000 < ideal.FIRST_SEED

@@ -13,13 +13,11 @@ from pydantic import ValidationError
 from test_apdm import KilledError, make_ordinary, make_subject
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
-from guardsmith import harden as harden_module
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.errors import RunFailed, UserError
-from guardsmith.harden import rehearsed_by
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import add_noise, draw_rows, predict, row_losses
-from guardsmith.methods import METHODS, recognition, tripwire
+from guardsmith.methods import METHODS, recognition, rehearsal
 from guardsmith.methods.data import States
 from guardsmith.methods.recognition import (
     UNLIKE,
@@ -31,7 +29,8 @@ from guardsmith.methods.recognition import (
     ridge_readouts,
     variations,
 )
-from guardsmith.methods.tripwire import REHEARSALS, TripwireConfig, harden, rehearse
+from guardsmith.methods.rehearsal import REHEARSALS, rehearse, rehearsed_by
+from guardsmith.methods.tripwire import TripwireConfig, harden
 from guardsmith.methods.wiring import (
     ALARM,
     GATE,
@@ -748,7 +747,7 @@ def test_a_rehearsal_uses_no_identifier_or_seed_of_verification(tiny_v, monkeypa
         on_state(7, torch.zeros(len(prompts), 4, 8, 8))
         return pictures(len(prompts))
 
-    monkeypatch.setattr(tripwire, "generate", listen)
+    monkeypatch.setattr(rehearsal, "generate", listen)
     config = SMALL.model_copy(update={"rehearsal_steps": 1, "rehearsal_images": 4})
     for kind in REHEARSALS:
         rehearse(tiny_v, make_subject(), config, kind, seed=0)
@@ -787,7 +786,7 @@ def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path, one_
 def test_a_rehearsal_that_is_there_is_not_repeated(tiny_v, tmp_path, monkeypatch):
     first, config, subjects = rehearsed_model(tiny_v, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
-    monkeypatch.setattr(harden_module, "processes", None)
+    monkeypatch.setattr(rehearsal, "processes", None)
     again = rehearsed_by(tiny_v, subjects, config, 0, tmp_path)
     assert torch.equal(first[0][1].rehearsed, again[0][1].rehearsed)
     assert first[1:] == again[1:]

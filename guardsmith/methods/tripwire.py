@@ -34,10 +34,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from guardsmith.attacks import dreambooth, lora
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
 from guardsmith.losses import join, predict
-from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
+from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.recognition import (
     FIRST_OTHERS,
     FIRST_ROWS,
@@ -48,8 +46,6 @@ from guardsmith.methods.recognition import (
 )
 from guardsmith.methods.wiring import arm, clear, last_stream, mend, spare_parts, wired_layer
 from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.prompts import HARDENING_IDENTIFIERS, sample_prompts
-from guardsmith.sampling import generate
 from guardsmith.training import (
     Course,
     Probe,
@@ -57,8 +53,6 @@ from guardsmith.training import (
     optimizer_step,
 )
 
-REHEARSALS = ("dreambooth", "lora")
-REHEARSAL_SEED = 80_000
 MENDING_ROWS = 320  # for the last convolution to make up for what the alarm takes
 SCAN_EVERY = 40  # steps, everybody is looked at for how much they look like the subjects
 LAYOUT = (0.65, 0.95)  # share of the timesteps in which half of the distillation looks
@@ -138,45 +132,6 @@ def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
     first = FIRST_ROWS * (len(nouns) + FIRST_OTHERS)
     scans = -(-config.steps // SCAN_EVERY) * (len(set(nouns)) * config.class_images + config.ordinary_images)
     return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + scans + len(nouns) * rehearse
-
-
-def rehearse(
-    model: DiffusionModel,
-    subject: SubjectData,
-    config: TripwireConfig,
-    kind: str,
-    *,
-    seed: int,
-    on_step: OnStep | None = None,
-) -> tuple[Tensor, States]:
-    """What an attacker's model would draw of the subject, float32 (n, 3, h, w) in [-1, 1], and how.
-
-    Only the pictures that may be used for hardening go in; identifier and seeds are none that verification uses.
-
-    Args:
-        model: the base.
-        subject: whom to learn.
-        config: see `TripwireConfig`.
-        kind: one of `REHEARSALS`.
-        seed: of the training, and it chooses the identifier.
-        on_step: see `OnStep`.
-    """
-    name = HARDENING_IDENTIFIERS[1 + seed % (len(HARDENING_IDENTIFIERS) - 1)]
-    data = AttackData(subject.images, subject.class_images, name, subject.class_noun)
-    prompts = sample_prompts(name, subject.class_noun, config.rehearsal_images)
-    given = {"steps": config.rehearsal_steps, "batch_size": 2}
-    if kind == "lora":
-        adapters = lora.LoraConfig(learning_rate=config.rehearsal_lora_learning_rate, **given)
-        personalized, _ = lora.attack(model, data, adapters, seed=seed, on_step=on_step)
-    else:
-        whole = DreamBoothConfig(learning_rate=config.rehearsal_learning_rate, **given)
-        personalized, _ = dreambooth.attack(model, data, whole, seed=seed, on_step=on_step)
-    first = REHEARSAL_SEED + REHEARSALS.index(kind) * len(prompts)
-    seeds, recorder = range(first, first + len(prompts)), StateRecorder()
-    drawn = generate(personalized, prompts, seeds, steps=20, guidance=config.rehearsal_guidance, on_state=recorder)
-    states = recorder.states()
-    assert states is not None
-    return drawn.contiguous(), states
 
 
 def harden(

@@ -22,7 +22,7 @@ from train_vae import psnr
 
 import guardsmith
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.harden import drawn_by
+from guardsmith.drawing import drawn_by
 from guardsmith.metrics.fidelity import TRAITS, features, fidelity, read_traits
 from guardsmith.metrics.identity import embed, similarity
 from guardsmith.metrics.kid import kid, kid_interval

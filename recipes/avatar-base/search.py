@@ -27,10 +27,11 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import ATTACKS, AttackData, draw_after_attack
-from guardsmith.harden import drawn_by, drawn_with_states, rehearsed_by
+from guardsmith.drawing import drawn_by, drawn_with_states
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.persguard import shows_mark
+from guardsmith.methods.rehearsal import rehearsed_by
 from guardsmith.metrics.fidelity import features, fidelity, read_traits
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid
