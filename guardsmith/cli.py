@@ -249,17 +249,22 @@ def harden(
 
 
 def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
+    from guardsmith.harden import bystander_files
     from guardsmith.methods import METHODS
 
     method = METHODS[recipe.method.name]
     config = method.config(**recipe.method.params)
+    nouns = [subject.class_noun for subject in registry.subjects]
+    cost = method.cost(config, nouns)
+    if recipe.bystanders is not None and method.bystander_cost is not None:
+        cost += method.bystander_cost(config, nouns, len(bystander_files(recipe.bystanders)), recipe.sampling.steps)
     plan = {
         "base": recipe.base,
         "subjects": [subject.id for subject in registry.subjects],
         "controls": [subject.id for subject in registry.controls],
         "method": recipe.method.name,
         "params": config.model_dump(mode="json"),
-        "unet_forward_equivalents": method.cost(config, [subject.class_noun for subject in registry.subjects]),
+        "unet_forward_equivalents": cost,
         "output": str(output),
     }
     typer.echo(json.dumps(plan, indent=1))

@@ -44,23 +44,32 @@ def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tens
     return open_pictures([image.path for image in subject.images_of(split)], model.image_size)
 
 
-def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | None, str | None]:
-    """Pictures of others (see `Recipe.bystanders`) at the model's size, as `load_pictures` has them, and their digest.
+def bystander_files(place: str) -> list[Path]:
+    """Pictures of others (see `Recipe.bystanders`).
 
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: there are none.
     """
-    if place is None:
-        return None, None
     kind, colon, rest = place.partition(":")
     named = {"dataset": rest if kind == "hub" else place} if colon else {"path": place}
     if not colon and not Path(place).is_dir() and not any(sign in place for sign in "*?["):
         raise UserError(f"bystanders: there is no folder {place}; name a folder, a glob or a dataset of pictures.")
     entry = ImageEntry.model_validate(named | {"split": "harden"})
     try:
-        files = [file for file, _ in files_of(entry, Path())]
+        return [file for file, _ in files_of(entry, Path())]
     except UserError as error:
         raise UserError(f"bystanders: {error}") from error
+
+
+def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | None, str | None]:
+    """The same pictures at the model's size, as `load_pictures` has them, and their digest.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    if place is None:
+        return None, None
+    files = bystander_files(place)
     pictures = [square(open_image(file), model.image_size) for file in files]
     return to_tensor(pictures), folder_digest([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
 

@@ -650,6 +650,18 @@ def test_a_dry_run_writes_nothing_and_tells_the_cost_of_the_real_one(run, tmp_pa
     assert plan["params"] == info["params"]
 
 
+def test_a_dry_run_counts_bystanders(guardsmith, tmp_path):
+    """The shipped table has 4,000."""
+    plans, table = [], Path(__file__).parent.parent / "registries" / "bystanders.parquet"
+    for bystanders in ([], ["--bystanders", f"parquet:{table}"]):
+        told = guardsmith("harden", "--recipe", "demo", "--output", tmp_path / "out", "--dry-run", *bystanders)
+        assert told.code == 0, told.err
+        plans.append(json.loads(told.out))
+    method = METHODS["tripwire"]
+    added = method.bystander_cost(method.config(**plans[0]["params"]), ["person"], 4000, 15)
+    assert plans[1]["unet_forward_equivalents"] - plans[0]["unet_forward_equivalents"] == added > 4000
+
+
 def test_persguard_gets_pictures_of_what_appears_instead(recipe, tmp_path):
     asked = yaml.safe_load(recipe.read_text())
     params = {"steps": 2, "batch_size": 1, "class_images": 3, "backdoor": "target", "target_noun": "rabbit"}

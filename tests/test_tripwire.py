@@ -19,6 +19,7 @@ from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import add_noise, draw_rows, predict, row_losses
 from guardsmith.methods import METHODS, recognition, rehearsal
 from guardsmith.methods.data import States
+from guardsmith.methods.ideal import with_ideal_states
 from guardsmith.methods.recognition import (
     UNLIKE,
     Others,
@@ -733,6 +734,25 @@ def test_the_cost_is_what_the_loop_does(tiny_v):
             rehearse(tiny_v, subject, config, kind, seed=0)
         harden(tiny_v, [subject], ordinary, config, seed=0)
     assert counter.forwards + 2 * counter.backwards == METHODS["tripwire"].cost(config, ["person"])
+
+
+@pytest.mark.parametrize("ideal", [0, 2, 20])
+def test_the_cost_of_bystanders_is_what_they_add(tiny_v, tmp_path, ideal):
+    subject, ordinary = make_subject(), make_ordinary()
+    config = SMALL.model_copy(
+        update={"rehearsal_steps": 0, "class_images": len(subject.class_images), "ordinary_images": len(ordinary.images),
+                "ideal_bystanders": ideal}
+    )  # fmt: skip
+    assert METHODS["tripwire"].bystander_cost(config, ["person"], 0, 4) == 0
+    ordinary = replace(ordinary, bystanders=pictures(9, 90))
+    with UNetCost() as counter:
+        if ideal:
+            ordinary, _ = with_ideal_states(
+                tiny_v, [subject], ordinary, ideal, seed=0, steps=4, guidance=3.0, cache=tmp_path / "some.safetensors"
+            )
+        harden(tiny_v, [subject], ordinary, config, seed=0)
+    told = METHODS["tripwire"].cost(config, ["person"]) + METHODS["tripwire"].bystander_cost(config, ["person"], 9, 4)
+    assert counter.forwards + 2 * counter.backwards == told
 
 
 def test_a_rehearsal_uses_no_identifier_or_seed_of_verification(tiny_v, monkeypatch):

@@ -19,6 +19,8 @@ class Method(NamedTuple):
         cost: U-Net forward equivalents of a run with this config, given the class noun of every subject.
         paper: where it comes from.
         draws: the prompt of further pictures that it wants of the base for a class noun, if any.
+        bystander_cost: what bystanders add to the cost, at most, given config, class nouns, their number and solver steps; `None`
+            for a method that does not look at them.
     """
 
     run: Callable[..., Any]
@@ -27,6 +29,7 @@ class Method(NamedTuple):
     cost: Callable[[Any, list[str]], int]
     paper: str
     draws: Callable[[Any, str], str | None] | None = None
+    bystander_cost: Callable[[Any, list[str], int, int], int] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -48,7 +51,12 @@ METHODS: dict[str, Method] = {
         persguard.backdoor_prompt,
     ),
     "tripwire": Method(
-        tripwire.harden, tripwire.TripwireConfig, lambda c: c.steps, tripwire.cost, "guardsmith, docs/methods.md"
+        tripwire.harden,
+        tripwire.TripwireConfig,
+        lambda c: c.steps,
+        tripwire.cost,
+        "guardsmith, docs/methods.md",
+        bystander_cost=tripwire.bystander_cost,
     ),
 }
 

@@ -121,17 +121,22 @@ class TripwireConfig(BaseModel):
 
 
 def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
-    """U-Net forward equivalents of a run: rehearsals with their pictures, recognition (half-run U-Nets count in full).
-
-    Bystanders are not known here: each adds a forward every `SCAN_EVERY` steps, and one more with `ideal_bystanders`, of whom
-    each adds one for every solver step.
-    """
+    """U-Net forward equivalents of a run: rehearsals with their pictures, recognition (half-run U-Nets count in full)."""
     recognise = config.steps * (3 * ((2 + config.lookalikes) * config.batch_size + 2) + 4 * 2 * config.batch_size)
     drawn = 2 * 20 * config.rehearsal_images
     rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0
     first = FIRST_ROWS * (len(nouns) + FIRST_OTHERS)
     scans = -(-config.steps // SCAN_EVERY) * (len(set(nouns)) * config.class_images + config.ordinary_images)
     return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + scans + len(nouns) * rehearse
+
+
+def bystander_cost(config: TripwireConfig, nouns: Sequence[str], bystanders: int, solver_steps: int) -> int:
+    """What so many bystanders add to that, at most: one who looks like several subjects is drawn once."""
+    scans = -(-config.steps // SCAN_EVERY) * bystanders
+    if not (config.ideal_bystanders and bystanders):
+        return scans
+    shown = min(config.ideal_bystanders * len(nouns), bystanders)
+    return scans + FIRST_ROWS * (len(nouns) + FIRST_OTHERS) + bystanders + shown * solver_steps
 
 
 def harden(
