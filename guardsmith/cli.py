@@ -326,6 +326,7 @@ def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or file.")],
     output: OUTPUT = Path("out"),
     subjects: SUBJECTS = None,
+    bystanders: BYSTANDERS = None,
     changes: CHANGES = None,
     resume: RESUME = False,
     overwrite: OVERWRITE = False,
@@ -337,7 +338,7 @@ def run(
     today: TODAY = None,
 ) -> None:
     """Harden, verify and judge as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
-    chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])])
+    chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])], bystanders=bystanders)
     registry = _registry(subjects, chosen, today)
     from guardsmith.harden import harden as run_hardening
     from guardsmith.policy import load_policy

@@ -662,6 +662,13 @@ def test_a_dry_run_counts_bystanders(guardsmith, tmp_path):
     assert plans[1]["unet_forward_equivalents"] - plans[0]["unet_forward_equivalents"] == added > 4000
 
 
+@pytest.mark.parametrize("command", [["harden", "--recipe", "demo"], ["run", "demo"]])
+def test_bystanders_that_are_not_there_are_refused(guardsmith, tmp_path, command):
+    done = guardsmith(*command, "--output", tmp_path / "out", "--bystanders", "nobody")
+    refused(done, "bystanders: there is no folder", "nobody")
+    assert not (tmp_path / "out").exists()
+
+
 def test_persguard_gets_pictures_of_what_appears_instead(recipe, tmp_path):
     asked = yaml.safe_load(recipe.read_text())
     params = {"steps": 2, "batch_size": 1, "class_images": 3, "backdoor": "target", "target_noun": "rabbit"}
