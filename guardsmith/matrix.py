@@ -124,6 +124,8 @@ class Unit:
         change, first, trained_on, judge = (told.pop(key) for key in ("change", "first", "trained_on", "judge"))
         told |= {"change": change} if change else {}
         told |= {"judge": judge} if judge else {}
+        revision = find_attack(self.attack).revision
+        told |= {"revision": revision} if revision > 1 else {}
         if told["called"] is None:
             del told["called"]
         told |= {"first": {key: first[key] for key in ("digest", "class_noun")}} if first else {}

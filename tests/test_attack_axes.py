@@ -152,6 +152,14 @@ def both(tmp_path):
     return {side: Judged(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
 
 
+def test_an_attack_that_was_changed_is_run_again(registry, both, monkeypatch):
+    before = units_of(registry, both)["base", "plain", "mira"]
+    digest = before.digest
+    monkeypatch.setitem(ATTACKS, "lora", ATTACKS["lora"]._replace(revision=2))
+    assert before.digest != digest
+    assert before.settings["revision"] == 2
+
+
 def test_what_is_not_asked_for_leaves_no_trace_in_the_settings(registry, both):
     """Units that ran before there were axes are still those of the same settings."""
     found = units_of(registry, both)

@@ -46,6 +46,7 @@ class Attack(NamedTuple):
         suffix: what its prompts end in.
         negative_prompt: what it is asked not to draw.
         trains: whether it learns the subject. One that only asks need not succeed on the base, nor for controls.
+        revision: to be raised when the same settings give other pictures than before, so that kept units are run again.
     """
 
     run: Callable[..., Any]
@@ -55,6 +56,7 @@ class Attack(NamedTuple):
     suffix: str = ""
     negative_prompt: str = ""
     trains: bool = True
+    revision: int = 1
 
     def steps(self, params: dict[str, Any]) -> int:
         """How many steps these settings ask for."""
