@@ -97,16 +97,23 @@ def base_cell(report: dict[str, Any], attack: str) -> Cell:
     return Cell(f"{_shown(found)}; {learnt} of {len(checks)}", learnt == len(checks))
 
 
-def control_cell(report: dict[str, Any], attack: str, same_class: bool, wanted: float) -> Cell:
-    """Share of the base's similarity that controls keep, counted from chance as in the gate."""
+def kept(report: dict[str, Any], attack: str, ids: set[str]) -> Interval | None:
+    """Share of what an attack reaches on the base that it still reaches on the hardened model, counted from chance."""
     nouns = {subject["id"]: subject["class_noun"] for subject in report["subjects"]}
-    ids = sorted(group(report, "control", same_class))
 
     def units(side: str) -> Units:
-        levels = {id_: Levels(**report["calibration"][nouns[id_]]) for id_ in ids}
-        return [u for id_ in ids for u in above_chance(group_units(report, side, {id_}, attack, 1), levels[id_])]
+        found: list[Sequence[float | None]] = []
+        for name in sorted(ids):
+            levels = Levels(**report["calibration"][nouns[name]])
+            found += above_chance(group_units(report, side, {name}, attack, 1), levels)
+        return found
 
-    found = ratio_interval(units("hardened"), units("base"))
+    return ratio_interval(units("hardened"), units("base"))
+
+
+def control_cell(report: dict[str, Any], attack: str, same_class: bool, wanted: float) -> Cell:
+    """Share of the base's similarity that controls keep."""
+    found = kept(report, attack, group(report, "control", same_class))
     return Cell("-") if found is None else Cell(_shown(found, 100, " %"), found.mean >= wanted)
 
 

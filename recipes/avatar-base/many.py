@@ -19,8 +19,8 @@ from typing import Any
 import strangers
 from evaluate import RESULTS
 
-from guardsmith.compare import group, group_units, read_report
-from guardsmith.gate import interval, ratio_interval
+from guardsmith.compare import group, group_units, kept, read_report
+from guardsmith.gate import interval
 from guardsmith.recipe import load_recipe
 from guardsmith.records import write_json
 
@@ -63,12 +63,11 @@ def row(out: Path, data: Path, count: int) -> dict[str, Any]:
     for attack in ATTACKS:
         protected, controls = group(report, "protected"), group(report, "control")
         after, before = (group_units(report, side, protected, attack, 1) for side in ("hardened", "base"))
-        kept = [group_units(report, side, controls, attack, 1) for side in ("hardened", "base")]
         checks = [
             c for c in report["checks"] if c["attack"] == attack and c["name"] in ("protected", "control learnable")
         ]
         found[attack] = {
-            "base": interval(before), "hardened": interval(after), "control_kept": ratio_interval(kept[0], kept[1]),
+            "base": interval(before), "hardened": interval(after), "control_kept": kept(report, attack, controls),
             "passed": {name: [sum(c["status"] == "pass" for c in checks if c["name"] == name),
                               sum(c["name"] == name for c in checks)] for name in ("protected", "control learnable")},
         }  # fmt: skip
