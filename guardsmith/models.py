@@ -24,6 +24,9 @@ from guardsmith.errors import RunFailed, UserError
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("avatar",)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+EVIDENCE = (
+    "guardsmith"  # folder of a published repository with records of how the model came about, which are no part of it
+)
 HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "*.model"]  # no single-file checkpoints from the top of a repository
 
 
@@ -275,12 +278,13 @@ def stored_dtype(folder: Path, part: str = "unet") -> torch.dtype:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over every weight file and every configuration of a checkpoint folder, `sha256:<hex>`.
+    """SHA-256 over every weight file and every configuration of a checkpoint folder but its `EVIDENCE`, `sha256:<hex>`.
 
     Configurations count: another prediction type or scaling factor makes another model of the same weights.
     """
     digest = hashlib.sha256()
     files = [file for kind in ("*.safetensors", "*.json", "*.txt") for file in folder.rglob(kind)]
+    files = [file for file in files if file.relative_to(folder).parts[0] != EVIDENCE]
     for file in sorted(files):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:

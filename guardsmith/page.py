@@ -73,10 +73,14 @@ class Strip(NamedTuple):
     missing: str = ""
 
 
+def is_invented(subject: Subject) -> bool:
+    """Whether the subject is nobody, so that everything of it may be shown."""
+    return subject.consent is not None and subject.consent.basis == "invented"
+
+
 def may_be_shown(subject: Subject, include_images: bool) -> bool:
     """Whether pictures of a subject may be on the page: not those of a person, unless asked for or the person is invented."""
-    invented = subject.consent is not None and subject.consent.basis == "invented"
-    return include_images or subject.kind != "person" or invented
+    return include_images or subject.kind != "person" or is_invented(subject)
 
 
 def _embedded(image: Image.Image) -> str:
@@ -195,12 +199,14 @@ class Evidence:
         units: of the attack matrix, both sides.
         include_images: show persons too.
         released: protected subject -> what the released weights draw of it.
+        only_invented: show nobody else, whatever they are: the page is for the public.
     """
 
     report: dict[str, Any]
     units: Sequence[Unit]
     include_images: bool
     released: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    only_invented: bool = False
 
     @property
     def attacks(self) -> dict[str, dict[str, Any]]:
@@ -215,7 +221,7 @@ class Evidence:
 
     def shows(self, subject: Subject) -> bool:
         """See `may_be_shown`."""
-        return may_be_shown(subject, self.include_images)
+        return is_invented(subject) if self.only_invented else may_be_shown(subject, self.include_images)
 
     def units_of(self, subject: Subject, label: str, side: str) -> list[Unit]:
         """One for every identifier and seed."""
@@ -339,7 +345,8 @@ def page_data(
         "failures": failures(evidence, {subject.id: subject for subject in (*protected, *controls)}),
         "columns": list(evidence.columns.values()),
         "cells": [(subject.id, matrix_row(evidence, subject)) for subject in protected],
-        "hidden": [told["id"] for told in rooms if not told["shown"]], "curve_size": CURVE, "ordinary": pairs,
+        "hidden": [told["id"] for told in rooms if not told["shown"]], "public": evidence.only_invented,
+        "curve_size": CURVE, "ordinary": pairs,
         "faceless": faceless(report, protected),
     }  # fmt: skip
 

@@ -58,6 +58,7 @@ from guardsmith.page import Evidence, page_data, save_page
 from guardsmith.policy import Policy, default_policy
 from guardsmith.progress import stage
 from guardsmith.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, class_prompt, ordinary_prompts
+from guardsmith.public import salt_of, save_public
 from guardsmith.recipe import Recipe
 from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import Registry
@@ -371,6 +372,9 @@ def verify(
     evidence = Evidence(report, units, include_images, released)
     save_page(root / "report.html", page_data(evidence, attacked, registry.controls, ordinary))
     save_exports(root, report, registry.path, registry.lines)
+    record = None if model is not None else read_hardening(output / "harden.json")
+    everyone = registry.subjects, registry.controls
+    save_public(root / "public", evidence, record, *everyone, ordinary, salt_of(output))
     if not quiet:
         print_report(report, root)
     return report
