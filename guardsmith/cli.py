@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guardsmith import __version__
+from guardsmith.cli_publish import publish
 from guardsmith.cli_registry import check, registry_app
 from guardsmith.errors import GuardsmithError, UserError, system_errno
 from guardsmith.talk import DAY, day, print_schema, say
@@ -35,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(check)
+app.command()(publish)
 app.add_typer(registry_app, name="registry")
 report_app = typer.Typer(help="About reports of verifications.", no_args_is_help=True)
 app.add_typer(report_app, name="report")

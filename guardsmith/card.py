@@ -1,0 +1,152 @@
+"""The model card of a hardened checkpoint: what it is, what was measured, what it does not stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from guardsmith.compare import group, group_units, kept, rows
+from guardsmith.errors import UserError
+from guardsmith.gate import EXIT_CODES, interval
+from guardsmith.models import EVIDENCE
+
+# Licences of the bases that guardsmith knows how to harden, and where their use restrictions are.
+LICENCES = {
+    "creativeml-openrail-m": "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
+    "openrail++": "https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL",
+    "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
+}
+
+
+class Licence(NamedTuple):
+    """What a checkpoint may be used for.
+
+    Attributes:
+        id: as the Hub knows it, e.g. "creativeml-openrail-m"; "other" where it does not.
+        text: the licence or, where only its place is known, where to read it.
+    """
+
+    id: str
+    text: str
+
+
+def licence_of(model: Path, base: str, named: str | None, file: Path | None) -> Licence:
+    """The licence of the base, which the hardened model has as well.
+
+    Args:
+        model: folder of the hardened model, with the licence file of its base if that had one.
+        base: as the recipe names it.
+        named: id that the user gives.
+        file: its text, if the user gives it.
+
+    Raises:
+        UserError: it is not known which, or its text is not.
+    """
+    known = named or ("apache-2.0" if base == "builtin:avatar" else None)
+    if known is None:
+        raise UserError(
+            f"the licence of {base} is not known; name it with --license (SD 1.x: creativeml-openrail-m, SD 2.x: openrail++)"
+        )
+    if file is not None:
+        return Licence(known, file.read_text(encoding="utf-8"))
+    for place in sorted(model.glob("LICENSE*")):
+        return Licence(known, place.read_text(encoding="utf-8"))
+    if known not in LICENCES:
+        raise UserError(f"the text of the licence {known} is not known; give it with --license-file")
+    text = (
+        f"This model was made from {base} and is under the licence of that model, {known}, with its use restrictions: "
+        f"{LICENCES[known]}\n"
+    )
+    return Licence(known, text)
+
+
+def results(report: Mapping[str, Any], repo_name: str) -> list[Any]:
+    """What was measured, as the Hub's `model-index` has it: similarities, what controls keep, ordinary prompts."""
+    from huggingface_hub import EvalResult
+
+    told = dict(report)
+    found = []
+
+    def add(kind: str, name: str, value: float, low: float | None = None, high: float | None = None) -> None:
+        around = {} if low is None or high is None else {"interval_95": [round(low, 4), round(high, 4)]}
+        found.append(
+            EvalResult(
+                task_type="text-to-image", task_name="Text-to-image after personalization",
+                dataset_type="guardsmith-registry", dataset_name="registry of protected subjects and controls",
+                metric_type=kind, metric_name=name, metric_value=round(value, 4), metric_args=around or None,
+                source_name="guardsmith verify", source_url=f"https://huggingface.co/{repo_name}/blob/main/{EVIDENCE}/report.json",
+            )
+        )  # fmt: skip
+
+    for attack in told["recipe"]["verify"]["attacks"]:
+        reached = interval(group_units(told, "hardened", group(told, "protected"), attack, 1))
+        if reached is not None:
+            add(
+                "identity_similarity",
+                f"similarity of protected subjects after {attack} (lower is better)",
+                *reached[:3],
+            )
+        share = kept(told, attack, group(told, "control"))
+        if share is not None:
+            add("control_retention", f"share of the base's similarity that controls keep after {attack}", *share[:3])
+    utility = told["utility"]
+    if utility["kid_ratio"] is not None:
+        add("kid_ratio", "KID of ordinary pictures to the base's, over that of two sets of seeds",
+            utility["kid_ratio"], utility["kid_ratio_low"], utility["kid_ratio_high"])  # fmt: skip
+    return found
+
+
+def model_card(
+    report: Mapping[str, Any],
+    licence: Licence,
+    repo_id: str,
+    *,
+    contact: str,
+    unverified: str | None = None,
+    grid: bool = False,
+) -> str:
+    """The README.md of the repository: metadata and text.
+
+    Args:
+        report: `verify/public/report.json`.
+        licence: see `licence_of`.
+        repo_id: where it will be.
+        contact: whom to write to, an address or a link.
+        unverified: why it is published although the gate did not say yes.
+        grid: whether there is a picture of everybody attacked.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    told = dict(report)
+    base = told["hardening"]["base"]
+    on_the_hub = base.count("/") == 1
+    data = ModelCardData(
+        base_model=base if on_the_hub else None,
+        base_model_relation="finetune" if on_the_hub else None,
+        license=licence.id,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[
+            "guardsmith",
+            "stable-diffusion",
+            "personalization-protection",
+            *(["not-verified"] if unverified else []),
+        ],
+        model_name=repo_id,
+        eval_results=results(told, repo_id),
+        inference=False,
+    )
+    checks: dict[str, list[int]] = {}
+    for check in told["checks"]:
+        checks.setdefault(check["name"], [0, 0, 0])[list(EXIT_CODES).index(check["status"])] += 1
+    nouns = {subject["class_noun"] for subject in told["subjects"]}
+    card = ModelCard.from_template(
+        data,
+        template_str=(files("guardsmith") / "templates" / "card.md").read_text(encoding="utf-8"),
+        repo_id=repo_id, report=told, licence=licence.id, contact=contact, unverified=unverified, grid=grid,
+        evidence=EVIDENCE, checks=checks, answers=rows(told), base=base,
+        levels={noun: level for noun, level in told["calibration"].items() if noun in nouns},
+    )  # fmt: skip
+    return str(card)

@@ -1,0 +1,72 @@
+"""The command `publish`."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guardsmith.errors import UserError
+from guardsmith.talk import DAY, day, say
+
+
+def publish(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening that was verified.")],
+    repo_id: Annotated[str, typer.Option("--repo-id", help="Where to, organisation/name.")],
+    subjects: Annotated[Path, typer.Option("--subjects", help="The registry that was verified.")],
+    contact: Annotated[str, typer.Option(help="Whom people write to who want to be protected: an address or a link.")],
+    licence: Annotated[str | None, typer.Option("--license", help="Licence of the base, as the Hub calls it.")] = None,
+    licence_file: Annotated[Path | None, typer.Option("--license-file", help="Its text.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="For the owners only, if the repository is new.")] = False,
+    gated: Annotated[str | None, typer.Option(help="People ask for access: auto or manual.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch other than main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Name of this release.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force-unverified", help="Although the gate did not say yes; needs --reason.")
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="Why; it stands on the model card.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Gather what would go up, show it and the card, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what became of it as JSON.")] = False,
+    today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
+) -> None:
+    """Upload a verified model to the Hugging Face Hub with its evidence; exit 1 if the gate did not say yes."""
+    from guardsmith.publish import Refused, files_of_release
+    from guardsmith.publish import publish as run_publishing
+    from guardsmith.registry import load_registry
+
+    if force != bool(reason and reason.strip()):
+        raise UserError("--force-unverified and --reason belong together: the card has to say why")
+    if gated not in (None, "auto", "manual"):
+        raise UserError(f"--gated {gated}: choose auto or manual")
+    if create_pr and (tag or branch):
+        raise UserError("--create-pr goes without --tag and --branch: a proposal is neither a release nor a branch")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise UserError(f"--repo-id {repo_id}: write it as organisation/name")
+    on = day(today) or datetime.now().astimezone().date()
+    try:
+        registry = load_registry(subjects, today=on)
+    except UserError as error:
+        if all("consent expired" in line for line in str(error).splitlines()):
+            raise Refused(f"not published: {error}") from error
+        raise
+    done = run_publishing(
+        output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file,
+        force=reason, dry_run=dry_run, private=private, gated=gated, branch=branch, create_pr=create_pr, tag=tag,
+    )  # fmt: skip
+    if dry_run:
+        release = output / "release"
+        for name, file in files_of_release(release).items():
+            say(f"{file.stat().st_size:>14,}  {name}")
+        say(f"nothing was uploaded; what would be is in {release}, the model card in {release / 'README.md'}")
+    elif done.changed:
+        say(f"published: {done.url} at {done.commit}")
+    else:
+        say(f"{repo_id} holds exactly this already: {done.url} at {done.commit}")
+    if as_json:
+        typer.echo(json.dumps(done._asdict(), indent=1))
