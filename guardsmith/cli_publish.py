@@ -36,7 +36,8 @@ def publish(
     today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
 ) -> None:
     """Upload a verified model to the Hugging Face Hub with its evidence; exit 1 if the gate did not say yes."""
-    from guardsmith.publish import Refused, files_of_release
+    from guardsmith.hub import files_of_release
+    from guardsmith.publish import Refused
     from guardsmith.publish import publish as run_publishing
     from guardsmith.registry import load_registry
 

@@ -14,9 +14,10 @@ from tiny import assert_one_sentence
 from guardsmith import cli, publish
 from guardsmith.card import licence_of
 from guardsmith.errors import RunFailed, UserError
+from guardsmith.hub import files_of_release, patiently
 from guardsmith.models import weights_digest
 from guardsmith.public import public_names, redacted_record, redacted_report
-from guardsmith.publish import Refused, files_of_release, gather, objections, patiently
+from guardsmith.publish import Refused, gather, objections
 from guardsmith.records import write_json
 from guardsmith.registry import load_registry
 
