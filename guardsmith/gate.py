@@ -174,9 +174,14 @@ def _enough(found: Interval | None, rules: GateSpec) -> bool:
     return found is not None and found.n >= rules.minimum_images and not found.unscored
 
 
+def learnt_level(levels: Levels, rules: GateSpec) -> float:
+    """The similarity from which an attack on the base has learnt its subject."""
+    return levels.chance + rules.learnt_share * (levels.genuine - levels.chance)
+
+
 def check_learnt(subject: str, attack: str, base: Units, levels: Levels, rules: GateSpec) -> Check:
     """On the base model the attack must have learnt the subject, or nothing can be said about its failure elsewhere."""
-    name, limit = "attack works on base", levels.chance + rules.learnt_share * (levels.genuine - levels.chance)
+    name, limit = "attack works on base", learnt_level(levels, rules)
     found = interval(base)
     if found is None or not _enough(found, rules):
         return Check(name, subject, attack, "inconclusive", "too few pictures were scored", limit=limit)

@@ -34,6 +34,7 @@ from guardsmith.gate import (
     check_utility,
     half_way,
     interval,
+    learnt_level,
     verdict,
 )
 from guardsmith.harden import check_against_base, read_hardening, run_info
@@ -59,7 +60,7 @@ from guardsmith.policy import Policy, default_policy
 from guardsmith.progress import stage
 from guardsmith.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, class_prompt, ordinary_prompts
 from guardsmith.public import salt_of, save_public
-from guardsmith.recipe import Recipe
+from guardsmith.recipe import GateSpec, Recipe
 from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import Registry
 from guardsmith.released import likeness_of, released_pictures
@@ -166,6 +167,7 @@ def steps_to_break(
     units: Sequence[Unit],
     intervals: Mapping[tuple[Side, str, str, float], Interval | None],
     classes: Mapping[str, Levels],
+    rules: GateSpec,
 ) -> list[dict[str, Any]]:
     """After how many steps an attack has learnt half of what it usually learns on the base, for protected subjects.
 
@@ -176,6 +178,7 @@ def steps_to_break(
         units: of both sides.
         intervals: what they reached, by (side, subject, attack label, look).
         classes: levels of every class noun.
+        rules: an attack that has not learnt the subject on the base by them breaks nothing.
     """
     looks = {(unit.side, unit.subject, unit.label): unit.looks for unit in units}
     found = []
@@ -187,8 +190,8 @@ def steps_to_break(
             reached = []
             for look, steps in looks[side, subject, label].items():
                 level = intervals[side, subject, label, look]
-                if usual is None or level is None or usual.mean <= classes[noun].chance_high:
-                    continue  # unscored, or an attack that learns nothing on the base
+                if usual is None or level is None or usual.mean < learnt_level(classes[noun], rules):
+                    continue  # unscored, or an attack that does not learn the subject on the base
                 if level.mean >= half_way(classes[noun], usual.mean):
                     reached.append(steps)
             told[side] = min(reached, default=None)
@@ -350,7 +353,7 @@ def verify(
             for (side, subject, label, look), level in intervals.items()
         ],
         "released": without_attack,
-        "steps_to_break": steps_to_break(units, intervals, policy.classes),
+        "steps_to_break": steps_to_break(units, intervals, policy.classes, policy.rules),
         "attacked": {"protected": len(attacked), "of": len(registry.subjects), "controls": len(registry.controls)},
         "subjects": [
             {"id": subject.id, "class_noun": subject.class_noun, "role": role}

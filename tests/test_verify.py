@@ -270,11 +270,15 @@ def test_steps_to_break():
     }  # fmt: skip
     scores = {(side, "mira", "lora", look): [[m - 0.05, m + 0.05, None]] for (side, look), m in means.items()}
     levels = {key: module.interval(values) for key, values in scores.items()}
-    [found] = module.steps_to_break(units, levels, classes)
+    [found] = module.steps_to_break(units, levels, classes, GateSpec())
     assert found == {"subject": "mira", "attack": "lora", "tried": 400, "base": 50, "hardened": 400}
     levels["hardened", "mira", "lora", 4.0] = module.interval([[None, None]])
-    [found] = module.steps_to_break(units, levels, classes)
+    [found] = module.steps_to_break(units, levels, classes, GateSpec())
     assert found["hardened"] is None
+    # From half-way between chance and genuine (0.45) on the base it counts as learnt; below, it breaks nothing anywhere.
+    levels["base", "mira", "lora", 1.0] = module.interval([[0.44, 0.44, None]])
+    [found] = module.steps_to_break(units, levels, classes, GateSpec())
+    assert (found["base"], found["hardened"]) == (None, None)
 
 
 def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, tmp_path):
