@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from guardsmith.errors import RunFailed, UserError
+from guardsmith.images import sha256_file
 from guardsmith.progress import console
 
 ATTEMPTS = 5
@@ -43,9 +44,9 @@ def files_of_release(folder: Path) -> dict[str, Path]:
 
 def is_same(file: Path, remote: Any) -> bool:
     """Whether a file is what the repository has already: by SHA-256 where it is stored apart, else by git's own hash."""
-    data = file.read_bytes()
     if remote.lfs is not None:
-        return bool(remote.lfs.sha256 == hashlib.sha256(data).hexdigest())
+        return bool(remote.lfs.sha256 == sha256_file(file))
+    data = file.read_bytes()
     return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
 
 

@@ -8,6 +8,7 @@ out/model/             appears whole, at the end
 out/state.safetensors  what `--add-to` begins from; for Tripwire a model without its wires, so not for publication
 out/harden.json        written last: its presence says that the run is complete
 out/verify/            what `guardsmith verify` found
+out/release/           what `guardsmith publish` would upload
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from filelock import FileLock, Timeout
 from guardsmith.errors import UserError
 from guardsmith.records import write_json
 
-WRITTEN = ("harden.json", "state.safetensors", "model", ".model.tmp", "checkpoints", "cache", "probes", "verify")
+WRITTEN = (
+    "harden.json",
+    "state.safetensors",
+    "model",
+    ".model.tmp",
+    "checkpoints",
+    "cache",
+    "probes",
+    "verify",
+    "release",
+)
 
 
 def read_settings(output: Path) -> dict[str, Any] | None:

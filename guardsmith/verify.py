@@ -8,6 +8,7 @@ out/verify/report.json, and the same for others: report.html, report.md, report.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from guardsmith.attacks import find_attack
 from guardsmith.drawing import drawn_by
-from guardsmith.errors import UserError
+from guardsmith.errors import RunFailed, UserError
 from guardsmith.exports import save_exports
 from guardsmith.gate import (
     EXIT_CODES,
@@ -57,7 +58,7 @@ from guardsmith.metrics.kid import kid, kid_ratio_interval
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.page import Evidence, page_data, save_page
 from guardsmith.policy import Policy, default_policy
-from guardsmith.progress import stage
+from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, class_prompt, ordinary_prompts
 from guardsmith.public import salt_of, save_public
 from guardsmith.recipe import GateSpec, Recipe
@@ -377,7 +378,11 @@ def verify(
     save_exports(root, report, registry.path, registry.lines)
     record = None if model is not None else read_hardening(output / "harden.json")
     everyone = registry.subjects, registry.controls
-    save_public(root / "public", evidence, record, *everyone, ordinary, salt_of(output))
+    shutil.rmtree(root / "public", ignore_errors=True)
+    try:
+        save_public(root / "public", evidence, record, *everyone, ordinary, salt_of(output))
+    except RunFailed as error:  # the verdict stands; only publishing has to wait
+        console.print(f"warning: {error}", markup=False, soft_wrap=True)
     if not quiet:
         print_report(report, root)
     return report

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from guardsmith import cli
-from guardsmith.errors import UserError
+from guardsmith.errors import RunFailed, UserError
 from guardsmith.gate import calibration
 from guardsmith.harden import harden
 from guardsmith.models import load_model, weights_digest
@@ -82,6 +82,29 @@ def test_protected_subjects_are_asked_for_before_anyone_attacks(verified):
     assert len(list((output / "verify/hardened/released/mira").glob("*/*.png"))) == 8
     page = (output / "verify" / "report.html").read_text()
     assert page.count("mira as the released weights draw it") == 4
+
+
+def test_the_evidence_for_the_public_is_of_the_same_verification(verified):
+    """Its subjects are invented, so they keep their names."""
+    output, report = verified
+    public = json.loads((output / "verify/public/report.json").read_text())
+    assert public == report, "nothing was hidden"
+    told = json.loads((output / "verify/public/harden.json").read_text())
+    assert told["model_digest"] == report["hardening"]["model_digest"]
+    assert "mira, real picture 1" in (output / "verify/public/report.html").read_text()
+
+
+def test_a_verdict_stands_though_nothing_can_be_published(copied, registry, recipe_file, monkeypatch, capsys):
+    from guardsmith import verify as module
+
+    def refuses(*_):
+        raise RunFailed("report.json still names the subject 'mira'")
+
+    monkeypatch.setattr(module, "save_public", refuses)
+    report = module.verify(registry, load_recipe(str(recipe_file)), copied, workers=1, quiet=True)
+    assert report["verdict"] == "inconclusive" and (copied / "verify" / "report.json").exists()
+    assert "warning: report.json still names" in capsys.readouterr().err
+    assert not (copied / "verify" / "public").exists(), "older evidence is of another verification"
 
 
 def test_every_unit_leaves_pictures_scores_and_settings(verified):
