@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guardsmith import __version__
-from guardsmith.cli_publish import publish
+from guardsmith.cli_publish import CONTACT, LICENCE, LICENCE_FILE, check_repo_id, publish
 from guardsmith.cli_registry import check, registry_app
 from guardsmith.errors import GuardsmithError, UserError, system_errno
 from guardsmith.talk import DAY, day, print_schema, say
@@ -337,9 +337,19 @@ def run(
     policy: POLICY = None,
     budget: BUDGET = None,
     include_images: INCLUDE_IMAGES = False,
+    repo_id: Annotated[
+        str | None, typer.Option("--publish", metavar="REPO_ID", help="Publish there if the gate says yes.")
+    ] = None,
+    contact: Annotated[str | None, CONTACT] = None,
+    licence: Annotated[str | None, LICENCE] = None,
+    licence_file: Annotated[Path | None, LICENCE_FILE] = None,
     today: TODAY = None,
 ) -> None:
     """Harden, verify and judge as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    if (repo_id is None) != (contact is None):
+        raise UserError("--publish and --contact belong together: the model card says whom to write to")
     chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])], bystanders=bystanders)
     registry = _registry(subjects, chosen, today)
     from guardsmith.harden import harden as run_hardening
@@ -360,6 +370,16 @@ def run(
         policy=rules,
         include_images=include_images,
     )
+    if repo_id is not None and contact is not None and report["exit_code"] == 0:
+        from guardsmith.publish import publish as run_publishing
+
+        on = day(today) or datetime.now().astimezone().date()
+        done = run_publishing(
+            output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file
+        )
+        say(f"published: {done.url} at {done.commit}")
+    elif repo_id is not None:
+        say(f"not published: the verdict is {report['verdict']}")
     raise typer.Exit(report["exit_code"])
 
 
@@ -405,6 +425,30 @@ def compare(
 
         save_table(table, 60 + 44 * len(runs), svg)
         say(f"wrote {svg}")
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening.")],
+    like: Annotated[Path, typer.Option(help="The base as a single-file checkpoint (A1111, ComfyUI).")],
+    file: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+) -> None:
+    """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place."""
+    from guardsmith.harden import read_hardening
+    from guardsmith.models import resolve
+    from guardsmith.single_file import write_single_file
+
+    record = output / "harden.json"
+    if not record.is_file() or not (output / "model").is_dir():
+        raise UserError(f"{output} holds no finished hardening; run `guardsmith harden` first.")
+    if not like.is_file():
+        raise UserError(f"there is no file {like}; name the base's single-file checkpoint")
+    if file.exists():
+        raise UserError(f"{file} exists already; name another file")
+    told = read_hardening(record)
+    base = resolve(told["base"], told["base_revision"])
+    count = write_single_file(like, base, output / "model", file)
+    say(f"wrote {file}: {count} tensors are the hardened U-Net's, everything else is {like}'s")
 
 
 @app.command("policy")

@@ -12,14 +12,28 @@ import typer
 from guardsmith.errors import UserError
 from guardsmith.talk import DAY, day, say
 
+CONTACT = typer.Option(help="Whom people write to who want to be protected: an address or a link.")
+LICENCE = typer.Option("--license", help="Licence of the base, as the Hub calls it.")
+LICENCE_FILE = typer.Option("--license-file", help="Text of that licence.")
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        UserError: it is not organisation/name.
+    """
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise UserError(f"{repo_id} is no name of a repository; write it as organisation/name")
+
 
 def publish(
     output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening that was verified.")],
     repo_id: Annotated[str, typer.Option("--repo-id", help="Where to, organisation/name.")],
     subjects: Annotated[Path, typer.Option("--subjects", help="The registry that was verified.")],
-    contact: Annotated[str, typer.Option(help="Whom people write to who want to be protected: an address or a link.")],
-    licence: Annotated[str | None, typer.Option("--license", help="Licence of the base, as the Hub calls it.")] = None,
-    licence_file: Annotated[Path | None, typer.Option("--license-file", help="Its text.")] = None,
+    contact: Annotated[str, CONTACT],
+    licence: Annotated[str | None, LICENCE] = None,
+    licence_file: Annotated[Path | None, LICENCE_FILE] = None,
     private: Annotated[bool, typer.Option("--private", help="For the owners only, if the repository is new.")] = False,
     gated: Annotated[str | None, typer.Option(help="People ask for access: auto or manual.")] = None,
     branch: Annotated[str | None, typer.Option(help="Branch other than main.")] = None,
@@ -47,8 +61,7 @@ def publish(
         raise UserError(f"--gated {gated}: choose auto or manual")
     if create_pr and (tag or branch):
         raise UserError("--create-pr goes without --tag and --branch: a proposal is neither a release nor a branch")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise UserError(f"--repo-id {repo_id}: write it as organisation/name")
+    check_repo_id(repo_id)
     on = day(today) or datetime.now().astimezone().date()
     try:
         registry = load_registry(subjects, today=on)

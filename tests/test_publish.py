@@ -14,7 +14,7 @@ from tiny import assert_one_sentence
 from guardsmith import cli, publish
 from guardsmith.card import licence_of
 from guardsmith.errors import RunFailed, UserError
-from guardsmith.hub import files_of_release, patiently
+from guardsmith.hub import Published, files_of_release, patiently
 from guardsmith.models import weights_digest
 from guardsmith.public import public_names, redacted_record, redacted_report
 from guardsmith.publish import Refused, gather, objections
@@ -241,6 +241,55 @@ def test_the_licence_has_to_be_known(tmp_path):
 )
 def test_wrong_usage(output, flags, said, capsys):
     assert cli.main(["publish", str(output), *TO, *flags, "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def ran(monkeypatch, verdict):
+    """`run` without its work: what would be published."""
+    import guardsmith.harden
+    import guardsmith.verify
+
+    asked = []
+    codes = {"pass": 0, "fail": 1, "inconclusive": 3}
+    monkeypatch.setattr(guardsmith.harden, "harden", lambda *_, **__: None)
+    monkeypatch.setattr(guardsmith.verify, "verify", lambda *_, **__: {"exit_code": codes[verdict], "verdict": verdict})
+    monkeypatch.setattr(
+        publish, "publish", lambda *what, **how: asked.append((what, how)) or Published("abc", "https://hub/x", True)
+    )
+    return asked
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail", "inconclusive"])
+def test_a_run_publishes_what_passes_and_nothing_else(tmp_path, monkeypatch, verdict, capsys):
+    asked = ran(monkeypatch, verdict)
+    command = [
+        "run",
+        "demo",
+        "--output",
+        str(tmp_path / "out"),
+        "--publish",
+        "acme/avatar",
+        "--contact",
+        "x@example.org",
+    ]
+    code = cli.main(command)
+    told = capsys.readouterr().err
+    if verdict == "pass":
+        [(what, how)] = asked
+        assert what[0] == tmp_path / "out" and what[2] == "acme/avatar" and how["contact"] == "x@example.org"
+        assert code == 0 and "published: https://hub/x at abc" in told
+    else:
+        assert asked == [] and code in (1, 3) and f"not published: the verdict is {verdict}" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--publish", "acme/avatar"], "belong together"), (["--contact", "x"], "belong together"),
+     (["--publish", "avatar", "--contact", "x"], "organisation/name")],
+)  # fmt: skip
+def test_a_run_that_could_not_publish_does_not_begin(tmp_path, monkeypatch, flags, said, capsys):
+    ran(monkeypatch, "pass")
+    assert cli.main(["run", "demo", "--output", str(tmp_path / "out"), *flags]) == 2
     assert said in capsys.readouterr().err
 
 

@@ -1,0 +1,164 @@
+"""Single-file checkpoints (the layout of A1111 and ComfyUI): a hardened U-Net in the place of the base's.
+
+Only the U-Net's tensors are replaced; everything else is copied byte for byte, in its order, with the file's metadata. Which
+tensor is which is read off diffusers' own converter, so that there is no second table of names here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from guardsmith.errors import UserError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CLOSE = 1e-3  # how far weights of one base may be apart in two files: half precision of weights around 1
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of itself.
+
+    Attributes:
+        tensors: name -> dtype, shape, data_offsets; in the order of the file.
+        metadata: its strings.
+        start: where the data begin, in bytes.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+
+
+def read_header(file: Path) -> Header:
+    """The header of a safetensors file.
+
+    Raises:
+        UserError: it is none, or is not whole.
+    """
+    with file.open("rb") as stream:
+        try:
+            size = int.from_bytes(stream.read(8), "little")
+            told = json.loads(stream.read(size if size < os.fstat(stream.fileno()).st_size else 0))
+            metadata = told.pop("__metadata__", {})
+            end = max(entry["data_offsets"][1] for entry in told.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is no safetensors file; give a single-file checkpoint of the base") from error
+    if file.stat().st_size != 8 + size + end:
+        raise UserError(f"{file} is not whole; download it again")
+    tensors = dict(sorted(told.items(), key=lambda item: item[1]["data_offsets"]))
+    return Header(tensors, metadata, 8 + size)
+
+
+def unet_names(header: Header, config: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Name in the single file -> name in diffusers, of every tensor of the U-Net.
+
+    Raises:
+        UserError: there is no U-Net of this layout in the file.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    try:
+        # Given names for tensors, the converter tells where each of them goes.
+        found = convert_ldm_unet_checkpoint({name: name for name in header.tensors}, dict(config))
+    except (KeyError, IndexError) as error:
+        raise UserError(
+            f"{file} holds no Stable Diffusion U-Net in the layout of A1111; give one of the base"
+        ) from error
+    return {there: here for here, there in found.items() if there is not None}
+
+
+def _tensor(file: Path, header: Header, name: str) -> Tensor:
+    entry = header.tensors[name]
+    with file.open("rb") as stream:
+        stream.seek(header.start + entry["data_offsets"][0])
+        data = stream.read(entry["data_offsets"][1] - entry["data_offsets"][0])
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """As safetensors stores it."""
+    stored = save({"": tensor.contiguous()})
+    return stored[8 + int.from_bytes(stored[:8], "little") :]
+
+
+def write_single_file(like: Path, base: Path, hardened: Path, file: Path) -> int:
+    """The single-file checkpoint of a base with a hardened U-Net; it appears whole.
+
+    A tensor keeps the precision that it has in the file, or becomes float32 where a weight does not fit that.
+
+    Args:
+        like: the base's single-file checkpoint.
+        base: the base's diffusers folder, to make sure that this is the same model.
+        hardened: the hardened model's diffusers folder.
+        file: where to.
+
+    Returns:
+        How many tensors were replaced.
+
+    Raises:
+        UserError: `like` cannot be read, or holds another model.
+    """
+    header = read_header(like)
+    config = json.loads((hardened / "unet" / "config.json").read_text(encoding="utf-8"))
+    names = unet_names(header, config, like)
+    before, after = (_unet(folder) for folder in (base, hardened))
+    missing = after.keys() - set(names.values())
+    if missing:
+        raise UserError(f"{like} is not laid out as this model (it has no {sorted(missing)[0]}); give one of its base")
+    for there, here in names.items():
+        entry = header.tensors[there]
+        if here not in after or entry["dtype"] not in DTYPES or list(after[here].shape) != entry["shape"]:
+            raise UserError(f"{like} is not laid out as this model ({there}); give one of its base")
+        apart = (_tensor(like, header, there).float() - before[here].float()).abs()
+        if float(apart.max()) > CLOSE * max(1.0, float(before[here].abs().max())):
+            raise UserError(f"{like} holds another model than the base that was hardened (they differ in {here})")
+
+    replaced: dict[str, bytes] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    place = 0
+    for name, entry in header.tensors.items():
+        size, dtype = entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"]
+        if name in names:
+            tensor = after[names[name]]
+            fits = tensor.to(DTYPES[dtype])
+            if not torch.isfinite(fits).all():
+                fits, dtype = tensor.float(), "F32"
+            replaced[name] = _bytes(fits)
+            size = len(replaced[name])
+        entries[name] = {"dtype": dtype, "shape": entry["shape"], "data_offsets": [place, place + size]}
+        place += size
+    told = json.dumps(({"__metadata__": header.metadata} if header.metadata else {}) | entries).encode()
+    told += b" " * (-len(told) % 8)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with temporary.open("wb") as out, like.open("rb") as source:
+            out.write(len(told).to_bytes(8, "little") + told)
+            for name, entry in header.tensors.items():
+                if name in replaced:
+                    out.write(replaced[name])
+                    continue
+                source.seek(header.start + entry["data_offsets"][0])
+                left = entry["data_offsets"][1] - entry["data_offsets"][0]
+                while left:
+                    block = source.read(min(left, 1 << 20))
+                    out.write(block)
+                    left -= len(block)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(replaced)
+
+
+def _unet(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors")):
+        if ".fp16." not in file.name and ".non_ema." not in file.name:
+            tensors |= load_file(file)
+    return tensors
