@@ -62,40 +62,74 @@ def licence_of(model: Path, base: str, named: str | None, file: Path | None) -> 
     return Licence(known, text)
 
 
-def results(report: Mapping[str, Any], repo_name: str) -> list[Any]:
-    """What was measured, as the Hub's `model-index` has it: similarities, what controls keep, ordinary prompts."""
-    from huggingface_hub import EvalResult
+class Measured(NamedTuple):
+    """One result.
 
+    Attributes:
+        kind: what kind of number, e.g. "identity_similarity".
+        name: in words.
+        value: itself.
+        low: lower end of its 95 % interval.
+        high: upper end.
+    """
+
+    kind: str
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def measured(report: Mapping[str, Any]) -> list[Measured]:
+    """What a report comes down to: similarities, what controls keep, ordinary prompts."""
     told = dict(report)
     found = []
-
-    def add(kind: str, name: str, value: float, low: float | None = None, high: float | None = None) -> None:
-        around = {} if low is None or high is None else {"interval_95": [round(low, 4), round(high, 4)]}
-        found.append(
-            EvalResult(
-                task_type="text-to-image", task_name="Text-to-image after personalization",
-                dataset_type="guardsmith-registry", dataset_name="registry of protected subjects and controls",
-                metric_type=kind, metric_name=name, metric_value=round(value, 4), metric_args=around or None,
-                source_name="guardsmith verify", source_url=f"https://huggingface.co/{repo_name}/blob/main/{EVIDENCE}/report.json",
-            )
-        )  # fmt: skip
-
     for attack in told["recipe"]["verify"]["attacks"]:
         reached = interval(group_units(told, "hardened", group(told, "protected"), attack, 1))
         if reached is not None:
-            add(
-                "identity_similarity",
-                f"similarity of protected subjects after {attack} (lower is better)",
-                *reached[:3],
-            )
+            name = f"similarity of protected subjects after {attack} (lower is better)"
+            found.append(Measured("identity_similarity", name, *reached[:3]))
         share = kept(told, attack, group(told, "control"))
         if share is not None:
-            add("control_retention", f"share of the base's similarity that controls keep after {attack}", *share[:3])
-    utility = told["utility"]
-    if utility["kid_ratio"] is not None:
-        add("kid_ratio", "KID of ordinary pictures to the base's, over that of two sets of seeds",
-            utility["kid_ratio"], utility["kid_ratio_low"], utility["kid_ratio_high"])  # fmt: skip
+            name = f"share of the base's similarity that controls keep after {attack}"
+            found.append(Measured("control_retention", name, *share[:3]))
+    ratio = [told["utility"][key] for key in ("kid_ratio", "kid_ratio_low", "kid_ratio_high")]
+    if None not in ratio:
+        name = "KID of ordinary pictures to the base's, over that of two sets of seeds"
+        found.append(Measured("kid_ratio", name, *ratio))
     return found
+
+
+def limits(report: Mapping[str, Any]) -> list[str]:
+    """What the model does not stop, one sentence each."""
+    found = [
+        "Anyone who still has the base, or another model: hardening protects subjects on this model only.",
+        "Attackers who know the method and work against it, longer or other attacks than those that were tried, and subjects "
+        "that were not in the registry.",
+        "Somebody who looks much like a protected subject may not be learnable either.",
+    ]
+    if report["hardening"]["method"] == "tripwire":
+        found += [
+            "Whoever finds the neurons of the wire and cuts them has the base's model back.",
+            "Adapters that were made for the base may do less here than there. Use float32 or bfloat16: some weights do not fit "
+            "float16.",
+        ]
+    return found
+
+
+def results(report: Mapping[str, Any], repo_id: str) -> list[Any]:
+    """What was measured, as the Hub's `model-index` has it."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-to-image", task_name="Text-to-image after personalization", dataset_type="guardsmith-registry",
+            dataset_name="registry of protected subjects and controls", metric_type=each.kind, metric_name=each.name,
+            metric_value=round(each.value, 4), metric_args={"interval_95": [round(each.low, 4), round(each.high, 4)]},
+            source_name="guardsmith verify", source_url=f"https://huggingface.co/{repo_id}/blob/main/{EVIDENCE}/report.json",
+        )
+        for each in measured(report)
+    ]  # fmt: skip
 
 
 def model_card(
@@ -146,7 +180,7 @@ def model_card(
         data,
         template_str=(files("guardsmith") / "templates" / "card.md").read_text(encoding="utf-8"),
         repo_id=repo_id, report=told, licence=licence.id, contact=contact, unverified=unverified, grid=grid,
-        evidence=EVIDENCE, checks=checks, answers=rows(told), base=base,
+        evidence=EVIDENCE, checks=checks, answers=rows(told), base=base, limits=limits(told),
         levels={noun: level for noun, level in told["calibration"].items() if noun in nouns},
     )  # fmt: skip
     return str(card)

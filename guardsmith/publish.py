@@ -3,7 +3,8 @@
     <output>/release/     what goes up, gathered first, for anyone to look at
         README.md LICENSE.md     model card, licence of the base
         unet/ vae/ ...           the model, a complete diffusers folder
-        guardsmith/              report.html, report.json, harden.json (`verify/public/`), grid.png if nobody in it is real
+        guardsmith/              report.html, report.json, harden.json (`verify/public/`), bom.cdx.json, and grid.png if nobody
+                                 in it is real
 
 The upload itself is in `hub.py`.
 """
@@ -16,12 +17,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from guardsmith.bom import bill_of_materials
 from guardsmith.card import licence_of, model_card
 from guardsmith.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.hub import Published, upload
 from guardsmith.models import EVIDENCE, weights_digest
 from guardsmith.page import is_invented
-from guardsmith.records import read_record, whole_folder, write_text
+from guardsmith.records import read_record, whole_folder, write_json, write_text
 from guardsmith.registry import Registry
 
 
@@ -99,6 +101,7 @@ def gather(
         if open_to_all and (verified / "grid.png").is_file():
             shutil.copy(verified / "grid.png", place / EVIDENCE / "grid.png")
         write_text(place / "LICENSE.md", known.text)
+        write_json(place / EVIDENCE / "bom.cdx.json", bill_of_materials(report, known, repo_id))
         card = model_card(
             report,
             known,

@@ -144,6 +144,7 @@ def test_what_goes_up(output, capsys):
         "guardsmith/report.html",
         "guardsmith/harden.json",
         "guardsmith/grid.png",
+        "guardsmith/bom.cdx.json",
     }
     assert set(files) == model | own
     assert weights_digest(release) == weights_digest(output / "model")
@@ -184,6 +185,28 @@ def test_the_card_has_the_numbers_of_the_report(output, registry):
         "rows follow each other"
     )
     assert "(guardsmith/grid.png)" in body and "not-verified" not in head["tags"]
+
+
+def test_the_bill_of_materials(output, registry):
+    """By its schema where the validator is installed (cyclonedx-python-lib[json-validation])."""
+    release = gather(output, registry, "acme/avatar", contact="x")
+    text = (release / "guardsmith" / "bom.cdx.json").read_text()
+    told = json.loads(text)
+    report = json.loads((output / "verify" / "report.json").read_text())
+    model = told["metadata"]["component"]
+    assert model["hashes"] == [
+        {"alg": "SHA-256", "content": report["hardening"]["model_digest"].removeprefix("sha256:")}
+    ]
+    assert model["pedigree"]["ancestors"][0]["name"] == "builtin:avatar"
+    metrics = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert len(metrics) == 5 and metrics[0]["value"].startswith("-0.10")
+    assert {"name": "guardsmith:verdict", "value": "pass"} in model["properties"]
+    assert [c["name"] for c in told["components"]] == sorted(report["run"]["packages"])
+    gather(output, registry, "acme/avatar", contact="x")
+    assert (release / "guardsmith" / "bom.cdx.json").read_text() == text, "the same report gives the same document"
+    pytest.importorskip("jsonschema")
+    validation, schema = pytest.importorskip("cyclonedx.validation.json"), pytest.importorskip("cyclonedx.schema")
+    assert validation.JsonStrictValidator(schema.SchemaVersion.V1_6).validate_str(text) is None
 
 
 def test_a_base_of_the_hub_is_linked(output, registry):
