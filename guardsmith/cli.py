@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guardsmith import __version__
-from guardsmith.cli_publish import CONTACT, LICENCE, LICENCE_FILE, check_repo_id, publish
+from guardsmith.cli_publish import CONTACT, LICENCE, LICENCE_FILE, check_repo_id, publish, verify_signature
 from guardsmith.cli_registry import check, registry_app
 from guardsmith.errors import GuardsmithError, UserError, system_errno
 from guardsmith.talk import DAY, day, print_schema, say
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(publish)
+app.command("verify-signature")(verify_signature)
 app.add_typer(registry_app, name="registry")
 report_app = typer.Typer(help="About reports of verifications.", no_args_is_help=True)
 app.add_typer(report_app, name="report")

@@ -39,6 +39,9 @@ def publish(
     branch: Annotated[str | None, typer.Option(help="Branch other than main.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
     tag: Annotated[str | None, typer.Option(help="Name of this release.")] = None,
+    sign_key: Annotated[
+        Path | None, typer.Option("--sign-key", help="Sign it with this private key (PEM, elliptic curve).")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force-unverified", help="Although the gate did not say yes; needs --reason.")
     ] = False,
@@ -71,7 +74,8 @@ def publish(
         raise
     done = run_publishing(
         output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file,
-        force=reason, dry_run=dry_run, private=private, gated=gated, branch=branch, create_pr=create_pr, tag=tag,
+        force=reason, sign_key=sign_key, dry_run=dry_run, private=private, gated=gated, branch=branch,
+        create_pr=create_pr, tag=tag,
     )  # fmt: skip
     if dry_run:
         release = output / "release"
@@ -84,3 +88,14 @@ def publish(
         say(f"{repo_id} holds exactly this already: {done.url} at {done.commit}")
     if as_json:
         typer.echo(json.dumps(done._asdict(), indent=1))
+
+
+def verify_signature(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A published model, downloaded whole.")],
+    key: Annotated[Path, typer.Option(help="Public key of whoever published it (PEM).")],
+) -> None:
+    """Check that a published model is what was signed; exit 1 if it is not."""
+    from guardsmith.signing import check_signature
+
+    check_signature(folder, key)
+    say(f"{folder} is what was signed with the key that belongs to {key}")

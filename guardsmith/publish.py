@@ -25,6 +25,7 @@ from guardsmith.models import EVIDENCE, weights_digest
 from guardsmith.page import is_invented
 from guardsmith.records import read_record, whole_folder, write_json, write_text
 from guardsmith.registry import Registry
+from guardsmith.signing import check_key, sign
 
 
 class Refused(GuardsmithError):
@@ -73,6 +74,7 @@ def gather(
     licence: str | None = None,
     licence_file: Path | None = None,
     unverified: str | None = None,
+    sign_key: Path | None = None,
 ) -> Path:
     """Put together what goes up; the folder appears whole.
 
@@ -84,6 +86,7 @@ def gather(
         licence: see `licence_of`.
         licence_file: likewise.
         unverified: for the card, if the gate did not say yes.
+        sign_key: private key to sign it with.
 
     Raises:
         UserError: the licence is not known.
@@ -111,6 +114,8 @@ def gather(
             grid=(place / EVIDENCE / "grid.png").exists(),
         )
         write_text(place / "README.md", card)
+        if sign_key is not None:
+            sign(place, sign_key)
     return output / "release"
 
 
@@ -124,6 +129,7 @@ def publish(
     licence: str | None = None,
     licence_file: Path | None = None,
     force: str | None = None,
+    sign_key: Path | None = None,
     dry_run: bool = False,
     **how: Any,
 ) -> Published:
@@ -137,6 +143,7 @@ def publish(
         contact: see `model_card`.
         licence: see `licence_of`.
         licence_file: likewise.
+        sign_key: see `gather`.
         force: publish although the gate did not say yes, for this reason, which the card tells.
         dry_run: gather, and stop.
         how: see `upload`.
@@ -146,12 +153,14 @@ def publish(
         UserError: see `objections`, `gather` and `upload`.
         RunFailed: see `upload`.
     """
+    if sign_key is not None:
+        check_key(sign_key)
     found = objections(output, registry, today)
     if found and force is None:
         raise Refused("not published: " + "; ".join(found))
     release = gather(
         output, registry, repo_id, contact=contact, licence=licence, licence_file=licence_file,
-        unverified=force if found else None,
+        unverified=force if found else None, sign_key=sign_key,
     )  # fmt: skip
     digest = weights_digest(release)
     if not found and digest != json.loads((output / "verify" / "report.json").read_text())["hardening"]["model_digest"]:

@@ -1,0 +1,88 @@
+"""Signatures: what they cover, and what breaks them. The package is an extra; without it, that is a sentence."""
+
+import importlib.util
+import subprocess
+
+import pytest
+from tiny import assert_one_sentence
+
+from guardsmith import cli, signing
+from guardsmith.errors import UserError
+from guardsmith.signing import BadSignature, check_key, check_signature, sign
+
+needs = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("model_signing", "OpenSSL"))), reason="extra `signing`"
+)
+
+
+@pytest.fixture
+def release(tmp_path):
+    folder = tmp_path / "release"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "guardsmith").mkdir()
+    (folder / "unet" / "weights.safetensors").write_bytes(b"weights")
+    (folder / "guardsmith" / "report.json").write_text("{}")
+    (folder / "README.md").write_text("a card")
+    return folder
+
+
+def keys(folder, name):
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private], check=True)
+    subprocess.run(["openssl", "ec", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
+    return private, public
+
+
+def test_without_the_package_or_a_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(signing, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"install guardsmith\[signing\]") as caught:
+        check_key(tmp_path / "key.pem")
+    assert_one_sentence(caught.value)
+    monkeypatch.setattr(signing, "find_spec", lambda _: "there")
+    with pytest.raises(UserError, match="openssl ecparam") as caught:
+        check_key(tmp_path / "key.pem")
+    assert_one_sentence(caught.value)
+
+
+@needs
+def test_what_is_signed_may_not_change_and_the_card_may(release, tmp_path, capsys):
+    private, public = keys(tmp_path, "mine")
+    sign(release, private)
+    check_signature(release, public)
+    (release / "README.md").write_text("another card")
+    (release / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (release / ".cache").mkdir()
+    (release / ".cache" / "x").write_text("x")
+    assert cli.main(["verify-signature", str(release), "--key", str(public)]) == 0
+    capsys.readouterr()
+
+    def broken(change, back):
+        change()
+        with pytest.raises(BadSignature, match="is not what was signed") as caught:
+            check_signature(release, public)
+        assert_one_sentence(caught.value)
+        assert cli.main(["verify-signature", str(release), "--key", str(public)]) == 1
+        back()
+        check_signature(release, public)
+
+    weights, report = release / "unet" / "weights.safetensors", release / "guardsmith" / "report.json"
+    broken(lambda: weights.write_bytes(b"Weights"), lambda: weights.write_bytes(b"weights"))
+    broken(lambda: report.write_text("{ }"), lambda: report.write_text("{}"))
+    added = release / "unet" / "more.safetensors"
+    broken(lambda: added.write_bytes(b"more"), added.unlink)
+    broken(weights.unlink, lambda: weights.write_bytes(b"weights"))
+
+
+@needs
+def test_another_key_and_no_signature(release, tmp_path):
+    private, _ = keys(tmp_path, "mine")
+    _, other = keys(tmp_path, "other")
+    with pytest.raises(UserError, match="has no signature"):
+        check_signature(release, other)
+    sign(release, private)
+    with pytest.raises(BadSignature):
+        check_signature(release, other)
+    (tmp_path / "nonsense.pem").write_text("nonsense")
+    with pytest.raises(UserError, match="no private key") as caught:
+        sign(release, tmp_path / "nonsense.pem")
+    assert_one_sentence(caught.value)
