@@ -93,8 +93,7 @@ def gather(
     """
     model, verified = output / "model", output / "verify"
     report = read_record(verified / "public" / "report.json", ("hardening", "recipe"), "verify again")
-    base = read_record(verified / "report.json", ("hardening",), "verify again")["hardening"]["base"]
-    known = licence_of(model, base, licence, licence_file)
+    known = licence_of(model, report["hardening"]["base"], licence, licence_file)
     open_to_all = all(is_invented(subject) for subject in (*registry.subjects, *registry.controls))
     with whole_folder(output / "release") as place:
         shutil.copytree(model, place, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if n == ".cache"])

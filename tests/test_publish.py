@@ -219,6 +219,18 @@ def test_a_base_of_the_hub_is_linked(output, registry):
     assert "acme/sd15" in text and "https://huggingface.co/spaces/CompVis/stable-diffusion-license" in text
 
 
+def test_no_path_of_this_machine_goes_up(output, registry, tmp_path):
+    base = str(tmp_path / "sd15")
+    edit(output / "verify" / "report.json", lambda told: told["hardening"].update(base=base))
+    edit(output / "verify" / "public" / "report.json", lambda told: told["hardening"].update(base="sd15"))
+    for file in (output / "model").glob("LICENSE*"):
+        file.unlink()
+    release = gather(output, registry, "acme/avatar", contact="x", licence="openrail++")
+    assert "made from sd15" in (release / "LICENSE.md").read_text()
+    for file in files_of_release(release).values():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
 def test_what_is_published_against_the_gate_says_so(output, registry, capsys):
     spoil_verdict(output)
     given = ["--force-unverified", "--reason", "the clock is broken", "--dry-run"]
