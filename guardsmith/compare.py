@@ -68,7 +68,7 @@ def _shown(found: Interval | None, scale: float = 1, unit: str = "") -> str:
     if found is None:
         return "-"
     digits = 0 if scale == 100 else 2
-    mean, low, high = (f"{scale * value:.{digits}f}" for value in found[:3])
+    mean, low, high = (f"{scale * value:z.{digits}f}" for value in found[:3])
     return f"{mean}{unit} [{low}, {high}]"
 
 

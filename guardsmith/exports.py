@@ -39,8 +39,8 @@ SARIF_LEVELS = {"fail": "error", "inconclusive": "warning"}
 def _measured(check: Mapping[str, Any]) -> str:
     if check["value"] is None:
         return "-"
-    bounds = "" if check["low"] is None or check["high"] is None else f" [{check['low']:.2f}, {check['high']:.2f}]"
-    return f"{check['value']:.2f}{bounds}"
+    bounds = "" if check["low"] is None or check["high"] is None else f" [{check['low']:z.2f}, {check['high']:z.2f}]"
+    return f"{check['value']:z.2f}{bounds}"
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:

@@ -186,7 +186,7 @@ def check_learnt(subject: str, attack: str, base: Units, levels: Levels, rules: 
     if found is None or not _enough(found, rules):
         return Check(name, subject, attack, "inconclusive", "too few pictures were scored", limit=limit)
     status: Status = "pass" if found.low >= limit else "inconclusive"
-    sentence = f"the attack on the base reaches {found.mean:.2f}, real pictures {levels.genuine:.2f}"
+    sentence = f"the attack on the base reaches {found.mean:z.2f}, real pictures {levels.genuine:z.2f}"
     if status == "inconclusive":
         sentence += ": it did not learn the subject there, so its failure elsewhere means nothing"
     return Check(name, subject, attack, status, sentence, found.mean, found.low, found.high, limit)
@@ -207,7 +207,7 @@ def _unlike(name: str, subject: str, attack: str, what: str, drawn: Units, level
     limit, found = levels.chance_high, interval(drawn)
     if found is None or not _enough(found, rules):
         return Check(name, subject, attack, "inconclusive", "too few pictures were scored", limit=limit)
-    sentence = f"{what} reaches {found.mean:.2f}; different subjects stay below {limit:.2f}"
+    sentence = f"{what} reaches {found.mean:z.2f}; different subjects stay below {limit:z.2f}"
     return _bounded(name, subject, attack, sentence, found, limit, at_most=True)
 
 

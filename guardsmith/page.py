@@ -90,7 +90,7 @@ def _embedded(image: Image.Image) -> str:
 
 
 def _told(score: float | None) -> str:
-    return "not scored" if score is None else f"{score:.2f}"
+    return "not scored" if score is None else f"{score:z.2f}"
 
 
 def real_strip(subject: Subject) -> Strip:
@@ -178,7 +178,7 @@ def curve(levels: dict[str, dict[int, dict[str, Any]]], calibrated: dict[str, fl
         lines[side] = " ".join(f"{x(step)},{y(looks[step]['mean'])}" for step in seen)
         around = [(step, "high") for step in seen] + [(step, "low") for step in reversed(seen)]
         bands[side] = " ".join(f"{x(step)},{y(looks[step][end])}" for step, end in around)
-        said = ", ".join(f"{looks[step]['mean']:.2f} after {step} steps" for step in seen)
+        said = ", ".join(f"{looks[step]['mean']:z.2f} after {step} steps" for step in seen)
         words.append(f"{attack} {dict(SIDES)[side]}: {said}")
     ticks = [(x(step), step) for step in steps]
     return Curve(lines, bands, ticks, y(calibrated["chance_high"]), y(calibrated["genuine"]), "; ".join(words) + ".")

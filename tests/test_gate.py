@@ -146,6 +146,11 @@ def test_protection_is_judged_by_the_high_end():
     assert check_protected("mira", "db", mixed, LEVELS, RULES).status == "inconclusive"
 
 
+def test_nothing_is_not_minus_nothing():
+    check = check_protected("mira", "db", same(-0.001), LEVELS, RULES)
+    assert "reaches 0.00;" in check.sentence
+
+
 def test_a_control_must_keep_its_share():
     """Counted from chance, .2: of .8 above it, .72 is nine tenths."""
     assert check_control("tom", "db", same(0.921), same(1.0), LEVELS, RULES).status == "pass"
