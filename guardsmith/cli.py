@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guardsmith import __version__
-from guardsmith.cli_publish import CONTACT, LICENCE, LICENCE_FILE, check_repo_id, publish, verify_signature
+from guardsmith.cli_publish import CONTACT, LICENCE, LICENCE_FILE, check_repo_id, export, publish, verify_signature
 from guardsmith.cli_registry import check, registry_app
 from guardsmith.errors import GuardsmithError, UserError, system_errno
 from guardsmith.talk import DAY, day, print_schema, say
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.command()(check)
 app.command()(publish)
 app.command("verify-signature")(verify_signature)
+app.command()(export)
 app.add_typer(registry_app, name="registry")
 report_app = typer.Typer(help="About reports of verifications.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
@@ -373,8 +374,9 @@ def run(
     )
     if repo_id is not None and contact is not None and report["exit_code"] == 0:
         from guardsmith.publish import publish as run_publishing
+        from guardsmith.registry import present_day
 
-        on = day(today) or datetime.now().astimezone().date()
+        on = day(today) or present_day()
         done = run_publishing(
             output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file
         )
@@ -426,30 +428,6 @@ def compare(
 
         save_table(table, 60 + 44 * len(runs), svg)
         say(f"wrote {svg}")
-
-
-@app.command()
-def export(
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening.")],
-    like: Annotated[Path, typer.Option(help="The base as a single-file checkpoint (A1111, ComfyUI).")],
-    file: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
-) -> None:
-    """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place."""
-    from guardsmith.harden import read_hardening
-    from guardsmith.models import resolve
-    from guardsmith.single_file import write_single_file
-
-    record = output / "harden.json"
-    if not record.is_file() or not (output / "model").is_dir():
-        raise UserError(f"{output} holds no finished hardening; run `guardsmith harden` first.")
-    if not like.is_file():
-        raise UserError(f"there is no file {like}; name the base's single-file checkpoint")
-    if file.exists():
-        raise UserError(f"{file} exists already; name another file")
-    told = read_hardening(record)
-    base = resolve(told["base"], told["base_revision"])
-    count = write_single_file(like, base, output / "model", file)
-    say(f"wrote {file}: {count} tensors are the hardened U-Net's, everything else is {like}'s")
 
 
 @app.command("policy")

@@ -1,4 +1,4 @@
-"""The command `publish`."""
+"""Commands that let a hardened model out: publish, verify-signature, export."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def publish(
     from guardsmith.hub import files_of_release
     from guardsmith.publish import Refused
     from guardsmith.publish import publish as run_publishing
-    from guardsmith.registry import load_registry
+    from guardsmith.registry import load_registry, present_day
 
     if force != bool(reason and reason.strip()):
         raise UserError("--force-unverified and --reason belong together: the card has to say why")
@@ -65,7 +65,7 @@ def publish(
     if create_pr and (tag or branch):
         raise UserError("--create-pr goes without --tag and --branch: a proposal is neither a release nor a branch")
     check_repo_id(repo_id)
-    on = day(today) or datetime.now().astimezone().date()
+    on = day(today) or present_day()
     try:
         registry = load_registry(subjects, today=on)
     except UserError as error:
@@ -99,3 +99,26 @@ def verify_signature(
 
     check_signature(folder, key)
     say(f"{folder} is what was signed with the key that belongs to {key}")
+
+
+def export(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening.")],
+    like: Annotated[Path, typer.Option(help="The base as a single-file checkpoint (A1111, ComfyUI).")],
+    file: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+) -> None:
+    """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place."""
+    from guardsmith.harden import read_hardening
+    from guardsmith.models import resolve
+    from guardsmith.single_file import write_single_file
+
+    record = output / "harden.json"
+    if not record.is_file() or not (output / "model").is_dir():
+        raise UserError(f"{output} holds no finished hardening; run `guardsmith harden` first.")
+    if not like.is_file():
+        raise UserError(f"there is no file {like}; name the base's single-file checkpoint")
+    if file.exists():
+        raise UserError(f"{file} exists already; name another file")
+    told = read_hardening(record)
+    base = resolve(told["base"], told["base_revision"])
+    count = write_single_file(like, base, output / "model", file)
+    say(f"wrote {file}: {count} tensors are the hardened U-Net's, everything else is {like}'s")

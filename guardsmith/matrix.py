@@ -121,13 +121,11 @@ class Unit:
         for key in ("side", "root", "label", "model", "attack_images", "reference_images", "class_pictures"):
             told.pop(key)
         # Left out where nothing is asked for, so that units of versions that did not have them stay what they were.
-        change, first, trained_on, judge = (told.pop(key) for key in ("change", "first", "trained_on", "judge"))
-        told |= {"change": change} if change else {}
-        told |= {"judge": judge} if judge else {}
+        first, trained_on = (told.pop(key) for key in ("first", "trained_on"))
+        asked = {key: told.pop(key) for key in ("change", "judge", "called")}
+        told |= {key: value for key, value in asked.items() if value}
         revision = find_attack(self.attack).revision
         told |= {"revision": revision} if revision > 1 else {}
-        if told["called"] is None:
-            del told["called"]
         told |= {"first": {key: first[key] for key in ("digest", "class_noun")}} if first else {}
         return told | ({"trained_on": trained_on["digest"]} if trained_on else {})
 

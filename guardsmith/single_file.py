@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from guardsmith.errors import UserError
+from guardsmith.training import stored_weights
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CLOSE = 1e-3  # how far weights of one base may be apart in two files: half precision of weights around 1
@@ -108,7 +109,7 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path) -> int
     header = read_header(like)
     config = json.loads((hardened / "unet" / "config.json").read_text(encoding="utf-8"))
     names = unet_names(header, config, like)
-    before, after = (_unet(folder) for folder in (base, hardened))
+    before, after = (stored_weights(folder / "unet") for folder in (base, hardened))
     missing = after.keys() - set(names.values())
     if missing:
         raise UserError(f"{like} is not laid out as this model (it has no {sorted(missing)[0]}); give one of its base")
@@ -154,11 +155,3 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path) -> int
     finally:
         temporary.unlink(missing_ok=True)
     return len(replaced)
-
-
-def _unet(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors")):
-        if ".fp16." not in file.name and ".non_ema." not in file.name:
-            tensors |= load_file(file)
-    return tensors

@@ -270,19 +270,20 @@ class UNetCost:
         self._handle.remove()
 
 
+def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder of safetensors files, by name; of variants (fp16, non_ema) the plain file's win."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            tensors |= {k: weights.get_tensor(k) for k in weights.keys()}  # noqa: SIM118 (not a dict)
+    return tensors
+
+
 def changed_fraction(before: Path, after: Path) -> float:
     """Share of stored weight entries that differ between two folders of safetensors files, in [0, 1].
 
     The guard against training that cannot move its weights (half-precision weights under a tiny learning rate).
     """
-
-    def read(folder: Path) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as weights:
-                tensors |= {k: weights.get_tensor(k) for k in weights.keys()}  # noqa: SIM118 (not a dict)
-        return tensors
-
-    old, new = read(before), read(after)
+    old, new = stored_weights(before), stored_weights(after)
     different = sum(int((old[k] != new[k]).sum()) for k in old if k in new)
     return different / sum(v.numel() for v in old.values())
