@@ -140,6 +140,7 @@ def model_card(
     contact: str,
     unverified: str | None = None,
     grid: bool = False,
+    half: bool = False,
 ) -> str:
     """The README.md of the repository: metadata and text.
 
@@ -150,6 +151,7 @@ def model_card(
         contact: whom to write to, an address or a link.
         unverified: why it is published although the gate did not say yes.
         grid: whether there is a picture of everybody attacked.
+        half: whether there are half-precision files beside the others.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -179,7 +181,7 @@ def model_card(
     card = ModelCard.from_template(
         data,
         template_str=(files("guardsmith") / "templates" / "card.md").read_text(encoding="utf-8"),
-        repo_id=repo_id, report=told, licence=licence.id, contact=contact, unverified=unverified, grid=grid,
+        repo_id=repo_id, report=told, licence=licence.id, contact=contact, unverified=unverified, grid=grid, half=half,
         evidence=EVIDENCE, checks=checks, answers=rows(told), base=base, limits=limits(told),
         levels={noun: level for noun, level in told["calibration"].items() if noun in nouns},
     )  # fmt: skip

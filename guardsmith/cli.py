@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guardsmith import __version__
-from guardsmith.cli_publish import CONTACT, LICENCE, LICENCE_FILE, check_repo_id, export, publish, verify_signature
+from guardsmith.cli_publish import (
+    CONTACT,
+    LICENCE,
+    LICENCE_FILE,
+    check_repo_id,
+    export,
+    import_file,
+    publish,
+    release_notes,
+    verify_signature,
+)
 from guardsmith.cli_registry import check, registry_app
 from guardsmith.errors import GuardsmithError, UserError, system_errno
 from guardsmith.talk import DAY, day, print_schema, say
@@ -39,6 +49,8 @@ app.command()(check)
 app.command()(publish)
 app.command("verify-signature")(verify_signature)
 app.command()(export)
+app.command("import")(import_file)
+app.command("release-notes")(release_notes)
 app.add_typer(registry_app, name="registry")
 report_app = typer.Typer(help="About reports of verifications.", no_args_is_help=True)
 app.add_typer(report_app, name="report")

@@ -1,8 +1,9 @@
-"""Commands that let a hardened model out: publish, verify-signature, export."""
+"""Commands at the doors: import a base; publish, verify-signature, export, release-notes of a hardened model."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,10 @@ def publish(
     sign_key: Annotated[
         Path | None, typer.Option("--sign-key", help="Sign it with this private key (PEM, elliptic curve).")
     ] = None,
+    keyless: Annotated[
+        bool,
+        typer.Option("--sign-keyless", help="Sign it with Sigstore: as this CI job, or after a login in a browser."),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force-unverified", help="Although the gate did not say yes; needs --reason.")
     ] = False,
@@ -64,6 +69,8 @@ def publish(
         raise UserError(f"--gated {gated}: choose auto or manual")
     if create_pr and (tag or branch):
         raise UserError("--create-pr goes without --tag and --branch: a proposal is neither a release nor a branch")
+    if keyless and sign_key:
+        raise UserError("--sign-key and --sign-keyless are two ways to sign; choose one")
     check_repo_id(repo_id)
     on = day(today) or present_day()
     try:
@@ -74,7 +81,7 @@ def publish(
         raise
     done = run_publishing(
         output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file,
-        force=reason, sign_key=sign_key, dry_run=dry_run, private=private, gated=gated, branch=branch,
+        force=reason, sign_key=sign_key, keyless=keyless, dry_run=dry_run, private=private, gated=gated, branch=branch,
         create_pr=create_pr, tag=tag,
     )  # fmt: skip
     if dry_run:
@@ -92,13 +99,23 @@ def publish(
 
 def verify_signature(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A published model, downloaded whole.")],
-    key: Annotated[Path, typer.Option(help="Public key of whoever published it (PEM).")],
+    key: Annotated[Path | None, typer.Option(help="Public key of whoever published it (PEM).")] = None,
+    identity: Annotated[
+        str | None, typer.Option(help="Signed without a key: who published it, an address or the URL of a workflow.")
+    ] = None,
+    issuer: Annotated[str | None, typer.Option(help="Who vouches for that identity, a URL.")] = None,
 ) -> None:
     """Check that a published model is what was signed; exit 1 if it is not."""
     from guardsmith.signing import check_signature
 
-    check_signature(folder, key)
-    say(f"{folder} is what was signed with the key that belongs to {key}")
+    if (identity is None) != (issuer is None) or (key is None) == (identity is None):
+        raise UserError("name --key, or --identity and --issuer: whose signature it has to be")
+    check_signature(folder, key, identity=identity, issuer=issuer)
+    say(
+        f"{folder} is what was signed by {identity}"
+        if key is None
+        else f"{folder} is what was signed with the key that belongs to {key}"
+    )
 
 
 def export(
@@ -122,3 +139,45 @@ def export(
     base = resolve(told["base"], told["base_revision"])
     count = write_single_file(like, base, output / "model", file)
     say(f"wrote {file}: {count} tensors are the hardened U-Net's, everything else is {like}'s")
+
+
+def import_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Single-file checkpoint (A1111, ComfyUI), safetensors.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Diffusers folder to write.")],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Diffusers folder or Hub id of the same kind of model.  [default: as diffusers finds it]"),
+    ] = None,
+) -> None:
+    """Make a diffusers folder of a single-file checkpoint, to be used as --base."""
+    from guardsmith.models import load_model
+    from guardsmith.progress import quiet_libraries
+    from guardsmith.single_file import read_single_file
+
+    if not file.is_file():
+        raise UserError(f"there is no file {file}; name a single-file checkpoint")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name another folder")
+    quiet_libraries()
+    read_single_file(file, folder, config)
+    kind = load_model(str(folder)).prediction_type
+    say(f"wrote {folder} ({kind}); next: guardsmith harden --base {shlex.quote(str(folder))} --subjects registry.yaml")
+
+
+def release_notes(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening that was verified.")],
+    since: Annotated[
+        Path | None, typer.Option(help="Output folder, or public report.json, of the release before.")
+    ] = None,
+    repo_id: Annotated[str | None, typer.Option("--repo-id", help="Name of the release, organisation/name.")] = None,
+) -> None:
+    """Print Markdown for a release or a pull request, from the public evidence: nobody is named who is not invented."""
+    from guardsmith.compare import read_report
+    from guardsmith.release_notes import release_notes as notes
+
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    place = "verify/public/report.json"
+    typer.echo(
+        notes(read_report(output, place), None if since is None else read_report(since, place), repo_id), nl=False
+    )

@@ -17,7 +17,6 @@ from guardsmith.errors import UserError
 from guardsmith.gate import Interval, Levels, Units, above_chance, attack_at, called, interval, ratio_interval
 from guardsmith.records import read_record
 
-NEEDED = ("checks", "scores", "subjects", "steps_to_break", "utility", "hardening", "verdict", "recipe", "calibration")
 COLOURS = {True: "green", False: "red", None: "default"}
 
 
@@ -33,16 +32,30 @@ class Cell(NamedTuple):
     reached: bool | None = None
 
 
-def read_report(run: Path) -> dict[str, Any]:
+def read_report(run: Path, place: str = "verify/report.json") -> dict[str, Any]:
     """The report of a verified run: its folder, or the file itself.
+
+    Args:
+        run: folder or file.
+        place: of the report in such a folder.
 
     Raises:
         UserError: there is none, or it is not one of this version.
     """
-    file = run / "verify" / "report.json" if run.is_dir() else run
+    from pydantic import ValidationError
+
+    from guardsmith.report_schema import Report
+
+    file = run / place if run.is_dir() else run
     if not file.is_file():
-        raise UserError(f"{run} holds no report (verify/report.json); run `guardsmith verify` first.")
-    return read_record(file, NEEDED, "verify again")
+        raise UserError(f"{run} holds no report ({place}); run `guardsmith verify` first.")
+    told = read_record(file, ("schema",), "verify again")
+    try:
+        Report.model_validate(told)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UserError(f"{file} is not a report of this version of guardsmith ({where}); verify again.") from error
+    return told
 
 
 def group_units(report: dict[str, Any], side: str, ids: set[str], attack: str, look: float) -> Units:

@@ -23,6 +23,7 @@ from guardsmith.errors import RunFailed, UserError
 
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("avatar",)
+HALF = "fp16"  # what diffusers calls the half-precision files beside others
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 EVIDENCE = (
     "guardsmith"  # folder of a published repository with records of how the model came about, which are no part of it
@@ -92,7 +93,9 @@ def resolve(source: str, revision: str | None = None) -> Path:
             "safetensors first (diffusers: `pipeline.save_pretrained(folder, safe_serialization=True)`)."
         )
     if path.is_file():
-        raise UserError(f"{source}: single-file checkpoints are not read yet; give a diffusers folder or a Hub id.")
+        raise UserError(
+            f"{source} is a single file; make a diffusers folder of it first: `guardsmith import {source} FOLDER`."
+        )
     if path.exists():
         _check_folder(path)
         return path
@@ -218,7 +221,8 @@ def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("une
     """Write a complete diffusers folder: these parts from memory, every other file copied byte for byte from the source.
 
     They are stored in the precision of the source's own files, so that a half-precision base stays one, or in float32 where a
-    weight does not fit it.
+    weight does not fit it. Where the source has half-precision files beside them (variant `fp16`), so has the folder, unless a
+    weight does not fit: then it has none of any part, rather than some of one model and some of another.
     The folder appears whole or not at all.
 
     Args:
@@ -233,8 +237,10 @@ def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("une
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(model.folder, temporary, ignore=lambda _, names: [n for n in names if n == ".cache"])
-        for name in parts:
-            _save_part(model, name, temporary / name)
+        halves = [_save_part(model, name, temporary / name) for name in parts]
+        if not all(halves):
+            for file in temporary.glob(f"*/*.{HALF}.*"):
+                file.unlink()
         for file in temporary.rglob("*"):
             if file.suffix in PICKLES:
                 file.unlink()
@@ -245,9 +251,14 @@ def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("une
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save_part(model: DiffusionModel, name: str, place: Path) -> None:
-    """Replace the weights of one part; variants, shards and their index go, for they hold those of the source."""
-    for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index.json")]:
+def _save_part(model: DiffusionModel, name: str, place: Path) -> bool:
+    """Replace the weights of one part; variants, shards and their index go, for they hold those of the source.
+
+    Returns:
+        Whether the half-precision variant of the other parts may stay: this part has one of its own.
+    """
+    wanted = any(place.glob(f"*.{HALF}.*"))
+    for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index*.json")]:
         file.unlink()
     part = copy.deepcopy(getattr(model, name)).to(stored_dtype(model.folder, name))
     if not _finite(part):
@@ -255,10 +266,15 @@ def _save_part(model: DiffusionModel, name: str, place: Path) -> None:
     if not _finite(part):
         raise RunFailed("A weight of the hardened model is not finite; no model was written.")
     part.save_pretrained(place, safe_serialization=True)
+    half = part.half() if wanted else part
+    wanted = wanted and _finite(half)
+    if wanted:
+        half.save_pretrained(place, safe_serialization=True, variant=HALF)
     config = model.folder / name / "config.json"
     shutil.copyfile(config, place / config.name)  # the libraries' own tells where the base lay
     for file in place.glob("*.safetensors"):
         shutil.copymode(config, file)  # safetensors writes for the owner only
+    return wanted
 
 
 def _finite(module: torch.nn.Module) -> bool:

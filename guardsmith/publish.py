@@ -21,11 +21,11 @@ from guardsmith.bom import bill_of_materials
 from guardsmith.card import licence_of, model_card
 from guardsmith.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.hub import Published, upload
-from guardsmith.models import EVIDENCE, weights_digest
+from guardsmith.models import EVIDENCE, HALF, weights_digest
 from guardsmith.page import is_invented
 from guardsmith.records import read_record, whole_folder, write_json, write_text
 from guardsmith.registry import Registry
-from guardsmith.signing import check_key, sign
+from guardsmith.signing import check_key, check_package, sign
 
 
 class Refused(GuardsmithError):
@@ -75,6 +75,7 @@ def gather(
     licence_file: Path | None = None,
     unverified: str | None = None,
     sign_key: Path | None = None,
+    keyless: bool = False,
 ) -> Path:
     """Put together what goes up; the folder appears whole.
 
@@ -87,9 +88,11 @@ def gather(
         licence_file: likewise.
         unverified: for the card, if the gate did not say yes.
         sign_key: private key to sign it with.
+        keyless: sign it with Sigstore.
 
     Raises:
         UserError: the licence is not known.
+        RunFailed: see `sign`.
     """
     model, verified = output / "model", output / "verify"
     report = read_record(verified / "public" / "report.json", ("hardening", "recipe"), "verify again")
@@ -111,10 +114,11 @@ def gather(
             contact=contact,
             unverified=unverified,
             grid=(place / EVIDENCE / "grid.png").exists(),
+            half=any(place.glob(f"unet/*.{HALF}.*")),
         )
         write_text(place / "README.md", card)
-        if sign_key is not None:
-            sign(place, sign_key)
+        if sign_key is not None or keyless:
+            sign(place, sign_key, output / "release")
     return output / "release"
 
 
@@ -129,6 +133,7 @@ def publish(
     licence_file: Path | None = None,
     force: str | None = None,
     sign_key: Path | None = None,
+    keyless: bool = False,
     dry_run: bool = False,
     **how: Any,
 ) -> Published:
@@ -143,6 +148,7 @@ def publish(
         licence: see `licence_of`.
         licence_file: likewise.
         sign_key: see `gather`.
+        keyless: see `gather`; not in a dry run, for the log that it goes into is public.
         force: publish although the gate did not say yes, for this reason, which the card tells.
         dry_run: gather, and stop.
         how: see `upload`.
@@ -154,12 +160,14 @@ def publish(
     """
     if sign_key is not None:
         check_key(sign_key)
+    elif keyless:
+        check_package()
     found = objections(output, registry, today)
     if found and force is None:
         raise Refused("not published: " + "; ".join(found))
     release = gather(
         output, registry, repo_id, contact=contact, licence=licence, licence_file=licence_file,
-        unverified=force if found else None, sign_key=sign_key,
+        unverified=force if found else None, sign_key=sign_key, keyless=keyless and not dry_run,
     )  # fmt: skip
     digest = weights_digest(release)
     if not found and digest != json.loads((output / "verify" / "report.json").read_text())["hardening"]["model_digest"]:

@@ -1,7 +1,8 @@
-"""Single-file checkpoints (the layout of A1111 and ComfyUI): a hardened U-Net in the place of the base's.
+"""Single-file checkpoints (the layout of A1111 and ComfyUI): read as a base, and written with a hardened U-Net.
 
-Only the U-Net's tensors are replaced; everything else is copied byte for byte, in its order, with the file's metadata. Which
-tensor is which is read off diffusers' own converter, so that there is no second table of names here.
+Reading is diffusers' own conversion. In writing, only the U-Net's tensors are replaced; everything else is copied byte for byte,
+in its order, with the file's metadata. Which tensor is which is read off diffusers' converter, so that there is no second table
+of names here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from guardsmith.errors import UserError
+from guardsmith.errors import RunFailed, UserError
+from guardsmith.models import PICKLES, load_model
+from guardsmith.records import whole_folder
 from guardsmith.training import stored_weights
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -87,6 +90,50 @@ def _bytes(tensor: Tensor) -> bytes:
     """As safetensors stores it."""
     stored = save({"": tensor.contiguous()})
     return stored[8 + int.from_bytes(stored[:8], "little") :]
+
+
+def read_single_file(file: Path, folder: Path, config: str | None = None) -> None:
+    """Write the diffusers folder of a single-file checkpoint, in the file's precision; it appears whole.
+
+    Args:
+        file: Stable Diffusion 1.x or 2.x, safetensors.
+        folder: where to.
+        config: diffusers folder or Hub id with the configurations and the tokenizer, which such a file does not hold; when not
+            given, those that diffusers knows for this layout, from the Hub.
+
+    Raises:
+        UserError: the file is a pickle, not whole, or another model than the configurations say.
+        RunFailed: the configurations cannot be had from the Hub.
+    """
+    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if file.suffix.lower() in PICKLES:
+        raise UserError(f"{file}: pickled weights can run code when opened and are refused; get it as safetensors")
+    header = read_header(file)
+    unet = [entry for name, entry in header.tensors.items() if name.startswith("model.diffusion_model.")]
+    if not unet or unet[0]["dtype"] not in DTYPES:
+        raise UserError(f"{file} holds no Stable Diffusion U-Net in the layout of A1111")
+    dtype = DTYPES[unet[0]["dtype"]]
+    try:
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(file), config=config, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
+        raise RunFailed(
+            f"{file}: the Hub did not give its configurations; go online, or name a diffusers folder of the same kind of model "
+            "with --config"
+        ) from error
+    except SingleFileComponentError as error:
+        raise UserError(f"{file} lacks a part of the model; get one with U-Net, VAE and text encoder in it") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is not laid out as its configurations say; name those of its kind of model with --config"
+        ) from error
+    with whole_folder(folder) as place:
+        pipeline.save_pretrained(place, safe_serialization=True)
+        load_model(str(place))  # incomplete parts, or weights that are not finite, are told now
 
 
 def write_single_file(like: Path, base: Path, hardened: Path, file: Path) -> int:

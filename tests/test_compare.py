@@ -1,6 +1,7 @@
 """The comparison table: every number is worked out by hand from a small report."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,9 +52,25 @@ def make_report(**changed):
             "person": {"chance": 0.0, "chance_high": 0.1, "genuine": 0.6},
             "robot": {"chance": 0.3, "chance_high": 0.4, "genuine": 0.6},
         },
-        "recipe": {"verify": {"attacks": {"lora": {}}, "looks": [1, 2]}, "gate": {"kid_ratio": 2.0}},
+        "recipe": {"verify": {"attacks": {"lora": {"name": "lora"}}, "looks": [1, 2]}, "gate": {"kid_ratio": 2.0}},
     }  # fmt: skip
     return told | changed
+
+
+DEMO = Path(__file__).parent.parent / "docs" / "results" / "demo-report.json"
+
+
+def whole(told):
+    """The same as a file has it: with everything else that a report must have, from the demo's."""
+    demo = json.loads(DEMO.read_text())
+    unmeasured = {"value": None, "low": None, "high": None}
+    return demo | told | {
+        "checks": [demo["checks"][0] | unmeasured | each for each in told["checks"]],
+        "scores": [demo["scores"][0] | each for each in told["scores"]],
+        "utility": demo["utility"] | told["utility"],
+        "hardening": demo["hardening"] | told["hardening"],
+        "recipe": demo["recipe"] | {key: demo["recipe"][key] | part for key, part in told["recipe"].items()},
+    }  # fmt: skip
 
 
 def test_every_answer_by_hand():
@@ -107,7 +124,7 @@ def test_pictures_that_could_not_be_scored_are_left_out_of_means_but_the_gate_de
 def test_runs_that_were_judged_differently_are_not_compared(what):
     other = make_report()
     if what == "attacks":
-        other["recipe"] = other["recipe"] | {"verify": {"attacks": {"lora": {}}, "looks": [1, 4]}}
+        other["recipe"] = other["recipe"] | {"verify": {"attacks": {"lora": {"name": "lora"}}, "looks": [1, 4]}}
     elif what == "subjects":
         other["subjects"] = other["subjects"][:3]
     else:
@@ -122,7 +139,7 @@ def runs(tmp_path):
         folder = tmp_path / name / "verify"
         folder.mkdir(parents=True)
         hardening = make_report()["hardening"] | {"method": method}
-        (folder / "report.json").write_text(json.dumps(make_report(hardening=hardening)))
+        (folder / "report.json").write_text(json.dumps(whole(make_report(hardening=hardening))))
     return tmp_path
 
 
@@ -148,17 +165,21 @@ def test_bad_runs_are_one_sentence(runs, capsys):
     (runs / "empty").mkdir()
     (runs / "broken.json").write_text("{")
     (runs / "old.json").write_text('{"checks": []}')
+    older = json.loads(DEMO.read_text())
+    del older["scores"][0]["look"]
+    (runs / "older.json").write_text(json.dumps(older))
     for name, word in (
         ("empty", "run `guardsmith verify` first"),
         ("broken.json", "not valid"),
-        ("old.json", "lacks scores"),
+        ("old.json", "lacks schema"),
+        ("older.json", "is not a report of this version of guardsmith (scores.0.look)"),
     ):
         assert cli.main(["compare", str(runs / name)]) == 2
         assert word in capsys.readouterr().err
     (runs / "c").mkdir()
     (runs / "c" / "a").mkdir()
     (runs / "c" / "a" / "verify").mkdir()
-    (runs / "c" / "a" / "verify" / "report.json").write_text(json.dumps(make_report()))
+    (runs / "c" / "a" / "verify" / "report.json").write_text(json.dumps(whole(make_report())))
     with pytest.raises(UserError, match="same name"):
         compare_runs([runs / "a", runs / "c" / "a"])
     assert read_report(runs / "a" / "verify" / "report.json")["verdict"] == "fail"
@@ -212,7 +233,7 @@ def test_what_else_differs_is_named():
 def test_changes_on_the_command_line(tmp_path, capsys):
     files = [tmp_path / "old.json", tmp_path / "new.json"]
     for file, checks, verdict in zip(files, (BEFORE, AFTER), ("fail", "inconclusive"), strict=True):
-        file.write_text(json.dumps(make_report(checks=checks, verdict=verdict)))
+        file.write_text(json.dumps(whole(make_report(checks=checks, verdict=verdict))))
     names = [str(file) for file in files]
     assert cli.main(["compare", *names, "--changes"]) == 0
     told = capsys.readouterr()

@@ -213,10 +213,32 @@ def test_variants_beside_the_weights_do_not_count(folder, tmp_path):
     save_model(model, tmp_path / "out")
     assert same_weights(stored, load_file(tmp_path / "out" / UNET_FILE))
     # The variants hold the base's weights: in the hardened model they would undo the hardening.
-    assert [path.name for path in (tmp_path / "out/unet").glob("*.safetensors")] == [
-        "diffusion_pytorch_model.safetensors"
+    assert sorted(path.name for path in (tmp_path / "out/unet").glob("*.safetensors")) == [
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors",
     ]
+    written = load_file(tmp_path / "out/unet/diffusion_pytorch_model.fp16.safetensors")
+    assert same_weights(written, {k: v.half() for k, v in stored.items()})
     assert changed_fraction(folder / "unet", tmp_path / "out/unet") == 0
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_base_with_half_precision_files_keeps_them_whole_or_not_at_all(folder, tmp_path, fits):
+    """Half of the parts hardened and half of them not, or of another precision, would be a model that nobody judged."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    pipeline.save_pretrained(folder, variant="fp16")
+    model = load_model(str(folder))
+    with torch.no_grad():
+        model.unet.conv_in.weight.add_(0.25 if fits else 1e6)
+    save_model(model, tmp_path / "out")
+    assert same_weights(load_file(tmp_path / "out" / UNET_FILE), weights(model.unet))
+    halves = sorted(path.parent.name for path in (tmp_path / "out").rglob("*.fp16.safetensors"))
+    assert halves == (["text_encoder", "unet", "vae"] if fits else [])
+    if fits:
+        loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "out", variant="fp16", torch_dtype=torch.float16)
+        assert same_weights(weights(loaded.unet), {k: v.half() for k, v in weights(model.unet).items()})
+    assert same_weights(weights(load_model(str(tmp_path / "out")).unet), weights(model.unet))
+    assert changed_fraction(folder / "unet", tmp_path / "out/unet") > 0
 
 
 def test_a_sharded_base_is_saved_whole(folder, tmp_path):
@@ -261,7 +283,7 @@ def test_a_folder_with_only_pickled_weights_is_refused(folder, part):
 
 
 def test_single_files_are_refused(folder):
-    refuses(folder / UNET_FILE, "single-file")
+    refuses(folder / UNET_FILE, "is a single file", "guardsmith import")
 
 
 def test_other_folders_are_refused(tmp_path):

@@ -187,6 +187,12 @@ def test_the_card_has_the_numbers_of_the_report(output, registry):
     assert "(guardsmith/grid.png)" in body and "not-verified" not in head["tags"]
 
 
+def test_the_card_tells_of_half_precision_files(output, registry):
+    assert "fp16" not in card_of(output, registry)[1].partition("## Use it")[2]
+    (output / "model" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
+    assert "The files of variant `fp16` are the same weights rounded" in card_of(output, registry)[1]
+
+
 def test_the_bill_of_materials(output, registry):
     """By its schema where the validator is installed (cyclonedx-python-lib[json-validation])."""
     release = gather(output, registry, "acme/avatar", contact="x")

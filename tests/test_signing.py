@@ -1,13 +1,14 @@
 """Signatures: what they cover, and what breaks them. The package is an extra; without it, that is a sentence."""
 
 import importlib.util
+import shutil
 import subprocess
 
 import pytest
 from tiny import assert_one_sentence
 
 from guardsmith import cli, signing
-from guardsmith.errors import UserError
+from guardsmith.errors import RunFailed, UserError
 from guardsmith.signing import BadSignature, check_key, check_signature, sign
 
 needs = pytest.mark.skipif(
@@ -71,6 +72,68 @@ def test_what_is_signed_may_not_change_and_the_card_may(release, tmp_path, capsy
     added = release / "unet" / "more.safetensors"
     broken(lambda: added.write_bytes(b"more"), added.unlink)
     broken(weights.unlink, lambda: weights.write_bytes(b"weights"))
+
+
+@needs
+def test_a_release_that_has_not_changed_keeps_its_signature(release, tmp_path):
+    """Else every publication would be a change: two signatures of one thing by one key differ."""
+    mine, public = keys(tmp_path, "mine")
+    other, _ = keys(tmp_path, "other")
+    sign(release, mine)
+    same, changed = tmp_path / "same", tmp_path / "changed"
+    for folder in (same, changed):
+        shutil.copytree(release, folder)
+        (folder / signing.SIGNATURE).unlink()
+    (same / "README.md").write_text("another card")
+    (changed / "unet" / "weights.safetensors").write_bytes(b"Weights")
+    before = (release / signing.SIGNATURE).read_bytes()
+    sign(same, mine, release)
+    assert (same / signing.SIGNATURE).read_bytes() == before
+    sign(same, other, release)
+    assert (same / signing.SIGNATURE).read_bytes() != before, "signed by somebody else"
+    sign(changed, mine, release)
+    check_signature(changed, public)
+    with pytest.raises(BadSignature):
+        check_signature(same, public)
+
+
+@needs
+def test_without_a_key_sigstore_is_asked(release, monkeypatch):
+    """Sigstore itself cannot be asked here; what goes to the library, and what becomes of its answer, can be seen."""
+    from model_signing import signing as library
+    from model_signing import verifying
+
+    asked = {}
+
+    def signer(self, **how):
+        asked["sign"] = how
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(library.Config, "use_sigstore_signer", signer)
+    with pytest.raises(RunFailed, match="Sigstore gave no signature") as caught:
+        sign(release, None)
+    assert_one_sentence(caught.value)
+    assert asked["sign"] == {"use_ambient_credentials": True} and not (release / signing.SIGNATURE).exists()
+
+    def verifier(self, **who):
+        asked["check"] = who
+        return self
+
+    (release / signing.SIGNATURE).write_text("a bundle")
+    monkeypatch.setattr(verifying.Config, "use_sigstore_verifier", verifier)
+    monkeypatch.setattr(
+        verifying.Config, "verify", lambda self, folder, signature: asked.update(what=(folder, signature))
+    )
+    who = ["--identity", "ann@example.org", "--issuer", "https://accounts.example.org"]
+    assert cli.main(["verify-signature", str(release), *who]) == 0
+    assert asked["check"] == {"identity": "ann@example.org", "oidc_issuer": "https://accounts.example.org"}
+    assert asked["what"] == (release, release / signing.SIGNATURE)
+
+
+@pytest.mark.parametrize("given", [[], ["--identity", "ann"], ["--key", "k", "--identity", "ann", "--issuer", "i"]])
+def test_whose_signature_it_has_to_be_is_said(release, given, capsys):
+    assert cli.main(["verify-signature", str(release), *given]) == 2
+    assert "name --key, or --identity and --issuer" in capsys.readouterr().err
 
 
 @needs

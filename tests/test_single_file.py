@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import assert_one_sentence, same_weights, weights
 
 from guardsmith import cli
-from guardsmith.errors import UserError
-from guardsmith.models import load_model, save_model
-from guardsmith.single_file import read_header, unet_names, write_single_file
+from guardsmith.errors import GuardsmithError, UserError
+from guardsmith.models import builtin_path, load_model, save_model, stored_dtype
+from guardsmith.single_file import read_header, read_single_file, unet_names, write_single_file
 
 LAYERS = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -53,6 +53,19 @@ def in_a1111(name):
     if kind.endswith("samplers"):
         rest = rest.removeprefix("conv.")
     return f"model.diffusion_model.{place}.{rest}"
+
+
+def vae_in_a1111(name):
+    """The same for the small VAE of four levels."""
+    new = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    new = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", new)
+    new = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", new)
+    new = re.sub(r"up_blocks\.(\d)\.resnets", lambda found: f"up.{3 - int(found[1])}.block", new)
+    new = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{3 - int(found[1])}.upsample", new)
+    if "mid_block.attentions.0" in new:
+        new = new.replace("mid_block.attentions.0", "mid.attn_1").replace("to_out.0", "proj_out")
+        new = new.replace("group_norm", "norm").replace(".to_", ".")
+    return "first_stage_model." + new.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
 
 def other_tensors():
@@ -131,6 +144,99 @@ def test_diffusers_reads_it(tiny_v, single, hardened, tmp_path):
     wanted = {name: value.half().float() for name, value in weights(own.unet).items()}
     wanted["conv_in.weight"] = own.unet.conv_in.weight
     assert same_weights({name: value.float() for name, value in weights(unet).items()}, wanted)
+
+
+@pytest.fixture
+def whole(tiny_v, tmp_path):
+    """All parts of the base of the tests in one file, in half precision."""
+    tensors = {in_a1111(name): value for name, value in weights(tiny_v.unet).items()}
+    for name, value in weights(tiny_v.vae).items():
+        there = vae_in_a1111(name)
+        attention = ".attn_1." in there and value.ndim == 2  # a convolution there
+        tensors[there] = value[:, :, None, None] if attention else value
+    for name, value in weights(tiny_v.text_encoder).items():
+        tensors[f"cond_stage_model.transformer.text_model.{name}"] = value
+    file = tmp_path / "whole.safetensors"
+    save_file({name: value.half().contiguous() for name, value in tensors.items()}, file, metadata={"format": "pt"})
+    return file
+
+
+def test_a_single_file_becomes_a_base_and_a_single_file_again(tiny_v, whole, tmp_path, capsys):
+    folder = tmp_path / "base"
+    assert cli.main(["import", str(whole), str(folder), "--config", str(tiny_v.folder)]) == 0
+    assert "(v_prediction)" in capsys.readouterr().err
+    read = load_model(str(folder))
+    for part in ("unet", "vae", "text_encoder"):
+        wanted = {name: value.half().float() for name, value in weights(getattr(tiny_v, part)).items()}
+        assert same_weights(weights(getattr(read, part)), wanted), part
+        assert stored_dtype(folder, part) == torch.float16
+    assert read.tokenizer("sks of a person").input_ids == tiny_v.tokenizer("sks of a person").input_ids
+    assert read.prediction_type == "v_prediction" and read.scheduler.alphas_cumprod.equal(
+        tiny_v.scheduler.alphas_cumprod
+    )
+
+    write_single_file(whole, folder, folder, tmp_path / "again.safetensors")
+    before, after = load_file(whole), load_file(tmp_path / "again.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def spoil_pickle(file):
+    file.rename(file.with_suffix(".ckpt"))
+    return file.with_suffix(".ckpt")
+
+
+def spoil_layout(file):
+    save_file({"conv_in.weight": torch.zeros(2)}, file)
+
+
+def spoil_half_of_it(file):
+    save_file({name: value for name, value in load_file(file).items() if "first_stage" not in name}, file)
+
+
+def spoil_unet(file):
+    spoil_missing(file, None)
+
+
+def spoil_vae(file):
+    tensors = load_file(file)
+    del tensors["first_stage_model.decoder.conv_out.bias"]
+    save_file(tensors, file)
+
+
+def spoil_position(file):
+    tensors = load_file(file)
+    del tensors["cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"]
+    save_file(tensors, file)
+
+
+def spoil_nan(file):
+    tensors = load_file(file)
+    tensors[in_a1111("conv_out.bias")][0] = torch.nan
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_pickle, "pickled weights"), (lambda file: spoil_truncated(file, None), "is not whole"),
+        (spoil_layout, "no Stable Diffusion U-Net"),
+        (spoil_half_of_it, "lacks a part"), (spoil_nan, "not finite"),
+        (spoil_unet, "not laid out"),
+        (spoil_vae, "not laid out"),
+        (spoil_position, "lacks"),
+        (lambda file: "builtin", "not laid out as its configurations say"),
+        (lambda file: "no/such-model", "the Hub did not give its configurations"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_base_is_one_sentence_and_leaves_nothing(tiny_v, whole, tmp_path, spoil, said):
+    config, new = str(tiny_v.folder), spoil(whole)
+    file = new if isinstance(new, Path) else whole
+    if isinstance(new, str):
+        config = str(builtin_path("avatar")) if new == "builtin" else new
+    with pytest.raises(GuardsmithError, match=said) as caught:
+        read_single_file(file, tmp_path / "base", config)
+    assert_one_sentence(caught.value)
+    assert not list(tmp_path.glob("*base*"))
 
 
 def spoil_another(file, unet):
