@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guardsmith import __version__
+from guardsmith.cli_images import cloak, redteam
 from guardsmith.cli_publish import (
     CONTACT,
     LICENCE,
@@ -46,6 +47,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(check)
+app.command()(cloak)
+app.command()(redteam)
 app.command()(publish)
 app.command("verify-signature")(verify_signature)
 app.command()(export)
@@ -486,20 +489,27 @@ def print_policy(
 
 @app.command("list")
 def list_table(
-    what: Annotated[str, typer.Argument(metavar="methods|attacks|recipes", help="Which table.")],
+    what: Annotated[str, typer.Argument(metavar="methods|attacks|cloaks|purifiers|recipes", help="Which table.")],
 ) -> None:
-    """List hardening methods, attacks or shipped recipes."""
+    """List hardening methods, attacks, cloaks, purifiers or shipped recipes."""
     from guardsmith.recipe import recipe_names
 
     if what == "recipes":
         for name in recipe_names():
             typer.echo(name)
-    elif what in ("methods", "attacks"):
+    elif what in ("methods", "attacks", "cloaks", "purifiers"):
         from guardsmith.attacks import ATTACKS
+        from guardsmith.cloaks import CLOAKS
         from guardsmith.methods import METHODS
+        from guardsmith.purifiers import PURIFIERS
 
-        table = METHODS if what == "methods" else ATTACKS
-        for name, entry in table.items():
+        tables: dict[str, dict[str, Any]] = {
+            "methods": dict(METHODS),
+            "attacks": dict(ATTACKS),
+            "cloaks": dict(CLOAKS),
+            "purifiers": dict(PURIFIERS),
+        }
+        for name, entry in tables[what].items():
             typer.echo(f"{name}\t{entry.paper}")
     else:
-        raise UserError(f"there is no table {what!r}: methods, attacks or recipes")
+        raise UserError(f"there is no table {what!r}: methods, attacks, cloaks, purifiers or recipes")

@@ -99,6 +99,15 @@ def own_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor
     raise ValueError(f"prediction type '{kind}' is not supported")
 
 
+def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The noise that a prediction says is in z_t: eps = sqrt(ab_t) v + sqrt(1 - ab_t) z_t where it is a velocity."""
+    if scheduler.config.prediction_type == "epsilon":
+        return prediction
+    alpha_bar = scheduler.alphas_cumprod[timesteps].to(noisy).reshape(-1, 1, 1, 1)
+    noise: Tensor = alpha_bar.sqrt() * prediction + (1 - alpha_bar).sqrt() * noisy
+    return noise
+
+
 def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
     """The U-Net's prediction for all rows, (n, c, h, w)."""
     noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)

@@ -73,6 +73,16 @@ class AttackSpec(BaseModel):
         return self
 
 
+class PixelSpec(BaseModel):
+    """One cloak, or one purifier, with its parameters."""
+
+    model_config = _STRICT
+    name: str
+    """A key of `guardsmith list cloaks` (or purifiers)."""
+    params: dict[str, Any] = {}
+    """Its parameters; anything left out has its paper's default."""
+
+
 class Sampling(BaseModel):
     """How pictures are generated."""
 
@@ -177,6 +187,10 @@ class Recipe(BaseModel):
     """The attacks."""
     gate: GateSpec = GateSpec()
     """The rules of the verdict."""
+    cloaks: dict[str, PixelSpec] = {}
+    """Cloaks with their parameters on this base, by the name that `guardsmith cloak --method` knows them by."""
+    purifiers: dict[str, PixelSpec] = {}
+    """Purifiers with their parameters on this base, by the name that `guardsmith redteam --purifier` knows them by."""
 
 
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -303,13 +317,20 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
     Reads the raw data, so that one wrong key elsewhere does not hide the other problems.
     """
     from guardsmith.attacks import find_attack
+    from guardsmith.cloaks import find_cloak
     from guardsmith.methods import find_method
+    from guardsmith.purifiers import find_purifier
 
     verify = data.get("verify")
     attacks = verify.get("attacks") if isinstance(verify, dict) else None
     wanted: list[tuple[str, Any, Callable[[str], Any]]] = [("method", data.get("method"), find_method)]
     for label, spec in attacks.items() if isinstance(attacks, dict) else ():
         wanted.append((f"verify.attacks.{label}", spec, find_attack))
+    pixels: tuple[tuple[str, Callable[[str], Any]], ...] = (("cloaks", find_cloak), ("purifiers", find_purifier))
+    for table, find_pixels in pixels:
+        specs = data.get(table)
+        for label, spec in specs.items() if isinstance(specs, dict) else ():
+            wanted.append((f"{table}.{label}", spec, find_pixels))
     problems = []
     for place, spec, find in wanted:
         told = spec if isinstance(spec, dict) else {}

@@ -17,6 +17,7 @@ from guardsmith.attacks import (
     cut_wire,
     dreambooth,
     lora,
+    redteam,
     textual_inversion,
     unlearn_first,
     warm_restarts,
@@ -85,6 +86,13 @@ ATTACKS: dict[str, Attack] = {
     "cdl": Attack(
         cdl.attack,
         cdl.CdlConfig,
+        "hf.co/papers/2406.18944",
+        suffix=cdl.SUFFIX,
+        negative_prompt=cdl.NEGATIVE_PROMPT,
+    ),
+    "redteam": Attack(
+        redteam.attack,
+        redteam.RedteamConfig,
         "hf.co/papers/2406.18944",
         suffix=cdl.SUFFIX,
         negative_prompt=cdl.NEGATIVE_PROMPT,
