@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guardsmith import __version__
-from guardsmith.cli_images import cloak, redteam
+from guardsmith.cli_images import cloak, redteam, train_rid
 from guardsmith.cli_publish import (
     CONTACT,
     LICENCE,
@@ -49,6 +49,7 @@ app = typer.Typer(
 app.command()(check)
 app.command()(cloak)
 app.command()(redteam)
+app.command("train-rid")(train_rid)
 app.command()(publish)
 app.command("verify-signature")(verify_signature)
 app.command()(export)

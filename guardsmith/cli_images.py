@@ -1,4 +1,4 @@
-"""Commands on pictures: cloak them, and attack cloaked ones."""
+"""Commands on pictures: cloak them, train what cloaks them, and attack cloaked ones."""
 
 from __future__ import annotations
 
@@ -190,3 +190,35 @@ def redteam(
             table.add_row(name, found)
         print_table(table, 80)
     say(f"wrote {output}; look at {output / 'grid.png'}")
+
+
+def train_rid(
+    pictures: Annotated[
+        str, typer.Argument(metavar="PICTURES", help="To train on: a folder, a glob, parquet:FILE or hub:DATASET.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
+    base: Annotated[
+        list[str] | None, typer.Option(help="Model to defend against; may be repeated.  [default: the recipe's]")
+    ] = None,
+    recipe: RECIPE = None,
+    changes: CHANGES = None,
+    seed: SEED = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Train a RID defender, which then cloaks any picture in one pass (guardsmith cloak --method rid)."""
+    from guardsmith.progress import quiet_libraries
+    from guardsmith.train_rid import DEFENDER, train_defender
+
+    chosen = _recipe(recipe, base[0] if base else None, changes)
+    quiet_libraries()
+    told = train_defender(
+        pictures, output, bases=base or [chosen.base], params=chosen.defender, seed=seed, resume=resume
+    )
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    file = shlex.quote(str(output / DEFENDER))
+    say(f"trained on {told['pictures']} pictures in {told['seconds']:.0f} s: {file}")
+    say(
+        f"next: guardsmith cloak IMAGES --method rid --set cloaks.rid.params.defender={file} --class-noun NOUN --output DIR"
+    )

@@ -189,6 +189,8 @@ class Recipe(BaseModel):
     """The rules of the verdict."""
     cloaks: dict[str, PixelSpec] = {}
     """Cloaks with their parameters on this base, by the name that `guardsmith cloak --method` knows them by."""
+    defender: dict[str, Any] = {}
+    """Settings of `guardsmith train-rid` on this base."""
     purifiers: dict[str, PixelSpec] = {}
     """Purifiers with their parameters on this base, by the name that `guardsmith redteam --purifier` knows them by."""
 
@@ -318,6 +320,7 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
     """
     from guardsmith.attacks import find_attack
     from guardsmith.cloaks import find_cloak
+    from guardsmith.cloaks.rid import RidTraining
     from guardsmith.methods import find_method
     from guardsmith.purifiers import find_purifier
 
@@ -332,6 +335,11 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
         for label, spec in specs.items() if isinstance(specs, dict) else ():
             wanted.append((f"{table}.{label}", spec, find_pixels))
     problems = []
+    if isinstance(data.get("defender"), dict):
+        try:
+            RidTraining.model_validate(data["defender"])
+        except ValidationError as error:
+            problems += explain(error, f"{where}: defender", list(RidTraining.model_fields))
     for place, spec, find in wanted:
         told = spec if isinstance(spec, dict) else {}
         name, params = told.get("name", MethodSpec().name if place == "method" else None), told.get("params", {})

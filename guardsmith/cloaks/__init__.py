@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from guardsmith.cloaks import advdm, aspl, fsmg, glaze, metacloak, photoguard
+from guardsmith.cloaks import advdm, aspl, fsmg, glaze, metacloak, photoguard, rid
 from guardsmith.errors import UserError, did_you_mean
 
 
@@ -34,6 +34,7 @@ CLOAKS: dict[str, Cloak] = {
     "metacloak": Cloak(metacloak.cloak, metacloak.MetaCloakConfig, "hf.co/papers/2311.13127", learns=True),
     "advdm": Cloak(advdm.cloak, advdm.AdvdmConfig, "hf.co/papers/2302.04578"),
     "photoguard": Cloak(photoguard.cloak, photoguard.PhotoguardConfig, "hf.co/papers/2302.06588"),
+    "rid": Cloak(rid.cloak, rid.RidConfig, "hf.co/papers/2412.09844"),
     "glaze": Cloak(glaze.cloak, glaze.GlazeConfig, "hf.co/papers/2302.04222"),
 }
 

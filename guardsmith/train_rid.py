@@ -1,0 +1,127 @@
+"""Training a RID defender on a folder of pictures: pairs first, then the network; a killed run goes on with --resume.
+
+<output>/settings.json          what was asked; a resumed run must ask the same
+<output>/pairs.safetensors      pictures cloaked by optimization
+<output>/state.safetensors      training state
+<output>/defender.safetensors   appears whole, at the end
+<output>/training.json          written last
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.cloaks import find_cloak
+from guardsmith.cloaks.rid import RidTraining, save_defender, train
+from guardsmith.errors import UserError
+from guardsmith.harden import bystander_files
+from guardsmith.images import open_pictures, sha256_file
+from guardsmith.models import DiffusionModel, load_model, weights_digest
+from guardsmith.progress import stage
+from guardsmith.records import folder_digest, read_record, write_json
+
+DEFENDER = "defender.safetensors"
+
+
+def make_pairs(
+    models: Sequence[DiffusionModel], pictures: Tensor, config: RidTraining, seed: int, file: Path
+) -> Tensor:
+    """Cloaked copies of the first pictures, group by group; kept in a file after every group, from which it goes on."""
+    wanted = round(len(pictures) * config.pair_share) if config.regression_weight else 0
+    done = load_file(file)["pairs"] if file.exists() else torch.empty(0, *pictures.shape[1:])
+    chosen = find_cloak(config.pair_cloak)
+    settings = chosen.config(**{"budget": config.budget} | config.pair_params)
+    nobody = torch.empty(0, *pictures.shape[1:])
+    with stage(f"pairs ({config.pair_cloak})", wanted) as bar:
+        bar(done=min(len(done), wanted))
+        while len(done) < wanted:
+            group = pictures[len(done) : min(len(done) + config.pair_group, wanted)]
+            data = AttackData(group, nobody, "sks", "person")
+            done = torch.cat([done, chosen.run(models, data, settings, seed=seed + len(done))])
+            temporary = file.with_suffix(".tmp")
+            save_file({"pairs": done}, temporary)
+            temporary.replace(file)
+            bar(done=len(done))
+    return done[:wanted]
+
+
+def train_defender(
+    place: str,
+    output: Path,
+    *,
+    bases: Sequence[str],
+    params: dict[str, Any],
+    seed: int = 0,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train a defender and write it down.
+
+    Args:
+        place: pictures to train on (see `Recipe.bystanders`).
+        output: folder; new, or of an interrupted run of the same settings if `resume`.
+        bases: one, or several of one size (RID-Ensemble).
+        params: values of `RidTraining`.
+        seed: of everything random.
+        resume: go on.
+
+    Returns:
+        What `training.json` holds.
+
+    Raises:
+        UserError: pictures, bases or output cannot be used.
+        RunFailed: it diverged.
+    """
+    config = RidTraining(**params)
+    files = bystander_files(place)
+    models = [load_model(base) for base in bases]
+    sizes = {model.image_size for model in models}
+    if len(sizes) > 1:
+        raise UserError(
+            f"the bases draw pictures of different sizes ({sorted(sizes)}); train against one size at a time"
+        )
+    digests = [weights_digest(model.folder) for model in models]
+    settings = {
+        "bases": digests, "pictures": folder_digest(*(sha256_file(file) for file in files)), "seed": seed,
+        "params": config.model_dump(mode="json"),
+    }  # fmt: skip
+    if output.exists() and any(output.iterdir()):
+        known = output / "settings.json"
+        if not resume:
+            raise UserError(f"{output} exists already; go on with --resume, or name another folder")
+        if not known.is_file() or json.loads(known.read_text()) != json.loads(json.dumps(settings)):
+            raise UserError(f"{output} was made with other settings, or by something else; name another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / "training.json").is_file():
+        return read_record(output / "training.json", ("params", "seconds"), "train again")
+    write_json(output / "settings.json", settings)
+    pictures = open_pictures(files, models[0].image_size)
+    began = time.monotonic()
+    pairs = make_pairs(models, pictures, config, seed, output / "pairs.safetensors")
+    with stage("training (RID)", config.steps) as bar:
+
+        def show(step: int, shown: dict[str, float]) -> None:
+            bar(shown, done=step + 1)
+
+        defender, history = train(
+            models, pictures, pairs, config, seed=seed, checkpoint=output / "state.safetensors", on_step=show
+        )
+    told = {
+        "bases": [{"base": base, "digest": digest} for base, digest in zip(bases, digests, strict=True)],
+        "params": config.model_dump(mode="json"), "pictures": len(files), "pairs": len(pairs), "seed": seed,
+        "seconds": time.monotonic() - began, "parameters": sum(p.numel() for p in defender.parameters()),
+        "history": history[:: max(1, len(history) // 100)],
+    }  # fmt: skip
+    save_defender(
+        defender, output / DEFENDER, {key: told[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
+    )
+    write_json(output / "training.json", told)
+    return told
