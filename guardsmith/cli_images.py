@@ -92,7 +92,7 @@ def cloak(
     quiet_libraries()
     told = cloak_pictures(
         files, output, bases=base or [chosen.base], method=spec.name, params=params, class_noun=class_noun,
-        identifier=identifier, class_images=class_images, sampling=chosen.sampling.model_dump(), seed=seed,
+        identifier=identifier, class_images=class_images, recipe=chosen, seed=seed,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(told, indent=1))
@@ -168,7 +168,7 @@ def redteam(
     told = redteam_pictures(
         files, others, output, base=chosen.base, purifier=spec.name, purifier_params=spec.params,
         params={} if known is None else known.params, class_noun=class_noun, identifier=identifier,
-        class_images=class_images, count=count, sampling=chosen.sampling.model_dump(), seed=seed,
+        class_images=class_images, count=count, recipe=chosen, seed=seed,
         judge=judge or ("avatar" if chosen.base.startswith("builtin:") else "dino"), judge_model=judge_model,
     )  # fmt: skip
     if as_json:

@@ -25,14 +25,15 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks import find_cloak
+from guardsmith.drawing import drawn_by
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.images import SUFFIXES, open_image, sha256_file, to_tensor
 from guardsmith.metrics.perceptual import perceptual_distance, psnr
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.progress import Stage, stage
 from guardsmith.prompts import class_prompt
+from guardsmith.recipe import Recipe
 from guardsmith.records import whole_folder, write_json
-from guardsmith.sampling import generate
 
 SHOWN = 6
 CLASS_SEED = 70_000  # of class pictures for surrogates; no other pictures use these
@@ -143,18 +144,11 @@ def metadata_of(file: Path) -> dict[str, Any]:
         return told
 
 
-def class_pictures(model: DiffusionModel, class_noun: str, count: int, sampling: dict[str, Any]) -> Tensor:
-    """Pictures of the class drawn by a base, for the surrogates' prior preservation."""
-    batch = sampling.get("batch", 16)
-    found: list[Tensor] = []
-    with stage("class pictures", count) as bar:
-        for start in range(0, count, batch):
-            some = range(start, min(start + batch, count))
-            seeds = [CLASS_SEED + i for i in some]
-            found.append(generate(model, [class_prompt(class_noun)] * len(some), seeds, **sampling))
-            for _ in some:
-                bar()
-    return torch.cat(found) if found else torch.empty(0, 3, model.image_size, model.image_size)
+def class_pictures(model: DiffusionModel, class_noun: str, count: int, recipe: Recipe) -> Tensor:
+    """Pictures of the class drawn by a base, for somebody's prior preservation; none if none are asked for."""
+    if not count:
+        return torch.empty(0, 3, model.image_size, model.image_size)
+    return drawn_by(model, recipe, [class_prompt(class_noun)] * count, CLASS_SEED, None, "class pictures")
 
 
 def sheet(before: Sequence[Image.Image], after: Sequence[Image.Image], budget: float, side: int = 192) -> Image.Image:
@@ -197,7 +191,7 @@ def cloak_pictures(
     class_noun: str,
     identifier: str,
     class_images: int,
-    sampling: dict[str, Any],
+    recipe: Recipe,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Cloak pictures of one subject together; the folder appears whole.
@@ -211,7 +205,7 @@ def cloak_pictures(
         class_noun: what the subject is.
         identifier: how attackers may call it.
         class_images: pictures of the class for surrogates.
-        sampling: how those are drawn.
+        recipe: says how those are drawn.
         seed: of everything random.
 
     Returns:
@@ -236,7 +230,7 @@ def cloak_pictures(
     size = sizes.pop()
     known = [covered(picture, size) for picture in pictures]
     squares = torch.cat([each.squares for each in known])
-    prior = class_pictures(models[0], class_noun, class_images if chosen.learns else 0, sampling)
+    prior = class_pictures(models[0], class_noun, class_images if chosen.learns else 0, recipe)
     data = AttackData(squares, prior, identifier, class_noun)
     began = time.monotonic()
     with stage(f"cloaking ({method})", config.total(len(models), len(squares))) as bar:

@@ -193,20 +193,54 @@ def rows(
     return found
 
 
+CONDITIONS = ("identifiers", "seeds", "crossed", "sample", "images_per_unit", "class_images")
+
+
+def in_common(reports: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The reports with those attacks and looks only that all of them have in the same way, and the names of the others.
+
+    Raises:
+        UserError: no attack is left, or the attackers had other conditions.
+    """
+    specs = {name: report["recipe"]["verify"] for name, report in reports.items()}
+    names = list(specs)
+    for name in names[1:]:
+        for key in CONDITIONS:
+            if specs[name][key] != specs[names[0]][key]:
+                raise UserError(f"{name} was verified with other {key} than {names[0]}: no comparison.")
+    everything = {label: spec for told in specs.values() for label, spec in told["attacks"].items()}
+    attacks = {
+        label: spec
+        for label, spec in everything.items()
+        if all(told["attacks"].get(label) == spec for told in specs.values())
+    }
+    if not attacks:
+        raise UserError(f"{names[1]} was verified with other attacks than {names[0]}: no comparison.")
+    all_looks = sorted({look for told in specs.values() for look in told["looks"]})
+    looks = [look for look in all_looks if all(look in told["looks"] for told in specs.values())]
+    left_out = [label for label in everything if label not in attacks]
+    left_out += [f"{look:g} x steps" for look in all_looks if look not in looks and look > 1]
+    kept = {}
+    for name, report in reports.items():
+        verify = report["recipe"]["verify"] | {"attacks": attacks, "looks": looks}
+        kept[name] = report | {"recipe": report["recipe"] | {"verify": verify}}
+    return kept, left_out
+
+
 def compare(reports: dict[str, dict[str, Any]], **asked: float) -> tuple[Table, dict[str, dict[str, Any]]]:
-    """A table and the same as data: question -> run -> {text, reached}.
+    """A table and the same as data: question -> run -> {text, reached}; of attacks and looks that all reports have in common.
 
     Args:
         reports: name of the run -> its report.
         asked: see `rows`.
 
     Raises:
-        UserError: the runs were not attacked with the same attacks on the same subjects, so they cannot be compared.
+        UserError: the runs were not attacked in the same way on the same subjects, so they cannot be compared.
     """
+    reports, left_out = in_common(reports)
     first, *others = reports.values()
     for name, report in zip(list(reports)[1:], others, strict=True):
         for what, mine, other in (
-            ("attacks", first["recipe"]["verify"], report["recipe"]["verify"]),
             ("subjects", first["subjects"], report["subjects"]),
             ("base", first["hardening"]["base_digest"], report["hardening"]["base_digest"]),
         ):
@@ -214,7 +248,8 @@ def compare(reports: dict[str, dict[str, Any]], **asked: float) -> tuple[Table, 
                 raise UserError(f"{name} was verified with other {what} than {next(iter(reports))}: no comparison.")
     columns = {name: rows(report, **asked) for name, report in reports.items()}
     questions = list(dict.fromkeys(question for column in columns.values() for question in column))
-    table = Table(title="guardsmith compare", title_justify="left")
+    caption = f"not in all of them, and left out: {', '.join(left_out)}" if left_out else None
+    table = Table(title="guardsmith compare", title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
     for name in columns:
         table.add_column(name)

@@ -25,6 +25,7 @@ from guardsmith.metrics import load_judge
 from guardsmith.models import load_model, weights_digest
 from guardsmith.progress import stage
 from guardsmith.purifiers import find_purifier
+from guardsmith.recipe import Recipe
 from guardsmith.records import whole_folder, write_json
 from guardsmith.sampling import grid
 
@@ -44,7 +45,7 @@ def redteam_pictures(
     identifier: str,
     class_images: int,
     count: int,
-    sampling: dict[str, Any],
+    recipe: Recipe,
     judge: str,
     judge_model: str | None = None,
     seed: int = 0,
@@ -63,7 +64,7 @@ def redteam_pictures(
         identifier: what the attackers call it.
         class_images: for prior preservation.
         count: pictures that each attacker draws.
-        sampling: how everything is drawn.
+        recipe: says how everything is drawn.
         judge: see `load_judge`.
         judge_model: likewise.
         seed: of everything random.
@@ -90,8 +91,9 @@ def redteam_pictures(
     with stage(f"purifying ({purifier})", 1) as bar:
         pure = chosen.run(model, given, chosen.config(**purifier_params), class_noun=class_noun, seed=seed)
         bar()
-    prior = class_pictures(model, class_noun, class_images, sampling)
+    prior = class_pictures(model, class_noun, class_images, recipe)
     rows: dict[str, Any] = {}
+    sampling = recipe.sampling.model_dump()
     drawn = {}
     with stage("attackers", len(ATTACKERS)) as bar:
         for name in ATTACKERS:

@@ -28,6 +28,7 @@ from guardsmith.images import open_image, to_tensor
 from guardsmith.latents import encode
 from guardsmith.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
 from guardsmith.prompts import PromptBank
+from guardsmith.recipe import Recipe
 from guardsmith.training import generator
 
 SMALL = {
@@ -374,7 +375,7 @@ def test_bases_of_two_sizes_are_refused(images, tmp_path, v_folder, monkeypatch)
     with pytest.raises(UserError, match="different sizes") as caught:
         cloak.cloak_pictures(
             [images[0] / "wide.jpg"], tmp_path / "out", bases=["a", "b"], method="advdm", params={}, class_noun="person",
-            identifier="sks", class_images=0, sampling={},
+            identifier="sks", class_images=0, recipe=Recipe(),
         )  # fmt: skip
     assert_one_sentence(caught.value)
 

@@ -52,7 +52,11 @@ def make_report(**changed):
             "person": {"chance": 0.0, "chance_high": 0.1, "genuine": 0.6},
             "robot": {"chance": 0.3, "chance_high": 0.4, "genuine": 0.6},
         },
-        "recipe": {"verify": {"attacks": {"lora": {"name": "lora"}}, "looks": [1, 2]}, "gate": {"kid_ratio": 2.0}},
+        "recipe": {
+            "verify": {"attacks": {"lora": {"name": "lora"}}, "looks": [1, 2], "identifiers": ["sks"], "seeds": [0],
+                       "crossed": True, "sample": None, "images_per_unit": 8, "class_images": 4},
+            "gate": {"kid_ratio": 2.0},
+        },
     }  # fmt: skip
     return told | changed
 
@@ -120,11 +124,31 @@ def test_pictures_that_could_not_be_scored_are_left_out_of_means_but_the_gate_de
     assert (cell.text.split(";")[1], cell.reached) == (" 1 of 2", False)
 
 
+def test_only_what_all_reports_have_is_compared():
+    """Other looks and further attacks of one report do not keep the rest from being compared."""
+    more = make_report()
+    more["recipe"] = more["recipe"] | {
+        "verify": more["recipe"]["verify"]
+        | {"attacks": {"lora": {"name": "lora"}, "cdl": {"name": "cdl"}}, "looks": [1, 4]}
+    }
+    table, told = compare({"first": make_report(), "second": more})
+    assert "lora: protected" in told and not any("cdl" in question or "x steps" in question for question in told)
+    assert table.caption == "not in all of them, and left out: cdl, 2 x steps, 4 x steps"
+    assert told["lora: protected"]["first"] == told["lora: protected"]["second"]
+    table, told = compare({"first": make_report(), "second": make_report()})
+    assert "lora: protected, 2 x steps" in told and table.caption is None
+    other = make_report()
+    other["recipe"] = other["recipe"] | {"verify": other["recipe"]["verify"] | {"identifiers": ["zwx"]}}
+    with pytest.raises(UserError, match="second was verified with other identifiers than first"):
+        compare({"first": make_report(), "second": other})
+
+
 @pytest.mark.parametrize("what", ["attacks", "subjects", "base"])
 def test_runs_that_were_judged_differently_are_not_compared(what):
     other = make_report()
     if what == "attacks":
-        other["recipe"] = other["recipe"] | {"verify": {"attacks": {"lora": {"name": "lora"}}, "looks": [1, 4]}}
+        told = other["recipe"]["verify"] | {"attacks": {"lora": {"name": "lora", "params": {"rank": 8}}}}
+        other["recipe"] = other["recipe"] | {"verify": told}
     elif what == "subjects":
         other["subjects"] = other["subjects"][:3]
     else:

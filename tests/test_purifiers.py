@@ -21,10 +21,11 @@ from guardsmith.latents import encode
 from guardsmith.metrics.perceptual import perceptual_distance, psnr
 from guardsmith.purifiers import PURIFIERS, ddspure, diffpure, gaussian, gridpure, impress, jpeg, tvm
 from guardsmith.purifiers.pixel_model import load_pixel_model, taken_back, tiled
+from guardsmith.purifiers.restore import Restorer, save_restorer
 
 QUICK = {
     "diffpure": {"timestep": 2, "guidance": 2.0}, "impress": {"steps": 2}, "tvm": {"shrink": 1, "iterations": 25},
-    "gridpure": {"rounds": 2, "timestep": 1}, "ddspure": {},
+    "gridpure": {"rounds": 2, "timestep": 1}, "ddspure": {}, "restore": {},
 }  # fmt: skip
 
 
@@ -42,6 +43,15 @@ def pixel_folder(tmp_path_factory):
     return folder
 
 
+def some_restorer(file):
+    network = Restorer(2, 8, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(network.last.weight, std=0.01)
+    save_restorer(network, file, {"steps": 0})
+    return file
+
+
 def purify(name, model, images, seed=0, **params):
     config = PURIFIERS[name].config(**QUICK.get(name, {}) | params)
     return PURIFIERS[name].run(model, images, config, class_noun="person", seed=seed)
@@ -51,11 +61,13 @@ def purify(name, model, images, seed=0, **params):
 def test_every_purifier_keeps_shape_range_model_and_seed(name, tiny_v, pixel_folder):
     images, before = pictures(3), state(tiny_v)
     params = {"pixel_model": str(pixel_folder)} if name in ("gridpure", "ddspure") else {}
+    if name == "restore":
+        params["restorer"] = str(some_restorer(pixel_folder.parent / "restorer.safetensors"))
     once, again = (purify(name, tiny_v, images, **params) for _ in range(2))
     assert once.shape == images.shape and once.dtype == torch.float32 and not once.requires_grad
     assert float(once.abs().max()) <= 1 and not torch.equal(once, images)
     assert torch.equal(once, again)
-    if name not in ("gaussian", "jpeg"):
+    if name not in ("gaussian", "jpeg", "restore"):
         assert not torch.equal(once, purify(name, tiny_v, images, seed=1, **params))
     assert same_state(before, state(tiny_v))
 
@@ -213,6 +225,35 @@ def test_a_pixel_model_that_cannot_be_had_is_one_sentence(tmp_path, pixel_folder
         with pytest.raises(UserError):
             purify(kind, None, pictures(1), pixel_model="no/such-model")
         assert config().pixel_model.count("/") == 1
+
+
+def test_a_restorer_begins_as_an_enlargement_and_learns_to_do_better(tmp_path):
+    images, network = pictures(4), Restorer(2, 8, 1)
+    small = network.shrunk(images)
+    assert small.shape == (4, 3, 32, 32)
+    plain = torch.nn.functional.interpolate(small, scale_factor=2, mode="bicubic", align_corners=False)
+    assert torch.equal(network(small), plain)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (network(small) - images).abs().mean().backward()
+        optimizer.step()
+    found = network(small).detach()
+    assert float((found - images).abs().mean()) < 0.98 * float((plain - images).abs().mean())
+    save_restorer(network, tmp_path / "r.safetensors", {})
+    found = purify("restore", None, images, restorer=str(tmp_path / "r.safetensors"))
+    assert torch.allclose(found, network(small).detach().clamp(-1, 1), atol=5e-3), "half precision"
+
+
+def test_a_restoration_that_cannot_be_had_is_one_sentence(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    for params, said in (
+        ({"restorer": "nowhere"}, "there is no restorer"), ({"restorer": str(tmp_path / "x.safetensors")}, "is no restorer"),
+        ({"restorer": None}, "name one"), ({"upscaler": "no/such-model"}, "cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said) as caught:
+            purify("restore", None, pictures(1), **params)
+        assert_one_sentence(caught.value)
 
 
 def test_looks_by_hand(tiny_v):

@@ -102,11 +102,11 @@ def test_the_gradient_of_the_loss_by_hand(tiny, monkeypatch):
 
 
 def test_training_raises_the_denoising_loss_of_pictures_it_never_saw(tiny_v):
-    config = RidTraining(**TRAINING | {"steps": 200}, budget=24, prompt="a photo", regression_weight=0)
+    config = RidTraining(**TRAINING | {"steps": 200}, budget=48, prompt="a photo", regression_weight=0)
     seen = torch.cat([pictures(8, seed) for seed in (11, 12, 13)])
     network, history = train([tiny_v], seen, NOBODY, config, seed=0)
     data = make_data()
-    assert rise(tiny_v, data, applied(network, data.images, 24), "a photo") > 4
+    assert rise(tiny_v, data, applied(network, data.images, 48), "a photo") > 4
     assert history[0]["change"] == 0 and history[-1]["change"] > 5
     assert not any(parameter.requires_grad for parameter in network.parameters())
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from guardsmith.errors import UserError, did_you_mean
-from guardsmith.purifiers import ddspure, diffpure, gaussian, gridpure, impress, jpeg, tvm
+from guardsmith.purifiers import ddspure, diffpure, gaussian, gridpure, impress, jpeg, restore, tvm
 
 
 class Purifier(NamedTuple):
@@ -30,6 +30,7 @@ PURIFIERS: dict[str, Purifier] = {
     "diffpure": Purifier(diffpure.purify, diffpure.DiffPureConfig, "hf.co/papers/2205.07460"),
     "gridpure": Purifier(gridpure.purify, gridpure.GridPureConfig, "hf.co/papers/2312.00084"),
     "ddspure": Purifier(ddspure.purify, ddspure.DdsPureConfig, "hf.co/papers/2206.10550"),
+    "restore": Purifier(restore.purify, restore.RestoreConfig, "hf.co/papers/2406.18944"),
     "impress": Purifier(impress.purify, impress.ImpressConfig, "hf.co/papers/2310.19248"),
 }
 

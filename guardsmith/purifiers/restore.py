@@ -1,0 +1,145 @@
+"""Restoration: shrink a picture, and let a super-resolution model draw it large again.
+
+The second half of the red-teaming paper's CodeSR. Two kinds: a small network trained for the base at hand (`restorer`), or
+diffusers' upscaling pipeline (`upscaler`, e.g. the Stable Diffusion x4 one, which the paper uses with 75 steps, guidance 9, noise
+level 20 and "A photo of a ..."). The paper restores faces by CodeFormer before; no such model can be had as a package here, and
+people who have one can run it on the files themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from guardsmith.errors import UserError
+from guardsmith.images import to_pil, to_tensor
+from guardsmith.models import BUILTIN, DiffusionModel
+
+RESTORERS = BUILTIN / "restorers"
+
+
+class RestoreConfig(BaseModel):
+    """Which model, and how it is asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    restorer: str | None = "builtin:avatar"
+    """The embedded network, or a file of one; its own shrinking counts."""
+    upscaler: str | None = None
+    """Instead: folder or Hub id of a pipeline for diffusers' `StableDiffusionUpscalePipeline`, which enlarges four times."""
+    steps: int = Field(75, gt=0)
+    """upscaler: solver steps."""
+    guidance: float = Field(9.0, ge=1)
+    """upscaler: classifier-free guidance scale."""
+    noise_level: int = Field(20, ge=0)
+    """upscaler: noise that is added to the small picture."""
+    prompt: str = "A photo of a {class_noun}"
+    """upscaler: what it is told."""
+
+
+class Restorer(nn.Module):
+    """Pictures shrunk `shrink` times and drawn large again: an enlargement, and what residual blocks add to it.
+
+    Args:
+        shrink: how many times.
+        width: channels.
+        depth: residual blocks.
+    """
+
+    def __init__(self, shrink: int = 2, width: int = 48, depth: int = 8) -> None:
+        super().__init__()
+        self.shape = {"shrink": shrink, "width": width, "depth": depth}
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+            for _ in range(depth)
+        )
+        self.last = nn.Conv2d(width, 3 * shrink * shrink, 3, padding=1)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
+
+    def shrunk(self, pictures: Tensor) -> Tensor:
+        """What it is given, (n, 3, h / shrink, w / shrink)."""
+        return F.interpolate(pictures, scale_factor=1 / self.shape["shrink"], mode="area")
+
+    def forward(self, small: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> (n, 3, shrink h, shrink w)."""
+        inside = self.first(small)
+        for block in self.blocks:
+            inside = inside + block(inside)
+        drawn = F.pixel_shuffle(self.last(inside), self.shape["shrink"])
+        return F.interpolate(small, scale_factor=self.shape["shrink"], mode="bicubic", align_corners=False) + drawn
+
+
+def save_restorer(restorer: Restorer, file: Path, told: dict[str, Any]) -> None:
+    """Write a restorer with its shape and what is told of its training, in half precision."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.half().contiguous() for name, value in restorer.state_dict().items()}
+    save_file(tensors, file, metadata={"restorer": json.dumps({"shape": restorer.shape, **told})})
+
+
+def load_restorer(source: str) -> Restorer:
+    """The embedded restorer or one from a file, float32, without gradients.
+
+    Raises:
+        UserError: there is none, or the file is something else.
+    """
+    file = Path(source).expanduser()
+    if source.startswith("builtin:"):
+        file = RESTORERS / f"{source.removeprefix('builtin:')}.safetensors"
+    if not file.is_file():
+        raise UserError(f"there is no restorer {source}; name a file of one, or an upscaler")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            restorer = Restorer(**json.loads((opened.metadata() or {})["restorer"])["shape"])
+            restorer.load_state_dict({key: opened.get_tensor(key).float() for key in opened.keys()})  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{file} is no restorer of guardsmith's ({type(error).__name__})") from error
+    return restorer.eval().requires_grad_(False)
+
+
+def upscaled(images: Tensor, config: RestoreConfig, class_noun: str, seed: int) -> Tensor:
+    """Pictures shrunk four times and enlarged by diffusers' pipeline.
+
+    Raises:
+        UserError: the pipeline cannot be had.
+    """
+    from diffusers import StableDiffusionUpscalePipeline
+
+    try:
+        pipeline = StableDiffusionUpscalePipeline.from_pretrained(config.upscaler, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{config.upscaler}: this upscaler cannot be read ({reason})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    small = F.interpolate(images, scale_factor=0.25, mode="area").clamp(-1, 1)
+    drawn = pipeline(
+        prompt=[config.prompt.format(class_noun=class_noun)] * len(images), image=[to_pil(each) for each in small],
+        num_inference_steps=config.steps, guidance_scale=config.guidance, noise_level=config.noise_level,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(images))],
+    ).images  # fmt: skip
+    return to_tensor(list(drawn))
+
+
+@torch.no_grad()
+def purify(model: DiffusionModel, images: Tensor, config: RestoreConfig, *, class_noun: str, seed: int) -> Tensor:
+    """Pictures after it, float32 (n, 3, h, w) in [-1, 1]; the base is not used.
+
+    Raises:
+        UserError: the model cannot be had, or none is named.
+    """
+    if config.upscaler is not None:
+        return upscaled(images, config, class_noun, seed)
+    if config.restorer is None:
+        raise UserError("restoration needs a restorer or an upscaler; name one")
+    restorer = load_restorer(config.restorer)
+    drawn: Tensor = restorer(restorer.shrunk(images))
+    return drawn.clamp(-1, 1)

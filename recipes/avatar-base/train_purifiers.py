@@ -1,0 +1,117 @@
+"""Trains what the purifiers of the embedded world need, on renders that no registry has: a restorer and a pixel diffusion model.
+
+python train_purifiers.py FOLDER --what restorer        writes guardsmith/builtin/restorers/avatar.safetensors
+python train_purifiers.py FOLDER --what pixel           writes guardsmith/builtin/pixel/ (UNet2DModel and schedule)
+
+Pictures are those of registries/bystanders.parquet; a killed run goes on from FOLDER. The restorer sees pictures with noise of up
+to 12 of 255 (not cloaks), shrinks them by two and is to give the clean ones back. The pixel model is an ordinary DDPM on 32-pixel
+tiles, which is what GrIDPure, DDSPure and DiffPure in pixels take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from guardsmith.harden import bystander_files
+from guardsmith.images import open_pictures
+from guardsmith.models import BUILTIN
+from guardsmith.progress import stage
+from guardsmith.purifiers.restore import RESTORERS, Restorer, save_restorer
+from guardsmith.training import Course, generator, optimizer_step
+
+PICTURES = Path(__file__).parent.parent.parent / "registries" / "bystanders.parquet"
+TILE = 32
+
+
+def batch_of(pictures: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Some pictures, mirrored half of the time."""
+    chosen = pictures[torch.randint(len(pictures), (count,), generator=rng)]
+    mirrored = torch.rand(count, generator=rng) < 0.5
+    chosen[mirrored] = chosen[mirrored].flip(3)
+    return chosen
+
+
+def tiles_of(pictures: Tensor, rng: torch.Generator) -> Tensor:
+    """A tile of each picture, at random."""
+    size = pictures.shape[-1] - TILE
+    corners = torch.randint(size + 1, (len(pictures), 2), generator=rng).tolist()
+    return torch.stack(
+        [picture[:, y : y + TILE, x : x + TILE] for picture, (y, x) in zip(pictures, corners, strict=True)]
+    )
+
+
+def run(name: str, network: nn.Module, loss_at: Any, folder: Path, steps: int, rate: float) -> float:
+    """Adam with a cosine rate; returns the mean loss of the last tenth."""
+    parameters = list(network.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
+    with stage(name, steps) as bar:
+        course = Course(
+            name, steps, modules={"network": network}, optimizers={"optimizer": optimizer}, checkpoint_every=200,
+            checkpoint=folder / f"{name}.safetensors", on_step=lambda step, shown: bar(shown, done=step + 1),
+        )  # fmt: skip
+        for step in course:
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            loss = loss_at(network, generator(0, step))
+            loss.backward()
+            norm = optimizer_step(optimizer, parameters)
+            course.done(step, {"loss": float(loss.detach())}, sound=math.isfinite(norm))
+    last = course.history[-max(1, steps // 10) :]
+    return sum(shown["loss"] for shown in last) / len(last)
+
+
+def main() -> None:
+    """Train one of the two."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--what", choices=("restorer", "pixel"), required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    pictures = open_pictures(bystander_files(f"parquet:{PICTURES}"), 64)
+    torch.manual_seed(0)
+    began = time.monotonic()
+    if args.what == "restorer":
+        restorer = Restorer()
+
+        def restoring(network: nn.Module, rng: torch.Generator) -> Tensor:
+            clean = batch_of(pictures, args.batch, rng)
+            strength = 12 * 2 / 255 * torch.rand((args.batch, 1, 1, 1), generator=rng)
+            noisy = (clean + strength * torch.randn(clean.shape, generator=rng)).clamp(-1, 1)
+            assert isinstance(network, Restorer)
+            return F.l1_loss(network(network.shrunk(noisy)), clean)
+
+        loss = run("restorer", restorer, restoring, args.folder, args.steps, 1e-3)
+        told = {"steps": args.steps, "batch": args.batch, "loss": loss, "pictures": PICTURES.name}
+        save_restorer(restorer, RESTORERS / "avatar.safetensors", told)
+    else:
+        scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
+        unet = UNet2DModel(
+            sample_size=TILE, block_out_channels=(48, 96, 96), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+
+        def denoising(network: nn.Module, rng: torch.Generator) -> Tensor:
+            clean = tiles_of(batch_of(pictures, args.batch, rng), rng)
+            times = torch.randint(1000, (args.batch,), generator=rng)
+            noise = torch.randn(clean.shape, generator=rng)
+            return F.mse_loss(network(scheduler.add_noise(clean, noise, times), times, return_dict=False)[0], noise)
+
+        loss = run("pixel", unet, denoising, args.folder, args.steps, 1e-3)
+        unet.half().save_pretrained(BUILTIN / "pixel")
+        scheduler.save_pretrained(BUILTIN / "pixel")
+    print(f"{args.what}: loss {loss:.4f} after {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
