@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from test_attacks import make_data, same_state, state
 from tiny import assert_one_sentence, pictures
 
@@ -28,6 +29,7 @@ from guardsmith.images import open_image, to_tensor
 from guardsmith.latents import encode
 from guardsmith.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
 from guardsmith.prompts import PromptBank
+from guardsmith.purifiers import gaussian
 from guardsmith.recipe import Recipe
 from guardsmith.training import generator
 
@@ -176,6 +178,25 @@ def test_what_climbs_the_loss_has_climbed_it(name, tiny_v):
     prompt = "a photo" if name == "advdm" else "a photo of sks person"
     cloaked = run(name, [tiny_v], data, budget=24, step=3, **MORE[name])
     assert rise(tiny_v, data, cloaked, prompt) > 4
+
+
+def test_a_cloak_made_against_a_purifier_survives_it_better(tiny_v):
+    """Latents of purified pixels come closer to the target than those of a cloak that did not know of the purifier."""
+    data, how = make_data(), {"mode": "mist", "loss_weight": 0, "steps": 20, "budget": 16}
+    with torch.no_grad():
+        target = posterior(tiny_v, advdm.target_pattern(64))[0]
+    blur = {"kernel": 9, "deviation": 2.0}
+    config = gaussian.GaussianConfig(**blur)
+
+    def after(cloaked):
+        return norms(tiny_v, gaussian.purify(tiny_v, cloaked, config, class_noun="person", seed=0), target)
+
+    known = run("advdm", [tiny_v], data, against="gaussian", against_params=blur, **how)
+    assert after(known) < after(run("advdm", [tiny_v], data, **how)) < after(data.images)
+    with pytest.raises(ValidationError, match="there is no purifier"):
+        advdm.AdvdmConfig(against="soap")
+    with pytest.raises(ValidationError, match="quality"):
+        advdm.AdvdmConfig(against="jpeg", against_params={"quality": 900})
 
 
 def test_what_approaches_latents_has_approached_them(tiny_v):

@@ -8,18 +8,21 @@ sds     the gradient on the latents is eps_theta(z_t) - eps, without the U-Net's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import OnStep, PixelConfig, ascend, denoising_loss, posterior, sampled_latents
+from guardsmith.errors import UserError
 from guardsmith.losses import add_noise, draw_rows, epsilon_of
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
+from guardsmith.purifiers import find_purifier
 from guardsmith.training import generator
 
 
@@ -36,6 +39,20 @@ class AdvdmConfig(PixelConfig):
     """mist: weight of the denoising loss beside the squared distance to the target's latents; 0 leaves the encoder attack."""
     direction: Literal["up", "down"] = "down"
     """sds: whether the score's residual is climbed or descended (the paper finds descending better)."""
+    against: str | None = None
+    """A purifier that the cloak is to survive: the model sees purified pixels, and the gradient is taken for that of the pixels
+    themselves (BPDA, Athalye et al. 2018; hf.co/papers/1802.00420)."""
+    against_params: dict[str, Any] = Field({})
+    """Its parameters."""
+
+    @model_validator(mode="after")
+    def _purifier_is_known(self) -> AdvdmConfig:
+        if self.against is not None:
+            try:
+                find_purifier(self.against).config(**self.against_params)
+            except UserError as error:
+                raise ValueError(str(error)) from error
+        return self
 
     def total(self, models: int, pictures: int) -> int:
         """Steps on the pixels in all."""
@@ -49,6 +66,13 @@ def target_pattern(size: int) -> Tensor:
     return rings.expand(1, 3, size, size).contiguous()
 
 
+def seen_through(purify: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """Purified pixels that pass their gradient on to the pixels as it is (BPDA)."""
+    with torch.no_grad():
+        apart = purify(pixels) - pixels
+    return pixels + apart
+
+
 def score_gain(model: DiffusionModel, pixels: Tensor, context: Tensor, rng: torch.Generator) -> Tensor:
     """A scalar whose gradient on the latents is eps_theta(z_t, t) - eps, averaged over pictures."""
     latents = sampled_latents(model, pixels, rng)
@@ -60,6 +84,13 @@ def score_gain(model: DiffusionModel, pixels: Tensor, context: Tensor, rng: torc
     return (latents * residual).sum() / len(pixels)
 
 
+def washed(model: DiffusionModel, config: AdvdmConfig, class_noun: str, seed: int, pixels: Tensor) -> Tensor:
+    """Pixels as the purifier leaves them that the cloak is to survive."""
+    chosen = find_purifier(str(config.against))
+    pure: Tensor = chosen.run(model, pixels, chosen.config(**config.against_params), class_noun=class_noun, seed=seed)
+    return pure
+
+
 def cloak(
     models: Sequence[DiffusionModel], data: AttackData, config: AdvdmConfig, *, seed: int, on_step: OnStep | None = None
 ) -> Tensor:
@@ -67,7 +98,7 @@ def cloak(
 
     Args:
         models: the bases that attackers may personalize.
-        data: pictures; whom they show does not matter.
+        data: pictures; whom they show matters to purifiers with a prompt only.
         config: settings.
         seed: of everything random.
         on_step: see `OnStep`.
@@ -92,8 +123,11 @@ def cloak(
     pixels = data.images
     for step in range(config.steps):
         rng = generator(seed, step)
+        purify = partial(washed, models[0], config, data.class_noun, seed + step)
 
         def gain(part: Tensor, _: slice) -> Tensor:
+            if config.against is not None:
+                part = seen_through(purify, part)  # noqa: B023 (called at once)
             found = [
                 of_model(model, context, target, part, rng)  # noqa: B023 (called at once)
                 for model, context, target in zip(models, contexts, targets, strict=True)
