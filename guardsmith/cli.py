@@ -137,8 +137,16 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    progress: Annotated[
+        str,
+        typer.Option(help="How progress is shown on stderr: auto (bars on a terminal, else lines), lines, or json."),
+    ] = "auto",
 ) -> None:
-    pass
+    from guardsmith.progress import STYLES, show_as
+
+    if progress not in STYLES:
+        raise UserError(f"--progress {progress}: choose {', '.join(STYLES)}")
+    show_as(progress)
 
 
 @report_app.command("schema")
@@ -177,6 +185,12 @@ BUDGET = Annotated[
 POLICY = Annotated[
     Path | None, typer.Option(help="Rules and levels of the gate (see `guardsmith policy`).  [default: the recipe's]")
 ]
+REPORT_TO = Annotated[
+    str | None,
+    typer.Option(
+        "--report-to", "--report_to", help="Trackers for the losses: tensorboard, trackio, wandb, ..., by commas."
+    ),
+]
 INCLUDE_IMAGES = Annotated[
     bool,
     typer.Option(
@@ -209,6 +223,10 @@ def _budget(name: str | None) -> list[str]:
     if name not in BUDGETS:
         raise UserError(f"--budget {name}: there is no such budget; choose {', '.join(BUDGETS)}")
     return [f"verify.{key}={json.dumps(value)}" for key, value in BUDGETS[name].items()]
+
+
+def _named(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _registry(subjects: Path | None, recipe: Recipe, today: datetime | None) -> Registry:
@@ -244,6 +262,7 @@ def harden(
     ] = None,
     resume: RESUME = False,
     overwrite: OVERWRITE = False,
+    report_to: REPORT_TO = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")
     ] = False,
@@ -261,7 +280,9 @@ def harden(
     from guardsmith.progress import quiet_libraries
 
     quiet_libraries()
-    info = run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite, add_to=add_to)
+    info = run_hardening(
+        registry, chosen, output, resume=resume, overwrite=overwrite, add_to=add_to, report_to=_named(report_to)
+    )
     if as_json:
         typer.echo(json.dumps(info, indent=1, sort_keys=True))
     say(f"hardened on {len(registry.subjects)} subjects in {info['seconds']:.0f} s: {output / 'model'}")
@@ -355,6 +376,7 @@ def run(
     policy: POLICY = None,
     budget: BUDGET = None,
     include_images: INCLUDE_IMAGES = False,
+    report_to: REPORT_TO = None,
     repo_id: Annotated[
         str | None, typer.Option("--publish", metavar="REPO_ID", help="Publish there if the gate says yes.")
     ] = None,
@@ -378,7 +400,7 @@ def run(
     rules = None if policy is None else load_policy(policy)
 
     quiet_libraries()
-    run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite)
+    run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite, report_to=_named(report_to))
     report = run_verification(
         registry,
         chosen,

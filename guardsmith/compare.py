@@ -110,8 +110,18 @@ def base_cell(report: dict[str, Any], attack: str) -> Cell:
     return Cell(f"{_shown(found)}; {learnt} of {len(checks)}", learnt == len(checks))
 
 
+def learns(report: dict[str, Any], attack: str) -> bool:
+    """Whether an attack is one that has to learn its subject on the base; one that only asks is not."""
+    return any((check["name"], check["attack"]) == ("attack works on base", attack) for check in report["checks"])
+
+
 def kept(report: dict[str, Any], attack: str, ids: set[str]) -> Interval | None:
-    """Share of what an attack reaches on the base that it still reaches on the hardened model, counted from chance."""
+    """Share of what an attack reaches on the base that it still reaches on the hardened model, counted from chance.
+
+    `None` where it reaches nothing on the base, or need not.
+    """
+    if not learns(report, attack):
+        return None
     nouns = {subject["id"]: subject["class_noun"] for subject in report["subjects"]}
 
     def units(side: str) -> Units:
@@ -163,14 +173,15 @@ def rows(
         "cost, U-Net forward equivalents": Cell("-" if cost is None else f"{cost:,}"),
     }
     for attack in spec["attacks"]:
-        found[f"{attack}: base"] = base_cell(report, attack)
+        if learns(report, attack):
+            found[f"{attack}: base"] = base_cell(report, attack)
         found[f"{attack}: protected"] = protected_cell(report, attack, 1)
         for look in further:
             found[f"{attack}: protected, {look:g} x steps"] = protected_cell(report, attack, look)
         if further:
             found[f"{attack}: steps to break over the base's"] = break_cell(report, attack, steps)
         for same in (True, False):
-            if group(report, "control", same):
+            if learns(report, attack) and group(report, "control", same):
                 which = "same class" if same else "other class"
                 found[f"{attack}: control keeps, {which}"] = control_cell(report, attack, same, control)
     ratio, limit = utility["kid_ratio"], report["recipe"]["gate"]["kid_ratio"]

@@ -34,6 +34,7 @@ from guardsmith.records import folder_digest, read_record, write_json
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
 from guardsmith.registry_images import files_of
 from guardsmith.registry_types import ImageEntry
+from guardsmith.trackers import check_trackers, tracked
 from guardsmith.training import UNetCost, changed_fraction, finished_state, save_checkpoint
 
 CLASSES_OF_AVATAR = ("person", "character", "robot")
@@ -203,6 +204,7 @@ def harden(
     resume: bool = False,
     overwrite: bool = False,
     add_to: Path | None = None,
+    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Harden the recipe's base on the registry's subjects; returns what `harden.json` says.
 
@@ -213,13 +215,16 @@ def harden(
         resume: go on with an unfinished run in it.
         overwrite: delete an earlier run in it.
         add_to: output of an earlier run on some of the subjects, to begin from instead of from the base.
+        report_to: trackers that the losses go to as well, see `check_trackers`.
 
     Raises:
-        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`, `only_run`.
+        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`, `only_run`,
+            `check_trackers`.
         RunFailed: the training diverged; the last checkpoint stays.
     """
+    check_trackers(report_to)
     with ExitStack() as held:
-        return _harden(registry, recipe, output, resume, overwrite, add_to, held)
+        return _harden(registry, recipe, output, resume, overwrite, add_to, report_to, held)
 
 
 def _harden(
@@ -229,6 +234,7 @@ def _harden(
     resume: bool,
     overwrite: bool,
     add_to: Path | None,
+    report_to: Sequence[str],
     held: ExitStack,
 ) -> dict[str, Any]:
     method = METHODS[recipe.method.name]
@@ -288,6 +294,7 @@ def _harden(
             lines.write(json.dumps([step, counter.forwards, counter.backwards]) + "\n")
         counter.forwards = counter.backwards = 0
         bar({key: losses[key] for key in list(losses)[:4]}, done=step + 1)
+        report(step, losses)
 
     steps = method.steps(config)
     probes = Probes(model, subjects, recipe.probe, recipe.sampling, steps, output / "probes", recipe.seed)
@@ -297,7 +304,10 @@ def _harden(
         counter.forwards = counter.backwards = 0  # looking is no part of the method's cost
         return enough
 
-    with stage(f"hardening ({recipe.method.name})", steps) as bar, counter:
+    told = {"base": recipe.base, "method": recipe.method.name, "seed": recipe.seed, "subjects": len(subjects)}
+    told |= {key: value for key, value in settings["params"].items() if isinstance(value, int | float | str)}
+    tracking = tracked(report_to, output, told)
+    with tracking as report, stage(f"hardening ({recipe.method.name})", steps) as bar, counter:
         hardened, history = method.run(
             model, subjects, ordinary, config, seed=recipe.seed, checkpoint=last, on_step=on_step, probe=probe,
             start=None if add_to is None else add_to / "state.safetensors",

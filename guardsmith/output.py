@@ -9,6 +9,7 @@ out/state.safetensors  what `--add-to` begins from; for Tripwire a model without
 out/harden.json        written last: its presence says that the run is complete
 out/verify/            what `guardsmith verify` found
 out/release/           what `guardsmith publish` would upload
+out/logs/              what trackers that write files were told (`--report-to`)
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ WRITTEN = (
     "probes",
     "verify",
     "release",
+    "logs",
 )
 
 

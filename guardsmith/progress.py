@@ -1,8 +1,10 @@
-"""Progress for people: a rich bar with ETA and live losses on a terminal, plain lines elsewhere. All of it on stderr."""
+"""Progress: a rich bar with ETA and live losses on a terminal, plain lines elsewhere, JSON lines for machines. All on stderr."""
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +21,15 @@ from rich.progress import (
 )
 
 console = Console(stderr=True)
+STYLES = ("auto", "lines", "json")
+EVERY = {"lines": 15.0, "json": 1.0}  # seconds between two lines
+_style = "auto"
+
+
+def show_as(style: str) -> None:
+    """Choose one of `STYLES` for every bar from now on."""
+    global _style
+    _style = style
 
 
 class Stage:
@@ -36,8 +47,13 @@ class Stage:
         text = "  ".join(f"{k} {v:.4g}" for k, v in (losses or {}).items())
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=self.done, losses=text)
-        elif time.monotonic() - self.said > 15 or self.done == self.total:
+        elif time.monotonic() - self.said > EVERY.get(_style, EVERY["lines"]) or self.done == self.total:
             self.said = time.monotonic()
+            if _style == "json":
+                told = {"stage": self.title, "done": self.done, "total": self.total, "shown": dict(losses or {}),
+                        "seconds": round(self.said - self.began, 1)}  # fmt: skip
+                sys.stderr.write(json.dumps(told) + "\n")
+                return
             left = (self.said - self.began) / max(self.done, 1) * (self.total - self.done)
             line = f"{self.title}: {self.done}/{self.total}, {left:.0f} s left  {text}".rstrip()
             console.print(line, highlight=False, soft_wrap=True)
@@ -45,8 +61,8 @@ class Stage:
 
 @contextmanager
 def stage(title: str, total: int) -> Iterator[Stage]:
-    """A bar for `total` steps; a plain line every 15 seconds where stderr is not a terminal."""
-    if not console.is_terminal:
+    """A bar for `total` steps; a line every now and then where stderr is no terminal, or where lines are asked for."""
+    if not console.is_terminal or _style != "auto":
         yield Stage(title, total, None)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from guardsmith import cli
-from guardsmith.compare import as_markdown, changes, circumstances, compare, compare_runs, read_report, rows
+from guardsmith.compare import as_markdown, changes, circumstances, compare, compare_runs, kept, read_report, rows
 from guardsmith.errors import UserError
 
 
@@ -114,6 +114,16 @@ def test_what_was_not_measured_is_neither_reached_nor_missed():
     for question, cell in found.items():
         if question not in ("method", "cost, U-Net forward equivalents", "verdict of the gate"):
             assert tuple(cell) == ("-", None), question
+
+
+def test_an_attack_that_only_asks_has_no_share_of_the_base():
+    """It need not work there, and a ratio to next to nothing is no number for anybody."""
+    told = make_report()
+    told["checks"] = [check for check in told["checks"] if check["name"] != "attack works on base"]
+    found = rows(told)
+    assert "lora: protected" in found
+    assert not any("control keeps" in question or question == "lora: base" for question in found)
+    assert kept(told, "lora", {"cid"}) is None and kept(make_report(), "lora", {"cid"}) is not None
 
 
 def test_pictures_that_could_not_be_scored_are_left_out_of_means_but_the_gate_decides():

@@ -324,6 +324,24 @@ def test_a_killed_process_can_be_resumed(run, recipe, finished_longest, tmp_path
     assert not (output / "checkpoints").exists()
 
 
+def test_losses_go_to_trackers_and_no_names_do(run, finished, tmp_path, monkeypatch):
+    import accelerate.tracking
+    from test_trackers import Told
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "told", Told)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["told"])
+    monkeypatch.setattr(Told, "runs", [])
+    assert run("--report-to", "told").code == 0
+    info = json.loads((tmp_path / "out/harden.json").read_text())
+    [told] = Told.runs
+    assert told["rows"] == list(enumerate(info["history"])) and told["ended"]
+    assert told["settings"]["method"] == "apdm" and told["settings"]["subjects"] == len(info["subjects"])
+    assert not any(name in json.dumps(told["settings"]) for name in info["subjects"])
+    assert info["model_digest"] == json.loads((finished / "harden.json").read_text())["model_digest"]
+    done = run("--report-to", "nobody", "--overwrite")
+    assert done.code == 2 and "there is no such tracker" in done.err
+
+
 def test_a_complete_run_is_not_run_again(run, finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out")
     before = everything_in(tmp_path / "out")
