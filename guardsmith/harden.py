@@ -248,6 +248,8 @@ def _harden(
         "method": recipe.method.name, "params": config.model_dump(mode="json"), "sampling": recipe.sampling.model_dump(),
         "probe": recipe.probe.model_dump(),
     }  # fmt: skip
+    if recipe.half_variant:
+        settings["half_variant"] = True
     bystanders, bystanders_digest = load_bystanders(model, recipe.bystanders)
     if bystanders_digest is not None:
         settings["bystanders_digest"] = bystanders_digest
@@ -313,7 +315,7 @@ def _harden(
             start=None if add_to is None else add_to / "state.safetensors",
         )  # fmt: skip
     parts = [part for part in ("unet", "text_encoder") if getattr(hardened, part) is not getattr(model, part)]
-    save_model(hardened, output / "model", parts)
+    save_model(hardened, output / "model", parts, half_variant=recipe.half_variant)
     changed = changed_fraction(model.folder / "unet", output / "model" / "unet")
     if changed == 0:
         shutil.rmtree(output / "model")

@@ -217,7 +217,9 @@ def with_own_unet(model: DiffusionModel) -> DiffusionModel:
     return own
 
 
-def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("unet",)) -> None:
+def save_model(
+    model: DiffusionModel, folder: Path, parts: Sequence[str] = ("unet",), *, half_variant: bool = False
+) -> None:
     """Write a complete diffusers folder: these parts from memory, every other file copied byte for byte from the source.
 
     They are stored in the precision of the source's own files, so that a half-precision base stays one, or in float32 where a
@@ -229,6 +231,7 @@ def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("une
         model: what to write.
         folder: where to.
         parts: what may differ from the source: `unet`, `text_encoder`.
+        half_variant: write half-precision files although the source has none, where every weight fits.
 
     Raises:
         RunFailed: a weight is not finite.
@@ -237,7 +240,14 @@ def save_model(model: DiffusionModel, folder: Path, parts: Sequence[str] = ("une
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(model.folder, temporary, ignore=lambda _, names: [n for n in names if n == ".cache"])
-        halves = [_save_part(model, name, temporary / name) for name in parts]
+        halves: list[bool] = []
+        if half_variant:
+            for name in ("unet", "vae", "text_encoder"):
+                if (
+                    stored_dtype(model.folder, name) != torch.float16
+                ):  # else the plain files are what the variant would be
+                    halves.append(_save_half(model, name, temporary / name))
+        halves += [_save_part(model, name, temporary / name) for name in parts]
         if not all(halves):
             for file in temporary.glob(f"*/*.{HALF}.*"):
                 file.unlink()
@@ -266,15 +276,23 @@ def _save_part(model: DiffusionModel, name: str, place: Path) -> bool:
     if not _finite(part):
         raise RunFailed("A weight of the hardened model is not finite; no model was written.")
     part.save_pretrained(place, safe_serialization=True)
-    half = part.half() if wanted else part
-    wanted = wanted and _finite(half)
-    if wanted:
-        half.save_pretrained(place, safe_serialization=True, variant=HALF)
+    wanted = wanted and _save_half(model, name, place)
     config = model.folder / name / "config.json"
     shutil.copyfile(config, place / config.name)  # the libraries' own tells where the base lay
     for file in place.glob("*.safetensors"):
         shutil.copymode(config, file)  # safetensors writes for the owner only
     return wanted
+
+
+def _save_half(model: DiffusionModel, name: str, place: Path) -> bool:
+    """Write the half-precision files of a part beside the others; returns whether all of its weights fit."""
+    part = copy.deepcopy(getattr(model, name)).half()
+    if not _finite(part):
+        return False
+    part.save_pretrained(place, safe_serialization=True, variant=HALF)
+    config = model.folder / name / "config.json"
+    shutil.copyfile(config, place / config.name)
+    return True
 
 
 def _finite(module: torch.nn.Module) -> bool:

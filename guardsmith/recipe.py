@@ -177,6 +177,9 @@ class Recipe(BaseModel):
     `imagefolder:FOLDER` or `parquet:FILE`, relative to the recipe, or `hub:ID` of a dataset."""
     seed: int = 0
     """Seed of the hardening."""
+    half_variant: bool = False
+    """Write half-precision files (variant `fp16`) beside the model's although the base has none, where every weight fits. A base
+    that has them gets them anyway."""
     sampling: Sampling = Sampling()
     """How every picture is generated."""
     method: MethodSpec = MethodSpec()

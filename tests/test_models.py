@@ -241,6 +241,24 @@ def test_a_base_with_half_precision_files_keeps_them_whole_or_not_at_all(folder,
     assert changed_fraction(folder / "unet", tmp_path / "out/unet") > 0
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_half_precision_files_can_be_asked_for(folder, tmp_path, fits):
+    model = load_model(str(folder))
+    with torch.no_grad():
+        model.unet.conv_in.weight.add_(0.25 if fits else 1e6)
+    save_model(model, tmp_path / "out", half_variant=True)
+    halves = sorted(path.parent.name for path in (tmp_path / "out").rglob("*.fp16.safetensors"))
+    assert halves == (["text_encoder", "unet", "vae"] if fits else [])
+    assert same_weights(weights(load_model(str(tmp_path / "out")).unet), weights(model.unet))
+    if fits:
+        loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "out", variant="fp16", torch_dtype=torch.float16)
+        for part in ("unet", "vae", "text_encoder"):
+            wanted = {k: v.half() if v.is_floating_point() else v for k, v in weights(getattr(model, part)).items()}
+            assert same_weights(weights(getattr(loaded, part)), wanted), part
+    for part in ("unet", "vae", "text_encoder"):
+        assert (tmp_path / "out" / part / "config.json").read_bytes() == (folder / part / "config.json").read_bytes()
+
+
 def test_a_sharded_base_is_saved_whole(folder, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     (folder / UNET_FILE).unlink()
