@@ -73,15 +73,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--what", choices=("restorer", "pixel"), required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     pictures = open_pictures(bystander_files(f"parquet:{PICTURES}"), 64)
     torch.manual_seed(0)
     began = time.monotonic()
     if args.what == "restorer":
-        restorer = Restorer()
+        restorer = Restorer(shrink=2, width=32, depth=6)
 
         def restoring(network: nn.Module, rng: torch.Generator) -> Tensor:
             clean = batch_of(pictures, args.batch, rng)
