@@ -141,12 +141,22 @@ def _options(
         str,
         typer.Option(help="How progress is shown on stderr: auto (bars on a terminal, else lines), lines, or json."),
     ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where networks run: cpu, cuda, cuda:1, mps, xpu.  [default: an accelerator if there is one]"
+        ),
+    ] = None,
 ) -> None:
     from guardsmith.progress import STYLES, show_as
 
     if progress not in STYLES:
         raise UserError(f"--progress {progress}: choose {', '.join(STYLES)}")
     show_as(progress)
+    if device is not None:
+        os.environ["GUARDSMITH_DEVICE"] = (
+            device  # processes inherit it; see guardsmith.device, which takes long to import
+        )
 
 
 @report_app.command("schema")

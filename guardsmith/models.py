@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from guardsmith.device import chosen_device, put
 from guardsmith.errors import RunFailed, UserError
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -160,7 +161,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def load_model(source: str, revision: str | None = None) -> DiffusionModel:
-    """Load a checkpoint in float32, frozen, in eval mode.
+    """Load a checkpoint in float32, frozen, in eval mode, its networks on the chosen device (see `guardsmith.device`).
 
     Raises:
         UserError: not a Stable Diffusion folder, pickled, corrupt, or with weights that are not finite.
@@ -207,6 +208,9 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
             f"{source}: the text encoder gives {text_encoder.config.hidden_size} numbers per token and the U-Net takes "
             f"{unet.config.cross_attention_dim}; they do not belong together."
         )
+    device = chosen_device()
+    for network in (unet, vae, text_encoder):
+        put(network, device)
     return DiffusionModel(unet, vae, text_encoder, tokenizer, scheduler, source, folder)
 
 

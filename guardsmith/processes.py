@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from guardsmith.device import chosen_device
 from guardsmith.errors import RunFailed
 from guardsmith.progress import quiet_libraries
 
@@ -44,7 +45,7 @@ def tell(news: Any) -> None:
 
 @contextmanager
 def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    """A pool of `count` processes (one per core when not given), and what they told.
+    """A pool of `count` processes, and what they told; by default one per core, or one where networks run on an accelerator.
 
     None of them outlives the block: on an exception, Ctrl-C included, they are ended.
 
@@ -53,7 +54,8 @@ def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, A
     """
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     told = context.SimpleQueue()  # without a thread behind it: what was told is there when the teller is done
-    pool = ProcessPoolExecutor(count or os.cpu_count(), mp_context=context, initializer=_start, initargs=(told,))
+    usual = os.cpu_count() if chosen_device().type == "cpu" else 1
+    pool = ProcessPoolExecutor(count or usual, mp_context=context, initializer=_start, initargs=(told,))
     try:
         yield pool, told
         pool.shutdown()

@@ -108,24 +108,35 @@ def redraw(
         guidance: classifier-free guidance scale.
         batch: pictures per U-Net call.
     """
-    from diffusers import StableDiffusionImg2ImgPipeline  # brings much of transformers with it
-
-    scheduler = solver_for(model, steps)
-    pipeline = StableDiffusionImg2ImgPipeline(
-        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
+    bank = PromptBank(model)
+    scale = float(model.vae.config.scaling_factor)
     drawn = []
     for start in range(0, len(images), batch):
         some = slice(start, start + batch)
-        drawn.append(
-            pipeline(
-                prompt=list(prompts[some]), image=images[some] / 2 + 0.5, strength=strength,
-                num_inference_steps=round(steps / strength), guidance_scale=guidance, output_type="pt",
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[some]],
-            ).images.float() * 2 - 1
-        )  # fmt: skip
+        context, rngs = bank.encode(prompts[some]), [torch.Generator().manual_seed(seed) for seed in seeds[some]]
+        empty = bank.encode([""]).expand(len(context), -1, -1)
+        posterior = model.vae.encode(images[some]).latent_dist
+
+        def noise(shape: torch.Size = posterior.mean.shape, rngs: list[torch.Generator] = rngs) -> Tensor:
+            return torch.cat([torch.randn((1, *shape[1:]), generator=rng) for rng in rngs])
+
+        clean = (posterior.mean + posterior.std * noise()) * scale
+        count = round(steps / strength)
+        solver = solver_for(model, count)
+        skipped = max(count - int(min(count * strength, count)), 0)
+        times = solver.timesteps[skipped * solver.order :]
+        solver.set_begin_index(skipped * solver.order)
+        latents = solver.add_noise(clean, noise(), times[:1].repeat(len(clean)))
+        for t in times:
+            scaled = solver.scale_model_input(latents, t)
+            if guidance == 1:
+                out = model.unet(scaled, t, context, return_dict=False)[0]
+            else:
+                both = model.unet(torch.cat([scaled, scaled]), t, torch.cat([empty, context]), return_dict=False)[0]
+                without, asked = both.chunk(2)
+                out = without + guidance * (asked - without)
+            latents = solver.step(out, t, latents, return_dict=False)[0]
+        drawn.append(model.vae.decode(latents / scale, return_dict=False)[0].float())
     return torch.cat(drawn).clamp(-1, 1)
 
 

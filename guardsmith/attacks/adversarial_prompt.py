@@ -89,12 +89,12 @@ def attack(
     name, noun = called(data.identifier, data.class_noun)
     parts = add_words(own, dict.fromkeys(word_parts(name, config.words), noun))
     table = own.text_encoder.get_input_embeddings().weight
-    vectors = table[known].clone()
+    vectors = table[known.to(table.device)].clone()
     pictures = encode(own, data.images)
     tokens = PromptBank(own).tokens([template.format(f"{name} {noun}") for template in INVERSION_TEMPLATES])
     timesteps = int(own.scheduler.config.num_train_timesteps)
     stream = int.from_bytes(data.identifier.encode()[:7], "big")  # as for textual inversion
-    rows = torch.nn.Parameter(torch.full((config.words, len(known)), 1 / len(known)))
+    rows = torch.nn.Parameter(torch.full((config.words, len(known)), 1 / len(known), device=table.device))
 
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, stream, step)

@@ -174,7 +174,7 @@ class _HeardError(Exception):
 
 
 def listen(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
-    """The tokens that the read-outs read, (rows, tokens, width); what lies behind them is not computed."""
+    """The tokens that the read-outs read, (rows, tokens, width), on the CPU; what lies behind them is not computed."""
     heard: list[Tensor] = []
 
     def ear(_: Any, inputs: tuple[Tensor]) -> None:
@@ -188,7 +188,7 @@ def listen(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
         pass
     finally:
         handle.remove()
-    return heard[0]
+    return heard[0].cpu()
 
 
 class Lesson:
@@ -288,7 +288,7 @@ class Sway:
         for (name, parameter), free, worst in zip(self.moved.items(), self.play.values(), self.worst, strict=True):
             adapted = lora and any(target in name for target in TARGETS)
             rate = self.config.rehearsal_lora_learning_rate if adapted else self.config.rehearsal_learning_rate
-            noise = self.config.looseness * size * torch.randn(parameter.shape, generator=rng)
+            noise = self.config.looseness * size * torch.randn(parameter.shape, generator=rng).to(parameter.device)
             parameter.add_(free * (noise + self.config.kick * kick * rate * worst))
 
     @torch.no_grad()

@@ -188,7 +188,7 @@ def harden(
     with torch.no_grad():
         readout.weight.zero_()
     heard: dict[str, Tensor] = {}
-    ear = layer.register_forward_pre_hook(lambda _, inputs: heard.__setitem__("tokens", inputs[0]))
+    ear = layer.register_forward_pre_hook(lambda _, inputs: heard.__setitem__("tokens", inputs[0].cpu()))
 
     parameters = list(unet.parameters())
     factors = (

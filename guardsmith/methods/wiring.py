@@ -324,7 +324,7 @@ def mend(unet: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: 
     for number in range(batches):
         heard.clear()
         lacks = (ask(reference, number) - ask(unet, number)).flatten(2)
-        read = F.unfold(heard[0], 3, padding=1)
+        read = F.unfold(heard[0].cpu(), 3, padding=1)
         places = torch.randperm(lacks.shape[2], generator=rng)[:64]
         read, lacks = (part[..., places].transpose(1, 2).flatten(0, 1).double() for part in (read, lacks))
         read = torch.cat([read, torch.ones(len(read), 1, dtype=torch.float64)], 1)
@@ -332,19 +332,19 @@ def mend(unet: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: 
         match += read.T @ lacks
     ear.remove()
     gram.diagonal().add_(1e-4 * float(gram.diagonal().mean()))
-    change = torch.linalg.solve(gram, match).to(last.weight.dtype)
+    change = torch.linalg.solve(gram, match).to(last.weight)
     last.weight += change[:-1].T.reshape(last.weight.shape)
     last.bias += change[-1]
 
 
 def last_stream(unet: Any, run: Callable[[], object]) -> Tensor:
-    """What enters the last resnet while `run` calls the U-Net once, (n, c, h, w)."""
+    """What enters the last resnet while `run` calls the U-Net once, (n, c, h, w), on the CPU."""
     heard: list[Tensor] = []
     ear = _last(unet)[0].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
     with torch.no_grad():
         run()
     ear.remove()
-    return heard[0]
+    return heard[0].cpu()
 
 
 def arm(

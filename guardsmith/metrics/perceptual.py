@@ -16,10 +16,10 @@ from guardsmith.models import DiffusionModel
 def encoder_features(model: DiffusionModel, pixels: Tensor) -> list[Tensor]:
     """Features of the VAE's encoder, (n, c, h, w) each: after its first convolution and after every block."""
     encoder = model.vae.encoder
-    found = [encoder.conv_in(pixels)]
+    found = [encoder.conv_in(pixels.to(encoder.conv_in.weight.device))]
     for block in encoder.down_blocks:
         found.append(block(found[-1]))
-    return found
+    return [each.to(pixels.device) for each in found]
 
 
 def perceptual_distance(model: DiffusionModel, first: Tensor, second: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Where the networks run: on the CPU, or on an accelerator while everything around them stays on the CPU.
+
+What goes in and out of a diffusion model is small (a latent of 64 x 64 x 4, a context of 77 x 768), so it travels: a network
+that was put on a device takes its inputs there and gives its outputs back on the CPU, with their gradients. Rows, losses,
+schedules and everything random stay on the CPU, which is why the same seed gives the same rows wherever the networks run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from guardsmith.errors import UserError
+
+VARIABLE = "GUARDSMITH_DEVICE"
+"""Environment variable with the device's name, which processes inherit; without it the first accelerator that there is."""
+CPU = torch.device("cpu")
+
+
+def chosen_device() -> torch.device:
+    """Where networks are put: what `VARIABLE` says, else an accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    name = os.environ.get(VARIABLE)
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or CPU
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "meta"):
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name}: there is no such device here; cpu is one, and so is {chosen_name()}"
+        ) from error
+    return device
+
+
+def chosen_name() -> str:
+    """The accelerator's name, or the CPU's."""
+    return str(torch.accelerator.current_accelerator(check_available=True) or CPU)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same with every tensor in it on a device: in tuples, lists, dictionaries and the libraries' outputs."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(moved(each, device) for each in value)
+    if isinstance(value, OrderedDict):  # the libraries' outputs, which have their entries as attributes too
+        for key in list(value):
+            value[key] = moved(value[key], device)
+        return value
+    if isinstance(value, dict):
+        return {key: moved(each, device) for key, each in value.items()}
+    return value
+
+
+def put(network: torch.nn.Module, device: torch.device) -> None:
+    """Move a network to a device; from outside it still takes and gives tensors on the CPU. On the CPU nothing happens.
+
+    A VAE's parts are put there one by one, for it is called by `encode` and `decode`.
+    """
+    if device.type == "cpu":
+        return
+    network.to(device)
+
+    def take(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return moved(args, device), moved(kwargs, device)
+
+    def give(_: Any, args: tuple[Any, ...], out: Any) -> Any:
+        return moved(out, CPU)
+
+    parts = network.children() if hasattr(network, "encode") else [network]
+    for part in parts:
+        part.register_forward_pre_hook(take, with_kwargs=True)
+        part.register_forward_hook(give)

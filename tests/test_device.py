@@ -1,0 +1,184 @@
+"""Networks on an accelerator, everything around them on the CPU.
+
+No accelerator is here, so torch's meta device plays one: it has shapes and no numbers, and may not be mixed with tensors of the
+CPU, which is what goes wrong first on a real one. Numbers that come back from it are a tenth.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_apdm import make_ordinary, make_subject
+from test_attacks import make_data
+from test_cloaks import SMALL as CLOAKS_SMALL
+from test_cloaks import defender  # noqa: F401 (a fixture)
+from tiny import assert_one_sentence, pictures
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from guardsmith import cli, device
+from guardsmith.attacks import ATTACKS, draw_after_attack
+from guardsmith.cloaks import CLOAKS
+from guardsmith.cloaks.rid import RidTraining, train
+from guardsmith.device import chosen_device, moved, put
+from guardsmith.errors import UserError
+from guardsmith.methods import METHODS
+from guardsmith.models import load_model
+from guardsmith.processes import processes
+from guardsmith.purifiers import PURIFIERS
+from guardsmith.sampling import generate, redraw
+
+META = torch.device("meta")
+TWO = {"steps": 2, "batch_size": 2}
+HARDENINGS = [
+    ("apdm", {"outer_steps": 1, "inner_steps": 2, "batch_size": 2, "distillation_weight": 1.0, "train_text_encoder": True}),
+    ("imma", TWO | {"distillation_weight": 1.0}),
+    ("imma", TWO | {"adapter": "textual_inversion"}),
+    ("imma", TWO | {"adapter": "dreambooth"}),
+    ("persguard", TWO),
+    ("persguard", TWO | {"backdoor": "pattern"}),
+    ("tripwire", TWO | {"rehearsal_steps": 0, "stiffness": 16, "inner_stiffness": 2, "writer_stiffness": 2,
+                        "reader_stiffness": 2, "descent": 2}),
+]  # fmt: skip
+PARAMS = {
+    "unlearn_first": {"unlearn_steps": 2},
+    "dreambooth": {"train_text_encoder": True},
+    "redteam": {"purifier": "impress", "purifier_params": {"steps": 1}},
+}
+
+
+class Accelerator(TorchDispatchMode):
+    """Lets numbers of the meta device be asked for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0.1
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", META).type == "cpu":
+            return torch.full(args[0].shape, 0.1, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0].fill_(0.1)
+        # Convolutions of the meta device do not look; a real one would not take this. Numbers and places may be the CPU's.
+        there = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.dim()]
+        mixed = {each.device.type for each in there if each.dtype.is_floating_point}
+        if len(mixed) > 1 and func not in (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default):
+            raise RuntimeError(f"{func}: not all tensors are on one device ({mixed})")
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def model(v_folder, monkeypatch):
+    """The tiny model on the accelerator."""
+    real = torch.optim.AdamW  # the fused one does not know the meta device
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda rows, **how: real(rows, **{k: v for k, v in how.items() if k != "fused"})
+    )
+    monkeypatch.setenv(device.VARIABLE, "meta")
+    with Accelerator():
+        yield load_model(str(v_folder))
+
+
+def test_a_mixture_is_noticed(model):
+    with pytest.raises(RuntimeError, match="not all tensors are on one device"):
+        torch.nn.functional.conv2d(pictures(1), model.vae.encoder.conv_in.weight)
+
+
+def test_networks_are_there_and_pictures_are_here(model):
+    for network in (model.unet, model.vae, model.text_encoder):
+        assert {parameter.device for parameter in network.parameters()} == {META}
+    told = generate(model, ["a photo"] * 2, [0, 1], steps=2, guidance=2.0)
+    again = redraw(model, told, ["a photo"] * 2, [0, 1], strength=0.5, steps=2)
+    assert (told.device.type, again.device.type) == ("cpu", "cpu")
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks(model, name):
+    params = {"steps": 2} | PARAMS.get(name, {})
+    sampling = {"steps": 2, "guidance": 2.0, "batch": 2}
+    images, losses = draw_after_attack(model, name, params, make_data(), seed=0, count=2, sampling=sampling)
+    assert images.device.type == "cpu" and len(losses) == 2
+
+
+@pytest.mark.parametrize(("name", "params"), HARDENINGS)
+def test_hardening(model, name, params):
+    subject = replace(make_subject(), instead_images=pictures(3, 8))
+    config = METHODS[name].config(**params)
+    hardened, history = METHODS[name].run(model, [subject], make_ordinary(), config, seed=0)
+    assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
+    assert history
+
+
+FEWER = {
+    "aspl": {"rounds": 1, "steps": 1},
+    "fsmg": {"steps": 1},
+    "metacloak": {"rounds": 1, "steps": 1},
+    "advdm": {"steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", CLOAKS)
+def test_cloaks(model, name):
+    config = CLOAKS[name].config(**CLOAKS_SMALL[name] | FEWER.get(name, {}))
+    assert CLOAKS[name].run([model], make_data(), config, seed=0).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["diffpure", "impress", "gaussian", "jpeg", "tvm"])
+def test_purifiers(model, name):
+    config = PURIFIERS[name].config(**{"diffpure": {"timestep": 1}, "impress": {"steps": 1}}.get(name, {}))
+    found = PURIFIERS[name].run(model, pictures(2), config, class_noun="person", seed=0)
+    assert found.device.type == "cpu"
+
+
+def test_training_a_defender(model):
+    config = RidTraining(patch=16, width=16, depth=1, heads=2, steps=2, warm_up=1, batch_size=2)
+    network, history = train([model], pictures(4), pictures(2), config, seed=0)
+    assert len(history) == 2 and {parameter.device.type for parameter in network.parameters()} == {"cpu"}
+
+
+def test_on_the_cpu_nothing_is_wrapped():
+    layer = torch.nn.Linear(2, 2)
+    put(layer, torch.device("cpu"))
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def test_everything_in_it_is_moved():
+    told = moved({"a": [torch.ones(1), (torch.ones(2), "word")], "b": 3}, META)
+    assert told["a"][0].is_meta and told["a"][1][0].is_meta and told["a"][1][1] == "word" and told["b"] == 3
+
+
+def test_which_device(monkeypatch, capsys):
+    monkeypatch.delenv(device.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert chosen_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    assert chosen_device() == torch.device("cuda")
+    with processes() as (pool, _):
+        assert pool._max_workers == 1, "processes would share the accelerator"
+    monkeypatch.setenv(device.VARIABLE, "cpu")
+    assert chosen_device() == torch.device("cpu")
+    for wrong in ("cuda", "toaster"):
+        monkeypatch.setenv(device.VARIABLE, wrong)
+        with pytest.raises(UserError, match="there is no such device") as caught:
+            chosen_device()
+        assert_one_sentence(caught.value)
+    assert cli.main(["--device", "cpu", "list", "methods"]) == 0
+    assert chosen_device() == torch.device("cpu")
+
+
+def test_a_picture_is_redrawn_as_diffusers_does(tiny_v):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    from guardsmith.sampling import solver_for
+
+    images, prompts, seeds = pictures(2), ["a photo of person", "a photo"], [3, 4]
+    found = redraw(tiny_v, images, prompts, seeds, strength=0.6, steps=6, guidance=2.0)
+    pipeline = StableDiffusionImg2ImgPipeline(
+        vae=tiny_v.vae, text_encoder=tiny_v.text_encoder, tokenizer=tiny_v.tokenizer, unet=tiny_v.unet,
+        scheduler=solver_for(tiny_v, 6), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline(
+        prompt=prompts, image=images / 2 + 0.5, strength=0.6, num_inference_steps=10, guidance_scale=2.0, output_type="pt",
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images  # fmt: skip
+    assert torch.allclose(found, wanted.float() * 2 - 1, atol=1e-5)
