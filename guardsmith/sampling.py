@@ -6,6 +6,7 @@ Every picture has a generator of its own on the CPU, so a picture depends on its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -30,6 +31,26 @@ def first_noise(model: DiffusionModel, seeds: Sequence[int]) -> Tensor:
     """Gaussian noise, float32 (n, c, h, w), each row from a seed of its own."""
     side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
     return torch.stack([torch.randn((channels, side, side), generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def guided(model: DiffusionModel, latents: Tensor, t: Any, context: Tensor, empty: Tensor, guidance: float) -> Tensor:
+    """The U-Net's prediction with classifier-free guidance, (n, c, h, w); with a scale of 1 the prompt's alone.
+
+    Args:
+        model: see `generate`.
+        latents: as the U-Net takes them.
+        t: their timestep.
+        context: of the prompts, (n, tokens, width).
+        empty: of what is not asked for, likewise.
+        guidance: the scale.
+    """
+    if guidance == 1:
+        out: Tensor = model.unet(latents, t, context, return_dict=False)[0]
+        return out
+    both = model.unet(torch.cat([latents, latents]), t, torch.cat([empty, context]), return_dict=False)[0]
+    without, asked = both.chunk(2)
+    found: Tensor = without + guidance * (asked - without)
+    return found
 
 
 @torch.no_grad()
@@ -69,13 +90,7 @@ def generate(
         for t in solver.timesteps:
             if on_state is not None:
                 on_state(int(t), latents)
-            scaled = solver.scale_model_input(latents, t)
-            if guidance == 1:
-                out = model.unet(scaled, t, context, return_dict=False)[0]
-            else:
-                both = model.unet(torch.cat([scaled, scaled]), t, torch.cat([empty, context]), return_dict=False)[0]
-                without, with_prompt = both.chunk(2)
-                out = without + guidance * (with_prompt - without)
+            out = guided(model, solver.scale_model_input(latents, t), t, context, empty, guidance)
             latents = solver.step(out, t, latents, return_dict=False)[0]
             if on_step is not None:
                 on_step()
@@ -128,13 +143,7 @@ def redraw(
         solver.set_begin_index(skipped * solver.order)
         latents = solver.add_noise(clean, noise(), times[:1].repeat(len(clean)))
         for t in times:
-            scaled = solver.scale_model_input(latents, t)
-            if guidance == 1:
-                out = model.unet(scaled, t, context, return_dict=False)[0]
-            else:
-                both = model.unet(torch.cat([scaled, scaled]), t, torch.cat([empty, context]), return_dict=False)[0]
-                without, asked = both.chunk(2)
-                out = without + guidance * (asked - without)
+            out = guided(model, solver.scale_model_input(latents, t), t, context, empty, guidance)
             latents = solver.step(out, t, latents, return_dict=False)[0]
         drawn.append(model.vae.decode(latents / scale, return_dict=False)[0].float())
     return torch.cat(drawn).clamp(-1, 1)

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks import find_cloak
-from guardsmith.cloaks.rid import RidTraining, save_defender, train
+from guardsmith.cloaks.rid import RidTraining, train
 from guardsmith.errors import UserError
 from guardsmith.harden import bystander_files
 from guardsmith.images import open_pictures, sha256_file
 from guardsmith.models import DiffusionModel, load_model, weights_digest
+from guardsmith.networks import save_network
 from guardsmith.progress import stage
 from guardsmith.records import folder_digest, read_record, write_json
 
@@ -120,8 +121,7 @@ def train_defender(
         "seconds": time.monotonic() - began, "parameters": sum(p.numel() for p in defender.parameters()),
         "history": history[:: max(1, len(history) // 100)],
     }  # fmt: skip
-    save_defender(
-        defender, output / DEFENDER, {key: told[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
-    )
+    kept = {key: told[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
+    save_network(defender, defender.shape, output / DEFENDER, kept)
     write_json(output / "training.json", told)
     return told

@@ -23,11 +23,12 @@ from guardsmith.cloaks.pixels import (
     posterior,
     project,
 )
-from guardsmith.cloaks.rid import Defender, save_defender
+from guardsmith.cloaks.rid import Defender
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.images import open_image, to_tensor
 from guardsmith.latents import encode
 from guardsmith.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
+from guardsmith.networks import save_network
 from guardsmith.prompts import PromptBank
 from guardsmith.purifiers import gaussian
 from guardsmith.recipe import Recipe
@@ -51,7 +52,7 @@ def defender(tmp_path_factory):
         torch.manual_seed(0)
         network = Defender(64, 16, 16, 1, 2)
         torch.nn.init.normal_(network.last.weight)
-    save_defender(network, file, {})
+    save_network(network, network.shape, file, {})
     SMALL["rid"] = {"defender": str(file)}
 
 

@@ -19,13 +19,13 @@ from guardsmith.cloaks.rid import (
     adversarial_loss,
     applied,
     load_defender,
-    save_defender,
     train,
 )
 from guardsmith.errors import UserError
 from guardsmith.images import to_pil
 from guardsmith.latents import encode
 from guardsmith.losses import add_noise, draw_rows, epsilon_of
+from guardsmith.networks import save_network
 from guardsmith.prompts import PromptBank
 from guardsmith.train_rid import DEFENDER
 from guardsmith.training import generator
@@ -146,7 +146,7 @@ def test_the_rate_rises_and_falls():
 def test_a_defender_in_a_file(tmp_path):
     network, file = Defender(64, 16, 16, 1, 2), tmp_path / "d.safetensors"
     torch.nn.init.normal_(network.last.weight)
-    save_defender(network, file, {"seed": 7})
+    save_network(network, network.shape, file, {"seed": 7})
     read = load_defender(str(file))
     assert read.shape == network.shape
     assert same_weights(weights(read), {name: value.half().float() for name, value in weights(network).items()})
@@ -164,7 +164,8 @@ def test_a_defender_in_a_file(tmp_path):
         with pytest.raises(UserError, match=said) as caught:
             load_defender(str(wrong))
         assert_one_sentence(caught.value)
-    save_defender(Defender(32, 16, 16, 1, 2), file, {})
+    other = Defender(32, 16, 16, 1, 2)
+    save_network(other, other.shape, file, {})
     with pytest.raises(UserError, match="32 pixels, and the base draws 64"):
         rid.cloak([], data, RidConfig(defender=str(file)), seed=0)
 

@@ -20,7 +20,7 @@ from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, ascend, posterior, project, sampled_latents
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
-from guardsmith.sampling import solver_for
+from guardsmith.sampling import guided, solver_for
 from guardsmith.training import generator
 
 
@@ -66,9 +66,9 @@ def edited(
     latents = model.scheduler.add_noise(latents, noise, times[:1].expand(len(latents)))
     solver.set_begin_index(count - len(times))
     for t in times:
-        both = torch.cat([empty.expand(len(latents), -1, -1), context.expand(len(latents), -1, -1)])
-        without, asked = model.unet(torch.cat([latents, latents]), t, both, return_dict=False)[0].chunk(2)
-        latents = solver.step(without + config.guidance * (asked - without), t, latents, return_dict=False)[0]
+        said, nothing = (words.expand(len(latents), -1, -1) for words in (context, empty))
+        out = guided(model, latents, t, said, nothing, config.guidance)
+        latents = solver.step(out, t, latents, return_dict=False)[0]
     picture: Tensor = model.vae.decode(latents / model.vae.config.scaling_factor, return_dict=False)[0]
     return picture
 

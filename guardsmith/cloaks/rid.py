@@ -16,7 +16,6 @@ scale, shift and gate for each block.)
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,19 +24,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, sampled_latents
 from guardsmith.errors import UserError
 from guardsmith.losses import add_noise, draw_rows, epsilon_of
-from guardsmith.models import BUILTIN, DiffusionModel
+from guardsmith.models import DiffusionModel
+from guardsmith.networks import load_network
 from guardsmith.prompts import PromptBank
 from guardsmith.training import Course, generator, optimizer_step
-
-DEFENDERS = BUILTIN / "defenders"
 
 
 class RidConfig(PixelConfig):
@@ -162,37 +158,13 @@ def applied(defender: nn.Module, pictures: Tensor, budget: float) -> Tensor:
     return (pictures + change).clamp(-1, 1)
 
 
-def save_defender(defender: Defender, file: Path, told: dict[str, Any]) -> None:
-    """Write a defender with its shape and what is told of its training, in half precision; it appears whole."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    tensors = {name: value.half().contiguous() for name, value in defender.state_dict().items()}
-    try:
-        save_file(tensors, temporary, metadata={"defender": json.dumps({"shape": defender.shape, **told})})
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def load_defender(source: str) -> Defender:
-    """The embedded defender or one from a file, float32, without gradients.
+    """The embedded defender or one from a file.
 
     Raises:
         UserError: there is none, or the file is something else.
     """
-    file = Path(source).expanduser()
-    if source.startswith("builtin:"):
-        file = DEFENDERS / f"{source.removeprefix('builtin:')}.safetensors"
-    if not file.is_file():
-        raise UserError(f"there is no defender {source}; train one with `guardsmith train-rid`")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            shape = json.loads((opened.metadata() or {})["defender"])["shape"]
-            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118 (not a dict)
-        defender = Defender(**shape)
-        defender.load_state_dict(tensors)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{file} is no defender that `guardsmith train-rid` wrote ({type(error).__name__})") from error
-    return defender.eval().requires_grad_(False)
+    return load_network(Defender, source, "train one with `guardsmith train-rid`")
 
 
 @torch.no_grad()

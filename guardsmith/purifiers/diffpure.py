@@ -18,6 +18,7 @@ from guardsmith.latents import encode
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
 from guardsmith.purifiers.pixel_model import load_pixel_model, taken_back, tiled
+from guardsmith.sampling import guided
 from guardsmith.training import generator
 
 
@@ -52,12 +53,7 @@ def latent(model: DiffusionModel, images: Tensor, config: DiffPureConfig, class_
     noise = torch.randn(latents.shape, generator=rng)
     latents = scheduler.add_noise(latents, noise, torch.full((len(images),), config.timestep))
     for t in range(config.timestep, -1, -1):
-        if prompt and config.guidance > 1:
-            both = model.unet(torch.cat([latents, latents]), t, torch.cat([empty, context]), return_dict=False)[0]
-            without, asked = both.chunk(2)
-            out = without + config.guidance * (asked - without)
-        else:
-            out = model.unet(latents, t, context, return_dict=False)[0]
+        out = guided(model, latents, t, context, empty, config.guidance if prompt else 1)
         latents = scheduler.step(out, t, latents, generator=rng, return_dict=False)[0]
     decoded: Tensor = model.vae.decode(latents / model.vae.config.scaling_factor, return_dict=False)[0]
     return decoded.clamp(-1, 1)

@@ -8,22 +8,15 @@ people who have one can run it on the files themselves.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guardsmith.errors import UserError
 from guardsmith.images import to_pil, to_tensor
-from guardsmith.models import BUILTIN, DiffusionModel
-
-RESTORERS = BUILTIN / "restorers"
+from guardsmith.models import DiffusionModel
+from guardsmith.networks import load_network
 
 
 class RestoreConfig(BaseModel):
@@ -79,31 +72,13 @@ class Restorer(nn.Module):
         return F.interpolate(small, scale_factor=self.shape["shrink"], mode="bicubic", align_corners=False) + drawn
 
 
-def save_restorer(restorer: Restorer, file: Path, told: dict[str, Any]) -> None:
-    """Write a restorer with its shape and what is told of its training, in half precision."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.half().contiguous() for name, value in restorer.state_dict().items()}
-    save_file(tensors, file, metadata={"restorer": json.dumps({"shape": restorer.shape, **told})})
-
-
 def load_restorer(source: str) -> Restorer:
-    """The embedded restorer or one from a file, float32, without gradients.
+    """The embedded restorer or one from a file.
 
     Raises:
         UserError: there is none, or the file is something else.
     """
-    file = Path(source).expanduser()
-    if source.startswith("builtin:"):
-        file = RESTORERS / f"{source.removeprefix('builtin:')}.safetensors"
-    if not file.is_file():
-        raise UserError(f"there is no restorer {source}; name a file of one, or an upscaler")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            restorer = Restorer(**json.loads((opened.metadata() or {})["restorer"])["shape"])
-            restorer.load_state_dict({key: opened.get_tensor(key).float() for key in opened.keys()})  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{file} is no restorer of guardsmith's ({type(error).__name__})") from error
-    return restorer.eval().requires_grad_(False)
+    return load_network(Restorer, source, "name a file of one, or an upscaler")
 
 
 def upscaled(images: Tensor, config: RestoreConfig, class_noun: str, seed: int) -> Tensor:

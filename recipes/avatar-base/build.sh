@@ -21,6 +21,7 @@ python train_judges.py "$work/data" "$work"
 torchrun --nproc-per-node 2 train_unet.py "$work/data" "$work" --steps 2800  # a first cosine, then a second one
 torchrun --nproc-per-node 2 train_unet.py "$work/data" "$work" --steps 6400
 python assemble.py "$work" "$root/guardsmith/builtin"
+python train_purifiers.py "$work/purifiers" --what restorer
 python evaluate.py "$work/data" judges
 python evaluate.py "$work/data" base
 python evaluate.py "$work/data" personalize

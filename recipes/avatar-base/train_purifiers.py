@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from guardsmith.harden import bystander_files
 from guardsmith.images import open_pictures
 from guardsmith.models import BUILTIN
+from guardsmith.networks import save_network
 from guardsmith.progress import stage
-from guardsmith.purifiers.restore import RESTORERS, Restorer, save_restorer
+from guardsmith.purifiers.restore import Restorer
 from guardsmith.training import Course, generator, optimizer_step
 
 PICTURES = Path(__file__).parent.parent.parent / "registries" / "bystanders.parquet"
@@ -92,7 +93,7 @@ def main() -> None:
 
         loss = run("restorer", restorer, restoring, args.folder, args.steps, 1e-3)
         told = {"steps": args.steps, "batch": args.batch, "loss": loss, "pictures": PICTURES.name}
-        save_restorer(restorer, RESTORERS / "avatar.safetensors", told)
+        save_network(restorer, restorer.shape, BUILTIN / "restorers" / "avatar.safetensors", told)
     else:
         scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
         unet = UNet2DModel(
