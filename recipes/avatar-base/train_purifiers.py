@@ -19,16 +19,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
+from evaluate import RESULTS
 from torch import Tensor, nn
 
 from guardsmith.harden import bystander_files
 from guardsmith.images import open_pictures
+from guardsmith.metrics.perceptual import psnr
 from guardsmith.models import BUILTIN
 from guardsmith.networks import save_network
 from guardsmith.progress import stage
-from guardsmith.purifiers.restore import Restorer
+from guardsmith.purifiers.restore import Restorer, load_restorer
+from guardsmith.records import write_json
+from guardsmith.registry import load_registry
 from guardsmith.training import Course, generator, optimizer_step
 
+REGISTRY = Path(__file__).parent.parent.parent / "registries" / "avatars.yaml"
 PICTURES = Path(__file__).parent.parent.parent / "registries" / "bystanders.parquet"
 TILE = 32
 
@@ -69,14 +74,39 @@ def run(name: str, network: nn.Module, loss_at: Any, folder: Path, steps: int, r
     return sum(shown["loss"] for shown in last) / len(last)
 
 
+def judge() -> None:
+    """How well the embedded restorer gives pictures back that it never saw: docs/results/restorer.json."""
+    subjects = [*load_registry(REGISTRY).subjects, *load_registry(REGISTRY).controls]
+    clean = open_pictures([image.path for who in subjects for image in who.images_of("reference")], 64)
+    restorer = load_restorer("builtin:avatar")
+    signs = torch.randn(clean.shape, generator=generator(0, -1)).sign()
+    cases = {"clean": clean, "8 of 255 added or taken at random": (clean + 8 * 2 / 255 * signs).clamp(-1, 1)}
+    found = {}
+    with torch.no_grad():
+        for name, given in cases.items():
+            small = restorer.shrunk(given)
+            plain = F.interpolate(small, scale_factor=restorer.shape["shrink"], mode="bicubic", align_corners=False)
+            found[name] = {
+                "given": None if given is clean else float(psnr(clean, given).mean()),
+                "restored": float(psnr(clean, restorer(small).clamp(-1, 1)).mean()),
+                "bicubic": float(psnr(clean, plain.clamp(-1, 1)).mean()),
+            }
+    write_json(RESULTS / "restorer.json", {
+        "command": "python train_purifiers.py FOLDER --what restorer", "pictures": len(clean), "psnr_db": found,
+    })  # fmt: skip
+
+
 def main() -> None:
-    """Train one of the two."""
+    """Train one of the two, or measure the restorer again."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--what", choices=("restorer", "pixel"), required=True)
+    parser.add_argument("--what", choices=("restorer", "pixel", "judge"), required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
+    if args.what == "judge":
+        judge()
+        return
     args.folder.mkdir(parents=True, exist_ok=True)
     pictures = open_pictures(bystander_files(f"parquet:{PICTURES}"), 64)
     torch.manual_seed(0)
@@ -94,6 +124,7 @@ def main() -> None:
         loss = run("restorer", restorer, restoring, args.folder, args.steps, 1e-3)
         told = {"steps": args.steps, "batch": args.batch, "loss": loss, "pictures": PICTURES.name}
         save_network(restorer, restorer.shape, BUILTIN / "restorers" / "avatar.safetensors", told)
+        judge()
     else:
         scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
         unet = UNet2DModel(
