@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,36 @@ def licence_of(model: Path, base: str, named: str | None, file: Path | None) -> 
         f"{LICENCES[known]}\n"
     )
     return Licence(known, text)
+
+
+class AccessForm(NamedTuple):
+    """What people are asked who want a gated model.
+
+    Attributes:
+        prompt: told before; empty for the Hub's own words.
+        fields: name of a field -> its kind, one of `FIELDS`.
+    """
+
+    prompt: str
+    fields: dict[str, str]
+
+
+FIELDS = ("text", "checkbox", "date_picker", "country")
+
+
+def access_form(prompt: str | None, fields: Sequence[str]) -> AccessForm:
+    """The form from NAME=KIND pairs.
+
+    Raises:
+        UserError: a pair is none, or a kind is unknown.
+    """
+    found = {}
+    for field in fields:
+        name, equals, kind = field.rpartition("=")
+        if not equals or not name.strip() or kind not in FIELDS:
+            raise UserError(f"--gated-field {field}: write it as NAME=KIND, a kind being one of {', '.join(FIELDS)}")
+        found[name.strip()] = kind
+    return AccessForm((prompt or "").strip(), found)
 
 
 class Measured(NamedTuple):
@@ -141,6 +171,7 @@ def model_card(
     unverified: str | None = None,
     grid: bool = False,
     half: bool = False,
+    form: AccessForm | None = None,
 ) -> str:
     """The README.md of the repository: metadata and text.
 
@@ -152,12 +183,17 @@ def model_card(
         unverified: why it is published although the gate did not say yes.
         grid: whether there is a picture of everybody attacked.
         half: whether there are half-precision files beside the others.
+        form: what people are asked who want it, if it is gated.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     told = dict(report)
     base = told["hardening"]["base"]
     on_the_hub = base.count("/") == 1
+    asked: dict[str, Any] = {}
+    if form is not None:
+        asked |= {"extra_gated_prompt": form.prompt} if form.prompt else {}
+        asked |= {"extra_gated_fields": form.fields} if form.fields else {}
     data = ModelCardData(
         base_model=base if on_the_hub else None,
         base_model_relation="finetune" if on_the_hub else None,
@@ -173,6 +209,7 @@ def model_card(
         model_name=repo_id,
         eval_results=results(told, repo_id),
         inference=False,
+        **asked,
     )
     checks: dict[str, list[int]] = {}
     for check in told["checks"]:

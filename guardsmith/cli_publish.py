@@ -37,6 +37,15 @@ def publish(
     licence_file: Annotated[Path | None, LICENCE_FILE] = None,
     private: Annotated[bool, typer.Option("--private", help="For the owners only, if the repository is new.")] = False,
     gated: Annotated[str | None, typer.Option(help="People ask for access: auto or manual.")] = None,
+    gated_prompt: Annotated[
+        str | None, typer.Option("--gated-prompt", help="What people read who ask for access.")
+    ] = None,
+    gated_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gated-field", metavar="NAME=KIND", help="What they fill in: text, checkbox, date_picker or country."
+        ),
+    ] = None,
     branch: Annotated[str | None, typer.Option(help="Branch other than main.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
     tag: Annotated[str | None, typer.Option(help="Name of this release.")] = None,
@@ -58,6 +67,7 @@ def publish(
     today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
 ) -> None:
     """Upload a verified model to the Hugging Face Hub with its evidence; exit 1 if the gate did not say yes."""
+    from guardsmith.card import access_form
     from guardsmith.hub import files_of_release
     from guardsmith.publish import Refused
     from guardsmith.publish import publish as run_publishing
@@ -67,6 +77,9 @@ def publish(
         raise UserError("--force-unverified and --reason belong together: the card has to say why")
     if gated not in (None, "auto", "manual"):
         raise UserError(f"--gated {gated}: choose auto or manual")
+    if gated is None and (gated_prompt or gated_field):
+        raise UserError("--gated-prompt and --gated-field belong to --gated: without it nobody is asked")
+    form = None if gated is None else access_form(gated_prompt, gated_field or [])
     if create_pr and (tag or branch):
         raise UserError("--create-pr goes without --tag and --branch: a proposal is neither a release nor a branch")
     if keyless and sign_key:
@@ -81,7 +94,7 @@ def publish(
         raise
     done = run_publishing(
         output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file,
-        force=reason, sign_key=sign_key, keyless=keyless, dry_run=dry_run, private=private, gated=gated, branch=branch,
+        force=reason, sign_key=sign_key, keyless=keyless, form=form, dry_run=dry_run, private=private, gated=gated, branch=branch,
         create_pr=create_pr, tag=tag,
     )  # fmt: skip
     if dry_run:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from guardsmith.bom import bill_of_materials
-from guardsmith.card import licence_of, model_card
+from guardsmith.card import AccessForm, licence_of, model_card
 from guardsmith.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.hub import Published, upload
 from guardsmith.models import EVIDENCE, HALF, weights_digest
@@ -76,6 +76,7 @@ def gather(
     unverified: str | None = None,
     sign_key: Path | None = None,
     keyless: bool = False,
+    form: AccessForm | None = None,
 ) -> Path:
     """Put together what goes up; the folder appears whole.
 
@@ -89,6 +90,7 @@ def gather(
         unverified: for the card, if the gate did not say yes.
         sign_key: private key to sign it with.
         keyless: sign it with Sigstore.
+        form: for the card, what people are asked who want it.
 
     Raises:
         UserError: the licence is not known.
@@ -115,6 +117,7 @@ def gather(
             unverified=unverified,
             grid=(place / EVIDENCE / "grid.png").exists(),
             half=any(place.glob(f"unet/*.{HALF}.*")),
+            form=form,
         )
         write_text(place / "README.md", card)
         if sign_key is not None or keyless:
@@ -134,6 +137,7 @@ def publish(
     force: str | None = None,
     sign_key: Path | None = None,
     keyless: bool = False,
+    form: AccessForm | None = None,
     dry_run: bool = False,
     **how: Any,
 ) -> Published:
@@ -148,6 +152,7 @@ def publish(
         licence: see `licence_of`.
         licence_file: likewise.
         sign_key: see `gather`.
+        form: see `gather`.
         keyless: see `gather`; not in a dry run, for the log that it goes into is public.
         force: publish although the gate did not say yes, for this reason, which the card tells.
         dry_run: gather, and stop.
@@ -167,7 +172,7 @@ def publish(
         raise Refused("not published: " + "; ".join(found))
     release = gather(
         output, registry, repo_id, contact=contact, licence=licence, licence_file=licence_file,
-        unverified=force if found else None, sign_key=sign_key, keyless=keyless and not dry_run,
+        unverified=force if found else None, sign_key=sign_key, keyless=keyless and not dry_run, form=form,
     )  # fmt: skip
     digest = weights_digest(release)
     if not found and digest != json.loads((output / "verify" / "report.json").read_text())["hardening"]["model_digest"]:

@@ -187,6 +187,24 @@ def test_the_card_has_the_numbers_of_the_report(output, registry):
     assert "(guardsmith/grid.png)" in body and "not-verified" not in head["tags"]
 
 
+def test_what_people_are_asked_who_want_a_gated_model(output, capsys):
+    asked = ["--gated", "manual", "--gated-prompt", "Personalize nobody who did not agree.", "--gated-field", "Company=text",
+             "--gated-field", "I agree = and mean it=checkbox"]  # fmt: skip
+    assert cli.main(["publish", str(output), *TO, "--dry-run", *asked]) == 0
+    head = yaml.safe_load((output / "release" / "README.md").read_text().split("---\n", 2)[1])
+    assert head["extra_gated_prompt"] == "Personalize nobody who did not agree."
+    assert head["extra_gated_fields"] == {"Company": "text", "I agree = and mean it": "checkbox"}
+    assert cli.main(["publish", str(output), *TO, "--dry-run", "--gated", "auto"]) == 0
+    assert "extra_gated" not in (output / "release" / "README.md").read_text()
+    capsys.readouterr()
+    for wrong, said in (
+        (asked[2:], "belong to --gated"), (["--gated", "auto", "--gated-field", "Company"], "NAME=KIND"),
+        (["--gated", "auto", "--gated-field", "Company=essay"], "date_picker"),
+    ):  # fmt: skip
+        assert cli.main(["publish", str(output), *TO, "--dry-run", *wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_the_card_tells_of_half_precision_files(output, registry):
     assert "fp16" not in card_of(output, registry)[1].partition("## Use it")[2]
     (output / "model" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")

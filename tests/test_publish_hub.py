@@ -140,6 +140,15 @@ told["taken"] = caught(tag="v1")
     assert len(puts) == 1, "the weights went up once"
 
 
+def test_a_gated_model_is_gated_before_anything_is_in_it(hub, release, tmp_path):
+    told = run(hub, tmp_path / "home", release, 'told["done"] = caught(gated="manual", private=True)')
+    assert told["done"]["changed"] and (hub.repos[REPO].gated, hub.repos[REPO].private) == ("manual", True)
+    asked = [request.path for request in hub.requests if request.method in ("PUT", "POST")]
+    settings = next(i for i, path in enumerate(asked) if path.endswith("/settings"))
+    commit = next(i for i, path in enumerate(asked) if "/commit/" in path)
+    assert settings < commit
+
+
 def test_a_proposal_leaves_main_as_it_is(hub, release, tmp_path):
     told = run(hub, tmp_path / "home", release, """
 told["main"] = caught()
