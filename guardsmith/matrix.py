@@ -317,8 +317,8 @@ def plan_units(
                     )  # fmt: skip
 
 
-def run_units(units: Sequence[Unit], workers: int) -> dict[str, str]:
-    """Run what is missing; returns unit name -> reason for those that failed."""
+def run_units(units: Sequence[Unit], workers: int | None = None) -> dict[str, str]:
+    """Run what is missing in so many processes (see `processes`); returns unit name -> reason for those that failed."""
     missing = [unit for unit in units if scores_of(unit) is None]
     failed: dict[str, str] = {}
     if not missing:

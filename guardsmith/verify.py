@@ -7,7 +7,6 @@ out/verify/report.json, and the same for others: report.html, report.md, report.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -274,7 +273,7 @@ def verify(
         model: any checkpoint, as a folder or a Hub id.
         revision: commit, tag or branch of that Hub id.
         base_runs: where the attacks on the base are, or will be; several verifications may share it.
-        workers: processes; as many as there are cores by default.
+        workers: processes; by default see `guardsmith.processes`.
         policy: rules and levels of the gate, in place of the recipe's and the embedded ones.
         include_images: put pictures of real persons into report.html too.
         quiet: print no table.
@@ -320,7 +319,7 @@ def verify(
             file = class_file(judged, noun, recipe)
             drawn_by(judged.model, recipe, prompts, 60_000, file, f"class pictures ({side}): {noun}")
     units = list(plan_units(registry, recipe, models, policy))
-    failed = run_units(units, workers or os.cpu_count() or 1)
+    failed = run_units(units, workers)
     asked, drawn = draw_ordinary(models, recipe)
     utility = measure_ordinary(asked, drawn, judge)
     released: dict[str, list[Path]] = {}
