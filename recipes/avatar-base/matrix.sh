@@ -42,6 +42,10 @@ for run in persguard imma apdm; do
 done
 tripwire="$root/docs/results/matrix-tripwire-report.json"
 [ "${3:-}" = peers ] || { verify tripwire && cp "$work/tripwire/verify/report.json" "$tripwire"; }
-runs=("$tripwire" "$work/persguard" "$work/imma" "$work/apdm")
+for run in persguard imma apdm; do
+  cp "$work/$run/verify/report.json" "$root/docs/results/matrix-$run-report.json"
+done
+cp "$tripwire" "$work/tripwire.json" # a column is called as its file
+runs=("$work/tripwire.json" "$work/persguard" "$work/imma" "$work/apdm")
 guardsmith compare "${runs[@]}" --json >"$root/docs/results/matrix.json"
 guardsmith compare "${runs[@]}" --markdown --svg "$root/docs/results/matrix.svg" >"$root/docs/results/matrix.md"
