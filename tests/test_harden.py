@@ -737,7 +737,7 @@ def test_lists(guardsmith, what, names):
 
 
 def test_an_unknown_list(guardsmith):
-    refused(guardsmith("list", "models"), "'models'", "methods, attacks or recipes")
+    refused(guardsmith("list", "models"), "'models'", "cloaks, purifiers or recipes")
 
 
 @pytest.mark.parametrize("method", METHODS)
