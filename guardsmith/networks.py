@@ -28,7 +28,8 @@ def save_network(network: nn.Module, shape: dict[str, Any], file: Path, told: di
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
-    metadata = {"kind": type(network).__name__, "network": json.dumps({"shape": shape, **told})}
+    # One entry only: safetensors writes several in any order, and the same network is to give the same file.
+    metadata = {"network": json.dumps({"kind": type(network).__name__, "shape": shape, **told}, sort_keys=True)}
     try:
         temporary.write_bytes(save(tensors, metadata))  # `save_file` writes for the owner only
         temporary.replace(file)
@@ -54,10 +55,10 @@ def load_network(kind: type[Network], source: str, missing: str) -> Network:
         raise UserError(f"there is no {name} {source}; {missing}")
     try:
         with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if metadata["kind"] != kind.__name__:
-                raise ValueError(metadata["kind"])
-            network = kind(**json.loads(metadata["network"])["shape"])
+            told = json.loads((opened.metadata() or {})["network"])
+            if told["kind"] != kind.__name__:
+                raise ValueError(told["kind"])
+            network = kind(**told["shape"])
             network.load_state_dict({key: opened.get_tensor(key).float() for key in opened.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{file} is no {name} of guardsmith's ({type(error).__name__}); {missing}") from error

@@ -147,6 +147,10 @@ def test_a_defender_in_a_file(tmp_path):
     network, file = Defender(64, 16, 16, 1, 2), tmp_path / "d.safetensors"
     torch.nn.init.normal_(network.last.weight)
     save_network(network, network.shape, file, {"seed": 7})
+    once = file.read_bytes()
+    for _ in range(8):
+        save_network(network, network.shape, file, {"seed": 7})
+        assert file.read_bytes() == once, "the same network gives the same file"
     read = load_defender(str(file))
     assert read.shape == network.shape
     assert same_weights(weights(read), {name: value.half().float() for name, value in weights(network).items()})
