@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,9 +154,8 @@ def _options(
         raise UserError(f"--progress {progress}: choose {', '.join(STYLES)}")
     show_as(progress)
     if device is not None:
-        os.environ["GUARDSMITH_DEVICE"] = (
-            device  # processes inherit it; see guardsmith.device, which takes long to import
-        )
+        # Processes inherit it. It is guardsmith.device.VARIABLE, spelt out because torch takes long to import.
+        os.environ["GUARDSMITH_DEVICE"] = device
 
 
 @report_app.command("schema")
@@ -536,12 +535,9 @@ def list_table(
         from guardsmith.methods import METHODS
         from guardsmith.purifiers import PURIFIERS
 
-        tables: dict[str, dict[str, Any]] = {
-            "methods": dict(METHODS),
-            "attacks": dict(ATTACKS),
-            "cloaks": dict(CLOAKS),
-            "purifiers": dict(PURIFIERS),
-        }
+        tables: dict[str, Mapping[str, Any]] = {
+            "methods": METHODS, "attacks": ATTACKS, "cloaks": CLOAKS, "purifiers": PURIFIERS
+        }  # fmt: skip
         for name, entry in tables[what].items():
             typer.echo(f"{name}\t{entry.paper}")
     else:

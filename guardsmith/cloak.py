@@ -1,6 +1,6 @@
 """Cloaking pictures: copies that look the same, and that a model is not meant to learn a subject from.
 
-    <output>/NAME.png          the cloaked copy of NAME.*, as large as it was
+    <output>/NAME.png                 the cloaked copy of NAME.*, as large as it was
     <output>/report/cloak.json        how, and what it cost in looks
     <output>/report/before-after.png  some of them beside what they were, and the difference
 
@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks import find_cloak
+from guardsmith.cloaks.pixels import load_bases
 from guardsmith.drawing import drawn_by
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.images import SUFFIXES, open_image, sha256_file, to_tensor
 from guardsmith.metrics.perceptual import perceptual_distance, psnr
-from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.progress import Stage, stage
+from guardsmith.models import DiffusionModel, weights_digest
+from guardsmith.progress import stage
 from guardsmith.prompts import class_prompt
 from guardsmith.recipe import Recipe
 from guardsmith.records import whole_folder, write_json
@@ -153,31 +154,13 @@ def class_pictures(model: DiffusionModel, class_noun: str, count: int, recipe: R
 
 def sheet(before: Sequence[Image.Image], after: Sequence[Image.Image], budget: float, side: int = 192) -> Image.Image:
     """Pictures, their cloaked copies, and the difference, enlarged so that the budget fills the range; in three rows."""
-    columns = [
-        (
-            one,
-            other,
-            Image.fromarray(
-                np.clip(
-                    127.5 + (np.asarray(other, np.float32) - np.asarray(one, np.float32)) * 127.5 / budget, 0, 255
-                ).astype(np.uint8)
-            ),
-        )
-        for one, other in zip(before, after, strict=True)
-    ]
-    page = Image.new("RGB", (side * len(columns), side * 3), "white")
-    for i, column in enumerate(columns):
-        for j, picture in enumerate(column):
-            small = picture.copy()
-            small.thumbnail(
-                (side, side), Image.Resampling.LANCZOS if max(picture.size) > side else Image.Resampling.NEAREST
-            )
-            if max(small.size) < side:
-                share = side / max(small.size)
-                small = small.resize(
-                    (round(small.width * share), round(small.height * share)), Image.Resampling.NEAREST
-                )
-            page.paste(small, (i * side, j * side))
+    page = Image.new("RGB", (side * len(before), side * 3), "white")
+    for i, (one, other) in enumerate(zip(before, after, strict=True)):
+        apart = (np.asarray(other, np.float32) - np.asarray(one, np.float32)) / budget
+        difference = Image.fromarray(np.clip(127.5 + 127.5 * apart, 0, 255).astype(np.uint8))
+        for j, picture in enumerate((one, other, difference)):
+            smooth = Image.Resampling.LANCZOS if max(picture.size) > side else Image.Resampling.NEAREST
+            page.paste(ImageOps.contain(picture, (side, side), smooth), (i * side, j * side))
     return page
 
 
@@ -221,20 +204,15 @@ def cloak_pictures(
     chosen = find_cloak(method)
     config: Any = chosen.config(**params)
     pictures = [open_image(file) for file in files]
-    models = [load_model(base) for base in bases]
-    sizes = {model.image_size for model in models}
-    if len(sizes) > 1:
-        raise UserError(
-            f"the bases draw pictures of different sizes ({sorted(sizes)}); cloak against one size at a time"
-        )
-    size = sizes.pop()
+    models = load_bases(bases)
+    size = models[0].image_size
     known = [covered(picture, size) for picture in pictures]
     squares = torch.cat([each.squares for each in known])
     prior = class_pictures(models[0], class_noun, class_images if chosen.learns else 0, recipe)
     data = AttackData(squares, prior, identifier, class_noun)
     began = time.monotonic()
     with stage(f"cloaking ({method})", config.total(len(models), len(squares))) as bar:
-        cloaked = chosen.run(models, data, config, seed=seed, on_step=_shown(bar))
+        cloaked = chosen.run(models, data, config, seed=seed, on_step=lambda value: bar({"loss": value}))
     seconds = time.monotonic() - began
     after = [
         uncovered(each, part, config.budget)
@@ -269,10 +247,3 @@ def cloak_pictures(
         }  # fmt: skip
         write_json(place / "report" / "cloak.json", record)
     return record
-
-
-def _shown(bar: Stage) -> Callable[[float], None]:
-    def show(value: float) -> None:
-        bar({"loss": value})
-
-    return show

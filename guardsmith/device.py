@@ -26,23 +26,17 @@ def chosen_device() -> torch.device:
     Raises:
         UserError: there is no such device here.
     """
+    usual = torch.accelerator.current_accelerator(check_available=True) or CPU
     name = os.environ.get(VARIABLE)
     if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or CPU
+        return usual
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "meta"):
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name}: there is no such device here; cpu is one, and so is {chosen_name()}"
-        ) from error
+        raise UserError(f"--device {name}: there is no such device here; cpu is one, and so is {usual}") from error
     return device
-
-
-def chosen_name() -> str:
-    """The accelerator's name, or the CPU's."""
-    return str(torch.accelerator.current_accelerator(check_available=True) or CPU)
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -2,7 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
 
 
 class GuardsmithError(Exception):
@@ -34,3 +37,21 @@ def system_errno(error: Exception) -> int | None:
     number: int | None = getattr(error, "errno", None)
     told = re.search(r"(?:os error |Errno )(\d+)", str(error))
     return number or (int(told[1]) if told else None)
+
+
+def entry_of(table: Mapping[str, Entry], name: str, what: str, further: str = "") -> Entry:
+    """An entry of a table by its name.
+
+    Args:
+        table: name -> entry.
+        name: what was asked for.
+        what: the entries are, e.g. "method".
+        further: told after the names that there are.
+
+    Raises:
+        UserError: there is no such entry.
+    """
+    if name in table:
+        return table[name]
+    hint = did_you_mean(name, table) or f"; there is: {', '.join(table)}{further}"
+    raise UserError(f"there is no {what} {name!r}{hint}")

@@ -115,6 +115,13 @@ def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
     return out
 
 
+@torch.no_grad()
+def score_residual(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+    """eps_theta(z_t, t, c) - eps of every row, (n, c, h, w), without a graph: what score distillation moves latents by."""
+    noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
+    return epsilon_of(scheduler, predict(unet, scheduler, rows), noisy, rows.timesteps) - rows.noise
+
+
 def squared_errors(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
     """Element-wise squared errors of all rows, float32 (n, c, h, w); average over dims 1-3 for a per-row loss."""
     target = rows.target

@@ -244,14 +244,13 @@ def save_model(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(model.folder, temporary, ignore=lambda _, names: [n for n in names if n == ".cache"])
-        halves: list[bool] = []
-        if half_variant:
-            for name in ("unet", "vae", "text_encoder"):
-                if (
-                    stored_dtype(model.folder, name) != torch.float16
-                ):  # else the plain files are what the variant would be
-                    halves.append(_save_half(model, name, temporary / name))
-        halves += [_save_part(model, name, temporary / name) for name in parts]
+        # Where the plain files are in half precision, they are what the variant would be.
+        asked = [
+            name for name in ("unet", "vae", "text_encoder")
+            if half_variant and stored_dtype(model.folder, name) != torch.float16
+        ]  # fmt: skip
+        halves = [_save_part(model, name, temporary / name, name in asked) for name in parts]
+        halves += [_save_half(model, name, temporary / name) for name in asked if name not in parts]
         if not all(halves):
             for file in temporary.glob(f"*/*.{HALF}.*"):
                 file.unlink()
@@ -265,13 +264,13 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save_part(model: DiffusionModel, name: str, place: Path) -> bool:
+def _save_part(model: DiffusionModel, name: str, place: Path, half: bool) -> bool:
     """Replace the weights of one part; variants, shards and their index go, for they hold those of the source.
 
     Returns:
         Whether the half-precision variant of the other parts may stay: this part has one of its own.
     """
-    wanted = any(place.glob(f"*.{HALF}.*"))
+    wanted = half or any(place.glob(f"*.{HALF}.*"))
     for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index*.json")]:
         file.unlink()
     part = copy.deepcopy(getattr(model, name)).to(stored_dtype(model.folder, name))

@@ -24,7 +24,7 @@ from guardsmith.images import open_pictures, to_pil
 from guardsmith.metrics import load_judge
 from guardsmith.models import load_model, weights_digest
 from guardsmith.progress import stage
-from guardsmith.purifiers import find_purifier
+from guardsmith.purifiers import find_purifier, purified
 from guardsmith.recipe import Recipe
 from guardsmith.records import whole_folder, write_json
 from guardsmith.sampling import grid
@@ -89,7 +89,7 @@ def redteam_pictures(
     known = open_pictures(references, size)
     judged = load_judge(judge, judge_model)
     with stage(f"purifying ({purifier})", 1) as bar:
-        pure = chosen.run(model, given, chosen.config(**purifier_params), class_noun=class_noun, seed=seed)
+        pure = purified(purifier, purifier_params, model, given, class_noun=class_noun, seed=seed)
         bar()
     prior = class_pictures(model, class_noun, class_images, recipe)
     rows: dict[str, Any] = {}

@@ -27,10 +27,15 @@ def solver_for(model: DiffusionModel, steps: int) -> DPMSolverMultistepScheduler
     return solver
 
 
-def first_noise(model: DiffusionModel, seeds: Sequence[int]) -> Tensor:
-    """Gaussian noise, float32 (n, c, h, w), each row from a seed of its own."""
+def own_noise(model: DiffusionModel, rngs: Sequence[torch.Generator]) -> Tensor:
+    """Gaussian noise, float32 (n, c, h, w), each row from a generator of its own."""
     side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
-    return torch.stack([torch.randn((channels, side, side), generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return torch.stack([torch.randn((channels, side, side), generator=rng) for rng in rngs])
+
+
+def first_noise(model: DiffusionModel, seeds: Sequence[int]) -> Tensor:
+    """The same, each row from a seed of its own."""
+    return own_noise(model, [torch.Generator().manual_seed(seed) for seed in seeds])
 
 
 def guided(model: DiffusionModel, latents: Tensor, t: Any, context: Tensor, empty: Tensor, guidance: float) -> Tensor:
@@ -131,17 +136,13 @@ def redraw(
         context, rngs = bank.encode(prompts[some]), [torch.Generator().manual_seed(seed) for seed in seeds[some]]
         empty = bank.encode([""]).expand(len(context), -1, -1)
         posterior = model.vae.encode(images[some]).latent_dist
-
-        def noise(shape: torch.Size = posterior.mean.shape, rngs: list[torch.Generator] = rngs) -> Tensor:
-            return torch.cat([torch.randn((1, *shape[1:]), generator=rng) for rng in rngs])
-
-        clean = (posterior.mean + posterior.std * noise()) * scale
+        clean = (posterior.mean + posterior.std * own_noise(model, rngs)) * scale
         count = round(steps / strength)
         solver = solver_for(model, count)
-        skipped = max(count - int(min(count * strength, count)), 0)
-        times = solver.timesteps[skipped * solver.order :]
-        solver.set_begin_index(skipped * solver.order)
-        latents = solver.add_noise(clean, noise(), times[:1].repeat(len(clean)))
+        skipped = count - int(count * strength)
+        times = solver.timesteps[skipped:]
+        solver.set_begin_index(skipped)
+        latents = solver.add_noise(clean, own_noise(model, rngs), times[:1].repeat(len(clean)))
         for t in times:
             out = guided(model, solver.scale_model_input(latents, t), t, context, empty, guidance)
             latents = solver.step(out, t, latents, return_dict=False)[0]

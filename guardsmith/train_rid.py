@@ -21,11 +21,12 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks import find_cloak
+from guardsmith.cloaks.pixels import load_bases
 from guardsmith.cloaks.rid import RidTraining, train
 from guardsmith.errors import UserError
 from guardsmith.harden import bystander_files
 from guardsmith.images import open_pictures, sha256_file
-from guardsmith.models import DiffusionModel, load_model, weights_digest
+from guardsmith.models import DiffusionModel, weights_digest
 from guardsmith.networks import save_network
 from guardsmith.progress import stage
 from guardsmith.records import folder_digest, read_record, write_json
@@ -83,12 +84,7 @@ def train_defender(
     """
     config = RidTraining(**params)
     files = bystander_files(place)
-    models = [load_model(base) for base in bases]
-    sizes = {model.image_size for model in models}
-    if len(sizes) > 1:
-        raise UserError(
-            f"the bases draw pictures of different sizes ({sorted(sizes)}); train against one size at a time"
-        )
+    models = load_bases(bases)
     digests = [weights_digest(model.folder) for model in models]
     settings = {
         "bases": digests, "pictures": folder_digest(*(sha256_file(file) for file in files)), "seed": seed,

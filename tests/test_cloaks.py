@@ -391,9 +391,10 @@ def test_bases_of_two_sizes_are_refused(images, tmp_path, v_folder, monkeypatch)
     from types import SimpleNamespace
 
     from guardsmith import cloak
+    from guardsmith.cloaks import pixels
 
     sizes = iter([64, 128])
-    monkeypatch.setattr(cloak, "load_model", lambda base: SimpleNamespace(image_size=next(sizes)))
+    monkeypatch.setattr(pixels, "load_model", lambda base: SimpleNamespace(image_size=next(sizes)))
     with pytest.raises(UserError, match="different sizes") as caught:
         cloak.cloak_pictures(
             [images[0] / "wide.jpg"], tmp_path / "out", bases=["a", "b"], method="advdm", params={}, class_noun="person",

@@ -23,7 +23,7 @@ from guardsmith.attacks import (
     warm_restarts,
 )
 from guardsmith.attacks.dreambooth import AttackData
-from guardsmith.errors import UserError, did_you_mean
+from guardsmith.errors import UserError, entry_of
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import sample_prompts
 from guardsmith.sampling import generate
@@ -117,12 +117,9 @@ def find_attack(name: str) -> Attack:
     Raises:
         UserError: there is no such attack.
     """
-    if name in ATTACKS:
-        return ATTACKS[name]
     module, colon, entry = name.partition(":")
     if not colon:
-        hint = did_you_mean(name, ATTACKS) or f"; there is: {', '.join(ATTACKS)}, or module:NAME for one of your own"
-        raise UserError(f"there is no attack {name!r}{hint}")
+        return entry_of(ATTACKS, name, "attack", ", or module:NAME for one of your own")
     try:
         found = getattr(importlib.import_module(module), entry)
     except (ImportError, AttributeError) as error:

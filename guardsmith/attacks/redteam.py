@@ -14,8 +14,9 @@ from pydantic import Field, field_validator
 from guardsmith.attacks import cdl
 from guardsmith.attacks.cdl import CdlConfig
 from guardsmith.attacks.dreambooth import AttackData, OnStep
+from guardsmith.errors import UserError
 from guardsmith.models import DiffusionModel
-from guardsmith.purifiers import find_purifier
+from guardsmith.purifiers import find_purifier, purified
 
 
 class RedteamConfig(CdlConfig):
@@ -29,8 +30,6 @@ class RedteamConfig(CdlConfig):
     @field_validator("purifier")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        from guardsmith.errors import UserError
-
         try:
             find_purifier(name)
         except UserError as error:
@@ -50,7 +49,5 @@ def attack(
 
     The purifier uses the model under attack, where it needs one.
     """
-    chosen = find_purifier(config.purifier)
-    settings = chosen.config(**config.purifier_params)
-    pure = chosen.run(model, data.images, settings, class_noun=data.class_noun, seed=seed)
+    pure = purified(config.purifier, config.purifier_params, model, data.images, class_noun=data.class_noun, seed=seed)
     return cdl.attack(model, replace(data, images=pure), config, seed=seed, on_step=on_step)

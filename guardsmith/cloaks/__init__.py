@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from guardsmith.cloaks import advdm, aspl, fsmg, glaze, metacloak, photoguard, rid
-from guardsmith.errors import UserError, did_you_mean
+from guardsmith.errors import entry_of
 
 
 class Cloak(NamedTuple):
@@ -45,10 +45,7 @@ def find_cloak(name: str) -> Cloak:
     Raises:
         UserError: there is no such cloak.
     """
-    if name in CLOAKS:
-        return CLOAKS[name]
-    hint = did_you_mean(name, CLOAKS) or f"; there is: {', '.join(CLOAKS)}"
-    raise UserError(f"there is no cloak {name!r}{hint}")
+    return entry_of(CLOAKS, name, "cloak")
 
 
 __all__ = ["CLOAKS", "Cloak", "find_cloak"]

@@ -19,10 +19,10 @@ from torch import Tensor
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import OnStep, PixelConfig, ascend, denoising_loss, posterior, sampled_latents
 from guardsmith.errors import UserError
-from guardsmith.losses import add_noise, draw_rows, epsilon_of
+from guardsmith.losses import draw_rows, score_residual
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
-from guardsmith.purifiers import find_purifier
+from guardsmith.purifiers import find_purifier, purified
 from guardsmith.training import generator
 
 
@@ -76,19 +76,9 @@ def seen_through(purify: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
 def score_gain(model: DiffusionModel, pixels: Tensor, context: Tensor, rng: torch.Generator) -> Tensor:
     """A scalar whose gradient on the latents is eps_theta(z_t, t) - eps, averaged over pictures."""
     latents = sampled_latents(model, pixels, rng)
-    with torch.no_grad():
-        rows = draw_rows(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
-        noisy = add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps)
-        out = model.unet(noisy, rows.timesteps, rows.context, return_dict=False)[0]
-        residual = epsilon_of(model.scheduler, out, noisy, rows.timesteps) - rows.noise
+    rows = draw_rows(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
+    residual = score_residual(model.unet, model.scheduler, rows)
     return (latents * residual).sum() / len(pixels)
-
-
-def washed(model: DiffusionModel, config: AdvdmConfig, class_noun: str, seed: int, pixels: Tensor) -> Tensor:
-    """Pixels as the purifier leaves them that the cloak is to survive."""
-    chosen = find_purifier(str(config.against))
-    pure: Tensor = chosen.run(model, pixels, chosen.config(**config.against_params), class_noun=class_noun, seed=seed)
-    return pure
 
 
 def cloak(
@@ -123,10 +113,14 @@ def cloak(
     pixels = data.images
     for step in range(config.steps):
         rng = generator(seed, step)
-        purify = partial(washed, models[0], config, data.class_noun, seed + step)
+        purify = None
+        if config.against is not None:
+            purify = partial(
+                purified, config.against, config.against_params, models[0], class_noun=data.class_noun, seed=seed + step
+            )
 
         def gain(part: Tensor, _: slice) -> Tensor:
-            if config.against is not None:
+            if purify is not None:  # noqa: B023 (called at once)
                 part = seen_through(purify, part)  # noqa: B023 (called at once)
             found = [
                 of_model(model, context, target, part, rng)  # noqa: B023 (called at once)

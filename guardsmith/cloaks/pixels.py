@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, train_on_subject
-from guardsmith.errors import RunFailed
+from guardsmith.errors import RunFailed, UserError
 from guardsmith.losses import draw_rows, row_losses
-from guardsmith.models import DiffusionModel, with_own_unet
+from guardsmith.models import DiffusionModel, load_model, with_own_unet
+from guardsmith.prompts import PromptBank
 from guardsmith.training import Snapshot
 
 PIXEL = 2 / 255
@@ -157,17 +158,17 @@ class Surrogate:
 
     def context(self, prompt: str) -> Tensor:
         """What it makes of a prompt now, (1, tokens, width), without a graph."""
-        from guardsmith.prompts import PromptBank
-
         return PromptBank(self.model).encode([prompt])
 
 
-def check_same_size(models: Sequence[DiffusionModel], images: Tensor) -> None:
-    """Pictures have to have the size of every model.
+def load_bases(sources: Sequence[str]) -> list[DiffusionModel]:
+    """The models that pictures are cloaked against.
 
     Raises:
-        ValueError: they have not.
+        UserError: they draw pictures of different sizes; see also `load_model`.
     """
-    for model in models:
-        if tuple(images.shape[2:]) != (model.image_size, model.image_size):
-            raise ValueError(f"pictures of {tuple(images.shape[2:])} for a model of {model.image_size} pixels")
+    models = [load_model(source) for source in sources]
+    sizes = sorted({model.image_size for model in models})
+    if len(sizes) > 1:
+        raise UserError(f"the bases draw pictures of different sizes ({sizes}); name bases of one size at a time")
+    return models

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from guardsmith.errors import UserError, did_you_mean
+from guardsmith.errors import entry_of
 from guardsmith.methods import apdm, imma, persguard, tripwire
 
 
@@ -67,7 +67,4 @@ def find_method(name: str) -> Method:
     Raises:
         UserError: there is no such method.
     """
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS) or f"; there is: {', '.join(METHODS)}"
-        raise UserError(f"there is no method {name!r}{hint}")
-    return METHODS[name]
+    return entry_of(METHODS, name, "method")

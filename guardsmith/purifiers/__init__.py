@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
+from torch import Tensor
 
-from guardsmith.errors import UserError, did_you_mean
+from guardsmith.errors import entry_of
+from guardsmith.models import DiffusionModel
 from guardsmith.purifiers import ddspure, diffpure, gaussian, gridpure, impress, jpeg, restore, tvm
 
 
@@ -41,10 +43,20 @@ def find_purifier(name: str) -> Purifier:
     Raises:
         UserError: there is no such purifier.
     """
-    if name in PURIFIERS:
-        return PURIFIERS[name]
-    hint = did_you_mean(name, PURIFIERS) or f"; there is: {', '.join(PURIFIERS)}"
-    raise UserError(f"there is no purifier {name!r}{hint}")
+    return entry_of(PURIFIERS, name, "purifier")
 
 
-__all__ = ["PURIFIERS", "Purifier", "find_purifier"]
+def purified(
+    name: str, params: dict[str, Any], model: DiffusionModel, images: Tensor, *, class_noun: str, seed: int
+) -> Tensor:
+    """Pictures after a purifier of the table with these settings, float32 (n, 3, h, w) in [-1, 1].
+
+    Raises:
+        UserError: there is no such purifier, or what it needs cannot be had.
+    """
+    chosen = find_purifier(name)
+    pure: Tensor = chosen.run(model, images, chosen.config(**params), class_noun=class_noun, seed=seed)
+    return pure
+
+
+__all__ = ["PURIFIERS", "Purifier", "find_purifier", "purified"]

@@ -32,7 +32,7 @@ from guardsmith.metrics.identity import similarity
 from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.processes import processes
 from guardsmith.prompts import class_prompt
-from guardsmith.purifiers import find_purifier
+from guardsmith.purifiers import purified
 from guardsmith.recipe import Recipe, load_recipe
 from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import load_registry
@@ -63,8 +63,7 @@ def given(model: DiffusionModel, recipe: Recipe, clean: Tensor, cloaked: Tensor,
         return torch.cat([cloaked[:1], clean[1:]])
     if condition.startswith("purified by "):
         spec = recipe.purifiers[condition.removeprefix("purified by ")]
-        chosen = find_purifier(spec.name)
-        return chosen.run(model, cloaked, chosen.config(**spec.params), class_noun=noun, seed=0)  # type: ignore[no-any-return]
+        return purified(spec.name, spec.params, model, cloaked, class_noun=noun, seed=0)
     return cloaked
 
 
