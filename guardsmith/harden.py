@@ -22,7 +22,7 @@ from guardsmith.errors import UserError
 from guardsmith.images import open_image, open_pictures, square, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, States, SubjectData
-from guardsmith.methods.ideal import with_ideal_states
+from guardsmith.methods.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.rehearsal import rehearsed_by
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
 from guardsmith.output import check_apart, only_run, prepare_output, read_settings
@@ -279,6 +279,8 @@ def _harden(
     forwards = backwards = 0
     if getattr(config, "rehearsal_steps", 0):
         subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)
+    if getattr(config, "ideal_images", 0):
+        subjects, forwards = imagined_by(model, subjects, config, recipe.seed, cache)
     ordinary = None
     if config.distillation_weight:
         ordinary, drawn_rows = ordinary_data(model, recipe, subjects, bystanders, config, cache)

@@ -14,8 +14,9 @@ from guardsmith.harden import load_pictures
 from guardsmith.latents import encode
 from guardsmith.methods import ideal
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
-from guardsmith.methods.ideal import ideal_states, likeness, posterior_mean, with_ideal_states
+from guardsmith.methods.ideal import ideal_states, imagined_by, likeness, posterior_mean, with_ideal_states
 from guardsmith.methods.recognition import Lesson
+from guardsmith.methods.tripwire import TripwireConfig
 from guardsmith.models import load_model
 from guardsmith.registry import load_registry
 from guardsmith.sampling import generate
@@ -155,3 +156,31 @@ def test_no_other_pictures_use_its_seeds():
     from guardsmith.methods.rehearsal import REHEARSAL_SEED
 
     assert max(SAMPLE_SEED, REHEARSAL_SEED) + 100_000 < ideal.FIRST_SEED
+    assert ideal.FIRST_SEED + 50_000 < ideal.SUBJECT_SEED
+
+
+def test_subjects_are_imagined_from_their_own_pictures_and_variations(tiny, tmp_path, monkeypatch):
+    mira, tom = make_subject(), make_subject("tom", "robot", 10)
+    config = TripwireConfig(rehearsal_steps=0, ideal_images=3)
+    (first, second), rows = imagined_by(tiny, [mira, tom], config, 0, tmp_path / "cache")
+    assert rows == 2 * 3 * ideal.IMAGINED_STEPS
+    assert first.rehearsed is None
+    assert first.rehearsed_states.latents.shape[:2] == (3, ideal.IMAGINED_STEPS)
+    own = ideal_states(
+        tiny, encode(tiny, tom.images).mean.unsqueeze(0), [ideal.SUBJECT_SEED], steps=ideal.IMAGINED_STEPS, guidance=3.0
+    )
+    assert torch.allclose(second.rehearsed_states.latents[:1], own.latents, atol=1e-5), (
+        "the first knows the pictures as they are"
+    )
+    assert not torch.allclose(second.rehearsed_states.latents[1:2], own.latents, atol=1e-2)
+    assert not torch.allclose(first.rehearsed_states.latents[:1], own.latents, atol=1e-2)
+    monkeypatch.setattr(ideal, "ideal_states", None)
+    (again, _), same = imagined_by(tiny, [mira, tom], config, 0, tmp_path / "cache")
+    assert same == rows
+    assert torch.equal(again.rehearsed_states.latents, first.rehearsed_states.latents)
+
+
+def test_imagining_takes_the_place_of_rehearsals():
+    with pytest.raises(ValueError, match="set rehearsal_steps to 0"):
+        TripwireConfig(ideal_images=3)
+    assert TripwireConfig(ideal_images=3, rehearsal_steps=0).ideal_images == 3

@@ -19,7 +19,7 @@ from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import add_noise, draw_rows, predict, row_losses
 from guardsmith.methods import METHODS, recognition, rehearsal
 from guardsmith.methods.data import States
-from guardsmith.methods.ideal import with_ideal_states
+from guardsmith.methods.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.recognition import (
     UNLIKE,
     Others,
@@ -734,6 +734,14 @@ def test_the_cost_is_what_the_loop_does(tiny_v):
             rehearse(tiny_v, subject, config, kind, seed=0)
         harden(tiny_v, [subject], ordinary, config, seed=0)
     assert counter.forwards + 2 * counter.backwards == METHODS["tripwire"].cost(config, ["person"])
+
+
+def test_the_cost_of_imagined_subjects_is_what_they_add(tiny_v, tmp_path):
+    without = SMALL.model_copy(update={"rehearsal_steps": 0})
+    config = without.model_copy(update={"ideal_images": 3})
+    _, rows = imagined_by(tiny_v, [make_subject(), make_subject("tom", "robot", 10)], config, 0, tmp_path)
+    nouns = ["person", "robot"]
+    assert METHODS["tripwire"].cost(config, nouns) - METHODS["tripwire"].cost(without, nouns) == rows
 
 
 @pytest.mark.parametrize("ideal", [0, 2, 20])

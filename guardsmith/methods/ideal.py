@@ -10,7 +10,8 @@ under its prompt tends to D, the one without a prompt stays the base's, and guid
 in which such a model draws cost one U-Net forward a step, instead of a training and two forwards a step.
 
 Tripwire needs them of those who look like a protected subject: when somebody personalizes the model on such a bystander, the
-wire does not see a noised picture but a half-finished one, which guidance has exaggerated.
+wire does not see a noised picture but a half-finished one, which guidance has exaggerated. Of the protected subjects
+themselves they can take the place of rehearsals, which cost twenty times as much.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch import Tensor
 from guardsmith.latents import encode
 from guardsmith.losses import draw_rows
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
-from guardsmith.methods.recognition import Lesson, listen
+from guardsmith.methods.recognition import Lesson, listen, variations
 from guardsmith.models import DiffusionModel
 from guardsmith.progress import stage
 from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, instance_prompt
@@ -33,8 +35,10 @@ from guardsmith.sampling import first_noise, solver_for
 from guardsmith.training import UNetCost, generator, load_checkpoint, save_checkpoint
 
 FIRST_SEED = 200_000  # no other pictures use these seeds
+SUBJECT_SEED = 300_000
 LOOK_AT = 0.25  # share of the timesteps at which likeness is compared: most of the picture is there
 BATCH = 32
+IMAGINED_STEPS = 20  # solver steps, as many as a rehearsal draws with
 
 
 def posterior_mean(noisy: Tensor, pictures: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -156,3 +160,41 @@ def with_ideal_states(
     tensors, told = load_checkpoint(cache)
     found = States(tensors["states"], tensors["timesteps"])
     return replace(ordinary, bystanders=pictures[tensors["order"]], bystander_states=found), int(told["forwards"])
+
+
+def imagined_by(
+    model: DiffusionModel, subjects: Sequence[SubjectData], config: Any, seed: int, cache: Path
+) -> tuple[list[SubjectData], int]:
+    """The subjects with the states in which models ideally personalized on them would draw, and the U-Net rows it took.
+
+    Every picture is drawn by a model of its own: the first by one trained on the subject's pictures as they are, the others
+    by models trained on variations of them.
+
+    Args:
+        model: the base.
+        subjects: whom to imagine; only their `harden` pictures go in.
+        config: a method's, with `ideal_images` and `rehearsal_guidance` (see `TripwireConfig`).
+        seed: of the variations.
+        cache: folder to keep the states in; those that are there are used.
+    """
+    found, forwards = [], 0
+    cache.mkdir(parents=True, exist_ok=True)
+    with stage("subjects as attacks would draw them", len(subjects)) as bar:
+        for subject in subjects:
+            file = cache / f"imagined-{subject.id}.safetensors"
+            if not file.exists():
+                with UNetCost() as counter:
+                    shown = variations(subject.images, config.ideal_images - 1, generator(seed, -10))
+                    known = encode(model, shown).mean.unflatten(0, (config.ideal_images, len(subject.images)))
+                    states = ideal_states(
+                        model, known, range(SUBJECT_SEED, SUBJECT_SEED + config.ideal_images), steps=IMAGINED_STEPS,
+                        guidance=config.rehearsal_guidance,
+                    )  # fmt: skip
+                drawn = {"states": states.latents, "timesteps": states.timesteps}
+                save_checkpoint(file, drawn, {"forwards": counter.forwards})
+            tensors, told = load_checkpoint(file)
+            states = States(tensors["states"], tensors["timesteps"])
+            found.append(replace(subject, rehearsed_states=states))
+            forwards += int(told["forwards"])
+            bar()
+    return found, forwards

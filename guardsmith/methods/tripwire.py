@@ -31,11 +31,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from guardsmith.losses import join, predict
 from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.ideal import IMAGINED_STEPS
 from guardsmith.methods.recognition import (
     FIRST_OTHERS,
     FIRST_ROWS,
@@ -94,6 +95,9 @@ class TripwireConfig(BaseModel):
     """Pictures drawn by each rehearsal."""
     rehearsal_guidance: float = Field(3.0, gt=0)
     """Classifier-free guidance of those pictures."""
+    ideal_images: int = Field(0, ge=0)
+    """In place of rehearsals (`rehearsal_steps: 0`): so many pictures of each subject are drawn as a model ideally personalized
+    on it would (`methods/ideal.py`), without any training."""
     stiffness: int = Field(64, gt=0)
     """Factor on the residual stream, a power of two: an attacker's steps on what writes to it count this much less."""
     inner_stiffness: int = Field(4, gt=0)
@@ -119,12 +123,20 @@ class TripwireConfig(BaseModel):
             raise ValueError("must be a power of two (then no weight is rounded)")
         return value
 
+    @field_validator("ideal_images")
+    @classmethod
+    def _in_place_of_rehearsals(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("rehearsal_steps"):
+            raise ValueError("takes the place of rehearsals: set rehearsal_steps to 0")
+        return value
+
 
 def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
     """U-Net forward equivalents of a run: rehearsals with their pictures, recognition (half-run U-Nets count in full)."""
     recognise = config.steps * (3 * ((2 + config.lookalikes) * config.batch_size + 2) + 4 * 2 * config.batch_size)
     drawn = 2 * 20 * config.rehearsal_images
     rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0
+    rehearse += IMAGINED_STEPS * config.ideal_images
     first = FIRST_ROWS * (len(nouns) + FIRST_OTHERS)
     scans = -(-config.steps // SCAN_EVERY) * (len(set(nouns)) * config.class_images + config.ordinary_images)
     return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + scans + len(nouns) * rehearse
