@@ -24,6 +24,7 @@ import world
 from PIL import Image
 
 import guardsmith
+from guardsmith.images import fingerprint, near_duplicates
 
 REGISTRIES = Path(guardsmith.__file__).parent.parent / "registries"
 STYLES = ("avataaars", "micah", "personas", "bottts", "toonHead")
@@ -35,6 +36,20 @@ CONTROLS: People = {"nora": ("avataaars", 2), "hugo": ("avataaars", 3), "sven": 
 DEMO = (["mira"], ["nora"])
 KINDS = {"person": "person", "character": "character", "robot": "object"}
 SPLITS = {"harden": 4, "attack": 4, "reference": 8}
+VIEWS = 16  # of every subject
+
+
+def deal(looks: list[np.ndarray], splits: dict[str, int]) -> dict[str, list[int]]:
+    """Numbers of the views of each split: the next ones in turn, without those that show nearly the same as another split's."""
+    same = {pair for i, j, _ in near_duplicates(looks) for pair in ((i, j), (j, i))}
+    dealt: dict[str, list[int]] = {}
+    left = list(range(len(looks)))
+    for split, count in splits.items():
+        taken = {view for views in dealt.values() for view in views}
+        fresh = [view for view in left if not any((view, other) in same for other in taken)]
+        dealt[split] = fresh[:count]
+        left = [view for view in left if view not in dealt[split]]
+    return dealt
 
 
 def entry(
@@ -45,14 +60,13 @@ def entry(
     text = [f"  - id: {name}", f"    kind: {KINDS[noun]}", f"    class_noun: {noun}"]
     text.append("    consent: {basis: invented, reference: recipes/avatar-base, granted_on: 2026-01-01}")
     text.append("    images:")
-    view = first
-    for split, count in splits.items():
+    views = [Image.fromarray(pixels[first + number]) for number in range(VIEWS)]
+    for split, dealt in deal([fingerprint(view) for view in views], splits).items():
         place = folder / "avatars" / name / split
         place.mkdir(parents=True, exist_ok=True)
-        for number in range(count):
+        for number, view in enumerate(dealt):
             file = place / f"{number}.png"
-            Image.fromarray(pixels[view]).save(file)
-            view += 1
+            views[view].save(file)
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             text.append(f"      - {{path: {file.relative_to(folder).as_posix()}, sha256: {digest}, split: {split}}}")
     return text
