@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from guardsmith import __version__
+from guardsmith.attacks import find_attack
 from guardsmith.drawing import drawn_by, drawn_with_states
 from guardsmith.errors import UserError
+from guardsmith.families import SD, SD3
 from guardsmith.images import open_image, open_pictures, square, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, States, SubjectData
@@ -76,7 +78,7 @@ def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | 
 
 
 def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe) -> None:
-    """What only the model can tell: class nouns it does not know, identifiers its tokenizer drops.
+    """What only the model can tell: class nouns it does not know, identifiers its tokenizer drops, methods not made for it.
 
     Raises:
         UserError: every problem, one sentence a line.
@@ -84,12 +86,36 @@ def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe
     problems = unknown_class_nouns(registry, CLASSES_OF_AVATAR) if model.source == "builtin:avatar" else []
     names = {name for subject in registry.subjects for name in subject.identifiers} | set(recipe.verify.identifiers)
     names |= set(recipe.method.params.get("identifiers", ()))
+    problems += _not_for_this_family(model, recipe)
     problems += [
         f"{registry.path}: the identifier '{word}' has no token in this model's tokenizer; choose another."
         for word in sorted(lost_words(model, names))
     ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _not_for_this_family(model: DiffusionModel, recipe: Recipe) -> list[str]:
+    """What a recipe asks for and the model's family does not do, one sentence each."""
+    if model.family is SD:
+        return []
+    found = []
+    name, config = recipe.method.name, METHODS[recipe.method.name].config(**recipe.method.params)
+    if name == "tripwire" and model.family is SD3:
+        found.append(
+            f"{recipe.base}: tripwire needs a U-Net, and {model.family.name} has none; choose another --method."
+        )
+    asked = {f"the method {name}": (config, getattr(config, "adapter", None) == "textual_inversion")}
+    for label, spec in recipe.verify.attacks.items():
+        attack = find_attack(spec.name)
+        asked[f"the attack '{label}'"] = (attack.config(**spec.params), attack.new_words)
+    for what, (settings, words) in asked.items():
+        if words or getattr(settings, "train_text_encoder", False):
+            found.append(
+                f"{recipe.base}: {what} trains the text encoder or its words, which guardsmith does on {SD.name} only; leave it "
+                "out, or set its train_text_encoder to false."
+            )
+    return found
 
 
 def run_info() -> dict[str, Any]:
@@ -316,9 +342,10 @@ def _harden(
             model, subjects, ordinary, config, seed=recipe.seed, checkpoint=last, on_step=on_step, probe=probe,
             start=None if add_to is None else add_to / "state.safetensors",
         )  # fmt: skip
-    parts = [part for part in ("unet", "text_encoder") if getattr(hardened, part) is not getattr(model, part)]
+    parts = [name for name, network in hardened.networks.items() if network is not model.networks[name]]
     save_model(hardened, output / "model", parts, half_variant=recipe.half_variant)
-    changed = changed_fraction(model.folder / "unet", output / "model" / "unet")
+    denoiser = model.family.denoiser
+    changed = changed_fraction(model.folder / denoiser, output / "model" / denoiser)
     if changed == 0:
         shutil.rmtree(output / "model")
         raise UserError(

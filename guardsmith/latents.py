@@ -45,6 +45,5 @@ def encode(model: DiffusionModel, images: Tensor, batch: int = 16) -> LatentStor
     """Encode pictures (n, 3, h, w), float in [-1, 1], h and w the model's image size."""
     if not (images.min() >= -1.001 and images.max() <= 1.001):  # NaN is in no range
         raise ValueError(f"pictures must be in [-1, 1], found [{images.min():.2f}, {images.max():.2f}]")
-    scale = float(model.vae.config.scaling_factor)
-    posteriors = [model.vae.encode(chunk).latent_dist for chunk in images.split(batch)]
-    return LatentStore(torch.cat([p.mean for p in posteriors]) * scale, torch.cat([p.std for p in posteriors]) * scale)
+    means, deviations = zip(*(model.posterior(chunk) for chunk in images.split(batch)), strict=True)
+    return LatentStore(torch.cat(means), torch.cat(deviations))

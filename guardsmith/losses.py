@@ -3,9 +3,10 @@
 A row is (latent, timestep, noise, context, target). All rows at one parameter point go through the U-Net in one batch;
 what differs between methods is how the rows' errors are combined (a mean, a weighted sum, a DPO pair).
 
-    z_t = sqrt(ab_t) z + sqrt(1 - ab_t) eps
-    y   = eps                                   epsilon models
-    y   = sqrt(ab_t) eps - sqrt(1 - ab_t) z     v-prediction models
+    z_t = a z + s eps            a = sqrt(ab_t), s = sqrt(1 - ab_t)     (rectified flow: s = t / 1000, a = 1 - s)
+    y   = eps                    epsilon models
+    y   = a eps - s z            v-prediction models
+    y   = eps - z                rectified flow
     error = (prediction(z_t, t, context) - y)^2
 """
 
@@ -17,6 +18,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from guardsmith.families import FlowSchedule
 
 Reduction = Literal["mean", "element"]
 
@@ -83,9 +86,19 @@ def draw_rows(
 
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """z_t = sqrt(ab_t) z + sqrt(1 - ab_t) eps."""
+    """z_t = a z + s eps."""
     noisy: Tensor = scheduler.add_noise(latents, noise, timesteps)
     return noisy
+
+
+def shares(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the picture and how much of the noise is in z_t: a and s, float32 (n, 1, 1, 1) each."""
+    if isinstance(scheduler, FlowSchedule):
+        kept, added = scheduler.shares(timesteps)
+    else:
+        alpha_bar = scheduler.alphas_cumprod[timesteps]
+        kept, added = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    return kept.reshape(-1, 1, 1, 1), added.reshape(-1, 1, 1, 1)
 
 
 def own_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -96,15 +109,19 @@ def own_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor
     if kind == "v_prediction":
         velocity: Tensor = scheduler.get_velocity(latents, noise, timesteps)
         return velocity
+    if kind == "flow":
+        return noise - latents
     raise ValueError(f"prediction type '{kind}' is not supported")
 
 
 def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The noise that a prediction says is in z_t: eps = sqrt(ab_t) v + sqrt(1 - ab_t) z_t where it is a velocity."""
+    """The noise that a prediction y says is in z_t: eps = a y + s z_t where it is a velocity, a y + z_t for a flow."""
     if scheduler.config.prediction_type == "epsilon":
         return prediction
-    alpha_bar = scheduler.alphas_cumprod[timesteps].to(noisy).reshape(-1, 1, 1, 1)
-    noise: Tensor = alpha_bar.sqrt() * prediction + (1 - alpha_bar).sqrt() * noisy
+    kept, added = (share.to(noisy) for share in shares(scheduler, timesteps))
+    if scheduler.config.prediction_type == "flow":
+        added = torch.ones_like(added)
+    noise: Tensor = kept * prediction + added * noisy
     return noise
 
 

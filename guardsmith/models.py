@@ -1,7 +1,7 @@
 """The Stable Diffusion checkpoint in memory: `builtin:avatar`, a folder, or a Hub id; safetensors only.
 
 A `DiffusionModel` is passed around instead of a pipeline: hardening, attacks and sampling need the parts, not the call.
-Families: SD1.x and SD2.x (one CLIP text encoder; epsilon or v-prediction).
+What differs between SD1.x and 2.x, SDXL and Stable Diffusion 3 is in `families.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import T5EncoderModel
 
 from guardsmith.device import chosen_device, put
 from guardsmith.errors import RunFailed, UserError
+from guardsmith.families import PIPELINES, SD, SD3, SDXL, Family
 
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("avatar",)
@@ -37,22 +39,48 @@ class DiffusionModel:
     """The parts of one Stable Diffusion checkpoint, float32, in eval mode, without gradients.
 
     Attributes:
-        unet: predicts noise or velocity; (n, c, h, w) latents, (n,) timesteps, (n, tokens, width) context.
-        vae: pictures in [-1, 1] <-> latents; multiply by `vae.config.scaling_factor` after encoding.
+        unet: predicts noise or velocity; (n, c, h, w) latents, (n,) timesteps, (n, tokens, width) context. For Stable Diffusion 3
+            it is the transformer.
+        vae: pictures in [-1, 1] <-> latents; use `posterior` and `decode`.
         text_encoder: token ids -> context (its last hidden state).
         tokenizer: pads to `model_max_length`.
         scheduler: the *training* schedule (betas, prediction type).
         source: where it came from, as the user wrote it.
         folder: the diffusers folder it was read from.
+        family: which it is of.
+        further_text: further text encoders with their tokenizers, where the family has some.
+        empty_is_zero: whether the empty prompt is embedded as zeros (SDXL's base).
     """
 
-    unet: UNet2DConditionModel
+    unet: Any
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: DDPMScheduler
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
     source: str
     folder: Path
+    family: Family = SD
+    further_text: tuple[tuple[Any, Any], ...] = ()
+    empty_is_zero: bool = False
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """Every network by the folder that it is stored in."""
+        text = [self.text_encoder, *(encoder for encoder, _ in self.further_text)]
+        names = [encoder for encoder, *_ in self.family.text_parts()]
+        return {self.family.denoiser: self.unet, "vae": self.vae} | dict(zip(names, text, strict=False))
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the scaled latents of pictures in [-1, 1], float32 (n, c, h, w) each."""
+        found, scale = self.vae.encode(images).latent_dist, float(self.vae.config.scaling_factor)
+        shift = self.vae.config.shift_factor
+        return (found.mean if shift is None else found.mean - shift) * scale, found.std * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of scaled latents, float32 (n, 3, h, w), not clipped."""
+        shift, unscaled = self.vae.config.shift_factor, latents / self.vae.config.scaling_factor
+        pictures: Tensor = self.vae.decode(unscaled if shift is None else unscaled + shift, return_dict=False)[0]
+        return pictures.float()
 
     @property
     def place(self) -> str:
@@ -67,7 +95,7 @@ class DiffusionModel:
 
     @property
     def prediction_type(self) -> str:
-        """`epsilon` or `v_prediction`."""
+        """`epsilon`, `v_prediction` or `flow`."""
         return str(self.scheduler.config.prediction_type)
 
 
@@ -140,9 +168,12 @@ def _check_folder(folder: Path) -> None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{index}: not valid JSON ({error}).") from error
     kind = parts.get("_class_name") if isinstance(parts, dict) else None
-    if kind != "StableDiffusionPipeline":
-        raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes Stable Diffusion 1.x and 2.x.")
-    for part in ("unet", "vae", "text_encoder"):
+    if kind not in PIPELINES:
+        known = ", ".join(family.name for family in PIPELINES.values())
+        raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes {known}.")
+    family = PIPELINES[kind]
+    texts = [(encoder, tokenizer) for encoder, tokenizer, *_ in text_parts(folder, family)]
+    for part in (family.denoiser, "vae", *(encoder for encoder, _ in texts)):
         if not list((folder / part).glob("*.safetensors")):
             pickled = [f.name for f in (folder / part).glob("*") if f.suffix in PICKLES]
             if pickled:
@@ -151,13 +182,23 @@ def _check_folder(folder: Path) -> None:
                     "model to safetensors first."
                 )
             raise UserError(f"{folder / part}: no safetensors weights found; the checkpoint is incomplete.")
-    for part in ("tokenizer", "scheduler"):
+    for part in (*(tokenizer for _, tokenizer in texts), "scheduler"):
         if not (folder / part).is_dir():
             raise UserError(f"{folder}: the folder '{part}' is missing; the checkpoint is incomplete.")
     # Without its vocabulary the tokenizer loads all the same, as one that knows no words.
-    known = {file.name for file in (folder / "tokenizer").iterdir()}
-    if "tokenizer.json" not in known and not {"vocab.json", "merges.txt"} <= known:
-        raise UserError(f"{folder / 'tokenizer'}: no vocabulary found (tokenizer.json); the checkpoint is incomplete.")
+    for _, part in texts:
+        known_files = {file.name for file in (folder / part).iterdir()}
+        if not known_files & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= known_files:
+            raise UserError(f"{folder / part}: no vocabulary found (tokenizer.json); the checkpoint is incomplete.")
+
+
+def text_parts(folder: Path, family: Family) -> list[tuple[str, str, Any, Any]]:
+    """The family's text encoders that this folder has (Stable Diffusion 3 comes without T5 too); see `Family.text_parts`."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return [
+        part for part in family.text_parts()
+        if part[2] is not T5EncoderModel or (index.get(part[0]) or [None])[0] is not None
+    ]  # fmt: skip
 
 
 def load_model(source: str, revision: str | None = None) -> DiffusionModel:
@@ -168,17 +209,17 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         RunFailed: the Hub cannot be reached or does not have it.
     """
     folder = resolve(source, revision)
+    index = json.loads((folder / "model_index.json").read_text())
+    family = PIPELINES[index["_class_name"]]
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    loaded, texts = {}, []
     try:
-        unet, of_unet = UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=torch.float32, **options
-        )
-        vae, of_vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **options)
-        text_encoder, of_text_encoder = CLIPTextModel.from_pretrained(
-            folder, subfolder="text_encoder", dtype=torch.float32, **options
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        for name, network in ((family.denoiser, family.network), ("vae", AutoencoderKL)):
+            loaded[name] = network.from_pretrained(folder, subfolder=name, torch_dtype=torch.float32, **options)
+        for name, tokens, encoder, tokenizer in text_parts(folder, family):
+            loaded[name] = encoder.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
+            texts.append((loaded[name][0], tokenizer.from_pretrained(folder, subfolder=tokens)))
+        scheduler = family.scheduler.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{source}: the checkpoint cannot be read ({reason}).") from error
@@ -186,10 +227,9 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         if type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"{source}: a weight file is truncated or corrupt ({error}).") from error
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "flow"):
         raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
-    loaded = (("unet", unet, of_unet), ("vae", vae, of_vae), ("text_encoder", text_encoder, of_text_encoder))
-    for name, part, told in loaded:
+    for name, (part, told) in loaded.items():
         if missing := sorted(told["missing_keys"]):  # the libraries would go on with random numbers
             raise UserError(
                 f"{source}: {name} lacks {len(missing)} of its weights ({missing[0]}); the checkpoint is incomplete."
@@ -198,20 +238,55 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         for key, value in part.state_dict().items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise UserError(f"{source}: {name} has weights that are not finite ({key}); the checkpoint is broken.")
-    if len(tokenizer) > text_encoder.config.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}; "
-            "they do not belong together."
-        )
-    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
-        raise UserError(
-            f"{source}: the text encoder gives {text_encoder.config.hidden_size} numbers per token and the U-Net takes "
-            f"{unet.config.cross_attention_dim}; they do not belong together."
-        )
+    for encoder, tokenizer in texts:
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise UserError(
+                f"{source}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {encoder.config.vocab_size}; "
+                "they do not belong together."
+            )
+    unet, vae = loaded[family.denoiser][0], loaded["vae"][0]
+    _check_widths(source, family, unet, [encoder for encoder, _ in texts])
     device = chosen_device()
-    for network in (unet, vae, text_encoder):
+    for network, _ in loaded.values():
         put(network, device)
-    return DiffusionModel(unet, vae, text_encoder, tokenizer, scheduler, source, folder)
+    model = DiffusionModel(
+        unet, vae, *texts[0], scheduler, source, folder, family, tuple(texts[1:]),
+        bool(family is SDXL and index.get("force_zeros_for_empty_prompt", True)),
+    )  # fmt: skip
+    if family is SDXL:
+        unet.picture_size = model.image_size
+    return model
+
+
+def _check_widths(source: str, family: Family, unet: Any, encoders: list[Any]) -> None:
+    """What the text encoders give is what the denoiser takes.
+
+    Raises:
+        UserError: it is not.
+    """
+    network = "transformer" if family is SD3 else "U-Net"
+    clips = [encoder for encoder in encoders if not isinstance(encoder, T5EncoderModel)]
+    given = sum(encoder.config.hidden_size for encoder in clips)
+    wanted = unet.config.joint_attention_dim if family is SD3 else unet.config.cross_attention_dim
+    if given > wanted if family is SD3 else given != wanted:
+        raise UserError(
+            f"{source}: the text encoder gives {given} numbers per token and the {network} takes {wanted}; they do not belong "
+            "together."
+        )
+    for t5 in encoders[len(clips) :]:
+        if t5.config.d_model != wanted:
+            raise UserError(
+                f"{source}: T5 gives {t5.config.d_model} numbers per token and the {network} takes {wanted}; they do not "
+                "belong together."
+            )
+    if family is not SD:
+        pooled = sum(encoder.config.projection_dim for encoder in (clips if family is SD3 else clips[-1:]))
+        wanted = unet.config.pooled_projection_dim if family is SD3 else unet.pooled_size
+        if pooled != wanted:
+            raise UserError(
+                f"{source}: the text encoders give a pooled embedding of {pooled} numbers and the {network} takes {wanted}; "
+                "they do not belong together."
+            )
 
 
 def with_own_unet(model: DiffusionModel) -> DiffusionModel:
@@ -222,7 +297,7 @@ def with_own_unet(model: DiffusionModel) -> DiffusionModel:
 
 
 def save_model(
-    model: DiffusionModel, folder: Path, parts: Sequence[str] = ("unet",), *, half_variant: bool = False
+    model: DiffusionModel, folder: Path, parts: Sequence[str] | None = None, *, half_variant: bool = False
 ) -> None:
     """Write a complete diffusers folder: these parts from memory, every other file copied byte for byte from the source.
 
@@ -234,7 +309,7 @@ def save_model(
     Args:
         model: what to write.
         folder: where to.
-        parts: what may differ from the source: `unet`, `text_encoder`.
+        parts: folders of what may differ from the source (`DiffusionModel.networks`); the denoiser when not given.
         half_variant: write half-precision files although the source has none, where every weight fits.
 
     Raises:
@@ -242,11 +317,12 @@ def save_model(
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    parts = (model.family.denoiser,) if parts is None else parts
     try:
         shutil.copytree(model.folder, temporary, ignore=lambda _, names: [n for n in names if n == ".cache"])
         # Where the plain files are in half precision, they are what the variant would be.
         asked = [
-            name for name in ("unet", "vae", "text_encoder")
+            name for name in model.networks
             if half_variant and stored_dtype(model.folder, name) != torch.float16
         ]  # fmt: skip
         halves = [_save_part(model, name, temporary / name, name in asked) for name in parts]
@@ -273,9 +349,9 @@ def _save_part(model: DiffusionModel, name: str, place: Path, half: bool) -> boo
     wanted = half or any(place.glob(f"*.{HALF}.*"))
     for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index*.json")]:
         file.unlink()
-    part = copy.deepcopy(getattr(model, name)).to(stored_dtype(model.folder, name))
+    part = copy.deepcopy(model.networks[name]).to(stored_dtype(model.folder, name))
     if not _finite(part):
-        part = copy.deepcopy(getattr(model, name)).float()
+        part = copy.deepcopy(model.networks[name]).float()
     if not _finite(part):
         raise RunFailed("A weight of the hardened model is not finite; no model was written.")
     part.save_pretrained(place, safe_serialization=True)
@@ -289,7 +365,7 @@ def _save_part(model: DiffusionModel, name: str, place: Path, half: bool) -> boo
 
 def _save_half(model: DiffusionModel, name: str, place: Path) -> bool:
     """Write the half-precision files of a part beside the others; returns whether all of its weights fit."""
-    part = copy.deepcopy(getattr(model, name)).half()
+    part = copy.deepcopy(model.networks[name]).half()
     if not _finite(part):
         return False
     part.save_pretrained(place, safe_serialization=True, variant=HALF)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guardsmith.families import SD, packed_contexts
 from guardsmith.models import DiffusionModel
 
 INSTANCE_TEMPLATE = "a photo of {identifier} {class_noun}"
@@ -104,10 +105,13 @@ class PromptBank:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Contexts, float32 (n, model_max_length, width): the text encoder's last hidden state."""
+        """Contexts, float32 (n, tokens, width): the text encoder's last hidden state, or `families.packed_contexts`."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._known]
         if new:
-            states = self.model.text_encoder(self.tokens(new)).last_hidden_state
+            if self.model.family is SD:
+                states = self.model.text_encoder(self.tokens(new)).last_hidden_state
+            else:
+                states = packed_contexts(self.model, new)
             self._known.update(zip(new, states, strict=True))
         return torch.stack([self._known[p] for p in prompts])
 

@@ -116,7 +116,7 @@ def gather(
             contact=contact,
             unverified=unverified,
             grid=(place / EVIDENCE / "grid.png").exists(),
-            half=any(place.glob(f"unet/*.{HALF}.*")),
+            half=any(any(place.glob(f"{denoiser}/*.{HALF}.*")) for denoiser in ("unet", "transformer")),
             form=form,
         )
         write_text(place / "README.md", card)

@@ -13,6 +13,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
+from guardsmith.families import FlowSchedule
 from guardsmith.images import to_pil
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
@@ -20,6 +21,10 @@ from guardsmith.prompts import PromptBank
 
 def solver_for(model: DiffusionModel, steps: int) -> DPMSolverMultistepScheduler:
     """DPM-Solver++ (2M) on the model's own noise schedule, with its timesteps set."""
+    if isinstance(model.scheduler, FlowSchedule):
+        solver = model.scheduler.solver()
+        solver.set_timesteps(steps)
+        return solver
     solver = DPMSolverMultistepScheduler.from_config(
         model.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
     )
@@ -99,8 +104,7 @@ def generate(
             latents = solver.step(out, t, latents, return_dict=False)[0]
             if on_step is not None:
                 on_step()
-        decoded = model.vae.decode(latents / model.vae.config.scaling_factor, return_dict=False)[0]
-        pictures.append(decoded.float().clamp(-1, 1))
+        pictures.append(model.decode(latents).clamp(-1, 1))
     return torch.cat(pictures)
 
 
@@ -129,14 +133,13 @@ def redraw(
         batch: pictures per U-Net call.
     """
     bank = PromptBank(model)
-    scale = float(model.vae.config.scaling_factor)
     drawn = []
     for start in range(0, len(images), batch):
         some = slice(start, start + batch)
         context, rngs = bank.encode(prompts[some]), [torch.Generator().manual_seed(seed) for seed in seeds[some]]
         empty = bank.encode([""]).expand(len(context), -1, -1)
-        posterior = model.vae.encode(images[some]).latent_dist
-        clean = (posterior.mean + posterior.std * own_noise(model, rngs)) * scale
+        mean, deviation = model.posterior(images[some])
+        clean = mean + deviation * own_noise(model, rngs)
         count = round(steps / strength)
         solver = solver_for(model, count)
         skipped = count - int(count * strength)
@@ -146,7 +149,7 @@ def redraw(
         for t in times:
             out = guided(model, solver.scale_model_input(latents, t), t, context, empty, guidance)
             latents = solver.step(out, t, latents, return_dict=False)[0]
-        drawn.append(model.vae.decode(latents / scale, return_dict=False)[0].float())
+        drawn.append(model.decode(latents))
     return torch.cat(drawn).clamp(-1, 1)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from guardsmith.errors import RunFailed, UserError
+from guardsmith.families import SD
 from guardsmith.models import PICKLES, load_model
 from guardsmith.records import whole_folder
 from guardsmith.training import stored_weights
@@ -116,6 +117,10 @@ def read_single_file(file: Path, folder: Path, config: str | None = None) -> Non
     if not unet or unet[0]["dtype"] not in DTYPES:
         raise UserError(f"{file} holds no Stable Diffusion U-Net in the layout of A1111")
     dtype = DTYPES[unet[0]["dtype"]]
+    if any(name.startswith("conditioner.") for name in header.tensors):
+        raise UserError(
+            f"{file} is SDXL as a single file; only {SD.name} can be imported: get a diffusers folder of it"
+        )
     try:
         pipeline = StableDiffusionPipeline.from_single_file(
             str(file), config=config, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from guardsmith.errors import RunFailed
+from guardsmith.families import DENOISERS
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -248,7 +249,7 @@ class Course:
 
 
 class UNetCost:
-    """Counts U-Net rows while it is active: one forward row, and one more backward row where gradients were on.
+    """Counts rows of U-Nets (or of Stable Diffusion 3's transformer) while it is active, those with gradients twice.
 
     A backward pass with weight gradients costs two forwards, so forward equivalents = forwards + 2 x backwards.
     """
@@ -258,7 +259,7 @@ class UNetCost:
         self.backwards = 0
 
     def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if type(module).__name__ == "UNet2DConditionModel" and inputs:
+        if isinstance(module, DENOISERS) and inputs:
             self.forwards += len(inputs[0])
             self.backwards += len(inputs[0]) if torch.is_grad_enabled() else 0
 

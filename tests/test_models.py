@@ -314,7 +314,7 @@ def test_other_folders_are_refused(tmp_path):
     refuses(tmp_path, "JSON")
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "FluxPipeline", None])
+@pytest.mark.parametrize("kind", ["StableDiffusionInpaintPipeline", "FluxPipeline", None])
 def test_other_pipelines_are_refused(folder, kind):
     edit_json(folder / "model_index.json", _class_name=kind)
     refuses(folder, str(kind), "1.x and 2.x")

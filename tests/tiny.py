@@ -4,12 +4,30 @@ import functools
 import json
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 TOKENS = 16
 WIDTH = 16
+POOLED = 24  # of SDXL and Stable Diffusion 3; more than WIDTH, so that it fills more than one token
 MERGES = [("s", "k"), ("sk", "s</w>"), ("p", "h"), ("o", "f</w>"), ("t", "o</w>"), ("o", "n</w>")]
 SCHEDULES = {
     "epsilon": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
@@ -130,3 +148,92 @@ def assert_one_sentence(error):
     assert len(message) < 500, message
     assert "Traceback" not in message
     assert "object at 0x" not in message
+
+
+def make_text_encoder(tokenizer, kind=CLIPTextModelWithProjection, layers=2):
+    """A CLIP text encoder, here with a projection."""
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=layers,
+            num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=POOLED, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def make_vae(channels, **config):
+    """A VAE that makes 64 pixels of 8 latents, whose posteriors are narrow beside what pictures differ by."""
+    vae = AutoencoderKL(
+        sample_size=64, block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=channels, scaling_factor=0.7,
+        use_quant_conv=False, use_post_quant_conv=False, **config,
+    )  # fmt: skip
+    with torch.no_grad():
+        last = vae.encoder.conv_out
+        last.weight[:channels] *= 3
+        last.weight[channels:], last.bias[channels:] = 0, -8
+    return vae
+
+
+def make_sdxl(folder, seed=0):
+    """Save a diffusers folder of SDXL, with the epsilon schedule, and return it."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+            cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + POOLED,
+        )  # fmt: skip
+        parts = {
+            "unet": unet, "vae": make_vae(4), "text_encoder": make_text_encoder(tokenizer, CLIPTextModel),
+            "text_encoder_2": make_text_encoder(tokenizer), "tokenizer": tokenizer, "tokenizer_2": make_tokenizer(),
+        }  # fmt: skip
+    scheduler = DDPMScheduler(prediction_type="epsilon", clip_sample=False, **SCHEDULES["epsilon"])
+    pipeline = StableDiffusionXLPipeline(**parts, scheduler=scheduler, force_zeros_for_empty_prompt=True)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def make_t5():
+    """A T5 encoder whose tokenizer knows single letters."""
+    vocabulary = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((letter, -1.0) for letter in "abcdefghijklmnopqrstuvwxyz▁"),
+    ]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TOKENS)
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=2 * WIDTH,
+        d_kv=8,
+        d_ff=2 * WIDTH,
+        num_layers=1,
+        num_heads=2,
+        is_encoder_decoder=False,
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def make_sd3(folder, seed=0, t5=True):
+    """Save a diffusers folder of Stable Diffusion 3 and return it."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=8, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+            joint_attention_dim=2 * WIDTH, caption_projection_dim=32, pooled_projection_dim=2 * POOLED, out_channels=8,
+            pos_embed_max_size=8,
+        )  # fmt: skip
+        third, tokenizer_3 = make_t5() if t5 else (None, None)
+        parts = {
+            "transformer": transformer, "vae": make_vae(8, shift_factor=0.06),
+            "text_encoder": make_text_encoder(tokenizer), "text_encoder_2": make_text_encoder(tokenizer),
+            "text_encoder_3": third, "tokenizer": tokenizer, "tokenizer_2": make_tokenizer(), "tokenizer_3": tokenizer_3,
+        }  # fmt: skip
+    pipeline = StableDiffusion3Pipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder

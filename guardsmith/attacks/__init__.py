@@ -46,6 +46,7 @@ class Attack(NamedTuple):
         called: (identifier, class noun) -> the same as the personalized model is asked for them.
         suffix: what its prompts end in.
         negative_prompt: what it is asked not to draw.
+        new_words: whether it trains words of the text encoder, which only Stable Diffusion 1.x and 2.x have here.
         trains: whether it learns the subject. One that only asks need not succeed on the base, nor for controls.
         revision: to be raised when the same settings give other pictures than before, so that kept units are run again.
     """
@@ -56,6 +57,7 @@ class Attack(NamedTuple):
     called: Callable[[str, str], tuple[str, str]] = _words
     suffix: str = ""
     negative_prompt: str = ""
+    new_words: bool = False
     trains: bool = True
     revision: int = 1
 
@@ -76,12 +78,14 @@ ATTACKS: dict[str, Attack] = {
         textual_inversion.TextualInversionConfig,
         "hf.co/papers/2208.01618",
         textual_inversion.called,
+        new_words=True,
     ),
     "custom_diffusion": Attack(
         custom_diffusion.attack,
         custom_diffusion.CustomDiffusionConfig,
         "hf.co/papers/2212.04488",
         custom_diffusion.called,
+        new_words=True,
     ),
     "cdl": Attack(
         cdl.attack,
@@ -102,6 +106,7 @@ ATTACKS: dict[str, Attack] = {
         adversarial_prompt.AdversarialPromptConfig,
         "hf.co/papers/2310.11868",
         adversarial_prompt.called,
+        new_words=True,
         trains=False,
     ),
     # Adaptive ones, of attackers who know the protection.

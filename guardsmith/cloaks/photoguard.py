@@ -69,8 +69,7 @@ def edited(
         said, nothing = (words.expand(len(latents), -1, -1) for words in (context, empty))
         out = guided(model, latents, t, said, nothing, config.guidance)
         latents = solver.step(out, t, latents, return_dict=False)[0]
-    picture: Tensor = model.vae.decode(latents / model.vae.config.scaling_factor, return_dict=False)[0]
-    return picture
+    return model.decode(latents)
 
 
 def cloak(

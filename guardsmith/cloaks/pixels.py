@@ -89,8 +89,7 @@ def posterior(model: DiffusionModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the scaled latents of pictures, with gradients to their pixels (the store has none)."""
     if not (pixels.min() >= -1.001 and pixels.max() <= 1.001):  # NaN is in no range
         raise ValueError(f"pictures must be in [-1, 1], found [{pixels.min():.2f}, {pixels.max():.2f}]")
-    found, scale = model.vae.encode(pixels).latent_dist, float(model.vae.config.scaling_factor)
-    return found.mean * scale, found.std * scale
+    return model.posterior(pixels)
 
 
 def sampled_latents(model: DiffusionModel, pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, sampled_latents
 from guardsmith.errors import UserError
-from guardsmith.losses import add_noise, draw_rows, score_residual
+from guardsmith.losses import add_noise, draw_rows, score_residual, shares
 from guardsmith.models import DiffusionModel
 from guardsmith.networks import load_network
 from guardsmith.prompts import PromptBank
@@ -209,7 +209,7 @@ def adversarial_loss(model: DiffusionModel, pictures: Tensor, context: Tensor, r
     latents = sampled_latents(model, pictures, rng)
     rows = draw_rows(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
     noisy = add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps)
-    weight = (1 - model.scheduler.alphas_cumprod[rows.timesteps]).reshape(-1, 1, 1, 1)
+    weight = shares(model.scheduler, rows.timesteps)[1].square()
     target = noisy.detach() + weight * score_residual(model.unet, model.scheduler, rows)
     loss: Tensor = 0.5 * (noisy - target).square().mean()
     return loss

@@ -55,8 +55,7 @@ def latent(model: DiffusionModel, images: Tensor, config: DiffPureConfig, class_
     for t in range(config.timestep, -1, -1):
         out = guided(model, latents, t, context, empty, config.guidance if prompt else 1)
         latents = scheduler.step(out, t, latents, generator=rng, return_dict=False)[0]
-    decoded: Tensor = model.vae.decode(latents / model.vae.config.scaling_factor, return_dict=False)[0]
-    return decoded.clamp(-1, 1)
+    return model.decode(latents).clamp(-1, 1)
 
 
 def purify(model: DiffusionModel, images: Tensor, config: DiffPureConfig, *, class_noun: str, seed: int) -> Tensor:
