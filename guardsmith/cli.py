@@ -32,7 +32,7 @@ from guardsmith.cli_publish import (
 )
 from guardsmith.cli_registry import check, registry_app
 from guardsmith.errors import GuardsmithError, UserError, system_errno
-from guardsmith.talk import DAY, day, print_schema, say
+from guardsmith.talk import DAY, day, first_process, launched, print_schema, say
 
 if TYPE_CHECKING:
     from guardsmith.recipe import Recipe
@@ -122,7 +122,8 @@ def _bug(error: Exception) -> int:
 def _fail(sentence: str, code: int, error: BaseException | None = None) -> int:
     if error is not None and os.environ.get("GUARDSMITH_DEBUG") == "1":
         traceback.print_exception(error)
-    say(sentence, style="red")
+    if first_process() or not isinstance(error, UserError):  # a user's mistake is every process's
+        say(sentence, style="red")
     return code
 
 
@@ -134,6 +135,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -153,6 +155,10 @@ def _options(
     if progress not in STYLES:
         raise UserError(f"--progress {progress}: choose {', '.join(STYLES)}")
     show_as(progress)
+    if launched() > 1 and context.invoked_subcommand != "harden":
+        raise UserError(
+            f"several processes can harden together; run guardsmith {context.invoked_subcommand} without a launcher"
+        )
     if device is not None:
         # Processes inherit it. It is guardsmith.device.VARIABLE, spelt out because torch takes long to import.
         os.environ["GUARDSMITH_DEVICE"] = device
@@ -292,6 +298,8 @@ def harden(
     info = run_hardening(
         registry, chosen, output, resume=resume, overwrite=overwrite, add_to=add_to, report_to=_named(report_to)
     )
+    if not first_process():
+        return
     if as_json:
         typer.echo(json.dumps(info, indent=1, sort_keys=True))
     say(f"hardened on {len(registry.subjects)} subjects in {info['seconds']:.0f} s: {output / 'model'}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from guardsmith.errors import UserError
+from guardsmith.talk import launched
 
 VARIABLE = "GUARDSMITH_DEVICE"
 """Environment variable with the device's name, which processes inherit; without it the first accelerator that there is."""
@@ -28,6 +29,10 @@ def chosen_device() -> torch.device:
     """
     usual = torch.accelerator.current_accelerator(check_available=True) or CPU
     name = os.environ.get(VARIABLE)
+    if launched() > 1:  # one for each process of a machine
+        kind, numbered, _ = (name or usual.type).partition(":")
+        if kind not in ("cpu", "meta") and not numbered:
+            name = f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
     if name is None:
         return usual
     try:

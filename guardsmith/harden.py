@@ -28,6 +28,7 @@ from guardsmith.methods.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.rehearsal import rehearsed_by
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
 from guardsmith.output import check_apart, only_run, prepare_output, read_settings
+from guardsmith.parallel import agreed, alone, first_alone, together, world
 from guardsmith.probes import Probes
 from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
@@ -36,6 +37,7 @@ from guardsmith.records import folder_digest, read_record, write_json
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
 from guardsmith.registry_images import files_of
 from guardsmith.registry_types import ImageEntry
+from guardsmith.talk import first_process
 from guardsmith.trackers import check_trackers, tracked
 from guardsmith.training import UNetCost, changed_fraction, finished_state, save_checkpoint
 
@@ -249,7 +251,7 @@ def harden(
         RunFailed: the training diverged; the last checkpoint stays.
     """
     check_trackers(report_to)
-    with ExitStack() as held:
+    with together(), ExitStack() as held:
         return _harden(registry, recipe, output, resume, overwrite, add_to, report_to, held)
 
 
@@ -287,12 +289,14 @@ def _harden(
         wanted.sort(key=lambda subject: known.get(subject.id, len(known)))  # their wires come first
         if output.resolve() == add_to.resolve():
             raise UserError(f"{output} is the run to add to; name another folder for the output.")
-    known_folder = read_settings(output) is not None
-    if known_folder:
-        only_run(output, held)
-    prepare_output(output, settings, resume=resume, overwrite=overwrite)
-    if not known_folder:
-        only_run(output, held)
+    with first_alone():
+        if first_process():
+            known_folder = read_settings(output) is not None
+            if known_folder:
+                only_run(output, held)
+            prepare_output(output, settings, resume=resume, overwrite=overwrite)
+            if not known_folder:
+                only_run(output, held)
     record = output / "harden.json"
     if record.exists() and (output / "model").is_dir():
         console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
@@ -301,16 +305,17 @@ def _harden(
 
     began = time.monotonic()
     cache = output / "cache"
-    subjects = subject_data(model, recipe, wanted, config, cache)
-    forwards = backwards = 0
-    if getattr(config, "rehearsal_steps", 0):
-        subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)
-    if getattr(config, "ideal_images", 0):
-        subjects, forwards = imagined_by(model, subjects, config, recipe.seed, cache)
-    ordinary = None
-    if config.distillation_weight:
-        ordinary, drawn_rows = ordinary_data(model, recipe, subjects, bystanders, config, cache)
-        forwards += drawn_rows
+    with first_alone():  # the others find the pictures in the cache
+        subjects = subject_data(model, recipe, wanted, config, cache)
+        forwards = backwards = 0
+        if getattr(config, "rehearsal_steps", 0):
+            subjects, forwards, backwards = rehearsed_by(model, subjects, config, recipe.seed, cache)
+        if getattr(config, "ideal_images", 0):
+            subjects, forwards = imagined_by(model, subjects, config, recipe.seed, cache)
+        ordinary = None
+        if config.distillation_weight:
+            ordinary, drawn_rows = ordinary_data(model, recipe, subjects, bystanders, config, cache)
+            forwards += drawn_rows
 
     last = output / "checkpoints" / "last.safetensors"
     counter, spent = UNetCost(), output / "checkpoints" / "cost.jsonl"
@@ -319,9 +324,10 @@ def _harden(
     def on_step(step: int, losses: dict[str, float]) -> None:
         nonlocal ran
         ran += 1
-        spent.parent.mkdir(exist_ok=True)
-        with spent.open("a", encoding="utf-8") as lines:  # what a resumed run adds up
-            lines.write(json.dumps([step, counter.forwards, counter.backwards]) + "\n")
+        if first_process():
+            spent.parent.mkdir(exist_ok=True)
+            with spent.open("a", encoding="utf-8") as lines:  # what a resumed run adds up
+                lines.write(json.dumps([step, counter.forwards * world(), counter.backwards * world()]) + "\n")
         counter.forwards = counter.backwards = 0
         bar({key: losses[key] for key in list(losses)[:4]}, done=step + 1)
         report(step, losses)
@@ -330,18 +336,23 @@ def _harden(
     probes = Probes(model, subjects, recipe.probe, recipe.sampling, steps, output / "probes", recipe.seed)
 
     def probe(step: int, present: Callable[[], Any]) -> bool:
-        enough = probes(step, present)
+        with alone():
+            enough = first_process() and probes(step, present)
         counter.forwards = counter.backwards = 0  # looking is no part of the method's cost
-        return enough
+        return agreed(enough)
 
     told = {"base": recipe.base, "method": recipe.method.name, "seed": recipe.seed, "subjects": len(subjects)}
     told |= {key: value for key, value in settings["params"].items() if isinstance(value, int | float | str)}
-    tracking = tracked(report_to, output, told)
+    tracking = tracked(report_to if first_process() else (), output, told)
     with tracking as report, stage(f"hardening ({recipe.method.name})", steps) as bar, counter:
         hardened, history = method.run(
             model, subjects, ordinary, config, seed=recipe.seed, checkpoint=last, on_step=on_step, probe=probe,
             start=None if add_to is None else add_to / "state.safetensors",
         )  # fmt: skip
+    if not first_process():
+        with first_alone():
+            finished: dict[str, Any] = json.loads(record.read_text())
+            return finished
     parts = [name for name, network in hardened.networks.items() if network is not model.networks[name]]
     save_model(hardened, output / "model", parts, half_variant=recipe.half_variant)
     denoiser = model.family.denoiser
@@ -352,8 +363,8 @@ def _harden(
             "Hardening changed no stored weight: the learning rate is too small for the precision of the base."
         )
     trained = _spent(spent, len(history))
-    forwards += trained[0] + counter.forwards  # what came after the last step is in the counter still
-    backwards += trained[1] + counter.backwards
+    forwards += trained[0] + counter.forwards * world()  # what came after the last step is in the counter still
+    backwards += trained[1] + counter.backwards * world()
     info = {
         "schema": 1,
         **settings,
@@ -377,7 +388,8 @@ def _harden(
     save_checkpoint(output / "state.safetensors", finished_state(last), {})
     write_json(record, info)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return info
+    with first_alone():  # now the others may read it
+        return info
 
 
 def _spent(file: Path, steps: int) -> tuple[int, int]:

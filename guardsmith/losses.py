@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.families import FlowSchedule
+from guardsmith.parallel import own_rows, whole
 
 Reduction = Literal["mean", "element"]
 
@@ -126,10 +127,17 @@ def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Ten
 
 
 def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
-    """The U-Net's prediction for all rows, (n, c, h, w)."""
-    noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
-    out: Tensor = unet(noisy, rows.timesteps, rows.context, return_dict=False)[0]
-    return out
+    """The U-Net's prediction for all rows, (n, c, h, w); each of several processes computes its share (`parallel.py`)."""
+    noisy, timesteps, context = (
+        add_noise(scheduler, rows.latents, rows.noise, rows.timesteps),
+        rows.timesteps,
+        rows.context,
+    )
+    own = own_rows(len(rows))
+    if own is not None:
+        noisy, timesteps, context = noisy[own], timesteps[own], context[own]
+    out: Tensor = unet(noisy, timesteps, context, return_dict=False)[0]
+    return whole(out, len(rows))
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from guardsmith.talk import first_process
+
 console = Console(stderr=True)
 STYLES = ("auto", "lines", "json")
 EVERY = {"lines": 15.0, "json": 1.0}  # seconds between two lines
@@ -38,6 +40,7 @@ class Stage:
     def __init__(self, title: str, total: int, progress: Progress | None) -> None:
         self.title, self.total, self.done = title, total, 0
         self.progress = progress
+        self.silent = not first_process()  # the others of a launcher do the same steps
         self.task = progress.add_task(title, total=total, losses="") if progress is not None else None
         self.began = self.said = time.monotonic()
 
@@ -47,6 +50,8 @@ class Stage:
         text = "  ".join(f"{k} {v:.4g}" for k, v in (losses or {}).items())
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=self.done, losses=text)
+        elif self.silent:
+            return
         elif time.monotonic() - self.said > EVERY.get(_style, EVERY["lines"]) or self.done == self.total:
             self.said = time.monotonic()
             if _style == "json":
@@ -62,7 +67,7 @@ class Stage:
 @contextmanager
 def stage(title: str, total: int) -> Iterator[Stage]:
     """A bar for `total` steps; a line every now and then where stderr is no terminal, or where lines are asked for."""
-    if not console.is_terminal or _style != "auto":
+    if not console.is_terminal or _style != "auto" or not first_process():
         yield Stage(title, total, None)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

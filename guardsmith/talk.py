@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,16 @@ from typing import Any
 import typer
 
 DAY = ["%Y-%m-%d"]
+
+
+def launched() -> int:
+    """How many processes a launcher (accelerate, torchrun) has started for this job; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first_process() -> bool:
+    """Whether this is the process of a launcher that writes and talks; without one it is."""
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, style: str = "") -> None:

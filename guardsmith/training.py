@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from guardsmith.errors import RunFailed
 from guardsmith.families import DENOISERS
+from guardsmith.parallel import add_up
+from guardsmith.talk import first_process
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -40,8 +42,13 @@ def torch_seed(seed: int) -> Iterator[None]:
 def optimizer_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], *, max_grad_norm: float | None = 1.0
 ) -> float:
-    """Clip, step and clear the gradients; returns the gradient norm before clipping (inf or nan when it diverged)."""
+    """Clip, step and clear the gradients, which several processes add up before.
+
+    Returns:
+        The gradient norm before clipping (inf or nan when it diverged).
+    """
     limit = float("inf") if max_grad_norm is None else max_grad_norm
+    add_up(parameter.grad for parameter in parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -238,7 +245,7 @@ class Course:
         if self.probe is not None and self.present is not None:
             self.ended = self.probe(step, self.present)
         last = self.ended or step + 1 == self.steps
-        if self.checkpoint is not None and (last or (step + 1) % self.checkpoint_every == 0):
+        if self.checkpoint is not None and first_process() and (last or (step + 1) % self.checkpoint_every == 0):
             state = dict(self.tensors)
             for prefix, module in self.modules.items():
                 state |= module_tensors(module, prefix)

@@ -17,6 +17,7 @@ from guardsmith.losses import Rows, cut, draw_rows, join, predict
 from guardsmith.methods.data import OrdinaryData, States, SubjectData
 from guardsmith.methods.wiring import play, wired_layer
 from guardsmith.models import DiffusionModel
+from guardsmith.parallel import add_up, whole
 from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.training import Snapshot, generator
 
@@ -188,7 +189,7 @@ def listen(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
         pass
     finally:
         handle.remove()
-    return heard[0].cpu()
+    return whole(heard[0].cpu(), len(rows))
 
 
 class Lesson:
@@ -296,4 +297,6 @@ class Sway:
         """Undo it, and note the gradient that is there now."""
         self.steady.restore()
         for parameter, worst in zip(self.moved.values(), self.worst, strict=True):
-            worst.copy_(parameter.grad.sign())
+            gradient = parameter.grad.clone()
+            add_up([gradient])
+            worst.copy_(gradient.sign())

@@ -47,6 +47,7 @@ from guardsmith.methods.recognition import (
 )
 from guardsmith.methods.wiring import arm, clear, last_stream, mend, spare_parts, wired_layer
 from guardsmith.models import DiffusionModel, with_own_unet
+from guardsmith.parallel import whole
 from guardsmith.training import (
     Course,
     Probe,
@@ -269,7 +270,7 @@ def harden(
         with torch.no_grad():
             teacher = predict(reference, scheduler, strangers)
         same = (predict(unet, scheduler, strangers) - teacher).square().mean()
-        scores = readout(heard["tokens"])
+        scores = readout(whole(heard["tokens"], len(strangers)))
         _, again = recognition_loss(scores, torch.zeros_like(scores[:, 0], dtype=torch.bool), config.margin)
         (config.distillation_weight * same + again).backward()
         others.heed(picked, scores)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.errors import UserError
+from guardsmith.parallel import whole
 
 GATE = 2.0**22  # the largest weight of the wire's neurons on the read-out's tokens
 PLATEAU = 128.0  # pre-activations between the two neurons; also the height of their difference
@@ -324,7 +325,7 @@ def mend(unet: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: 
     for number in range(batches):
         heard.clear()
         lacks = (ask(reference, number) - ask(unet, number)).flatten(2)
-        read = F.unfold(heard[0].cpu(), 3, padding=1)
+        read = F.unfold(whole(heard[0].cpu(), len(lacks)), 3, padding=1)
         places = torch.randperm(lacks.shape[2], generator=rng)[:64]
         read, lacks = (part[..., places].transpose(1, 2).flatten(0, 1).double() for part in (read, lacks))
         read = torch.cat([read, torch.ones(len(read), 1, dtype=torch.float64)], 1)
@@ -337,14 +338,14 @@ def mend(unet: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: 
     last.bias += change[-1]
 
 
-def last_stream(unet: Any, run: Callable[[], object]) -> Tensor:
-    """What enters the last resnet while `run` calls the U-Net once, (n, c, h, w), on the CPU."""
+def last_stream(unet: Any, run: Callable[[], Tensor]) -> Tensor:
+    """What enters the last resnet while `run` asks the U-Net once for predictions, (n, c, h, w), on the CPU."""
     heard: list[Tensor] = []
     ear = _last(unet)[0].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
     with torch.no_grad():
-        run()
+        rows = len(run())
     ear.remove()
-    return heard[0].cpu()
+    return whole(heard[0].cpu(), rows)
 
 
 def arm(

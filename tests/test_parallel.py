@@ -1,0 +1,166 @@
+"""Several processes harden together, as `accelerate launch` starts them: the weights of one, written by the first."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import largest_difference
+
+from guardsmith import parallel
+from guardsmith.cli import main
+from guardsmith.parallel import own_rows, whole
+
+ROOT = Path(__file__).parent.parent
+METHODS = {
+    "apdm": {"outer_steps": 3, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4, "distillation_weight": 1.0,
+             "ordinary_images": 4, "train_text_encoder": True},
+    "persguard": {"steps": 4, "batch_size": 1, "class_images": 4, "ordinary_images": 4, "learning_rate": 1e-4},
+    "imma": {"steps": 4, "batch_size": 3, "class_images": 4, "ordinary_images": 4, "distillation_weight": 1.0,
+             "learning_rate": 1e-4},
+    "tripwire": {"steps": 4, "batch_size": 3, "class_images": 4, "ordinary_images": 5, "rehearsal_steps": 0, "ideal_images": 2,
+                 "stiffness": 4, "inner_stiffness": 2, "writer_stiffness": 2, "reader_stiffness": 2, "descent": 2,
+                 "kick": 2.0},
+}  # fmt: skip
+
+
+def recipe_for(method, base, folder, **params):
+    file = folder / f"{method}.yaml"
+    asked = {
+        "base": str(base), "subjects": str(ROOT / "registries" / "demo.yaml"),
+        "sampling": {"steps": 3, "guidance": 3.0, "batch": 32}, "probe": {"times": 2},
+        "method": {"name": method, "params": METHODS[method] | params},
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(asked))
+    return file
+
+
+DRIVER = """
+import json, os, sys
+from guardsmith.cli import main
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    os.environ["MASTER_PORT"] = str(int(sys.argv[2]) + number)
+    code = main(arguments)
+    if code:
+        sys.exit(code)
+"""
+
+
+def launched_as(rank, *jobs):
+    """One process of two, which does several jobs one after the other."""
+    told = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    port = 20_000 + os.getpid() % 10_000 + len(str(jobs)) % 100
+    command = [sys.executable, "-c", DRIVER, json.dumps([[str(word) for word in job] for job in jobs]), str(port)]
+    return subprocess.Popen(
+        command, env=os.environ | told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def both(*jobs):
+    running = [launched_as(rank, *jobs) for rank in range(2)]
+    return [(process.communicate(timeout=300), process.returncode) for process in running]
+
+
+@pytest.fixture(scope="module")
+def hardened(v_folder, tmp_path_factory):
+    """Every method, by one process and by two."""
+    place = tmp_path_factory.mktemp("parallel")
+    jobs = [
+        ("harden", "--recipe", recipe_for(method, v_folder, place), "--output", place / method) for method in METHODS
+    ]
+    for *job, output in jobs:
+        assert main([str(word) for word in (*job, f"{output}-alone")]) == 0
+    return place, both(*jobs)
+
+
+def test_the_second_process_neither_fails_nor_talks(hardened):
+    _, (first, second) = hardened
+    assert first[1] == second[1] == 0, first[0][1] + second[0][1]
+    assert first[0][1].count("hardened on 1 subjects") == len(METHODS)
+    assert second[0] == ("", "")
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_two_processes_give_the_weights_of_one(v_folder, hardened, method):
+    """Also where the rows do not come out even."""
+    one, two = hardened[0] / f"{method}-alone", hardened[0] / method
+    for part in ["unet/diffusion_pytorch_model"] + ["text_encoder/model"] * (method == "apdm"):
+        base, alone, together = (
+            load_file(folder / f"{part}.safetensors") for folder in (v_folder, one / "model", two / "model")
+        )
+        assert max(float((alone[name] - base[name]).abs().max()) for name in base) > 1e-5
+        for name, value in alone.items():
+            scale = max(1.0, float(value.abs().max()))
+            assert (value - together[name]).abs().max() < 2e-5 * scale, name
+    told = [json.loads((folder / "harden.json").read_text()) for folder in (one, two)]
+    for key in ("subjects", "seed", "params", "base_digest"):
+        assert told[0][key] == told[1][key]
+    counted = [each["unet_forward_equivalents"] for each in told]
+    assert counted[0] <= counted[1] <= 1.3 * counted[0], "rows that fill up the shares count"
+    assert len(told[1]["probes"]) == len(told[0]["probes"]) > 0
+    assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()}
+
+
+def test_accelerate_launches_it(v_folder, tmp_path):
+    recipe = recipe_for("persguard", v_folder, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "guardsmith",
+         "harden", "--recipe", str(recipe), "--output", str(tmp_path / "out")],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("hardened on 1 subjects") == 1
+    assert (tmp_path / "out/model/model_index.json").is_file()
+
+
+def test_a_killed_process_ends_the_run_and_it_goes_on_later(v_folder, tmp_path):
+    """The other one says so and keeps the last checkpoint; with --resume the weights are those of an unbroken run."""
+    asked = ("harden", "--recipe", recipe_for("persguard", v_folder, tmp_path, steps=120), "--output", tmp_path / "out")
+    saved = tmp_path / "out/checkpoints/last.safetensors"
+    running = [launched_as(rank, asked) for rank in range(2)]
+    until = time.monotonic() + 200
+    while not saved.exists() and time.monotonic() < until and running[0].poll() is None:
+        time.sleep(0.02)
+    running[1].send_signal(signal.SIGKILL)
+    _, said = running[0].communicate(timeout=100)
+    running[1].wait(timeout=10)
+    assert running[0].returncode == 4
+    assert "another process of this run has ended" in said and "Traceback" not in said
+    assert saved.exists() and not (tmp_path / "out/harden.json").exists()
+    results = both((*asked, "--resume"), (*asked[:-1], tmp_path / "unbroken"))
+    assert [code for _, code in results] == [0, 0], results
+    part = "model/unet/diffusion_pytorch_model.safetensors"
+    assert largest_difference(load_file(tmp_path / "out" / part), load_file(tmp_path / "unbroken" / part)) == 0
+
+
+def test_a_mistake_is_told_once_and_other_commands_are_not_for_several_processes(monkeypatch, capsys, tmp_path):
+    for rank, told in ((0, True), (1, False)):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(["harden", "--recipe", "no-such-recipe", "--output", str(tmp_path / "out")]) == 2
+        assert ("no-such-recipe" in capsys.readouterr().err) is told
+        assert main(["verify", str(tmp_path)]) == 2
+        assert ("run guardsmith verify without a launcher" in capsys.readouterr().err) is told
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_every_row_is_somebodys(monkeypatch, rank):
+    """Seven rows, three processes: three each, the last two of which begin again."""
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: rank)
+    assert own_rows(7).tolist() == [[0, 1, 2], [3, 4, 5], [6, 0, 1]][rank]
+    assert own_rows(2).tolist() == [[0], [1], [0]][rank]
+
+
+def test_one_process_computes_everything_itself():
+    part = torch.rand(3, 2)
+    assert own_rows(3) is None
+    assert whole(part, 3) is part
