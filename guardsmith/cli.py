@@ -194,6 +194,9 @@ BASE_RUNS = Annotated[
     ),
 ]
 WORKERS = Annotated[int | None, typer.Option(min=1, help="Attacks run at the same time; by default one per core.")]
+EXECUTOR = Annotated[
+    str, typer.Option(help="Where attacks run: local, or ray (the cluster at RAY_ADDRESS, or one on this machine).")
+]
 BUDGET = Annotated[
     str | None, typer.Option(help="How much to try: quick, standard (as the recipe says) or audit; --set goes on top.")
 ]
@@ -344,6 +347,7 @@ def verify(
     changes: CHANGES = None,
     base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
+    executor: EXECUTOR = "local",
     policy: POLICY = None,
     budget: BUDGET = None,
     include_images: INCLUDE_IMAGES = False,
@@ -370,6 +374,7 @@ def verify(
         revision=revision,
         base_runs=base_runs,
         workers=workers,
+        executor=executor,
         policy=rules,
         include_images=include_images,
         quiet=as_json,
@@ -390,6 +395,7 @@ def run(
     overwrite: OVERWRITE = False,
     base_runs: BASE_RUNS = None,
     workers: WORKERS = None,
+    executor: EXECUTOR = "local",
     policy: POLICY = None,
     budget: BUDGET = None,
     include_images: INCLUDE_IMAGES = False,
@@ -409,13 +415,14 @@ def run(
         raise UserError("--publish and --contact belong together: the model card says whom to write to")
     chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])], bystanders=bystanders)
     registry = _registry(subjects, chosen, today)
+    from guardsmith.executors import check_executor
     from guardsmith.harden import harden as run_hardening
     from guardsmith.policy import load_policy
     from guardsmith.progress import quiet_libraries
     from guardsmith.verify import verify as run_verification
 
     rules = None if policy is None else load_policy(policy)
-
+    check_executor(executor)
     quiet_libraries()
     run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite, report_to=_named(report_to))
     report = run_verification(
@@ -424,6 +431,7 @@ def run(
         output,
         base_runs=base_runs,
         workers=workers,
+        executor=executor,
         policy=rules,
         include_images=include_images,
     )

@@ -17,8 +17,6 @@ import errno
 import json
 import random
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product, zip_longest
@@ -32,12 +30,12 @@ from torch import Tensor
 from guardsmith.attacks import AttackData, draw_during_attack, find_attack
 from guardsmith.attacks.data import CHANGES
 from guardsmith.errors import GuardsmithError, UserError, system_errno
+from guardsmith.executors import run_all
 from guardsmith.gate import Units, calibration, half_way, interval
 from guardsmith.images import open_pictures, to_pil
 from guardsmith.metrics import load_judge
 from guardsmith.models import DiffusionModel, load_model
 from guardsmith.policy import Policy
-from guardsmith.processes import processes
 from guardsmith.progress import stage
 from guardsmith.recipe import Recipe, VerifySpec
 from guardsmith.records import folder_digest, whole_folder, write_json
@@ -317,27 +315,21 @@ def plan_units(
                     )  # fmt: skip
 
 
-def run_units(units: Sequence[Unit], workers: int | None = None) -> dict[str, str]:
-    """Run what is missing in so many processes (see `processes`); returns unit name -> reason for those that failed."""
+def run_units(units: Sequence[Unit], workers: int | None = None, executor: str = "local") -> dict[str, str]:
+    """Run what is missing (see `executors.run_all`); returns unit name -> reason for those that failed."""
     missing = [unit for unit in units if scores_of(unit) is None]
     failed: dict[str, str] = {}
     if not missing:
         return failed
     # The longest first, so that no core waits for a single one at the end.
     missing.sort(key=lambda unit: -max(unit.looks.values()))
-    with stage("attacks", len(missing)) as bar, processes(workers) as (pool, _):
-        running = {pool.submit(run_unit, unit): unit for unit in missing}
-        for future in as_completed(running):
-            unit = running[future]
-            try:
-                future.result()
-            except BrokenProcessPool:
-                raise
-            except GuardsmithError as error:
+    with stage("attacks", len(missing)) as bar:
+        for unit, error in run_all(run_unit, missing, executor=executor, workers=workers):
+            if isinstance(error, GuardsmithError):
                 failed[unit.name] = str(error)
-            except Exception as error:  # an attack that crashes is a finding about that cell, not the end of the run
+            elif error is not None:  # an attack that crashes is a finding about that cell, not the end of the run
                 if system_errno(error) == errno.ENOSPC:  # unlike a full disk
-                    raise
+                    raise error
                 failed[unit.name] = f"{type(error).__name__}: {error}"
             bar()
     return failed

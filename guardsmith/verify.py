@@ -17,6 +17,7 @@ from torch import Tensor
 from guardsmith.attacks import find_attack
 from guardsmith.drawing import drawn_by
 from guardsmith.errors import RunFailed, UserError
+from guardsmith.executors import check_executor
 from guardsmith.exports import save_exports
 from guardsmith.gate import (
     EXIT_CODES,
@@ -260,6 +261,7 @@ def verify(
     revision: str | None = None,
     base_runs: Path | None = None,
     workers: int | None = None,
+    executor: str = "local",
     policy: Policy | None = None,
     include_images: bool = False,
     quiet: bool = False,
@@ -274,6 +276,7 @@ def verify(
         revision: commit, tag or branch of that Hub id.
         base_runs: where the attacks on the base are, or will be; several verifications may share it.
         workers: processes; by default see `guardsmith.processes`.
+        executor: where attacks run, see `guardsmith.executors`.
         policy: rules and levels of the gate, in place of the recipe's and the embedded ones.
         include_images: put pictures of real persons into report.html too.
         quiet: print no table.
@@ -282,6 +285,7 @@ def verify(
         UserError: there is no such model, the registry is not the one it was hardened on, a class has no calibration.
         RunFailed: a worker process was killed.
     """
+    check_executor(executor)
     if not recipe.verify.attacks:
         raise UserError("The recipe names no attacks (verify.attacks); nothing would be verified.")
     if not any(find_attack(spec.name).trains for spec in recipe.verify.attacks.values()):
@@ -319,7 +323,7 @@ def verify(
             file = class_file(judged, noun, recipe)
             drawn_by(judged.model, recipe, prompts, 60_000, file, f"class pictures ({side}): {noun}")
     units = list(plan_units(registry, recipe, models, policy))
-    failed = run_units(units, workers)
+    failed = run_units(units, workers, executor)
     asked, drawn = draw_ordinary(models, recipe)
     utility = measure_ordinary(asked, drawn, judge)
     released: dict[str, list[Path]] = {}
