@@ -12,7 +12,8 @@ tokens behind the others, and the networks here take it apart again; sizes are t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -45,14 +46,45 @@ def unpack(context: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return context[:, :-rows], context[:, -rows:].flatten(1)[:, :size]
 
 
+@contextmanager
+def in_precision(network: Any, sample: Tensor) -> Iterator[None]:
+    """Inside, what a network computes is in its `precision` where that is safe (autocast); its weights stay what they are."""
+    with torch.autocast(sample.device.type, dtype=network.precision, enabled=network.precision != torch.float32):
+        yield
+
+
+def _float(out: Any) -> Any:
+    if isinstance(out, tuple):
+        return (out[0].float(), *out[1:])
+    out.sample = out.sample.float()
+    return out
+
+
+class SDUNet(UNet2DConditionModel):  # type: ignore[misc]
+    """The U-Net of Stable Diffusion 1 and 2.
+
+    Attributes:
+        precision: of what it computes, float32 or bfloat16 (`Recipe.compute`).
+    """
+
+    precision = torch.float32
+
+    def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The prediction, float32."""
+        with in_precision(self, sample):
+            return _float(super().forward(sample, timestep, encoder_hidden_states, *args, **kwargs))
+
+
 class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
     """SDXL's U-Net, called like Stable Diffusion's.
 
     Attributes:
         picture_size: side in pixels of the pictures that it is told of.
+        precision: see `SDUNet`.
     """
 
     picture_size = 1024
+    precision = torch.float32
 
     @property
     def pooled_size(self) -> int:
@@ -65,17 +97,25 @@ class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
         side = self.picture_size
         sizes = torch.tensor([side, side, 0, 0, side, side], dtype=pooled.dtype, device=pooled.device)
         added = {"text_embeds": pooled, "time_ids": sizes.expand(len(sample), 6)}
-        return super().forward(sample, timestep, states, *args, added_cond_kwargs=added, **kwargs)
+        with in_precision(self, sample):
+            return _float(super().forward(sample, timestep, states, *args, added_cond_kwargs=added, **kwargs))
 
 
 class SD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
-    """Stable Diffusion 3's MMDiT, called like a U-Net."""
+    """Stable Diffusion 3's MMDiT, called like a U-Net.
+
+    Attributes:
+        precision: see `SDUNet`.
+    """
+
+    precision = torch.float32
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
         """The prediction; the context is one of `pack`, timesteps are thousandths of noise."""
         states, pooled = unpack(encoder_hidden_states, int(self.config.pooled_projection_dim))
         times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        return super().forward(sample, states, pooled, times, **kwargs)
+        with in_precision(self, sample):
+            return _float(super().forward(sample, states, pooled, times, **kwargs))
 
 
 DENOISERS = (UNet2DConditionModel, SD3Transformer2DModel)
@@ -143,7 +183,7 @@ class Family(NamedTuple):
         ]
 
 
-SD = Family("Stable Diffusion 1.x and 2.x", "unet", UNet2DConditionModel, (CLIPTextModel,), (CLIPTokenizer,))
+SD = Family("Stable Diffusion 1.x and 2.x", "unet", SDUNet, (CLIPTextModel,), (CLIPTokenizer,))
 SDXL = Family("SDXL", "unet", SDXLUNet, (CLIPTextModel, CLIPTextModelWithProjection), (CLIPTokenizer, CLIPTokenizer))
 SD3 = Family(
     "Stable Diffusion 3", "transformer", SD3Transformer,

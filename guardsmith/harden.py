@@ -32,7 +32,7 @@ from guardsmith.parallel import agreed, alone, first_alone, together, world
 from guardsmith.probes import Probes
 from guardsmith.progress import console, stage
 from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
-from guardsmith.recipe import Recipe
+from guardsmith.recipe import ComputeSpec, Recipe
 from guardsmith.records import folder_digest, read_record, write_json
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
 from guardsmith.registry_images import files_of
@@ -118,6 +118,13 @@ def _not_for_this_family(model: DiffusionModel, recipe: Recipe) -> list[str]:
                 "out, or set its train_text_encoder to false."
             )
     return found
+
+
+def compute_as(model: DiffusionModel, how: ComputeSpec) -> None:
+    """Set precision and memory use of the model's denoiser, which copies of it inherit."""
+    model.unet.precision = getattr(torch, how.precision)
+    if how.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
 
 
 def run_info() -> dict[str, Any]:
@@ -278,6 +285,9 @@ def _harden(
     }  # fmt: skip
     if recipe.half_variant:
         settings["half_variant"] = True
+    if recipe.compute != ComputeSpec():
+        settings["compute"] = recipe.compute.model_dump()
+        compute_as(model, recipe.compute)
     bystanders, bystanders_digest = load_bystanders(model, recipe.bystanders)
     if bystanders_digest is not None:
         settings["bystanders_digest"] = bystanders_digest

@@ -162,6 +162,16 @@ class GateSpec(BaseModel):
     """With fewer scored pictures than these, or one that could not be scored, a check is inconclusive."""
 
 
+class ComputeSpec(BaseModel):
+    """How the denoiser computes while it is hardened. Attacks and pictures that are judged are float32 whatever this says."""
+
+    model_config = _STRICT
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: products and convolutions in bfloat16 (autocast); weights, gradients and optimizer stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+
+
 class Recipe(BaseModel):
     """One way of running guardsmith."""
 
@@ -184,6 +194,8 @@ class Recipe(BaseModel):
     """How every picture is generated."""
     method: MethodSpec = MethodSpec()
     """The hardening."""
+    compute: ComputeSpec = ComputeSpec()
+    """Precision and memory of the hardening."""
     probe: ProbeSpec = ProbeSpec()
     """Looks on the way."""
     verify: VerifySpec = VerifySpec()

@@ -11,8 +11,6 @@ relatives that attackers use in LoRA's place come from peft as well:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -77,19 +75,6 @@ def add_adapters(
 
 def _targets(config: LoraConfig) -> tuple[str, ...]:
     return EVERYWHERE if config.everywhere else TARGETS
-
-
-@contextmanager
-def without_adapters(module: Any) -> Iterator[None]:
-    """Inside, a module with adapters is what it was without them."""
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def attack(

@@ -23,12 +23,11 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.func import functional_call
 
-from guardsmith.attacks.lora import TARGETS, add_adapters, without_adapters
+from guardsmith.attacks.lora import TARGETS, add_adapters
 from guardsmith.attacks.textual_inversion import add_words, spoken
 from guardsmith.latents import encode
-from guardsmith.losses import Rows, draw_rows, join, predict, row_losses
+from guardsmith.losses import draw_rows, join, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank, class_prompt, instance_prompt
@@ -178,15 +177,11 @@ def harden(
         class_stores = {noun: encode(model, images) for noun, images in classes.items()}
         known = (class_stores, encode(model, ordinary.images), bank.encode(ordinary.prompts))
 
-    def without_adapter(rows: Rows) -> Tensor:
-        """What the released weights say."""
-        if config.adapter == "lora":
-            with without_adapters(work):
-                return predict(work, scheduler, rows)
-        if config.adapter == "textual_inversion":
-            return predict(work, scheduler, rows)
-        weights = dict(reference.named_parameters()) | theta
-        return predict(lambda *inputs, **kept: functional_call(work, weights, inputs, kept), scheduler, rows)
+    # What is released, without the adapter: the reference, sharing theta with `work`.
+    alone = copy.deepcopy(reference, {id(parameter): parameter for parameter in reference.parameters()})
+    for name, parameter in theta.items():
+        place, _, leaf = name.rpartition(".")
+        setattr(alone.get_submodule(place), leaf, parameter)
 
     def released_now() -> DiffusionModel:
         own = with_own_unet(model)
@@ -225,7 +220,7 @@ def harden(
                 )
                 with torch.no_grad():
                     teacher = predict(reference, scheduler, others)
-                same = (without_adapter(others) - teacher).square().mean()
+                same = (predict(alone, scheduler, others) - teacher).square().mean()
                 (config.distillation_weight * same).backward()
                 shown["distillation"] = same.item()
         moved, optimizer = (list(theta.values()), ascent) if raising else (adapter, descent)

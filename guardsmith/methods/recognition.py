@@ -189,7 +189,7 @@ def listen(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
         pass
     finally:
         handle.remove()
-    return whole(heard[0].cpu(), len(rows))
+    return whole(heard[0].cpu().float(), len(rows))
 
 
 class Lesson:

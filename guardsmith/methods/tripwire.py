@@ -201,7 +201,7 @@ def harden(
     with torch.no_grad():
         readout.weight.zero_()
     heard: dict[str, Tensor] = {}
-    ear = layer.register_forward_pre_hook(lambda _, inputs: heard.__setitem__("tokens", inputs[0].cpu()))
+    ear = layer.register_forward_pre_hook(lambda _, inputs: heard.__setitem__("tokens", inputs[0].cpu().float()))
 
     parameters = list(unet.parameters())
     factors = (
