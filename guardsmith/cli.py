@@ -31,7 +31,7 @@ from guardsmith.cli_publish import (
     verify_signature,
 )
 from guardsmith.cli_registry import check, registry_app
-from guardsmith.errors import GuardsmithError, UserError, system_errno
+from guardsmith.errors import GuardsmithError, RunFailed, UserError, system_errno
 from guardsmith.talk import DAY, day, first_process, launched, print_schema, say
 
 if TYPE_CHECKING:
@@ -326,10 +326,22 @@ def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
         "method": recipe.method.name,
         "params": config.model_dump(mode="json"),
         "unet_forward_equivalents": cost,
+        "memory_gib": _memory(recipe, method, config),
         "output": str(output),
     }
     typer.echo(json.dumps(plan, indent=1))
     say("nothing was written; run again without --dry-run")
+
+
+def _memory(recipe: Recipe, method: Any, config: Any) -> dict[str, float] | None:
+    from guardsmith.memory import estimate
+
+    try:
+        found = estimate(recipe, method, config)
+    except RunFailed:  # it would have to be fetched from the Hub first
+        say(f"{recipe.base} is not on this machine: its memory cannot be estimated")
+        return None
+    return {key: round(value, 2) for key, value in found.items()}
 
 
 @app.command()

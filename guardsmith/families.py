@@ -12,8 +12,8 @@ tokens behind the others, and the networks here take it apart again; sizes are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -46,11 +46,11 @@ def unpack(context: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return context[:, :-rows], context[:, -rows:].flatten(1)[:, :size]
 
 
-@contextmanager
-def in_precision(network: Any, sample: Tensor) -> Iterator[None]:
+def in_precision(network: Any, sample: Tensor) -> AbstractContextManager[Any]:
     """Inside, what a network computes is in its `precision` where that is safe (autocast); its weights stay what they are."""
-    with torch.autocast(sample.device.type, dtype=network.precision, enabled=network.precision != torch.float32):
-        yield
+    if network.precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(sample.device.type, dtype=network.precision)
 
 
 def _float(out: Any) -> Any:

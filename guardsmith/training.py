@@ -121,7 +121,9 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], info: dict[str
     temporary = path.with_suffix(".tmp")
     try:
         save_file(
-            {k: v.detach().contiguous().clone() for k, v in tensors.items()},
+            {
+                k: v.detach().cpu().contiguous() for k, v in tensors.items()
+            },  # not copied: this may be all there is room for
             temporary,
             metadata={"info": json.dumps(info)},
         )

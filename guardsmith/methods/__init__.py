@@ -16,6 +16,7 @@ class Method(NamedTuple):
         run: hardens a copy of a model.
         config: its parameters.
         steps: progress steps of a run with this config.
+        memory: numbers that a run keeps beside the weights, and rows with gradients in its largest batch, given config and U-Net.
         cost: U-Net forward equivalents of a run with this config, given the class noun of every subject.
         paper: where it comes from.
         draws: the prompt of further pictures that it wants of the base for a class noun, if any.
@@ -27,6 +28,7 @@ class Method(NamedTuple):
     config: type[BaseModel]
     steps: Callable[[Any], int]
     cost: Callable[[Any, list[str]], int]
+    memory: Callable[[Any, Any], tuple[int, float]]
     paper: str
     draws: Callable[[Any, str], str | None] | None = None
     bystander_cost: Callable[[Any, list[str], int, int], int] | None = None
@@ -38,15 +40,17 @@ METHODS: dict[str, Method] = {
         apdm.ApdmConfig,
         lambda c: c.outer_steps,
         apdm.cost,
+        apdm.memory,
         "hf.co/papers/2511.01307",
         apdm.positive_prompt,
     ),
-    "imma": Method(imma.harden, imma.ImmaConfig, lambda c: c.steps, imma.cost, "hf.co/papers/2311.18815"),
+    "imma": Method(imma.harden, imma.ImmaConfig, lambda c: c.steps, imma.cost, imma.memory, "hf.co/papers/2311.18815"),
     "persguard": Method(
         persguard.harden,
         persguard.PersGuardConfig,
         lambda c: c.steps,
         persguard.cost,
+        persguard.memory,
         "hf.co/papers/2502.16167",
         persguard.backdoor_prompt,
     ),
@@ -55,6 +59,7 @@ METHODS: dict[str, Method] = {
         tripwire.TripwireConfig,
         lambda c: c.steps,
         tripwire.cost,
+        tripwire.memory,
         "guardsmith, docs/methods.md",
         bystander_cost=tripwire.bystander_cost,
     ),

@@ -132,6 +132,16 @@ def cost(config: ApdmConfig, nouns: Sequence[str]) -> int:
     return config.outer_steps * config.batch_size * (config.inner_steps * rows + ordinary)
 
 
+def memory(config: ApdmConfig, unet: Any) -> tuple[int, float]:
+    """Numbers beside the weights, and rows with gradients at a time.
+
+    Gradients, the path's AdamW (two numbers a weight) and where it began; the sum of gradients and AdamW of what is hardened.
+    """
+    path = sum(parameter.numel() for parameter in unet.parameters())
+    kept = sum(parameter.numel() for parameter in hardened_parameters(unet, config.parameters))
+    return 4 * path + 3 * kept, 3 * config.batch_size
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """A subject's cached latents, and its prompts as tokens and, by the frozen text encoder, as contexts."""

@@ -86,6 +86,18 @@ def immunized_names(unet: Any, which: str) -> list[str]:
     return [n for n, _ in unet.named_parameters() if block in n and any(f".{target}." in n for target in TARGETS)]
 
 
+def memory(config: ImmaConfig, unet: Any) -> tuple[int, float]:
+    """Numbers beside the weights, and rows with gradients at a time.
+
+    Gradients and AdamW (two numbers a weight) of the released weights, and of the adapter where that is the whole U-Net.
+    """
+    released = immunized_names(unet, config.parameters)
+    numbers = 3 * sum(unet.get_parameter(name).numel() for name in released)
+    if config.adapter == "dreambooth":
+        numbers += 3 * sum(parameter.numel() for parameter in unet.parameters())
+    return numbers, 2 * config.batch_size if config.distillation_weight else config.batch_size
+
+
 class Words:
     """Textual inversion as the adapter: a new word for every subject, which starts from its class noun.
 

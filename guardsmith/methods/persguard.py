@@ -233,6 +233,12 @@ def draw_terms(
     return drawn
 
 
+def memory(config: PersGuardConfig, unet: Any) -> tuple[int, float]:
+    """Numbers beside the weights, and rows with gradients at a time: gradients and AdamW (two numbers a weight)."""
+    terms = 3 + bool(config.distillation_weight)
+    return 3 * sum(parameter.numel() for parameter in unet.parameters()), terms * config.batch_size
+
+
 def harden(
     model: DiffusionModel,
     subjects: Sequence[SubjectData],

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -141,6 +142,21 @@ def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
     first = FIRST_ROWS * (len(nouns) + FIRST_OTHERS)
     scans = -(-config.steps // SCAN_EVERY) * (len(set(nouns)) * config.class_images + config.ordinary_images)
     return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + scans + len(nouns) * rehearse
+
+
+def memory(config: TripwireConfig, unet: Any) -> tuple[int, float]:
+    """Numbers beside the weights, and rows with gradients at a time.
+
+    Gradients, AdamW (two numbers a weight), where the weights before the wire were and what is worst for them, and the armed copy
+    at the end. Half-run U-Nets keep half of a row.
+    """
+    numbers = sum(parameter.numel() for parameter in unet.parameters())
+    swayed = sum(
+        parameter.numel() for name, parameter in unet.named_parameters()
+        if name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block"))
+    )  # fmt: skip
+    listened = (2 + config.lookalikes) * config.batch_size + 2
+    return 4 * numbers + 2 * swayed, max(2 * config.batch_size, listened / 2)
 
 
 def bystander_cost(config: TripwireConfig, nouns: Sequence[str], bystanders: int, solver_steps: int) -> int:

@@ -8,6 +8,7 @@ Parts, each with its raw samples in docs/results/benchmark.json (parts that were
     embedded     an inner step of APDM on the embedded base, plain (`plain_apdm.py`) and guardsmith's, by turns, on the same rows
     sd15         the same on a U-Net of Stable Diffusion 1.5's layout with random weights, at the width and size that are given
     floor        U-Net steps of the embedded base: time against FLOPs over the rate of this machine's matrix products
+    memory       peak memory of short hardenings, as --dry-run estimates it and as it is
     matrix       attacks one after the other with nothing shared, and by `guardsmith verify`
 """
 
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from plain_apdm import Plain
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -239,9 +241,55 @@ def draw_class(judged: Judged, noun: str, recipe: Recipe) -> None:
     drawn_by(judged.model, recipe, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}")
 
 
+SHORT = {
+    "apdm": {"outer_steps": 2, "inner_steps": 2, "batch_size": 1},
+    "persguard": {"steps": 2, "batch_size": 1, "ordinary_images": 2},
+    "imma": {"steps": 4, "batch_size": 1, "ordinary_images": 2},
+    "tripwire": {"steps": 2, "batch_size": 2, "rehearsal_steps": 0, "ordinary_images": 2},
+}  # of each method, as few steps as its peak needs
+
+
+def memory(width: int, size: int) -> dict[str, Any]:
+    """Peak memory of short hardenings, as `--dry-run` estimates it and as the system measures it."""
+    found: dict[str, Any] = {"width": width, "latent_size": size}
+    model = stable_diffusion(width, size)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "base"
+        parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+        StableDiffusionPipeline(
+            **parts, tokenizer=model.tokenizer, scheduler=model.scheduler, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)  # fmt: skip
+        for name, params in SHORT.items():
+            recipe = Path(place) / f"{name}.yaml"
+            asked = {"method": {"name": name, "params": params | {"class_images": 4}}, "base": str(folder),
+                     "sampling": {"steps": 2, "batch": 1}, "probe": {"times": 0}}  # fmt: skip
+            recipe.write_text(json.dumps(asked))
+            out = Path(place) / name
+            command = [sys.executable, "-c", WATCHED, "harden", "--recipe", str(recipe), "--output", str(out), "--subjects",
+                       str(ROOT / "registries" / "demo.yaml")]  # fmt: skip
+            dry = subprocess.run([*command, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True)
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            told = json.JSONDecoder().raw_decode(dry.stdout)[0]["memory_gib"]
+            peak = float(run.stdout.splitlines()[-1]) / 2**20
+            found[name] = {"estimated_gib": told, "peak_gib": peak, "ratio": told["together"] / peak}
+            shutil.rmtree(out)
+    return found
+
+
+WATCHED = """
+import resource, sys
+from guardsmith.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+"""The command line, and after it the peak memory of its process in KiB."""
+
+
 PARTS = {
     "embedded": lambda args: embedded(), "sd15": lambda args: sd15(args.width, args.size), "floor": lambda args: floor(),
-    "matrix": lambda args: matrix(),
+    "matrix": lambda args: matrix(), "memory": lambda args: memory(args.width, args.size),
 }  # fmt: skip
 
 
@@ -263,7 +311,7 @@ def main() -> None:
         return
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.what:
-        settings = ["--width", str(args.width), "--size", str(args.size)] if part == "sd15" else []
+        settings = ["--width", str(args.width), "--size", str(args.size)] if part in ("sd15", "memory") else []
         command = [sys.executable, __file__, "--what", part, *settings]
         done = subprocess.run([*command, "--here"], stdout=subprocess.PIPE, text=True, check=True)
         told = json.loads(done.stdout.splitlines()[-1])
@@ -290,6 +338,12 @@ def print_table(known: dict[str, Any]) -> None:
                 for key in ("plain_seconds", "guardsmith_seconds")
             )
             table.add_row(label, f"{plain:.3g}", f"{ours:.3g}", f"{told['ratio']:.2f}")
+    for method, told in known.get("memory", {}).items():
+        if method in SHORT:
+            label = f"{method}, small SD1.5: peak memory in GiB (estimated, measured)"
+            table.add_row(
+                label, f"{told['estimated_gib']['together']:.3g}", f"{told['peak_gib']:.3g}", f"{told['ratio']:.2f}"
+            )
     for rows, told in known.get("floor", {}).items():
         if isinstance(told, dict) and "floor_ratio" in told:
             label = f"training step of the embedded U-Net, {rows} rows: s, against its floor"

@@ -1,0 +1,98 @@
+"""How much memory a hardening will take, from the shapes of the networks alone: nothing is loaded and nothing computed.
+
+    weights       all networks of the base, and one more denoiser that is hardened, float32
+    training      what the method keeps of the size of the weights: gradients, optimizers, snapshots (`Method.memory`)
+    activations   what the largest batch with gradients keeps for its backward pass
+    rest          this process as it is, with its libraries
+
+Activations are counted by calling the denoiser with tensors that have shapes and no contents (torch's fake tensors), which choose
+the same kernels as on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from guardsmith.families import PIPELINES, SD, SD3, T5_TOKENS, Family
+from guardsmith.models import resolve, text_parts
+from guardsmith.recipe import Recipe
+
+BYTES = 4  # of a float32
+GIB = 2**30
+
+
+def stored_numbers(folder: Path) -> int:
+    """How many numbers are stored in a part's safetensors files, read from their headers; variants do not count."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if file.name.count(".") == 1] or files[:1]
+    total = 0
+    for file in plain:
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 (not a dict)
+                total += torch.Size(weights.get_slice(key).get_shape()).numel()
+    return total
+
+
+def saved_bytes(network: Any, *inputs: torch.Tensor) -> int:
+    """What one call keeps for its backward pass, beside the network's own weights."""
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(*inputs, return_dict=False)[0].square().mean()
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in kept}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+
+def _tokens(folder: Path, family: Family) -> int:
+    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    longest = int(settings.get("model_max_length", 77))
+    return longest + T5_TOKENS if family is SD3 else longest
+
+
+def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
+    """Peak memory of a hardening in GiB, by what takes it, and together.
+
+    Args:
+        recipe: base and `compute`.
+        method: an entry of `METHODS`.
+        config: its parameters.
+
+    Raises:
+        UserError: there is no such base.
+        RunFailed: the base is not on this machine.
+    """
+    rest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    folder = resolve(recipe.base, recipe.revision)
+    family = PIPELINES[json.loads((folder / "model_index.json").read_text())["_class_name"]]
+    parts = ["vae", *(name for name, *_ in text_parts(folder, family))]
+    stored = sum(stored_numbers(folder / part) for part in parts)
+    shape = family.network.load_config(folder / family.denoiser)
+    with FakeTensorMode():
+        network = family.network.from_config(shape).eval().requires_grad_(True)
+        network.precision = getattr(torch, recipe.compute.precision)
+        side, channels = int(network.config.sample_size), int(network.config.in_channels)
+        width = int(network.config.joint_attention_dim if family is SD3 else network.config.cross_attention_dim)
+        pooled = 0
+        if family is not SD:
+            pooled = int(network.config.pooled_projection_dim if family is SD3 else network.pooled_size)
+        tokens = _tokens(folder, family) - (-pooled // width)
+        inputs = (torch.zeros(1, channels, side, side), torch.zeros(1, dtype=torch.long), torch.zeros(1, tokens, width))
+        row = saved_bytes(network, *inputs)
+        numbers = sum(parameter.numel() for parameter in network.parameters())
+        kept, rows = method.memory(config, network)
+    found = {
+        "weights": (stored + 2 * numbers) * BYTES, "training": kept * BYTES, "activations": row * rows, "rest": rest
+    }  # fmt: skip
+    return {key: value / GIB for key, value in (found | {"together": sum(found.values())}).items()}
