@@ -309,7 +309,8 @@ def _harden(
                 only_run(output, held)
     record = output / "harden.json"
     if record.exists() and (output / "model").is_dir():
-        console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
+        if first_process():
+            console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
         done: dict[str, Any] = json.loads(record.read_text())
         return done
 

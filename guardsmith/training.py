@@ -119,14 +119,18 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], info: dict[str
     """Write tensors and a JSON-able `info` to one safetensors file, atomically: the old file stays until the new is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
+    seen: set[int] = set()
+    whole = {}
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        place = tensor.untyped_storage()
+        # Not copied otherwise: with optimizers it is three times the weights, for which there may be no room.
+        if place.data_ptr() in seen or place.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        whole[key] = tensor
     try:
-        save_file(
-            {
-                k: v.detach().cpu().contiguous() for k, v in tensors.items()
-            },  # not copied: this may be all there is room for
-            temporary,
-            metadata={"info": json.dumps(info)},
-        )
+        save_file(whole, temporary, metadata={"info": json.dumps(info)})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
