@@ -139,7 +139,7 @@ def memory(config: ApdmConfig, unet: Any) -> tuple[int, float]:
     """
     path = sum(parameter.numel() for parameter in unet.parameters())
     kept = sum(parameter.numel() for parameter in hardened_parameters(unet, config.parameters))
-    return 4 * path + 3 * kept, 3 * config.batch_size
+    return 4 * path + 3 * kept, (4 if config.distillation_weight else 3) * config.batch_size
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""What a hardening will take in memory, told from shapes: counted against what really happens on tiny networks."""
+
+import json
+
+import pytest
+import torch
+from test_apdm import make_ordinary, make_subject
+from test_parallel import METHODS as PARAMS
+from tiny import make_sd3, make_sdxl, pictures
+
+from guardsmith.cli import main
+from guardsmith.errors import RunFailed
+from guardsmith.families import DENOISERS
+from guardsmith.memory import BYTES, GIB, estimate, saved_bytes, stored_numbers
+from guardsmith.methods import METHODS
+from guardsmith.models import load_model, with_own_unet
+from guardsmith.recipe import ComputeSpec, Recipe
+from guardsmith.training import Course
+
+
+def inputs(unet, rows=1):
+    return torch.zeros(rows, 4, 8, 8), torch.zeros(rows, dtype=torch.long), torch.zeros(rows, 16, 16)
+
+
+def test_what_fake_tensors_keep_is_what_real_ones_keep(tiny_v):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    unet = with_own_unet(tiny_v).unet.requires_grad_(True)
+    with FakeTensorMode():
+        fake = type(unet).from_config(unet.config).eval().requires_grad_(True)
+        told = saved_bytes(fake, *inputs(fake))
+    assert told == saved_bytes(unet, *inputs(unet))
+    assert saved_bytes(unet, *inputs(unet, 3)) == pytest.approx(3 * told, rel=0.05)
+
+
+def test_stored_numbers_are_those_of_the_plain_files(v_folder, tmp_path):
+    model = load_model(str(v_folder))
+    assert stored_numbers(v_folder / "unet") == sum(p.numel() for p in model.unet.parameters())
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_largest_batch_and_the_state_are_those_of_the_method(tiny_v, monkeypatch, method):
+    """Rows with gradients are counted at the U-Net; optimizers and gradients where the loop keeps them."""
+    params = {k: v for k, v in PARAMS[method].items() if k not in ("ideal_images", "train_text_encoder")}
+    found = METHODS[method]
+    config = found.config(**params)
+    kept, rows = found.memory(config, tiny_v.unet)
+    seen, states = [], []
+
+    def count(module, args):
+        if isinstance(module, DENOISERS) and torch.is_grad_enabled():
+            seen.append(len(args[0]))
+
+    def watch(self, step, shown, **_):
+        tensors = [
+            value
+            for optimizer in self.optimizers.values()
+            for state in optimizer.state.values()
+            for value in state.values()
+        ]
+        states.append(sum(value.numel() for value in tensors if value.ndim))
+        self.history.append(shown)
+
+    monkeypatch.setattr(Course, "done", watch)
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    subject = make_subject()
+    subject = type(subject)(**vars(subject) | {"instead_images": pictures(5, 70)})
+    found.run(tiny_v, [subject], make_ordinary(), config, seed=0)
+    handle.remove()
+    if method == "tripwire":
+        assert max(seen) == (2 + config.lookalikes) * config.batch_size + 2, "of a half-run U-Net"
+        assert rows == max(max(seen) / 2, 2 * config.batch_size)
+    else:
+        assert rows == max(seen)
+    assert states[-1] < kept, "gradients come on top"
+    assert kept < 8 * sum(p.numel() for p in tiny_v.unet.parameters())
+
+
+@pytest.mark.parametrize("make", [make_sdxl, make_sd3])
+def test_other_families_are_estimated_too(tmp_path, make):
+    recipe = Recipe(base=str(make(tmp_path / "model")))
+    config = METHODS["persguard"].config(batch_size=2)
+    told = estimate(recipe, METHODS["persguard"], config)
+    model = load_model(recipe.base)
+    every = sum(p.numel() for network in model.networks.values() for p in network.parameters())
+    own = sum(p.numel() for p in model.unet.parameters())
+    assert told["weights"] * GIB == pytest.approx((every + own) * BYTES, rel=0.02)
+    assert told["training"] * GIB == 3 * own * BYTES
+    assert told["together"] == pytest.approx(sum(told[k] for k in ("weights", "training", "activations", "rest")))
+    lean = estimate(
+        recipe.model_copy(update={"compute": ComputeSpec(precision="bfloat16")}), METHODS["persguard"], config
+    )
+    assert lean["activations"] != told["activations"], (
+        "smaller where activations are larger than the weights, as on real ones"
+    )
+
+
+def test_a_dry_run_tells_it_and_does_without_a_base_that_is_not_here(capsys, monkeypatch):
+    asked = ["harden", "--dry-run", "--subjects", "registries/demo.yaml"]
+    assert main([*asked, "--recipe", "demo"]) == 0
+    told = json.loads(capsys.readouterr().out)["memory_gib"]
+    assert 0 < told["activations"] < told["together"]
+
+    def absent(*_):
+        raise RunFailed("not here")
+
+    monkeypatch.setattr("guardsmith.memory.estimate", absent)
+    assert main([*asked, "--recipe", "apdm-sd15"]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["memory_gib"] is None
+    assert "is not on this machine" in out.err
