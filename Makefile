@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint benchmark clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Minutes to hours, with nothing else running; writes docs/results/benchmark.json.
+benchmark: setup
+	$(BIN)/python recipes/benchmark/benchmark.py
 
 clean:
 	rm -rf $(VENV) out dist

@@ -1,6 +1,6 @@
 """How Tripwire grows with the number of protected subjects: protection, controls, ordinary prompts, strangers and cost.
 
-python many.py DATA FOLDER --counts 1 5 20 50      resumes; needs matplotlib; writes docs/results/many.json and many.svg
+python many.py DATA FOLDER --counts 1 5 20 50      resumes; needs matplotlib; writes docs/results/<name>.json and .svg
 
 Subjects are of the set `testing`, style by style in turn, the same ten controls for every number. Of many protected subjects,
 five are attacked (drawn by the seed of the recipe). A row of many.json is one hardened model; those of numbers not asked for
@@ -122,8 +122,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 5, 20, 50])
     parser.add_argument("--set", action="append", default=[], help="a change to the hardening, for every number")
+    parser.add_argument("--name", default="many", help="of the results")
     args = parser.parse_args()
-    file = RESULTS / "many.json"
+    file = RESULTS / f"{args.name}.json"
     known = {told["protected"]: told for told in json.loads(file.read_text())["rows"]} if file.exists() else {}
     for count in args.counts:
         place = args.folder / str(count)
@@ -133,8 +134,9 @@ def main() -> None:
         rows = [known[number] for number in sorted(known)]
         changes = "".join(f" --set {change}" for change in args.set)
         counts = " ".join(str(number) for number in sorted(known))
-        write_json(file, {"command": f"python many.py DATA FOLDER --counts {counts}{changes}", "rows": rows})
-        plot(json.loads(file.read_text())["rows"], RESULTS / "many.svg")
+        named = "" if args.name == "many" else f" --name {args.name}"
+        write_json(file, {"command": f"python many.py DATA FOLDER --counts {counts}{changes}{named}", "rows": rows})
+        plot(json.loads(file.read_text())["rows"], RESULTS / f"{args.name}.svg")
 
 
 if __name__ == "__main__":

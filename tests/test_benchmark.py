@@ -1,0 +1,37 @@
+"""The plain loop that the benchmark compares with: the same rows, losses and weights as guardsmith's APDM."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_apdm import make_subject
+
+from guardsmith.methods import apdm
+from guardsmith.methods.apdm import ApdmConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "benchmark"))
+from plain_apdm import Plain
+
+
+@pytest.mark.parametrize("beta", [1.0, 20.0])
+def test_the_plain_loop_and_guardsmith_do_the_same(tiny, beta):
+    config = ApdmConfig(
+        outer_steps=3, inner_steps=4, batch_size=1, identifiers=("sks",), reduction="element", leak=True, beta=beta,
+        learning_rate=1e-4, personalization_learning_rate=1e-3,
+    )  # fmt: skip
+    subject = make_subject()
+    hardened, history = apdm.harden(tiny, [subject], None, config, seed=3)
+    plain = Plain(tiny, subject, config, seed=3)
+    for j in range(config.outer_steps):
+        told = plain.step(j)
+        for key in ("dpo", "prior"):
+            assert sum(step[key] for step in told) / len(told) == pytest.approx(history[j][key], abs=1e-4), (j, key)
+        assert told[0]["personalization"] == pytest.approx(history[j]["personalization"], abs=1e-4)
+    base = dict(tiny.unet.named_parameters())
+    moved = sum(float((p - base[name]).detach().norm()) for name, p in plain.unet.named_parameters())
+    apart = sum(
+        float((p - q).norm())
+        for (_, p), q in zip(plain.unet.named_parameters(), hardened.unet.parameters(), strict=True)
+    )
+    assert moved > 0
+    assert apart < 0.05 * moved
