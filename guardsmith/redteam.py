@@ -18,11 +18,12 @@ from typing import Any
 
 from guardsmith.attacks import AttackData, draw_after_attack
 from guardsmith.cloak import check_names, class_pictures
+from guardsmith.cloaks.pixels import load_bases
 from guardsmith.errors import UserError
 from guardsmith.gate import interval
 from guardsmith.images import open_pictures, to_pil
 from guardsmith.metrics import load_judge
-from guardsmith.models import load_model, weights_digest
+from guardsmith.models import weights_digest
 from guardsmith.progress import stage
 from guardsmith.purifiers import find_purifier, purified
 from guardsmith.recipe import Recipe
@@ -82,7 +83,7 @@ def redteam_pictures(
     both = {file.resolve() for file in files} & {file.resolve() for file in references}
     if both:
         raise UserError(f"{sorted(both)[0]} is a reference and trained on; references are pictures nobody trains on")
-    model = load_model(base)
+    [model] = load_bases([base])
     size = model.image_size
     chosen = find_purifier(purifier)
     given = open_pictures(files, size)

@@ -18,6 +18,7 @@ from tiny import assert_one_sentence, edit_json, make_sd3, make_sdxl, pictures, 
 from guardsmith.attacks import AttackData, dreambooth, lora
 from guardsmith.attacks.dreambooth import DreamBoothConfig, descend
 from guardsmith.attacks.lora import LoraConfig
+from guardsmith.cloaks.pixels import load_bases
 from guardsmith.errors import UserError
 from guardsmith.families import SD3, SDXL, pack, unpack
 from guardsmith.harden import check_against_base
@@ -363,3 +364,9 @@ def test_the_whole_job_runs_and_a_release_is_put_together(model, tmp_path):
     card = (out / "release" / "README.md").read_text()
     assert "DiffusionPipeline.from_pretrained" in card
     assert load_model(str(out / "release")).family is model.family
+
+
+def test_cloaks_are_refused_on_other_families(folders):
+    with pytest.raises(UserError, match="washed on Stable Diffusion 1.x and 2.x only") as caught:
+        load_bases([str(folders["sdxl"])])
+    assert_one_sentence(caught.value)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, train_on_subject
 from guardsmith.errors import RunFailed, UserError
+from guardsmith.families import SD
 from guardsmith.losses import draw_rows, row_losses
 from guardsmith.models import DiffusionModel, load_model, with_own_unet
 from guardsmith.prompts import PromptBank
@@ -164,9 +165,13 @@ def load_bases(sources: Sequence[str]) -> list[DiffusionModel]:
     """The models that pictures are cloaked against.
 
     Raises:
-        UserError: they draw pictures of different sizes; see also `load_model`.
+        UserError: they draw pictures of different sizes, or are of a family whose text encoders are not trained here; see also
+            `load_model`.
     """
     models = [load_model(source) for source in sources]
+    for model in models:
+        if model.family is not SD:
+            raise UserError(f"{model.source} is {model.family.name}; pictures are cloaked and washed on {SD.name} only")
     sizes = sorted({model.image_size for model in models})
     if len(sizes) > 1:
         raise UserError(f"the bases draw pictures of different sizes ({sizes}); name bases of one size at a time")

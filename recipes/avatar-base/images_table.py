@@ -33,7 +33,7 @@ from guardsmith.models import DiffusionModel, load_model, weights_digest
 from guardsmith.processes import processes
 from guardsmith.prompts import class_prompt
 from guardsmith.purifiers import purified
-from guardsmith.recipe import Recipe, load_recipe
+from guardsmith.recipe import PixelSpec, Recipe, load_recipe
 from guardsmith.records import folder_digest, write_json
 from guardsmith.registry import load_registry
 from guardsmith.sampling import grid
@@ -47,6 +47,14 @@ ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "textual-inversion": ("textual_inversion", {"learning_rate": 2e-2, "steps": 300, "batch_size": 4, "vectors": 4}),
     "cdl": ("cdl", {"learning_rate": 3e-4, "steps": 300, "batch_size": 2, "train_text_encoder": False}),
 }
+
+
+def widened(spec: PixelSpec, budget: float) -> PixelSpec:
+    """A cloak with another budget, and steps that are the same share of it."""
+    changed = {"budget": budget}
+    if "step" in spec.params:
+        changed["step"] = spec.params["step"] * budget / spec.params["budget"]
+    return spec.model_copy(update={"params": spec.params | changed})
 
 
 def conditions(recipe: Recipe, attack: str) -> list[str]:
@@ -149,10 +157,15 @@ def main() -> None:
     parser.add_argument("--cloaks", nargs="+", default=None)
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of a hardened model")
+    parser.add_argument("--budget", type=float, help="of every cloak, of 255; its steps grow with it")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     recipe = load_recipe("avatar-images", args.set)
+    if args.budget is not None:
+        recipe = recipe.model_copy(
+            update={"cloaks": {name: widened(spec, args.budget) for name, spec in recipe.cloaks.items()}}
+        )
     (args.folder / "units").mkdir(parents=True, exist_ok=True)
     cloaks = args.cloaks or list(recipe.cloaks)
     hardened = dict(entry.split("=", 1) for entry in args.model)
@@ -209,6 +222,7 @@ def main() -> None:
     }
     write_json(RESULTS / "images.json", {
         "command": f"python images_table.py FOLDER --subjects {' '.join(args.subjects)}"
+        + (f" --budget {args.budget:g}" if args.budget is not None else "")
         + "".join(f" --model {name}=FOLDER" for name in hardened) + "".join(f" --set {change}" for change in args.set),
         "base_digest": weights_digest(load_model(recipe.base).folder), "attacks": ATTACKS,
         "purifiers": {name: spec.model_dump() for name, spec in recipe.purifiers.items()}, "cloaks": looks, "rows": rows,
