@@ -25,6 +25,7 @@ from guardsmith.cloaks.pixels import (
 )
 from guardsmith.cloaks.rid import Defender
 from guardsmith.errors import RunFailed, UserError
+from guardsmith.families import SD
 from guardsmith.images import open_image, to_tensor
 from guardsmith.latents import encode
 from guardsmith.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
@@ -394,7 +395,7 @@ def test_bases_of_two_sizes_are_refused(images, tmp_path, v_folder, monkeypatch)
     from guardsmith.cloaks import pixels
 
     sizes = iter([64, 128])
-    monkeypatch.setattr(pixels, "load_model", lambda base: SimpleNamespace(image_size=next(sizes)))
+    monkeypatch.setattr(pixels, "load_model", lambda base: SimpleNamespace(image_size=next(sizes), family=SD))
     with pytest.raises(UserError, match="different sizes") as caught:
         cloak.cloak_pictures(
             [images[0] / "wide.jpg"], tmp_path / "out", bases=["a", "b"], method="advdm", params={}, class_noun="person",

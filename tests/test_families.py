@@ -367,6 +367,6 @@ def test_the_whole_job_runs_and_a_release_is_put_together(model, tmp_path):
 
 
 def test_cloaks_are_refused_on_other_families(folders):
-    with pytest.raises(UserError, match="washed on Stable Diffusion 1.x and 2.x only") as caught:
+    with pytest.raises(UserError, match="pictures are cloaked and washed on") as caught:
         load_bases([str(folders["sdxl"])])
     assert_one_sentence(caught.value)
