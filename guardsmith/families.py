@@ -53,7 +53,9 @@ def in_precision(network: Any, sample: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(sample.device.type, dtype=network.precision)
 
 
-def _float(out: Any) -> Any:
+def _float(network: Any, out: Any) -> Any:
+    if network.precision == torch.float32:
+        return out
     if isinstance(out, tuple):
         return (out[0].float(), *out[1:])
     out.sample = out.sample.float()
@@ -72,7 +74,7 @@ class SDUNet(UNet2DConditionModel):  # type: ignore[misc]
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The prediction, float32."""
         with in_precision(self, sample):
-            return _float(super().forward(sample, timestep, encoder_hidden_states, *args, **kwargs))
+            return _float(self, super().forward(sample, timestep, encoder_hidden_states, *args, **kwargs))
 
 
 class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
@@ -98,7 +100,7 @@ class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
         sizes = torch.tensor([side, side, 0, 0, side, side], dtype=pooled.dtype, device=pooled.device)
         added = {"text_embeds": pooled, "time_ids": sizes.expand(len(sample), 6)}
         with in_precision(self, sample):
-            return _float(super().forward(sample, timestep, states, *args, added_cond_kwargs=added, **kwargs))
+            return _float(self, super().forward(sample, timestep, states, *args, added_cond_kwargs=added, **kwargs))
 
 
 class SD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
@@ -115,7 +117,7 @@ class SD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
         states, pooled = unpack(encoder_hidden_states, int(self.config.pooled_projection_dim))
         times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         with in_precision(self, sample):
-            return _float(super().forward(sample, states, pooled, times, **kwargs))
+            return _float(self, super().forward(sample, states, pooled, times, **kwargs))
 
 
 DENOISERS = (UNet2DConditionModel, SD3Transformer2DModel)
