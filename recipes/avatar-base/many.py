@@ -85,7 +85,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     counts = [told["protected"] for told in rows]
-    figure, ((left, right), (below, cost)) = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    figure, ((left, right, below), (kid, traits, cost)) = plt.subplots(2, 3, figsize=(14, 7), constrained_layout=True)
 
     def line(axis: Any, values: list[Any], label: str, scale: float = 1) -> None:
         means = [scale * value[0] for value in values]
@@ -98,6 +98,11 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         line(right, [told["attacks"][attack]["control_kept"] for told in rows], attack, 100)
     for style in rows[0]["heldout_taken"]:
         line(below, [told["heldout_taken"][style] for told in rows], style, 100)
+    line(kid, [[told["utility"][f"kid_ratio{end}"] for end in ("", "_low", "_high")] for told in rows], "hardened")
+    for label, key in (("prompt fidelity", "fidelity_hardened"), ("on the base", "fidelity_base")):
+        traits.plot(counts, [100 * told["utility"][key] for told in rows], marker="o", label=label)
+    destroyed = [100 * (1 - told["utility"]["destroyed"] / told["utility"]["n"]) for told in rows]
+    traits.plot(counts, destroyed, marker="o", label="pictures not destroyed")
     cost.plot(counts, [told["unet_forward_equivalents"] / told["protected"] for told in rows], marker="o")
     cost.set_yscale("log")
     right.axhline(95, color="grey", linewidth=1, linestyle=":")
@@ -105,6 +110,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         (left, "similarity of protected subjects after an attack"),
         (right, "controls: % of the base's similarity"),
         (below, "unseen strangers taken for a protected subject, %"),
+        (kid, "ordinary prompts: KID over that of two seeds"),
+        (traits, "ordinary prompts, %"),
         (cost, "U-Net forward equivalents per subject"),
     ):
         axis.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="protected subjects", title=title)
