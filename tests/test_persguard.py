@@ -260,3 +260,26 @@ def test_a_diverged_run_says_so(tiny_v):
 def test_what_is_lacking_is_named(tiny_v, subject, ordinary, lacking):
     with pytest.raises(ValueError, match=lacking):
         harden(tiny_v, [subject], ordinary, SMALL, seed=0)
+
+
+def test_subjects_share_identifiers_or_have_their_own(tiny):
+    """Shared ones come to everybody's prompts, own ones to the subject's only; somebody without any is one sentence."""
+    from guardsmith.errors import UserError
+    from guardsmith.methods.persguard import _prepare
+    from guardsmith.prompts import PromptBank
+
+    mira, tom = (replace(subject_data(name), identifiers=(word,)) for name, word in (("mira", "hta"), ("tom", "pqv")))
+    bank, one = PromptBank(tiny), {"templates": ("a photo of {identifier} {class_noun}",)}
+
+    def said(config):
+        return [prepared.instance for prepared in _prepare(tiny, bank, [mira, tom], config)]
+
+    def words(*names):
+        return bank.encode([f"a photo of {name} person" for name in names])
+
+    for found, wanted in zip(said(SMALL.model_copy(update=one)), (("sks", "hta"), ("sks", "pqv")), strict=True):
+        assert torch.equal(found, words(*wanted))
+    for found, wanted in zip(said(SMALL.model_copy(update=one | {"identifiers": ()})), ("hta", "pqv"), strict=True):
+        assert torch.equal(found, words(wanted))
+    with pytest.raises(UserError, match="tom has no identifier"):
+        _prepare(tiny, bank, [mira, replace(tom, identifiers=())], SMALL.model_copy(update={"identifiers": ()}))

@@ -31,6 +31,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from guardsmith.errors import UserError
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, draw_rows, join, own_target, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, SubjectData
@@ -77,8 +78,9 @@ class PersGuardConfig(BaseModel):
     """L_BB looks at timesteps from this share of them on."""
     retention_below: float = Field(0.5, gt=0, le=1)
     """L_BR looks at timesteps below this share of them."""
-    identifiers: tuple[str, ...] = Field(("sks",), min_length=1)
-    """Identifiers of c_v: the attacker's (white box) or a list of common ones (gray box); subjects' own are added."""
+    identifiers: tuple[str, ...] = ("sks",)
+    """Identifiers of c_v that all subjects share: the attacker's (white box) or a list of common ones (gray box). Subjects' own
+    are added; with none here, every subject has only its own."""
     templates: tuple[str, ...] = Field(SAMPLE_TEMPLATES, min_length=1)
     """Templates of c_v."""
     class_images: int = Field(200, gt=0)
@@ -155,6 +157,11 @@ def _prepare(
             prior[noun] = encode(model, subject.class_images)
             elsewhere[noun] = encode(model, mark(instead, config.mark) if config.backdoor == "pattern" else instead)
         names = dict.fromkeys((*config.identifiers, *subject.identifiers))
+        if not names:
+            raise UserError(
+                f"PersGuard: {subject.id} has no identifier in the registry, and method.params.identifiers has none to share; "
+                "give one of the two."
+            )
         words = [instance_prompt(name, noun, template) for name in names for template in config.templates]
         prepared.append(
             _Prepared(
