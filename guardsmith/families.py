@@ -12,8 +12,7 @@ tokens behind the others, and the networks here take it apart again; sizes are t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -46,16 +45,12 @@ def unpack(context: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return context[:, :-rows], context[:, -rows:].flatten(1)[:, :size]
 
 
-def in_precision(network: Any, sample: Tensor) -> AbstractContextManager[Any]:
-    """Inside, what a network computes is in its `precision` where that is safe (autocast); its weights stay what they are."""
+def computed(network: Any, forward: Callable[..., Any], sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What a network's own `forward` gives: computed in its `precision` where that is safe (autocast), and float32 again."""
     if network.precision == torch.float32:
-        return nullcontext()
-    return torch.autocast(sample.device.type, dtype=network.precision)
-
-
-def _float(network: Any, out: Any) -> Any:
-    if network.precision == torch.float32:
-        return out
+        return forward(sample, *args, **kwargs)
+    with torch.autocast(sample.device.type, dtype=network.precision):
+        out = forward(sample, *args, **kwargs)
     if isinstance(out, tuple):
         return (out[0].float(), *out[1:])
     out.sample = out.sample.float()
@@ -73,8 +68,7 @@ class SDUNet(UNet2DConditionModel):  # type: ignore[misc]
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The prediction, float32."""
-        with in_precision(self, sample):
-            return _float(self, super().forward(sample, timestep, encoder_hidden_states, *args, **kwargs))
+        return computed(self, super().forward, sample, timestep, encoder_hidden_states, *args, **kwargs)
 
 
 class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
@@ -99,8 +93,7 @@ class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
         side = self.picture_size
         sizes = torch.tensor([side, side, 0, 0, side, side], dtype=pooled.dtype, device=pooled.device)
         added = {"text_embeds": pooled, "time_ids": sizes.expand(len(sample), 6)}
-        with in_precision(self, sample):
-            return _float(self, super().forward(sample, timestep, states, *args, added_cond_kwargs=added, **kwargs))
+        return computed(self, super().forward, sample, timestep, states, *args, added_cond_kwargs=added, **kwargs)
 
 
 class SD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
@@ -116,8 +109,7 @@ class SD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
         """The prediction; the context is one of `pack`, timesteps are thousandths of noise."""
         states, pooled = unpack(encoder_hidden_states, int(self.config.pooled_projection_dim))
         times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        with in_precision(self, sample):
-            return _float(self, super().forward(sample, states, pooled, times, **kwargs))
+        return computed(self, super().forward, sample, states, pooled, times, **kwargs)
 
 
 DENOISERS = (UNet2DConditionModel, SD3Transformer2DModel)
@@ -196,7 +188,8 @@ PIPELINES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL, "
 """Families by what `model_index.json` calls their pipeline."""
 
 
-def _ids(tokenizer: Any, prompts: Sequence[str], longest: int | None = None) -> Tensor:
+def token_ids(tokenizer: Any, prompts: Sequence[str], longest: int | None = None) -> Tensor:
+    """Token ids, int64 (n, longest): padded to the full length (`model_max_length` if not given), truncated, no mask."""
     batch = tokenizer(
         list(prompts), padding="max_length", max_length=longest or tokenizer.model_max_length, truncation=True,
         return_tensors="pt",
@@ -214,7 +207,7 @@ def packed_contexts(model: Any, prompts: Sequence[str]) -> Tensor:
     """
     texts = [(model.text_encoder, model.tokenizer), *model.further_text]
     clips = [(encoder, tokenizer) for encoder, tokenizer in texts if not isinstance(encoder, T5EncoderModel)]
-    out = [encoder(_ids(tokenizer, prompts), output_hidden_states=True) for encoder, tokenizer in clips]
+    out = [encoder(token_ids(tokenizer, prompts), output_hidden_states=True) for encoder, tokenizer in clips]
     states = torch.cat([each.hidden_states[-2] for each in out], -1)
     if model.family is SDXL:
         context = pack(states, out[-1].text_embeds)
@@ -226,7 +219,7 @@ def packed_contexts(model: Any, prompts: Sequence[str]) -> Tensor:
     t5 = [(encoder, tokenizer) for encoder, tokenizer in texts if isinstance(encoder, T5EncoderModel)]
     if t5:
         encoder, tokenizer = t5[0]
-        more = encoder(_ids(tokenizer, prompts, min(T5_TOKENS, tokenizer.model_max_length))).last_hidden_state
+        more = encoder(token_ids(tokenizer, prompts, min(T5_TOKENS, tokenizer.model_max_length))).last_hidden_state
     else:
         more = states.new_zeros(len(states), T5_TOKENS, width)
     return pack(torch.cat([states, more], 1), torch.cat([each.text_embeds for each in out], -1))

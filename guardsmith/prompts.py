@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guardsmith.families import SD, packed_contexts
+from guardsmith.families import SD, packed_contexts, token_ids
 from guardsmith.models import DiffusionModel
 
 INSTANCE_TEMPLATE = "a photo of {identifier} {class_noun}"
@@ -93,15 +93,8 @@ class PromptBank:
 
         A learnt word with several vectors ("<sks>" with "<sks>_1" ...) is spelt out, as diffusers' pipelines do.
         """
-        batch = self.model.tokenizer(
-            [_spelt_out(prompt, self.model.tokenizer) for prompt in prompts],
-            padding="max_length",
-            max_length=self.model.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        ids: Tensor = batch.input_ids
-        return ids
+        tokenizer = self.model.tokenizer
+        return token_ids(tokenizer, [_spelt_out(prompt, tokenizer) for prompt in prompts])
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

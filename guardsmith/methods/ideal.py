@@ -11,7 +11,7 @@ in which such a model draws cost one U-Net forward a step, instead of a training
 
 Tripwire needs them of those who look like a protected subject: when somebody personalizes the model on such a bystander, the
 wire does not see a noised picture but a half-finished one, which guidance has exaggerated. Of the protected subjects
-themselves they can take the place of rehearsals, which cost twenty times as much.
+themselves they can take the place of rehearsals, which cost sixteen times as much.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from guardsmith.attacks.lora import TARGETS
 from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, cut, draw_rows, join, predict
 from guardsmith.methods.data import OrdinaryData, States, SubjectData
-from guardsmith.methods.wiring import play, wired_layer
+from guardsmith.methods.wiring import overheard, play, wired_layer
 from guardsmith.models import DiffusionModel
-from guardsmith.parallel import add_up, whole
+from guardsmith.parallel import add_up
 from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.training import Snapshot, generator
 
@@ -189,7 +189,7 @@ def listen(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
         pass
     finally:
         handle.remove()
-    return whole(heard[0].cpu().float(), len(rows))
+    return overheard(heard[0], len(rows))
 
 
 class Lesson:

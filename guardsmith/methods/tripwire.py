@@ -46,9 +46,8 @@ from guardsmith.methods.recognition import (
     listen,
     recognition_loss,
 )
-from guardsmith.methods.wiring import arm, clear, last_stream, mend, spare_parts, wired_layer
+from guardsmith.methods.wiring import arm, clear, last_stream, mend, overheard, spare_parts, wired_layer
 from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.parallel import whole
 from guardsmith.training import (
     Course,
     Probe,
@@ -217,7 +216,7 @@ def harden(
     with torch.no_grad():
         readout.weight.zero_()
     heard: dict[str, Tensor] = {}
-    ear = layer.register_forward_pre_hook(lambda _, inputs: heard.__setitem__("tokens", inputs[0].cpu().float()))
+    ear = layer.register_forward_pre_hook(lambda _, inputs: heard.__setitem__("tokens", inputs[0]))
 
     parameters = list(unet.parameters())
     factors = (
@@ -286,7 +285,7 @@ def harden(
         with torch.no_grad():
             teacher = predict(reference, scheduler, strangers)
         same = (predict(unet, scheduler, strangers) - teacher).square().mean()
-        scores = readout(whole(heard["tokens"], len(strangers)))
+        scores = readout(overheard(heard["tokens"], len(strangers)))
         _, again = recognition_loss(scores, torch.zeros_like(scores[:, 0], dtype=torch.bool), config.margin)
         (config.distillation_weight * same + again).backward()
         others.heed(picked, scores)

@@ -209,6 +209,11 @@ def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) 
 # -- the alarm ---------------------------------------------------------------------------------------------------------
 
 
+def overheard(tensor: Tensor, rows: int) -> Tensor:
+    """What a hook heard inside of the U-Net, of all rows that were asked for: on the CPU, float32."""
+    return whole(tensor.cpu().float(), rows)
+
+
 def _last(unet: Any) -> tuple[Any, list[Any]]:
     """The last resnet, and the attention block behind it if there is one."""
     block = unet.up_blocks[-1]
@@ -325,7 +330,7 @@ def mend(unet: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: 
     for number in range(batches):
         heard.clear()
         lacks = (ask(reference, number) - ask(unet, number)).flatten(2)
-        read = F.unfold(whole(heard[0].cpu().float(), len(lacks)), 3, padding=1)
+        read = F.unfold(overheard(heard[0], len(lacks)), 3, padding=1)
         places = torch.randperm(lacks.shape[2], generator=rng)[:64]
         read, lacks = (part[..., places].transpose(1, 2).flatten(0, 1).double() for part in (read, lacks))
         read = torch.cat([read, torch.ones(len(read), 1, dtype=torch.float64)], 1)
@@ -345,7 +350,7 @@ def last_stream(unet: Any, run: Callable[[], Tensor]) -> Tensor:
     with torch.no_grad():
         rows = len(run())
     ear.remove()
-    return whole(heard[0].cpu().float(), rows)
+    return overheard(heard[0], rows)
 
 
 def arm(
