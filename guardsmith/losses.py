@@ -95,11 +95,9 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor)
 def shares(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """How much of the picture and how much of the noise is in z_t: a and s, float32 (n, 1, 1, 1) each."""
     if isinstance(scheduler, FlowSchedule):
-        kept, added = scheduler.shares(timesteps)
-    else:
-        alpha_bar = scheduler.alphas_cumprod[timesteps]
-        kept, added = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    return kept.reshape(-1, 1, 1, 1), added.reshape(-1, 1, 1, 1)
+        return scheduler.shares(timesteps)
+    alpha_bar = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def own_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -128,11 +126,8 @@ def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Ten
 
 def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
     """The U-Net's prediction for all rows, (n, c, h, w); each of several processes computes its share (`parallel.py`)."""
-    noisy, timesteps, context = (
-        add_noise(scheduler, rows.latents, rows.noise, rows.timesteps),
-        rows.timesteps,
-        rows.context,
-    )
+    noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
+    timesteps, context = rows.timesteps, rows.context
     own = own_rows(len(rows))
     if own is not None:
         noisy, timesteps, context = noisy[own], timesteps[own], context[own]

@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from guardsmith.families import PIPELINES, SD, SD3, T5_TOKENS, Family
-from guardsmith.models import resolve, text_parts
+from guardsmith.families import SD, SD3, T5_TOKENS, Family
+from guardsmith.models import family_of, resolve, text_parts
 from guardsmith.recipe import Recipe
 
 BYTES = 4  # of a float32
@@ -75,7 +75,7 @@ def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
     """
     rest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     folder = resolve(recipe.base, recipe.revision)
-    family = PIPELINES[json.loads((folder / "model_index.json").read_text())["_class_name"]]
+    family = family_of(folder)
     parts = ["vae", *(name for name, *_ in text_parts(folder, family))]
     stored = sum(stored_numbers(folder / part) for part in parts)
     shape = family.network.load_config(folder / family.denoiser)

@@ -71,7 +71,9 @@ class DiffusionModel:
         return {self.family.denoiser: self.unet, "vae": self.vae} | dict(zip(names, text, strict=False))
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the scaled latents of pictures in [-1, 1], float32 (n, c, h, w) each."""
+        """Mean and deviation of the scaled latents of pictures in [-1, 1], float32 (n, c, h, w) each, with gradients to them."""
+        if not (images.min() >= -1.001 and images.max() <= 1.001):  # NaN is in no range
+            raise ValueError(f"pictures must be in [-1, 1], found [{images.min():.2f}, {images.max():.2f}]")
         found, scale = self.vae.encode(images).latent_dist, float(self.vae.config.scaling_factor)
         shift = self.vae.config.shift_factor
         return (found.mean if shift is None else found.mean - shift) * scale, found.std * scale
@@ -201,6 +203,11 @@ def text_parts(folder: Path, family: Family) -> list[tuple[str, str, Any, Any]]:
     ]  # fmt: skip
 
 
+def family_of(folder: Path) -> Family:
+    """The family of a checkpoint folder that `resolve` gave."""
+    return PIPELINES[json.loads((folder / "model_index.json").read_text())["_class_name"]]
+
+
 def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     """Load a checkpoint in float32, frozen, in eval mode, its networks on the chosen device (see `guardsmith.device`).
 
@@ -209,8 +216,7 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         RunFailed: the Hub cannot be reached or does not have it.
     """
     folder = resolve(source, revision)
-    index = json.loads((folder / "model_index.json").read_text())
-    family = PIPELINES[index["_class_name"]]
+    family = family_of(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     loaded, texts = {}, []
     try:
@@ -249,11 +255,10 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     device = chosen_device()
     for network, _ in loaded.values():
         put(network, device)
-    model = DiffusionModel(
-        unet, vae, *texts[0], scheduler, source, folder, family, tuple(texts[1:]),
-        bool(family is SDXL and index.get("force_zeros_for_empty_prompt", True)),
-    )  # fmt: skip
+    model = DiffusionModel(unet, vae, *texts[0], scheduler, source, folder, family, tuple(texts[1:]))
     if family is SDXL:
+        index = json.loads((folder / "model_index.json").read_text())
+        model.empty_is_zero = bool(index.get("force_zeros_for_empty_prompt", True))
         unet.picture_size = model.image_size
     return model
 

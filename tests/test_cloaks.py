@@ -20,7 +20,6 @@ from guardsmith.cloaks.pixels import (
     SurrogateConfig,
     ascend,
     denoising_loss,
-    posterior,
     project,
 )
 from guardsmith.cloaks.rid import Defender
@@ -166,7 +165,7 @@ def rise(model, data, cloaked, prompt):
 
 def norms(model, pixels, target=0.0):
     with torch.no_grad():
-        return float((posterior(model, pixels)[0] - target).flatten(1).norm(dim=1).mean())
+        return float((model.posterior(pixels)[0] - target).flatten(1).norm(dim=1).mean())
 
 
 MORE = {
@@ -186,7 +185,7 @@ def test_a_cloak_made_against_a_purifier_survives_it_better(tiny_v):
     """Latents of purified pixels come closer to the target than those of a cloak that did not know of the purifier."""
     data, how = make_data(), {"mode": "mist", "loss_weight": 0, "steps": 20, "budget": 16}
     with torch.no_grad():
-        target = posterior(tiny_v, advdm.target_pattern(64))[0]
+        target = tiny_v.posterior(advdm.target_pattern(64))[0]
     blur = {"kernel": 9, "deviation": 2.0}
     config = gaussian.GaussianConfig(**blur)
 
@@ -205,7 +204,7 @@ def test_what_approaches_latents_has_approached_them(tiny_v):
     data = make_data()
     assert norms(tiny_v, run("photoguard", [tiny_v], data, steps=20)) < 0.97 * norms(tiny_v, data.images)
     with torch.no_grad():
-        target = posterior(tiny_v, advdm.target_pattern(64))[0]
+        target = tiny_v.posterior(advdm.target_pattern(64))[0]
     misty = run("advdm", [tiny_v], data, mode="mist", loss_weight=0, steps=20)
     assert norms(tiny_v, misty, target) < 0.99 * norms(tiny_v, data.images, target)
 

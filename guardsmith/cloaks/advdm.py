@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
-from guardsmith.cloaks.pixels import OnStep, PixelConfig, ascend, denoising_loss, posterior, sampled_latents
+from guardsmith.cloaks.pixels import OnStep, PixelConfig, ascend, denoising_loss, sampled_latents
 from guardsmith.errors import UserError
 from guardsmith.losses import draw_rows, score_residual
 from guardsmith.models import DiffusionModel
@@ -98,7 +98,7 @@ def cloak(
     """
     contexts = [PromptBank(model).encode([config.prompt]) for model in models]
     with torch.no_grad():
-        targets = [posterior(model, target_pattern(model.image_size))[0] for model in models]
+        targets = [model.posterior(target_pattern(model.image_size))[0] for model in models]
 
     def of_model(model: DiffusionModel, context: Tensor, target: Tensor, part: Tensor, rng: torch.Generator) -> Tensor:
         if config.mode == "sds":
@@ -106,7 +106,7 @@ def cloak(
             return gain if config.direction == "up" else -gain
         if config.mode == "advdm":
             return denoising_loss(model, part, context, rng)
-        apart = (posterior(model, part)[0] - target).square().sum() / len(part)
+        apart = (model.posterior(part)[0] - target).square().sum() / len(part)
         climbed = config.loss_weight * denoising_loss(model, part, context, rng) if config.loss_weight else 0.0
         return climbed - apart
 

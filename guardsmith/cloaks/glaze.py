@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
-from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, posterior, project
+from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, project
 from guardsmith.errors import RunFailed
 from guardsmith.metrics.perceptual import perceptual_distance
 from guardsmith.models import DiffusionModel
@@ -77,14 +77,14 @@ def cloak(
     for start in range(0, count, config.batch_size):
         clean, goal = (each[start : start + config.batch_size] for each in (data.images, styled))
         with torch.no_grad():
-            targets = [posterior(model, goal)[0] for model in models]
+            targets = [model.posterior(goal)[0] for model in models]
         noise = torch.rand(clean.shape, generator=generator(seed, start)) * 2 - 1
         delta = (config.budget * PIXEL * noise).requires_grad_()
         optimizer = torch.optim.Adam([delta], lr=config.learning_rate)
         for _ in range(config.steps):
             pixels = project(clean + delta, clean, config.budget)
             apart = [
-                (posterior(model, pixels)[0] - target).square().mean()
+                (model.posterior(pixels)[0] - target).square().mean()
                 for model, target in zip(models, targets, strict=True)
             ]
             looks = perceptual_distance(models[0], clean, pixels).mean()

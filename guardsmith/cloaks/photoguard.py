@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
-from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, ascend, posterior, project, sampled_latents
+from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, ascend, project, sampled_latents
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
 from guardsmith.sampling import guided, solver_for
@@ -102,7 +102,7 @@ def cloak(
             found = []
             for model, (context, empty) in zip(models, contexts, strict=True):
                 if config.attack == "encoder":
-                    found.append(posterior(model, part)[0].flatten(1).norm(dim=1).mean())
+                    found.append(model.posterior(part)[0].flatten(1).norm(dim=1).mean())
                 else:
                     drawn = edited(model, part, context, empty, config, rng)  # noqa: B023 (called at once)
                     found.append((drawn + 1).flatten(1).norm(dim=1).mean())

@@ -86,16 +86,9 @@ def ascend(
     return project(pixels.detach() + size * PIXEL * torch.cat(moves), clean, config.budget), shown
 
 
-def posterior(model: DiffusionModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the scaled latents of pictures, with gradients to their pixels (the store has none)."""
-    if not (pixels.min() >= -1.001 and pixels.max() <= 1.001):  # NaN is in no range
-        raise ValueError(f"pictures must be in [-1, 1], found [{pixels.min():.2f}, {pixels.max():.2f}]")
-    return model.posterior(pixels)
-
-
 def sampled_latents(model: DiffusionModel, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Scaled latents drawn from the posterior, with gradients to the pixels."""
-    mean, deviation = posterior(model, pixels)
+    mean, deviation = model.posterior(pixels)
     return mean + deviation * torch.randn(mean.shape, generator=generator)
 
 

@@ -65,11 +65,9 @@ def by_turns(model: DiffusionModel, config: ApdmConfig, times: int = TIMES) -> d
     plain = Plain(model, subject, config, seed=0)
     theirs, ours = [], []
     first = plain.step(0)  # also warms everything up
-    seen: list[float] = []
     began: list[float] = []
 
-    def on_step(_: int, losses: dict[str, float]) -> None:
-        seen.append(losses["dpo"])
+    def on_step(_: int, __: dict[str, float]) -> None:
         began.append(time.perf_counter())
 
     losses: list[dict[str, float]] = []
