@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from guardsmith.errors import UserError
+from guardsmith.models import BUILTIN
 from guardsmith.training import generator
 
 
@@ -30,13 +31,15 @@ class PixelModel(NamedTuple):
 
 @lru_cache(maxsize=2)
 def load_pixel_model(source: str) -> PixelModel:
-    """A folder or Hub id with `UNet2DModel` and scheduler, at its top or in the folders `unet` and `scheduler`.
+    """A folder or Hub id with `UNet2DModel` and scheduler, at its top or in the folders `unet` and `scheduler`; `builtin:avatar`.
 
     Raises:
         UserError: there is none, it is pickled, or it cannot be read.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
+    if source.startswith("builtin:"):
+        source = str(BUILTIN / "pixels" / source.removeprefix("builtin:"))
     place = Path(source).expanduser()
     inside = (place / "unet").is_dir() if place.exists() else False
     try:
@@ -48,7 +51,7 @@ def load_pixel_model(source: str) -> PixelModel:
             f"{source}: this pixel diffusion model cannot be read ({reason}); name a folder or Hub id of one (UNet2DModel, "
             "safetensors)"
         ) from error
-    return PixelModel(unet.eval().requires_grad_(False), scheduler, int(unet.config.sample_size))
+    return PixelModel(unet.float().eval().requires_grad_(False), scheduler, int(unet.config.sample_size))
 
 
 @torch.no_grad()

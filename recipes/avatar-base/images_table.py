@@ -1,13 +1,16 @@
-"""Cloaks, hardened models and what undoes them, side by side: who can still be learnt from what.
+"""Cloaks, hardened models and what undoes them, side by side: who can still be learnt from what. `images.sh` runs all of it.
 
-python images_table.py FOLDER                                     resumes; writes docs/results/images.json and images.png
-python images_table.py FOLDER --model tripwire=OUT/model ...      hardened models beside the cloaks
+python images_table.py FOLDER --write-registry                    FOLDER/registry.yaml: the subjects and controls asked for
+python images_table.py FOLDER --budget 32 --model tripwire=OUT/model ...      resumes; writes docs/results/images.json and .jpg
+python images_table.py FOLDER ... --tell                          the same of the units that are there, without running any
+python images_table.py FOLDER --plot                              docs/results/images.svg of images.json; needs matplotlib
 
 Every cloak of recipes/avatar-images.yaml is put on the `attack` pictures of some protected subjects of registries/avatars.yaml.
 Attackers then have all of them cloaked, one of them clean, only one of them cloaked, or all of them purified; on hardened models
-they have the clean ones. A unit is a file in FOLDER/units; what is there is not run again. Similarity is to the subject's
-`reference` pictures; quality is the share of pictures that are as near to one of the base's pictures of the class as those are to
-each other.
+they have the clean ones, of the protected subjects and of controls. They train for 150 steps, half of what verifications take,
+which is enough on the base. A unit is a file in FOLDER/units; what is there is not run again, and rows of images.json that were
+not asked for stay. Similarity is to the subject's `reference` pictures; quality is the share of drawn pictures that are as near to one
+of the base's pictures of the class as those are to each other.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import argparse
 import json
 from concurrent.futures import as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 from evaluate import RESULTS
+from PIL import Image
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_after_attack
@@ -35,32 +40,71 @@ from guardsmith.prompts import class_prompt
 from guardsmith.purifiers import purified
 from guardsmith.recipe import PixelSpec, Recipe, load_recipe
 from guardsmith.records import folder_digest, write_json
-from guardsmith.registry import load_registry
+from guardsmith.registry import Subject, load_registry
 from guardsmith.sampling import grid
 
 REGISTRY = Path(__file__).parent.parent.parent / "registries" / "avatars.yaml"
 IDENTIFIER = "zwx"
 COUNT = 12
 ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dreambooth": ("dreambooth", {"learning_rate": 3e-4, "steps": 300, "batch_size": 2}),
-    "lora": ("lora", {"learning_rate": 2e-3, "steps": 300, "batch_size": 2, "rank": 4}),
-    "textual-inversion": ("textual_inversion", {"learning_rate": 2e-2, "steps": 300, "batch_size": 4, "vectors": 4}),
-    "cdl": ("cdl", {"learning_rate": 3e-4, "steps": 300, "batch_size": 2, "train_text_encoder": False}),
+    "dreambooth": ("dreambooth", {"learning_rate": 3e-4, "steps": 150, "batch_size": 2}),
+    "lora": ("lora", {"learning_rate": 2e-3, "steps": 150, "batch_size": 2, "rank": 4}),
+    "textual-inversion": ("textual_inversion", {"learning_rate": 2e-2, "steps": 150, "batch_size": 4, "vectors": 4}),
+    "cdl": ("cdl", {"learning_rate": 3e-4, "steps": 150, "batch_size": 2, "train_text_encoder": False}),
 }
+WASHING = ("dreambooth", "cdl")  # the attacks of the red-teaming framework
+SWEPT = ("dreambooth", "lora", "textual-inversion")  # those that RID's paper has
 
 
-def widened(spec: PixelSpec, budget: float) -> PixelSpec:
-    """A cloak with another budget, and steps that are the same share of it."""
-    changed = {"budget": budget}
+class Unit(NamedTuple):
+    """One attack on one person, by its place in the table.
+
+    Attributes:
+        guard: "none", a cloak of the recipe ("aspl", or "aspl at 8" with another budget) or the name of a hardened model.
+        attack: of `ATTACKS`.
+        condition: what the attacker has.
+        who: id of the person.
+    """
+
+    guard: str
+    attack: str
+    condition: str
+    who: str
+
+
+def changed(spec: PixelSpec, budget: float) -> PixelSpec:
+    """A cloak with another budget, and steps that are the same share of it; or a purifier that counts on it."""
+    params = {"budget": budget}
     if "step" in spec.params:
-        changed["step"] = spec.params["step"] * budget / spec.params["budget"]
-    return spec.model_copy(update={"params": spec.params | changed})
+        params["step"] = spec.params["step"] * budget / spec.params["budget"]
+    return spec.model_copy(update={"params": spec.params | params})
 
 
-def conditions(recipe: Recipe, attack: str) -> list[str]:
-    """What the attacker has of cloaked pictures; purifiers with the two attacks of the red-teaming framework only."""
-    pure = [f"purified by {name}" for name in recipe.purifiers] if attack in ("dreambooth", "cdl") else []
-    return ["all cloaked", "one clean", "one cloaked", *pure]
+def with_budgets(recipe: Recipe, budget: float, swept: list[str], sweep: list[float]) -> Recipe:
+    """The recipe with this budget, and some cloaks with others beside it."""
+    cloaks = {name: changed(spec, budget) for name, spec in recipe.cloaks.items()}
+    cloaks |= {f"{name} at {other:g}": changed(recipe.cloaks[name], other) for name in swept for other in sweep}
+    purifiers = {
+        name: changed(spec, budget) if "budget" in spec.params else spec for name, spec in recipe.purifiers.items()
+    }
+    return recipe.model_copy(update={"cloaks": cloaks, "purifiers": purifiers})
+
+
+def person(who: str) -> Subject:
+    """A subject or control of the registry."""
+    registry = load_registry(REGISTRY)
+    return next(each for each in (*registry.subjects, *registry.controls) if each.id == who)
+
+
+def write_registry(file: Path, subjects: list[str], controls: list[str]) -> None:
+    """A registry of some of them, for the hardenings."""
+    told = yaml.safe_load(REGISTRY.read_text())
+    for role, ids in (("subjects", subjects), ("controls", controls)):
+        told[role] = [each for each in told[role] if each["id"] in ids]
+        for each in told[role]:
+            for image in each["images"]:
+                image["path"] = str(REGISTRY.parent / image["path"])
+    file.write_text(yaml.safe_dump(told, sort_keys=False))
 
 
 def given(model: DiffusionModel, recipe: Recipe, clean: Tensor, cloaked: Tensor, condition: str, noun: str) -> Tensor:
@@ -75,19 +119,19 @@ def given(model: DiffusionModel, recipe: Recipe, clean: Tensor, cloaked: Tensor,
     return cloaked
 
 
-def class_like(images: Tensor, known: Tensor) -> float:
-    """Share of pictures whose nearest class picture is no further than that of almost every class picture."""
+def class_like(images: Tensor, known: Tensor) -> list[float]:
+    """Of every picture: 1 if its nearest class picture is no further than that of almost every class picture."""
     seen, others = features(images), features(known)
     apart = torch.cdist(others, others).fill_diagonal_(torch.inf).amin(1)
-    return float((torch.cdist(seen, others).amin(1) <= apart.quantile(0.99)).float().mean())
+    near: list[float] = (torch.cdist(seen, others).amin(1) <= apart.quantile(0.99)).float().tolist()
+    return near
 
 
 def cloaked_files(folder: Path, recipe: Recipe, cloak: str, subject: str) -> dict[str, Any]:
     """Cloak a subject's pictures, unless they are there; returns the record."""
-    place = folder / "cloaked" / f"{cloak}-{folder_digest(recipe.cloaks[cloak].model_dump())}" / subject
+    spec, who = recipe.cloaks[cloak], person(subject)
+    place = folder / "cloaked" / f"{cloak.replace(' ', '-')}-{folder_digest(spec.model_dump())}" / subject
     if not place.exists():
-        who = next(s for s in load_registry(REGISTRY).subjects if s.id == subject)
-        spec = recipe.cloaks[cloak]
         place.parent.mkdir(parents=True, exist_ok=True)
         cloak_pictures(
             [image.path for image in who.images_of("attack")], place, bases=[recipe.base], method=spec.name,
@@ -98,135 +142,219 @@ def cloaked_files(folder: Path, recipe: Recipe, cloak: str, subject: str) -> dic
     return told | {"folder": str(place)}
 
 
-def unit(
-    folder: Path, recipe: Recipe, source: str, guard: str, attack: str, condition: str, subject: str
-) -> dict[str, Any]:
-    """One attack on one subject."""
-    model = load_model(source)
-    size, who = model.image_size, next(s for s in load_registry(REGISTRY).subjects if s.id == subject)
-    clean = open_pictures([image.path for image in who.images_of("attack")], size)
-    settings: list[Any] = [
-        weights_digest(model.folder),
-        recipe.sampling.model_dump(),
-        ATTACKS[attack],
-        condition,
-        subject,
-    ]
+def run(folder: Path, recipe: Recipe, unit: Unit, source: str, tell: bool) -> tuple[Unit, Path | None]:
+    """Run one attack, unless it was; returns its file.
+
+    Args:
+        folder: of everything.
+        recipe: cloaks, purifiers and sampling.
+        unit: which.
+        source: the model.
+        tell: return nothing instead of running it.
+    """
+    model, who = load_model(source), person(unit.who)
+    clean = open_pictures([image.path for image in who.images_of("attack")], model.image_size)
+    digest, sampling = weights_digest(model.folder), recipe.sampling.model_dump()
+    settings: list[Any] = [digest, sampling, ATTACKS[unit.attack], unit.condition, unit.who, COUNT]
     cloaked = clean
-    if guard in recipe.cloaks:
-        record = cloaked_files(folder, recipe, guard, subject)
+    if unit.guard in recipe.cloaks:
+        record = cloaked_files(folder, recipe, unit.guard, unit.who)
         place = Path(record["folder"])
-        cloaked = open_pictures([place / each["file"] for each in record["pictures"]], size)
+        cloaked = open_pictures([place / each["file"] for each in record["pictures"]], model.image_size)
         settings += [[each["sha256"] for each in record["pictures"]]]
-    if condition.startswith("purified by "):
-        settings += [recipe.purifiers[condition.removeprefix("purified by ")].model_dump()]
+    if unit.condition.startswith("purified by "):
+        settings += [recipe.purifiers[unit.condition.removeprefix("purified by ")].model_dump()]
     file = folder / "units" / f"{folder_digest(*settings)}.json"
-    if file.exists():
-        told: dict[str, Any] = json.loads(file.read_text())
-        return told | {"guard": guard}
-    sampling = recipe.sampling.model_dump()
+    if file.exists() or tell:
+        return unit, file if file.exists() else None
     prompts = [class_prompt(who.class_noun)] * recipe.verify.class_images
-    kept = folder / f"class-{folder_digest(settings[0], prompts, sampling)}.safetensors"
+    kept = folder / f"class-{folder_digest(digest, prompts, sampling)}.safetensors"
     prior = drawn_by(model, recipe, prompts, 10_000, kept, "class pictures")
-    name, params = ATTACKS[attack]
-    images = given(model, recipe, clean, cloaked, condition, who.class_noun)
-    drawn, losses = draw_after_attack(
-        model,
-        name,
-        params,
-        AttackData(images, prior, IDENTIFIER, who.class_noun),
-        seed=0,
-        count=COUNT,
-        sampling=sampling,
-    )
-    scores = similarity(drawn, open_pictures([image.path for image in who.images_of("reference")], size))
-    told = {
-        "guard": guard, "attack": attack, "condition": condition, "subject": subject, "scores": scores,
-        "quality": class_like(drawn, prior), "last_loss": losses[-1],
-    }  # fmt: skip
-    grid(torch.cat([images[:4], drawn[:8]]), 12, scale=2).save(file.with_suffix(".png"))
-    write_json(file, told)
-    return told
+    name, params = ATTACKS[unit.attack]
+    images = given(model, recipe, clean, cloaked, unit.condition, who.class_noun)
+    data = AttackData(images, prior, IDENTIFIER, who.class_noun)
+    drawn, losses = draw_after_attack(model, name, params, data, seed=0, count=COUNT, sampling=sampling)
+    scores = similarity(drawn, open_pictures([image.path for image in who.images_of("reference")], model.image_size))
+    grid(torch.cat([images[:4], drawn[:8]]), 12).save(file.with_suffix(".png"))
+    write_json(file, {"scores": scores, "quality": class_like(drawn, prior), "last_loss": losses[-1]})
+    return unit, file
+
+
+def units_of(
+    recipe: Recipe, cloaks: list[str], washed: list[str], models: list[str], subjects: list[str], controls: list[str]
+) -> list[Unit]:
+    """Everything asked for, what matters most first."""
+    main = [name for name in cloaks if " at " not in name]
+    found = [
+        Unit(guard, attack, "clean", who)
+        for guard in ("none", *models) for attack in ATTACKS for who in (*subjects, *controls)
+    ]  # fmt: skip
+    for condition in ("all cloaked", "one clean", "one cloaked"):
+        found += [Unit(guard, attack, condition, who) for guard in main for attack in ATTACKS for who in subjects]
+    found += [
+        Unit(guard, attack, f"purified by {name}", who)
+        for guard in ("none", *washed) for name in recipe.purifiers for attack in WASHING for who in subjects
+    ]  # fmt: skip
+    swept = [name for name in cloaks if " at " in name]
+    return found + [Unit(guard, attack, "all cloaked", who) for guard in swept for attack in SWEPT for who in subjects]
+
+
+def rows_of(done: dict[Unit, Path], subjects: list[str], controls: list[str]) -> list[dict[str, Any]]:
+    """A row for every guard, attack and condition of which all subjects (or all controls) are there."""
+    rows = []
+    for people, ids in (("subjects", subjects), ("controls", controls)):
+        for guard, attack, condition in dict.fromkeys(unit[:3] for unit in done if unit.who in ids):
+            files = [done.get(Unit(guard, attack, condition, who)) for who in ids]
+            told = [json.loads(file.read_text()) for file in files if file is not None]
+            if len(told) != len(ids):
+                continue
+            seen, looks = interval([each["scores"] for each in told]), interval([each["quality"] for each in told])
+            rows.append({
+                "guard": guard, "attack": attack, "condition": condition, "people": people,
+                "similarity": seen and seen[:3], "quality": looks and looks[:3],
+                "of": {who: each["scores"] for who, each in zip(ids, told, strict=True)},
+            })  # fmt: skip
+    return rows
+
+
+def looks_of(recipe: Recipe, costs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What every cloak did to the pictures, and what it took."""
+    found = {}
+    for cloak, told in costs.items():
+        pictures = [each for record in told for each in record["pictures"]]
+        mean = {key: sum(each[key] for each in pictures) / len(pictures) for key in ("psnr_db", "perceptual_distance")}
+        seconds = sum(record["seconds"] for record in told) / len(pictures)
+        found[cloak] = {"seconds_a_picture": seconds, **mean, "params": recipe.cloaks[cloak].params}
+    return found
+
+
+def sheet(done: dict[Unit, Path], who: str, file: Path) -> None:
+    """What DreamBooth was given and drew, a line for every guard: four pictures and eight."""
+    shown = [
+        unit for unit in done
+        if unit.attack == "dreambooth" and unit.condition in ("clean", "all cloaked") and unit.who == who
+    ]  # fmt: skip
+    pictures = [Image.open(done[unit].with_suffix(".png")) for unit in shown if " at " not in unit.guard]
+    out = Image.new("RGB", (pictures[0].width, sum(each.height for each in pictures)))
+    top = 0
+    for each in pictures:
+        out.paste(each, (0, top))
+        top += each.height
+    out.save(file, quality=88)
+
+
+def plot(told: dict[str, Any], file: Path) -> None:
+    """Similarity of what attackers draw: every guard, what they have of the pictures, and budgets."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in told["rows"] if row["people"] == "subjects" and row["similarity"]]
+    at = {(row["guard"], row["attack"], row["condition"]): row for row in rows}
+    guards = [g for g in dict.fromkeys(row["guard"] for row in rows) if " at " not in g]
+    models = [guard for guard in guards if guard in told["hardened"]]
+    cloaks = [guard for guard in guards if guard not in ("none", *models)]
+    figure, axes = plt.subplots(2, 2, figsize=(15, 10), constrained_layout=True)
+
+    def points(axis: Any, labels: list[str], found: list[Any], name: str, shift: float) -> None:
+        here = [(i, row["similarity"]) for i, row in enumerate(found) if row is not None]
+        low = [[mean - low for _, (mean, low, _) in here], [high - mean for _, (mean, _, high) in here]]
+        axis.errorbar([i + shift for i, _ in here], [s[0] for _, s in here], low, fmt="o", label=name, capsize=2)
+        axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right")
+
+    order = ["none", *cloaks, *models]
+    for number, attack in enumerate(ATTACKS):
+        found = [at.get((g, attack, "all cloaked" if g in cloaks else "clean")) for g in order]
+        points(axes[0, 0], order, found, attack, 0.16 * (number - 1.5))
+    conditions = list(dict.fromkeys(row["condition"] for row in rows if row["guard"] in cloaks))
+    for axis, attack in ((axes[0, 1], "dreambooth"), (axes[1, 0], "cdl")):
+        shown = [c for c in cloaks if any((c, attack, f) in at for f in conditions if f.startswith("purified"))]
+        for number, cloak in enumerate(shown):
+            found = [at.get((cloak, attack, condition)) for condition in conditions]
+            points(axis, conditions, found, cloak, 0.7 * (number / max(len(shown) - 1, 1) - 0.5))
+        axis.axhline(at["none", attack, "clean"]["similarity"][0], color="grey", linestyle=":")
+        axis.set_title(f"what {attack} has of cloaked pictures (dotted: clean)")
+    for name in dict.fromkeys(row["guard"].partition(" at ")[0] for row in rows if " at " in row["guard"]):
+        for attack in SWEPT:
+            line = {0.0: at["none", attack, "clean"]["similarity"][0]}
+            for (guard, which, condition), row in at.items():
+                if guard.partition(" at ")[0] == name and which == attack and condition == "all cloaked":
+                    line[float(guard.partition(" at ")[2] or told["budget"])] = row["similarity"][0]
+            axes[1, 1].plot(sorted(line), [line[b] for b in sorted(line)], marker="o", label=f"{name}, {attack}")
+    axes[1, 1].set(title="budgets", xlabel="largest change of a pixel, of 255")
+    axes[0, 0].set_title("all pictures cloaked, or clean ones on hardened models")
+    for axis in axes.flat:
+        axis.set_ylabel("similarity to the subject")
+        axis.legend(fontsize="small")
+    plt.rcParams["svg.hashsalt"] = "guardsmith"
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
     """Cloak, attack what has no result yet, and write everything down."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--subjects", nargs="+", default=["mira", "lena", "tock"])
-    parser.add_argument("--cloaks", nargs="+", default=None)
-    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
+    parser.add_argument("--subjects", nargs="+", default=["mira", "lena"])
+    parser.add_argument("--controls", nargs="+", default=["nora", "sven"])
+    parser.add_argument("--cloaks", nargs="+", help="of the recipe; all by default")
+    parser.add_argument("--washed", nargs="*", help="cloaks that are purified; all by default")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of a hardened model")
-    parser.add_argument("--budget", type=float, help="of every cloak, of 255; its steps grow with it")
+    parser.add_argument("--budget", type=float, default=32, help="of every cloak, of 255; its steps grow with it")
+    parser.add_argument("--sweep", type=float, nargs="*", default=[], help="other budgets")
+    parser.add_argument("--swept", nargs="*", default=["aspl", "rid"], help="cloaks that have those, too")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--workers", type=int, default=2)
+    for name in ("write-registry", "tell", "plot"):
+        parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
-    recipe = load_recipe("avatar-images", args.set)
-    if args.budget is not None:
-        recipe = recipe.model_copy(
-            update={"cloaks": {name: widened(spec, args.budget) for name, spec in recipe.cloaks.items()}}
-        )
+    file = RESULTS / "images.json"
+    if args.plot:
+        plot(json.loads(file.read_text()), file.with_suffix(".svg"))
+        return
     (args.folder / "units").mkdir(parents=True, exist_ok=True)
-    cloaks = args.cloaks or list(recipe.cloaks)
-    hardened = dict(entry.split("=", 1) for entry in args.model)
+    if args.write_registry:
+        write_registry(args.folder / "registry.yaml", args.subjects, args.controls)
+        return
+    asked = load_recipe("avatar-images", args.set)
+    main_cloaks = args.cloaks if args.cloaks is not None else list(asked.cloaks)
+    recipe = with_budgets(asked, args.budget, args.swept, args.sweep)
+    cloaks = [name for name in recipe.cloaks if name.partition(" at ")[0] in main_cloaks]
+    washed = args.washed if args.washed is not None else main_cloaks
+    sources = {"none": recipe.base, **dict(entry.split("=", 1) for entry in args.model)}
+    units = units_of(recipe, cloaks, washed, list(sources)[1:], args.subjects, args.controls)
+    costs: dict[str, list[dict[str, Any]]] = {}
+    done: dict[Unit, Path] = {}
     with processes(args.workers) as (pool, _):
-        pending = {
-            pool.submit(cloaked_files, args.folder, recipe, cloak, subject): (cloak, subject)
-            for cloak in cloaks for subject in args.subjects
-        }  # fmt: skip
-        costs: dict[str, list[dict[str, Any]]] = {}
+        pending = {pool.submit(cloaked_files, args.folder, recipe, c, who): c for c in cloaks for who in args.subjects}
         for future in as_completed(pending):
-            cloak, subject = pending[future]
-            costs.setdefault(cloak, []).append(future.result())
-            print("cloaked", cloak, subject, flush=True)
-        jobs = [
-            (recipe.base, guard, attack, condition, subject)
-            for guard in ("none", *cloaks) for attack in args.attacks for subject in args.subjects
-            for condition in (conditions(recipe, attack) if guard in recipe.cloaks else ["all cloaked"])
-        ]  # fmt: skip
-        jobs += [
-            (source, name, attack, "all cloaked", subject)
-            for name, source in hardened.items() for attack in args.attacks for subject in args.subjects
-        ]  # fmt: skip
-        futures = [pool.submit(unit, args.folder, recipe, *job) for job in jobs]
-        found = []
-        for future in as_completed(futures):
-            told = future.result()
-            found.append(told)
-            known = [score for score in told["scores"] if score is not None]
-            mean = sum(known) / len(known) if known else float("nan")
-            print(told["guard"], told["attack"], told["condition"], told["subject"], f"{mean:.2f}", flush=True)
-    rows = []
-    for guard in ("none", *cloaks, *hardened):
-        for attack in args.attacks:
-            for condition in dict.fromkeys(told["condition"] for told in found if told["guard"] == guard):
-                units = [t for t in found if (t["guard"], t["attack"], t["condition"]) == (guard, attack, condition)]
-                if not units:
-                    continue
-                units.sort(key=lambda told: args.subjects.index(told["subject"]))
-                what = interval([told["scores"] for told in units])
-                rows.append({
-                    "guard": guard, "attack": attack, "condition": "clean" if guard not in recipe.cloaks else condition,
-                    "similarity": what and what[:3], "quality": sum(told["quality"] for told in units) / len(units),
-                    "subjects": {told["subject"]: told["scores"] for told in units},
-                })  # fmt: skip
-    looks = {
-        cloak: {
-            "seconds_a_picture": sum(t["seconds"] for t in told) / sum(len(t["pictures"]) for t in told),
-            "psnr_db": sum(p["psnr_db"] for t in told for p in t["pictures"]) / sum(len(t["pictures"]) for t in told),
-            "perceptual_distance": sum(p["perceptual_distance"] for t in told for p in t["pictures"])
-            / sum(len(t["pictures"]) for t in told),
-            "params": recipe.cloaks[cloak].params,
-        }
-        for cloak, told in costs.items()
-    }
-    write_json(RESULTS / "images.json", {
-        "command": f"python images_table.py FOLDER --subjects {' '.join(args.subjects)}"
-        + (f" --budget {args.budget:g}" if args.budget is not None else "")
-        + "".join(f" --model {name}=FOLDER" for name in hardened) + "".join(f" --set {change}" for change in args.set),
-        "base_digest": weights_digest(load_model(recipe.base).folder), "attacks": ATTACKS,
-        "purifiers": {name: spec.model_dump() for name, spec in recipe.purifiers.items()}, "cloaks": looks, "rows": rows,
+            costs.setdefault(pending[future], []).append(future.result())
+            print("cloaked", pending[future], flush=True)
+        running = [
+            pool.submit(run, args.folder, recipe, unit, sources.get(unit.guard, recipe.base), args.tell)
+            for unit in units
+        ]
+        for ended in as_completed(running):
+            unit, place = ended.result()
+            if place is None:
+                continue
+            done[unit] = place
+            scores = [score for score in json.loads(place.read_text())["scores"] if score is not None]
+            print(*unit, f"{sum(scores) / len(scores):.2f}" if scores else "-", flush=True)
+    done = {unit: done[unit] for unit in units if unit in done}
+    rows = rows_of(done, args.subjects, args.controls)
+    known = json.loads(file.read_text()) if file.exists() else {"rows": [], "cloaks": {}, "hardened": {}}
+    keys = ("guard", "attack", "condition", "people")
+    new = {tuple(row[key] for key in keys) for row in rows}
+    rows += [row for row in known["rows"] if tuple(row[key] for key in keys) not in new]
+    hardened = {}
+    for name, source in list(sources.items())[1:]:
+        told = json.loads((Path(source).parent / "harden.json").read_text())
+        hardened[name] = {key: told[key] for key in ("seconds", "unet_forward_equivalents", "params", "model_digest")}
+    write_json(file, {
+        "command": "recipes/avatar-base/images.sh FOLDER", "base_digest": weights_digest(load_model(recipe.base).folder),
+        "budget": args.budget, "attacks": ATTACKS, "pictures": COUNT,
+        "purifiers": {name: spec.model_dump() for name, spec in recipe.purifiers.items()},
+        "cloaks": known["cloaks"] | looks_of(recipe, costs), "hardened": known["hardened"] | hardened, "rows": rows,
     })  # fmt: skip
+    sheet(done, args.subjects[0], file.with_suffix(".jpg"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Trains what the purifiers of the embedded world need, on renders that no registry has: a restorer and a pixel diffusion model.
 
 python train_purifiers.py FOLDER --what restorer        writes guardsmith/builtin/restorers/avatar.safetensors
-python train_purifiers.py FOLDER --what pixel           writes guardsmith/builtin/pixel/ (UNet2DModel and schedule)
+python train_purifiers.py FOLDER --what pixel           writes guardsmith/builtin/pixels/avatar/ (UNet2DModel and schedule)
 
 Pictures are those of registries/bystanders.parquet; a killed run goes on from FOLDER. The restorer sees pictures with noise of up
 to 12 of 255 (not cloaks), shrinks them by two and is to give the clean ones back. The pixel model is an ordinary DDPM on 32-pixel
@@ -140,8 +140,8 @@ def main() -> None:
             return F.mse_loss(network(scheduler.add_noise(clean, noise, times), times, return_dict=False)[0], noise)
 
         loss = run("pixel", unet, denoising, args.folder, args.steps, 1e-3)
-        unet.half().save_pretrained(BUILTIN / "pixel")
-        scheduler.save_pretrained(BUILTIN / "pixel")
+        unet.half().save_pretrained(BUILTIN / "pixels" / "avatar")
+        scheduler.save_pretrained(BUILTIN / "pixels" / "avatar")
     print(f"{args.what}: loss {loss:.4f} after {time.monotonic() - began:.0f} s")
 
 

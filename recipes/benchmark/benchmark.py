@@ -10,12 +10,14 @@ Parts, each with its raw samples in docs/results/benchmark.json (parts that were
     floor        U-Net steps of the embedded base: time against FLOPs over the rate of this machine's matrix products
     memory       peak memory of short hardenings, as --dry-run estimates it and as it is
     matrix       attacks one after the other with nothing shared, and by `guardsmith verify`
+    cloaks       a picture of 512 pixels: RID's network in the paper's shape, and steps of AdvDM on Stable Diffusion 1.5's layout
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -35,6 +37,9 @@ from plain_apdm import Plain
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from guardsmith.attacks import AttackData
+from guardsmith.cloaks import advdm, aspl
+from guardsmith.cloaks.rid import Defender, applied
 from guardsmith.drawing import drawn_by
 from guardsmith.losses import draw_rows, row_losses
 from guardsmith.matrix import Judged, class_file, plan_units, run_unit, run_units
@@ -275,6 +280,36 @@ def memory(width: int, size: int) -> dict[str, Any]:
     return found
 
 
+def cloaks() -> dict[str, Any]:
+    """Seconds for one picture of 512 pixels, by networks of the papers' sizes with random weights.
+
+    AdvDM and ASPL are so many steps on the pixels; some of AdvDM's are measured. A step of ASPL on the pixels is the same work;
+    training its surrogate between them comes on top (not measured: it does not fit into the memory of a laptop).
+    """
+    model = stable_diffusion(320, 64)
+    picture = torch.rand((1, 3, model.image_size, model.image_size), generator=generator(1)) * 2 - 1
+    defender = Defender(model.image_size, 16, 1152, 14, 8)
+    passes = []
+    with torch.no_grad():
+        for _ in range(6):
+            began = time.perf_counter()
+            applied(defender, picture, 8)
+            passes.append(time.perf_counter() - began)
+    ends = [time.perf_counter()]
+    advdm.cloak(
+        [model], AttackData(picture, picture[:0], "sks", "person"), advdm.AdvdmConfig(steps=4), seed=0,
+        on_step=lambda _: ends.append(time.perf_counter()),
+    )  # fmt: skip
+    steps = [after - before for before, after in itertools.pairwise(ends)][1:]
+    settings = aspl.AsplConfig()
+    taken = {"advdm": advdm.AdvdmConfig().steps, "aspl, without its surrogate": settings.rounds * settings.steps}
+    one = statistics.median(passes[1:])
+    return {
+        "rid_seconds": passes[1:], "rid_weights": sum(p.numel() for p in defender.parameters()), "step_seconds": steps,
+        "steps": taken, "ratios": {name: count * statistics.median(steps) / one for name, count in taken.items()},
+    }  # fmt: skip
+
+
 WATCHED = """
 import resource, sys
 from guardsmith.cli import main
@@ -288,6 +323,7 @@ sys.exit(code)
 PARTS = {
     "embedded": lambda args: embedded(), "sd15": lambda args: sd15(args.width, args.size), "floor": lambda args: floor(),
     "matrix": lambda args: matrix(), "memory": lambda args: memory(args.width, args.size),
+    "cloaks": lambda args: cloaks(),
 }  # fmt: skip
 
 
@@ -342,6 +378,14 @@ def print_table(known: dict[str, Any]) -> None:
             table.add_row(
                 label, f"{told['estimated_gib']['together']:.3g}", f"{told['peak_gib']:.3g}", f"{told['ratio']:.2f}"
             )
+    if "cloaks" in known:
+        told = known["cloaks"]
+        for name, count in told["steps"].items():
+            table.add_row(
+                f"a picture of 512 px, {name} ({count} steps) against RID: s",
+                f"{count * statistics.median(told['step_seconds']):.3g}", f"{statistics.median(told['rid_seconds']):.3g}",
+                f"{told['ratios'][name]:.0f}",
+            )  # fmt: skip
     for rows, told in known.get("floor", {}).items():
         if isinstance(told, dict) and "floor_ratio" in told:
             label = f"training step of the embedded U-Net, {rows} rows: s, against its floor"
