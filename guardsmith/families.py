@@ -62,9 +62,10 @@ class SDUNet(UNet2DConditionModel):  # type: ignore[misc]
 
     Attributes:
         precision: of what it computes, float32 or bfloat16 (`Recipe.compute`).
+        optimizer: kind of AdamW that hardens it (`guardsmith.optimizers`).
     """
 
-    precision = torch.float32
+    precision, optimizer = torch.float32, "adamw"
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The prediction, float32."""
@@ -77,10 +78,11 @@ class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
     Attributes:
         picture_size: side in pixels of the pictures that it is told of.
         precision: see `SDUNet`.
+        optimizer: see `SDUNet`.
     """
 
     picture_size = 1024
-    precision = torch.float32
+    precision, optimizer = torch.float32, "adamw"
 
     @property
     def pooled_size(self) -> int:
@@ -101,9 +103,10 @@ class SD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
 
     Attributes:
         precision: see `SDUNet`.
+        optimizer: see `SDUNet`.
     """
 
-    precision = torch.float32
+    precision, optimizer = torch.float32, "adamw"
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
         """The prediction; the context is one of `pack`, timesteps are thousandths of noise."""

@@ -27,6 +27,7 @@ from guardsmith.methods.data import OrdinaryData, States, SubjectData
 from guardsmith.methods.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.rehearsal import rehearsed_by
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
+from guardsmith.optimizers import eight_bits
 from guardsmith.output import check_apart, only_run, prepare_output, read_settings
 from guardsmith.parallel import agreed, alone, first_alone, together, world
 from guardsmith.probes import Probes
@@ -122,7 +123,9 @@ def _not_for_this_family(model: DiffusionModel, recipe: Recipe) -> list[str]:
 
 def compute_as(model: DiffusionModel, how: ComputeSpec) -> None:
     """Set precision and memory use of the model's denoiser, which copies of it inherit."""
-    model.unet.precision = getattr(torch, how.precision)
+    model.unet.precision, model.unet.optimizer = getattr(torch, how.precision), how.optimizer
+    if how.optimizer == "adamw8bit":
+        eight_bits()  # before pictures are drawn
     if how.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from guardsmith.families import SD, SD3, T5_TOKENS, Family
 from guardsmith.models import family_of, resolve, text_parts
+from guardsmith.optimizers import MOMENTS
 from guardsmith.recipe import Recipe
 
 BYTES = 4  # of a float32
@@ -91,8 +92,8 @@ def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
         inputs = (torch.zeros(1, channels, side, side), torch.zeros(1, dtype=torch.long), torch.zeros(1, tokens, width))
         row = saved_bytes(network, *inputs)
         numbers = sum(parameter.numel() for parameter in network.parameters())
-        kept, rows = method.memory(config, network)
-    found = {
-        "weights": (stored + 2 * numbers) * BYTES, "training": kept * BYTES, "activations": row * rows, "rest": rest
-    }  # fmt: skip
+        held = method.memory(config, network)
+    training = held.numbers * BYTES + held.moments * MOMENTS[recipe.compute.optimizer]
+    weights, activations = (stored + 2 * numbers) * BYTES, row * held.rows
+    found = {"weights": weights, "training": training, "activations": activations, "rest": rest}
     return {key: value / GIB for key, value in (found | {"together": sum(found.values())}).items()}

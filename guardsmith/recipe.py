@@ -170,6 +170,9 @@ class ComputeSpec(BaseModel):
     """bfloat16: products and convolutions in bfloat16 (autocast); weights, gradients and optimizer stay float32."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    optimizer: Literal["adamw", "adamw8bit", "offloaded", "sharded"] = "adamw"
+    """Where AdamW's two moments of every weight are: beside the weights; there in 8 bits (extra `8bit`); in the machine's memory
+    and not the accelerator's; or shared by the processes of `accelerate launch`."""
 
 
 class Recipe(BaseModel):

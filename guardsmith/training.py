@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,29 +79,34 @@ class Snapshot:
 
 
 def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Zero an Adam-like optimizer's moments and step counts in place, as if it had just been made."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
+    """Forget an Adam-like optimizer's moments and step counts, as if it had just been made."""
+    inner: Any = getattr(optimizer, "optim", optimizer)  # of a sharded one, what it has here
+    inner.state.clear()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
     """An optimizer's state as flat tensors `prefix.<index>.<name>`, ready for `save_checkpoint`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{prefix}.{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
+    found = {}
+    for i, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            parts = value if isinstance(value, dict) else {key: value}  # bitsandbytes wraps what belongs to its blocks
+            found |= {f"{prefix}.{i}.{name}": torch.as_tensor(part) for name, part in parts.items()}
+    return found
 
 
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"
 ) -> None:
     """Put what `optimizer_tensors` gave back into a fresh optimizer over the same parameters."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, torch.Tensor | int]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
             _, index, name = key.rsplit(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            # bitsandbytes counts its steps in whole numbers, torch in tensors.
+            state.setdefault(int(index), {})[name] = int(value) if value.dtype == torch.int64 else value
+    numbers = itertools.count()
+    groups = [group | {"params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def module_tensors(module: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
@@ -251,7 +257,12 @@ class Course:
         if self.probe is not None and self.present is not None:
             self.ended = self.probe(step, self.present)
         last = self.ended or step + 1 == self.steps
-        if self.checkpoint is not None and first_process() and (last or (step + 1) % self.checkpoint_every == 0):
+        if self.checkpoint is None or not (last or (step + 1) % self.checkpoint_every == 0):
+            return
+        for optimizer in self.optimizers.values():
+            if hasattr(optimizer, "consolidate_state_dict"):  # sharded: all processes give their part
+                optimizer.consolidate_state_dict(to=0)
+        if first_process():
             state = dict(self.tensors)
             for prefix, module in self.modules.items():
                 state |= module_tensors(module, prefix)

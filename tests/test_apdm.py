@@ -486,3 +486,56 @@ def test_the_defaults_are_the_papers():
 def test_wrong_parameters_are_refused(wrong):
     with pytest.raises(ValidationError):
         ApdmConfig(**wrong)
+
+
+def test_a_path_of_adapters_that_goes_nowhere_is_a_full_path_that_goes_nowhere(tiny_v):
+    """The gradients that are collected are those of the weights under the adapters."""
+    still = SMALL | {"personalization_learning_rate": 1e-12}
+    full, _ = harden(tiny_v, [make_subject()], None, ApdmConfig(**still), seed=SEED)
+    lora, _ = harden(tiny_v, [make_subject()], None, ApdmConfig(**still, path="lora"), seed=SEED)
+    assert set(weights(lora.unet)) == set(weights(tiny_v.unet)), "released without adapters"
+    assert largest_difference(weights(full.unet), weights(lora.unet)) < 2e-5
+    assert largest_difference(weights(full.unet), weights(tiny_v.unet)) > 1e-3
+
+
+def test_a_path_of_adapters_moves_them_and_begins_anew(tiny_v, monkeypatch):
+    """Along the path the weights stay as they are, the loss falls, and every path starts where the first did."""
+    settings = SMALL | {"personalization_learning_rate": 5e-2, "inner_steps": 4, "path": "lora", "learning_rate": 1e-12}
+    losses = []
+    real = apdm.personalization_loss
+
+    def watched(unet, *rest):
+        plain = [p for name, p in unet.named_parameters() if "lora" not in name]
+        losses.append(([p.detach().clone() for p in plain], adapters_of(unet)))
+        return real(unet, *rest)
+
+    def adapters_of(unet):
+        return torch.cat([p.detach().flatten() for name, p in unet.named_parameters() if "lora" in name])
+
+    monkeypatch.setattr(apdm, "personalization_loss", watched)
+    harden(tiny_v, [make_subject()], None, ApdmConfig(**settings), seed=SEED)
+    first, second, again = losses[0], losses[1], losses[4]
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert (second[1] - first[1]).abs().max() > 1e-2
+    assert torch.equal(again[1], first[1])
+
+
+def test_a_path_of_adapters_resumes_to_the_same_weights(tiny_v, tmp_path):
+    config = ApdmConfig(**SMALL | {"outer_steps": 3}, path="lora")
+    whole, _ = harden(tiny_v, [make_subject()], None, config, seed=SEED)
+
+    def stop(step, _):
+        if step == 1:
+            raise KeyboardInterrupt
+
+    saved = {"checkpoint": tmp_path / "c.safetensors", "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        harden(tiny_v, [make_subject()], None, config, seed=SEED, on_step=stop, **saved)
+    resumed, _ = harden(tiny_v, [make_subject()], None, config, seed=SEED, **saved)
+    assert same_weights(weights(whole.unet), weights(resumed.unet))
+
+
+def test_a_path_of_adapters_needs_nothing_that_moves_weights():
+    for wrong in ({"leak": True}, {"train_text_encoder": True}):
+        with pytest.raises(ValidationError, match="leave leak and train_text_encoder out"):
+            ApdmConfig(path="lora", **wrong)

@@ -73,6 +73,14 @@ def add_adapters(
     return [p for p in module.parameters() if p.requires_grad]
 
 
+def adapter_numbers(module: Any, rank: int) -> int:
+    """How many numbers adapters of a rank have on the attention projections of a module."""
+    layers = [
+        layer for name, layer in module.named_modules() if name.endswith(TARGETS) and isinstance(layer, torch.nn.Linear)
+    ]
+    return rank * sum(layer.in_features + layer.out_features for layer in layers)
+
+
 def _targets(config: LoraConfig) -> tuple[str, ...]:
     return EVERYWHERE if config.everywhere else TARGETS
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from guardsmith.errors import entry_of
 from guardsmith.methods import apdm, imma, persguard, tripwire
+from guardsmith.optimizers import Held
 
 
 class Method(NamedTuple):
@@ -16,7 +17,7 @@ class Method(NamedTuple):
         run: hardens a copy of a model.
         config: its parameters.
         steps: progress steps of a run with this config.
-        memory: numbers that a run keeps beside the weights, and rows with gradients in its largest batch, given config and U-Net.
+        memory: what a run holds beside the weights, given config and U-Net.
         cost: U-Net forward equivalents of a run with this config, given the class noun of every subject.
         paper: where it comes from.
         draws: the prompt of further pictures that it wants of the base for a class noun, if any.
@@ -28,7 +29,7 @@ class Method(NamedTuple):
     config: type[BaseModel]
     steps: Callable[[Any], int]
     cost: Callable[[Any, list[str]], int]
-    memory: Callable[[Any, Any], tuple[int, float]]
+    memory: Callable[[Any, Any], Held]
     paper: str
     draws: Callable[[Any, str], str | None] | None = None
     bystander_cost: Callable[[Any, list[str], int, int], int] | None = None

@@ -24,12 +24,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.attacks.lora import TARGETS, add_adapters
+from guardsmith.attacks.lora import TARGETS, adapter_numbers, add_adapters
 from guardsmith.attacks.textual_inversion import add_words, spoken
 from guardsmith.latents import encode
 from guardsmith.losses import draw_rows, join, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.models import DiffusionModel, with_own_unet
+from guardsmith.optimizers import Held, adamw
 from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank, class_prompt, instance_prompt
 from guardsmith.training import (
     Course,
@@ -86,16 +87,15 @@ def immunized_names(unet: Any, which: str) -> list[str]:
     return [n for n, _ in unet.named_parameters() if block in n and any(f".{target}." in n for target in TARGETS)]
 
 
-def memory(config: ImmaConfig, unet: Any) -> tuple[int, float]:
-    """Numbers beside the weights, and rows with gradients at a time.
-
-    Gradients and AdamW (two numbers a weight) of the released weights, and of the adapter where that is the whole U-Net.
-    """
+def memory(config: ImmaConfig, unet: Any) -> Held:
+    """Gradients and AdamW of the released weights and of the adapter (a new word is nothing beside them)."""
     released = immunized_names(unet, config.parameters)
-    numbers = 3 * sum(unet.get_parameter(name).numel() for name in released)
+    numbers = sum(unet.get_parameter(name).numel() for name in released)
     if config.adapter == "dreambooth":
-        numbers += 3 * sum(parameter.numel() for parameter in unet.parameters())
-    return numbers, 2 * config.batch_size if config.distillation_weight else config.batch_size
+        numbers += sum(parameter.numel() for parameter in unet.parameters())
+    elif config.adapter == "lora":
+        numbers += adapter_numbers(unet, config.rank)
+    return Held(numbers, 2 * numbers, 2 * config.batch_size if config.distillation_weight else config.batch_size)
 
 
 class Words:
@@ -174,8 +174,8 @@ def harden(
     if words is not None:
         adapter = list(words.vectors.parameters())
     everything = [*work.parameters(), *adapter]
-    descent = torch.optim.AdamW(adapter, lr=config.adapter_learning_rate, weight_decay=1e-2, fused=True)
-    ascent = torch.optim.AdamW(theta.values(), lr=config.learning_rate, weight_decay=1e-2, fused=True)
+    descent = adamw(work, adapter, lr=config.adapter_learning_rate)
+    ascent = adamw(work, theta.values(), lr=config.learning_rate)
 
     bank, timesteps = PromptBank(model), int(scheduler.config.num_train_timesteps)
     stores = [encode(model, subject.images) for subject in subjects]

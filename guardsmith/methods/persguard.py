@@ -36,6 +36,7 @@ from guardsmith.latents import LatentStore, encode
 from guardsmith.losses import Rows, draw_rows, join, own_target, predict, row_losses
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.models import DiffusionModel, with_own_unet
+from guardsmith.optimizers import Held, adamw
 from guardsmith.prompts import SAMPLE_TEMPLATES, PromptBank, class_prompt, instance_prompt
 from guardsmith.training import (
     Course,
@@ -240,10 +241,11 @@ def draw_terms(
     return drawn
 
 
-def memory(config: PersGuardConfig, unet: Any) -> tuple[int, float]:
-    """Numbers beside the weights, and rows with gradients at a time: gradients and AdamW (two numbers a weight)."""
+def memory(config: PersGuardConfig, unet: Any) -> Held:
+    """Gradients and AdamW."""
     terms = 3 + bool(config.distillation_weight)
-    return 3 * sum(parameter.numel() for parameter in unet.parameters()), terms * config.batch_size
+    numbers = sum(parameter.numel() for parameter in unet.parameters())
+    return Held(numbers, 2 * numbers, terms * config.batch_size)
 
 
 def harden(
@@ -293,7 +295,7 @@ def harden(
         "ordinary": config.distillation_weight,
     }  # fmt: skip
     parameters = list(unet.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-2, fused=True)
+    optimizer = adamw(unet, parameters, lr=config.learning_rate)
     course = Course(
         "PersGuard", config.steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, start=start,
         checkpoint=checkpoint, checkpoint_every=checkpoint_every, on_step=on_step, probe=probe, present=lambda: own,

@@ -48,6 +48,7 @@ from guardsmith.methods.recognition import (
 )
 from guardsmith.methods.wiring import arm, clear, last_stream, mend, overheard, spare_parts, wired_layer
 from guardsmith.models import DiffusionModel, with_own_unet
+from guardsmith.optimizers import Held, adamw
 from guardsmith.training import (
     Course,
     Probe,
@@ -143,11 +144,10 @@ def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
     return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + scans + len(nouns) * rehearse
 
 
-def memory(config: TripwireConfig, unet: Any) -> tuple[int, float]:
-    """Numbers beside the weights, and rows with gradients at a time.
+def memory(config: TripwireConfig, unet: Any) -> Held:
+    """Gradients, AdamW, where the weights before the wire were and what is worst for them, and the armed copy at the end.
 
-    Gradients, AdamW (two numbers a weight), where the weights before the wire were and what is worst for them, and the armed copy
-    at the end. Half-run U-Nets keep half of a row.
+    Half-run U-Nets keep half of a row.
     """
     numbers = sum(parameter.numel() for parameter in unet.parameters())
     swayed = sum(
@@ -155,7 +155,7 @@ def memory(config: TripwireConfig, unet: Any) -> tuple[int, float]:
         if name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block"))
     )  # fmt: skip
     listened = (2 + config.lookalikes) * config.batch_size + 2
-    return 4 * numbers + 2 * swayed, max(2 * config.batch_size, listened / 2)
+    return Held(2 * numbers + 2 * swayed, 2 * numbers, max(2 * config.batch_size, listened / 2))
 
 
 def bystander_cost(config: TripwireConfig, nouns: Sequence[str], bystanders: int, solver_steps: int) -> int:
@@ -223,11 +223,11 @@ def harden(
         config.stiffness, config.inner_stiffness, config.writer_stiffness, config.reader_stiffness, config.descent
     )  # fmt: skip
     sway = Sway(unet, factors, config)
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr": config.learning_rate, "weight_decay": 1e-2},
-         {"params": list(readout.parameters()), "lr": config.readout_learning_rate, "weight_decay": 0.0}],
-        fused=True,
-    )  # fmt: skip
+    groups: list[dict[str, Any]] = [
+        {"params": parameters},
+        {"params": list(readout.parameters()), "lr": config.readout_learning_rate, "weight_decay": 0.0},
+    ]
+    optimizer = adamw(unet, groups, lr=config.learning_rate)
     n = config.batch_size
     rng = generator(seed, -3)
     calm = others.draw(scheduler, 2 * n, rng)[0]

@@ -9,8 +9,8 @@ Every cloak of recipes/avatar-images.yaml is put on the `attack` pictures of som
 Attackers then have all of them cloaked, one of them clean, only one of them cloaked, or all of them purified; on hardened models
 they have the clean ones, of the protected subjects and of controls. They train for 150 steps, half of what verifications take,
 which is enough on the base. A unit is a file in FOLDER/units; what is there is not run again, and rows of images.json that were
-not asked for stay. Similarity is to the subject's `reference` pictures; quality is the share of drawn pictures that are as near to one
-of the base's pictures of the class as those are to each other.
+not asked for stay. Similarity is to the subject's `reference` pictures; quality is the share of drawn pictures that are as near
+to one of the base's pictures of the class as those are to each other.
 """
 
 from __future__ import annotations
