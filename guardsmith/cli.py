@@ -65,6 +65,12 @@ def _report() -> None:
     pass
 
 
+NO_MEMORY = (
+    "out of memory: close other programs, or choose a smaller batch, compute.gradient_checkpointing or another "
+    "compute.optimizer; what was saved is kept, and --resume goes on from it"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (by default with sys.argv) and return the exit code.
 
@@ -85,8 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A command's verdict is a `typer.Exit`, which arrives above as a code. Here the reader of stdout went away.
         return 4 if stop.code == 1 else int(stop.code or 0)
     except MemoryError as error:
-        return _fail("out of memory: close other programs, or choose smaller pictures or a smaller batch", 4, error)
+        return _fail(NO_MEMORY, 4, error)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, on any device
+            return _fail(NO_MEMORY, 4, error)
         if hasattr(error, "format_message"):  # wrong usage; Typer's exception class is not public in every version
             return _usage(error)
         number = system_errno(error)
@@ -149,6 +157,10 @@ def _options(
             help="Where networks run: cpu, cuda, cuda:1, mps, xpu.  [default: an accelerator if there is one]"
         ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="The same bits on any number of cores: one thread, slower."),
+    ] = False,
 ) -> None:
     from guardsmith.progress import STYLES, show_as
 
@@ -162,6 +174,8 @@ def _options(
     if device is not None:
         # Processes inherit it. It is guardsmith.device.VARIABLE, spelt out because torch takes long to import.
         os.environ["GUARDSMITH_DEVICE"] = device
+    if deterministic:
+        os.environ["GUARDSMITH_DETERMINISTIC"] = "1"
 
 
 @report_app.command("schema")

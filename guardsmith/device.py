@@ -19,6 +19,19 @@ from guardsmith.talk import launched
 VARIABLE = "GUARDSMITH_DEVICE"
 """Environment variable with the device's name, which processes inherit; without it the first accelerator that there is."""
 CPU = torch.device("cpu")
+DETERMINISTIC = "GUARDSMITH_DETERMINISTIC"
+"""Environment variable that is 1 where the same seed has to give the same bits."""
+
+
+def settle() -> None:
+    """Where `DETERMINISTIC` says so: one thread, and only operations that give the same bits every time.
+
+    Sums of several threads are rounded in another order on another number of cores.
+    """
+    if os.environ.get(DETERMINISTIC) == "1":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants to be told
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
 
 
 def chosen_device() -> torch.device:

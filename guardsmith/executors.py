@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from guardsmith.device import VARIABLE, chosen_device
+from guardsmith.device import DETERMINISTIC, VARIABLE, chosen_device
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.processes import processes
 from guardsmith.progress import quiet_libraries
@@ -24,7 +24,7 @@ from guardsmith.progress import quiet_libraries
 EXECUTORS = ("local", "ray")
 ADDRESS = "RAY_ADDRESS"
 """Environment variable with the cluster's address, as Ray has it; without it Ray starts on this machine."""
-INHERITED = (VARIABLE, "HF_HUB_OFFLINE", "HF_HOME")
+INHERITED = (VARIABLE, DETERMINISTIC, "HF_HUB_OFFLINE", "HF_HOME")
 """Environment variables that its workers get."""
 RETRIES = 3  # workers that a job may lose
 

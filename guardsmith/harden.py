@@ -38,7 +38,7 @@ from guardsmith.records import folder_digest, read_record, write_json
 from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
 from guardsmith.registry_images import files_of
 from guardsmith.registry_types import ImageEntry
-from guardsmith.talk import first_process
+from guardsmith.talk import first_process, launched
 from guardsmith.trackers import check_trackers, tracked
 from guardsmith.training import UNetCost, changed_fraction, finished_state, save_checkpoint
 
@@ -141,6 +141,8 @@ def run_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "processes": launched(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

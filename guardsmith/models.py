@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from guardsmith.device import chosen_device, put
+from guardsmith.device import chosen_device, put, settle
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.families import PIPELINES, SD, SD3, SDXL, Family
 
@@ -252,6 +252,7 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
             )
     unet, vae = loaded[family.denoiser][0], loaded["vae"][0]
     _check_widths(source, family, unet, [encoder for encoder, _ in texts])
+    settle()
     device = chosen_device()
     for network, _ in loaded.values():
         put(network, device)

@@ -86,7 +86,7 @@ def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
     """An optimizer's state as flat tensors `prefix.<index>.<name>`, ready for `save_checkpoint`."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for i, entry in optimizer.state_dict()["state"].items():
         for key, value in entry.items():
             parts = value if isinstance(value, dict) else {key: value}  # bitsandbytes wraps what belongs to its blocks

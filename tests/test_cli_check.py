@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import guardsmith
@@ -204,6 +205,12 @@ def test_no_command_prints_help(arguments, capsys):
         (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, ["no permission", "/out"]),
         (OSError(errno.EROFS, "Read-only file system", "/out"), 2, ["/out"]),
         (MemoryError(), 4, ["out of memory"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 4, ["out of memory:", "--resume"]),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+            4,
+            ["out of memory:", "smaller batch"],
+        ),
         (ZeroDivisionError("division by zero"), 4, ["division by zero", "bug", "GUARDSMITH_DEBUG=1"]),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 4, ["bug"]),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 4, []),

@@ -4,6 +4,10 @@ No accelerator is here, so torch's meta device plays one: it has shapes and no n
 CPU, which is what goes wrong first on a real one. Numbers that come back from it are a tenth.
 """
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +16,7 @@ from test_apdm import make_ordinary, make_subject
 from test_attacks import make_data
 from test_cloaks import SMALL as CLOAKS_SMALL
 from test_cloaks import defender  # noqa: F401 (a fixture)
+from test_parallel import recipe_for
 from tiny import assert_one_sentence, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -182,3 +187,30 @@ def test_a_picture_is_redrawn_as_diffusers_does(tiny_v):
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images  # fmt: skip
     assert torch.allclose(found, wanted.float() * 2 - 1, atol=1e-5)
+
+
+DIGEST = """
+import sys, torch
+from guardsmith.cli import main
+from guardsmith.models import load_model, weights_digest
+code = main(sys.argv[2:])
+print(weights_digest(load_model(sys.argv[1]).folder), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+sys.exit(code)
+"""
+
+
+def test_deterministic_gives_the_same_bits_on_any_number_of_cores(v_folder, tmp_path):
+    told = set()
+    for threads in ("1", "2"):
+        out = tmp_path / threads
+        recipe = recipe_for("persguard", v_folder, tmp_path)
+        command = ["--deterministic", "harden", "--recipe", recipe, "--output", out]
+        done = subprocess.run(
+            [sys.executable, "-c", DIGEST, out / "model", *command], env=os.environ | {"OMP_NUM_THREADS": threads},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        told.add(done.stdout)
+        run = json.loads((out / "harden.json").read_text())["run"]
+        assert run["deterministic"] and run["threads"] == run["processes"] == 1
+    [only] = told
+    assert only.split()[1:] == ["1", "True"]

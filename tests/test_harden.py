@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from guardsmith.models import load_model, weights_digest
 from guardsmith.recipe import load_recipe, recipe_names
 from guardsmith.registry import load_registry
 from guardsmith.registry_add import add_subject
+from guardsmith.training import load_checkpoint
 
 OUTER, INNER, BATCH = 3, 2, 1
 RECIPE = f"""\
@@ -322,6 +324,45 @@ def test_a_killed_process_can_be_resumed(run, recipe, finished_longest, tmp_path
     assert info["model_digest"] == weights_digest(output / "model") == finished_longest["model_digest"]
     assert leftovers(output) == []
     assert not (output / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
+def test_a_run_that_is_killed_five_times_gives_the_weights_of_an_unbroken_one(recipe, tmp_path):
+    """At random moments: while it draws, trains, saves, or before it has begun."""
+    steps = ["--set", "method.params.outer_steps=600", "--set", "method.params.inner_steps=2"]
+    whole = harden_quietly(recipe, tmp_path / "whole", *steps[1::2])
+    output, rng, reached = tmp_path / "out", random.Random(0), []
+    command = [
+        sys.executable,
+        "-m",
+        "guardsmith",
+        "--progress",
+        "json",
+        "harden",
+        "--recipe",
+        recipe,
+        "--output",
+        output,
+        *steps,
+    ]
+    for time_number in range(5):
+        resume = ["--resume"] if (output / "settings.json").exists() else []
+        with subprocess.Popen([*command, *resume], stderr=subprocess.PIPE, text=True) as child:
+            for line in child.stderr:
+                told = json.loads(line) if line.startswith("{") else {}
+                if told.get("stage", "").startswith("hardening"):
+                    break
+            time.sleep(rng.random() * 2)
+            child.send_signal(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL, f"it had ended before it was killed the time {time_number}"
+        saved = output / "checkpoints/last.safetensors"
+        reached.append(len(load_checkpoint(saved)[1]["history"]) if saved.exists() else 0)
+    assert reached == sorted(reached) and len(set(reached)) > 1, "what was saved is not lost"
+    loaded = load_recipe(str(recipe), steps[1::2])
+    again = harden(load_registry(loaded.subjects), loaded, output, resume=True)
+    assert again["model_digest"] == whole["model_digest"]
+    assert again["history"] == whole["history"]
 
 
 def test_losses_go_to_trackers_and_no_names_do(run, finished, tmp_path, monkeypatch):
