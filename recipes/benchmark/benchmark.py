@@ -9,7 +9,11 @@ Parts, each with its raw samples in docs/results/benchmark.json (parts that were
     sd15         the same on a U-Net of Stable Diffusion 1.5's layout with random weights, at the width and size that are given
     floor        U-Net steps of the embedded base: time against FLOPs over the rate of this machine's matrix products
     memory       peak memory of short hardenings, as --dry-run estimates it and as it is
+    memory-sd15  the same at the full size of Stable Diffusion 1.5, of those that a machine of 24 GB has room for
     matrix       attacks one after the other with nothing shared, and by `guardsmith verify`
+    variants     the same step in channels-last, compiled, in bfloat16, with activations computed again or other optimizers; and
+                 what a row takes in larger batches, which is all that several attackers in one forward could win
+    growth       seconds against the number of subjects, pictures and attacks and the size of the U-Net, with a line through them
     cloaks       a picture of 512 pixels: RID's network in the paper's shape, and steps of AdvDM on Stable Diffusion 1.5's layout
 """
 
@@ -28,10 +32,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from plain_apdm import Plain
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,14 +47,17 @@ from guardsmith.attacks import AttackData
 from guardsmith.cloaks import advdm, aspl
 from guardsmith.cloaks.rid import Defender, applied
 from guardsmith.drawing import drawn_by
+from guardsmith.errors import GuardsmithError
+from guardsmith.harden import compute_as, harden
 from guardsmith.losses import draw_rows, row_losses
 from guardsmith.matrix import Judged, class_file, plan_units, run_unit, run_units
 from guardsmith.methods import apdm
 from guardsmith.methods.apdm import ApdmConfig
 from guardsmith.methods.data import SubjectData
 from guardsmith.models import DiffusionModel, builtin_path, load_model, weights_digest, with_own_unet
+from guardsmith.optimizers import adamw
 from guardsmith.prompts import class_prompt
-from guardsmith.recipe import Recipe, load_recipe
+from guardsmith.recipe import ComputeSpec, Recipe, load_recipe
 from guardsmith.records import write_json
 from guardsmith.registry import load_registry
 from guardsmith.training import generator, optimizer_step
@@ -154,32 +163,12 @@ def floor() -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     model = load_model("builtin:avatar")
-    own = with_own_unet(model)
-    own.unet.requires_grad_(True)
-    parameters = list(own.unet.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     found: dict[str, Any] = {}
     for rows in (2, 5, 32):
-        side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
-        batch = draw_rows(
-            torch.randn(rows, channels, side, side, generator=generator(2)),
-            torch.randn(
-                1, model.tokenizer.model_max_length, model.unet.config.cross_attention_dim, generator=generator(3)
-            ),
-            generator(4),
-        )
-
-        def step(batch: Any = batch) -> None:
-            row_losses(own.unet, own.scheduler, batch).mean().backward()
-            optimizer_step(optimizer, parameters)
-
+        step = unet_step(model, rows)
         with FlopCounterMode(display=False) as counter:
             step()
-        samples = []
-        for _ in range(10):
-            began = time.perf_counter()
-            step()
-            samples.append(time.perf_counter() - began)
+        samples = seconds_of(step, 10)
         rate = matrix_product_rate()
         with profile(activities=[ProfilerActivity.CPU]) as watched:
             for _ in range(3):
@@ -195,7 +184,150 @@ def floor() -> dict[str, Any]:
     return found
 
 
-ATTACKS = {
+def unet_step(model: DiffusionModel, rows: int, how: ComputeSpec | None = None, layout: str = "") -> Callable[[], None]:
+    """A training step of a copy of the U-Net on rows of noise.
+
+    Args:
+        model: whose.
+        rows: how many.
+        how: precision, activations and optimizer.
+        layout: "channels-last" or "compiled".
+    """
+    own = with_own_unet(model)
+    compute_as(own, how or ComputeSpec())
+    unet: Any = own.unet.requires_grad_(True)
+    parameters = list(unet.parameters())
+    if layout == "channels-last":
+        unet = unet.to(memory_format=torch.channels_last)
+    if layout == "compiled":
+        unet = torch.compile(unet)
+    optimizer = adamw(own.unet, parameters, lr=1e-5)
+    side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
+    latents = torch.randn(rows, channels, side, side, generator=generator(2))
+    width, tokens = model.unet.config.cross_attention_dim, model.tokenizer.model_max_length
+    batch = draw_rows(latents, torch.randn(1, tokens, width, generator=generator(3)), generator(4))
+
+    def step() -> None:
+        row_losses(unet, own.scheduler, batch).mean().backward()
+        optimizer_step(optimizer, parameters)
+
+    return step
+
+
+def seconds_of(step: Callable[[], None], times: int) -> list[float]:
+    """Of so many calls, after one that does not count."""
+    step()
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        step()
+        found.append(time.perf_counter() - began)
+    return found
+
+
+VARIANTS: dict[str, tuple[ComputeSpec, str]] = {
+    "as it is": (ComputeSpec(), ""),
+    "channels-last": (ComputeSpec(), "channels-last"),
+    "compiled": (ComputeSpec(), "compiled"),
+    "bfloat16": (ComputeSpec(precision="bfloat16"), ""),
+    "activations computed again": (ComputeSpec(gradient_checkpointing=True), ""),
+    "moments in 8 bits": (ComputeSpec(optimizer="adamw8bit"), ""),
+}
+
+
+def variants(width: int, size: int) -> dict[str, Any]:
+    """Each way of computing a step by turns, on the embedded base and on Stable Diffusion 1.5's layout."""
+    found: dict[str, Any] = {"width": width, "latent_size": size}
+    for label, model, rows, times in (
+        ("embedded", load_model("builtin:avatar"), 16, 8), ("sd15", stable_diffusion(width, size), 2, 2),
+    ):  # fmt: skip
+        samples: dict[str, Any] = {}
+        for name, (how, layout) in VARIANTS.items():
+            try:
+                samples[name] = seconds_of(unet_step(model, rows, how, layout), times)
+            except (GuardsmithError, RuntimeError) as error:  # not installed, or no compiler
+                samples[name] = str(error).splitlines()[0]
+        usual = statistics.median(samples["as it is"])
+        found[label] = {"rows": rows, "seconds": samples, "speed": {
+            name: usual / statistics.median(seconds) for name, seconds in samples.items() if isinstance(seconds, list)
+        }}  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as attacks run
+    model = load_model("builtin:avatar")
+    by_rows = {rows: seconds_of(unet_step(model, rows), 6) for rows in (4, 8, 16, 32)}
+    torch.set_num_threads(threads)
+    each = {rows: statistics.median(seconds) / rows for rows, seconds in by_rows.items()}
+    return found | {"stacked": {"seconds": by_rows, "seconds_a_row": each, "most_to_win": each[4] / min(each.values())}}
+
+
+def line_through(points: dict[int, float]) -> dict[str, float]:
+    """Least squares: value = start + slope * number, and the share of the variance that it explains."""
+    numbers, values = list(points), list(points.values())
+    slope, start = statistics.linear_regression(numbers, values)
+    explained = statistics.correlation(numbers, values) ** 2 if len(set(values)) > 1 else 1.0
+    return {"start": start, "slope": slope, "explained": explained}
+
+
+def registry_of(place: Path, subjects: int, pictures: int) -> Path:
+    """So many of the shipped subjects, with so many pictures to harden on, and one control."""
+    known = ROOT / "registries" / "avatars.yaml"
+    told = yaml.safe_load(known.read_text())
+    told["subjects"], told["controls"] = told["subjects"][:subjects], told["controls"][:1]
+    for each in (*told["subjects"], *told["controls"]):
+        shown = [image for image in each["images"] if image["split"] == "harden"]
+        each["images"] = [image for image in each["images"] if image not in shown[pictures:]]
+        for image in each["images"]:
+            image["path"] = str(known.parent / image["path"])
+    file = place / f"{subjects}-{pictures}.yaml"
+    file.write_text(yaml.safe_dump(told, sort_keys=False))
+    return file
+
+
+def growth() -> dict[str, Any]:
+    """Short hardenings by Tripwire with 1 to 6 subjects and 1 to 4 pictures, short verifications, U-Nets of several sizes."""
+    short = ["steps=20", "rehearsal_steps=20", "rehearsal_images=4", "class_images=8", "ordinary_images=16"]
+    changes = [f"method.params.{change}" for change in short] + ["probe.times=0"]
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+
+        def hardened(subjects: int, pictures: int) -> tuple[float, int]:
+            recipe = load_recipe("demo", changes)
+            told = harden(
+                load_registry(registry_of(place, subjects, pictures)), recipe, place / f"{subjects}-{pictures}"
+            )
+            return told["seconds"], told["unet_forward_equivalents"]
+
+        for what, runs in (
+            ("subjects", {n: hardened(n, 4) for n in (1, 2, 4, 6)}), ("pictures", {n: hardened(1, n) for n in (1, 2, 3)})
+        ):  # fmt: skip
+            seconds, forwards = ({n: run[which] for n, run in runs.items()} for which in (0, 1))
+            found[what] = {"seconds": seconds, "seconds_line": line_through(seconds), "forward_equivalents": forwards,
+                           "forward_equivalents_line": line_through(forwards)}  # fmt: skip
+        registry = load_registry(registry_of(place, 1, 4))
+        times = {}
+        for count in (1, 2, 4):
+            names = list(ATTACKS)[:count]
+            attacks = {name: ATTACKS[name] | {"params": ATTACKS[name]["params"] | {"steps": 60}} for name in names}
+            recipe = load_recipe("avatar-attacks", [f"verify.attacks={json.dumps(attacks)}"])
+            shared = Judged(load_model(recipe.base), weights_digest(builtin_path("avatar")), place / f"attacks-{count}")
+            units = list(plan_units(registry, recipe, {"base": shared}))
+            for noun in dict.fromkeys(unit.noun for unit in units):
+                draw_class(shared, noun, recipe)
+            began = time.perf_counter()
+            run_units(units)
+            times[count] = time.perf_counter() - began
+        found["attacks"] = {"seconds": times, "seconds_line": line_through(times)}
+    sizes = {}
+    for width in (32, 64, 96, 128):
+        model = stable_diffusion(width, 8)
+        millions = round(sum(p.numel() for p in model.unet.parameters()) / 1e6)
+        sizes[millions] = statistics.median(seconds_of(unet_step(model, 2), 3))
+    found["million_weights"] = {"seconds": sizes, "seconds_line": line_through(sizes)}
+    return found
+
+
+ATTACKS: dict[str, dict[str, Any]] = {
     "dreambooth": {"name": "dreambooth", "params": {"learning_rate": 3e-4, "steps": 300, "batch_size": 2}},
     "lora-4": {"name": "lora", "params": {"learning_rate": 2e-3, "steps": 300, "batch_size": 2, "rank": 4}},
     "lora-32": {"name": "lora", "params": {"learning_rate": 2e-3, "steps": 300, "batch_size": 2, "rank": 32}},
@@ -244,15 +376,24 @@ def draw_class(judged: Judged, noun: str, recipe: Recipe) -> None:
     drawn_by(judged.model, recipe, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}")
 
 
-SHORT = {
-    "apdm": {"outer_steps": 2, "inner_steps": 2, "batch_size": 1},
-    "persguard": {"steps": 2, "batch_size": 1, "ordinary_images": 2},
-    "imma": {"steps": 4, "batch_size": 1, "ordinary_images": 2},
-    "tripwire": {"steps": 2, "batch_size": 2, "rehearsal_steps": 0, "ordinary_images": 2},
-}  # of each method, as few steps as its peak needs
+APDM = {"outer_steps": 1, "inner_steps": 2, "batch_size": 1}
+SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "apdm": ("apdm", APDM, {}),
+    "apdm, moments in 8 bits": ("apdm", APDM, {"optimizer": "adamw8bit"}),
+    "apdm, activations computed again": ("apdm", APDM, {"gradient_checkpointing": True}),
+    "apdm along adapters, attention": ("apdm", APDM | {"path": "lora", "parameters": "attention"}, {}),
+    "persguard": ("persguard", {"steps": 2, "batch_size": 1, "ordinary_images": 2}, {}),
+    "imma": ("imma", {"steps": 4, "batch_size": 1, "ordinary_images": 2}, {}),
+    "tripwire": ("tripwire", {"steps": 2, "batch_size": 2, "rehearsal_steps": 0, "ordinary_images": 2}, {}),
+}  # method, as few steps as its peak needs, how it computes
+LEAN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "apdm along adapters, attention": SHORT["apdm along adapters, attention"],
+    "apdm, moments in 8 bits, activations computed again":
+        ("apdm", APDM, {"optimizer": "adamw8bit", "gradient_checkpointing": True}),
+}  # fmt: skip
 
 
-def memory(width: int, size: int) -> dict[str, Any]:
+def memory(width: int, size: int, runs: dict[str, tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     """Peak memory of short hardenings, as `--dry-run` estimates it and as the system measures it."""
     found: dict[str, Any] = {"width": width, "latent_size": size}
     model = stable_diffusion(width, size)
@@ -263,20 +404,22 @@ def memory(width: int, size: int) -> dict[str, Any]:
             **parts, tokenizer=model.tokenizer, scheduler=model.scheduler, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
         ).save_pretrained(folder)  # fmt: skip
-        for name, params in SHORT.items():
-            recipe = Path(place) / f"{name}.yaml"
-            asked = {"method": {"name": name, "params": params | {"class_images": 4}}, "base": str(folder),
+        del model, parts  # there is room for one of them only
+        for number, (label, (method, params, how)) in enumerate(runs.items()):
+            recipe, out = Path(place) / f"{number}.yaml", Path(place) / str(number)
+            asked = {"method": {"name": method, "params": params | {"class_images": 4}}, "base": str(folder), "compute": how,
                      "sampling": {"steps": 2, "batch": 1}, "probe": {"times": 0}}  # fmt: skip
             recipe.write_text(json.dumps(asked))
-            out = Path(place) / name
             command = [sys.executable, "-c", WATCHED, "harden", "--recipe", str(recipe), "--output", str(out), "--subjects",
                        str(ROOT / "registries" / "demo.yaml")]  # fmt: skip
             dry = subprocess.run([*command, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True)
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             told = json.JSONDecoder().raw_decode(dry.stdout)[0]["memory_gib"]
-            peak = float(run.stdout.splitlines()[-1]) / 2**20
-            found[name] = {"estimated_gib": told, "peak_gib": peak, "ratio": told["together"] / peak}
-            shutil.rmtree(out)
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            found[label] = {"estimated_gib": told}
+            if run.returncode == 0:
+                peak = float(run.stdout.splitlines()[-1]) / 2**20
+                found[label] |= {"peak_gib": peak, "ratio": told["together"] / peak}
+            shutil.rmtree(out, ignore_errors=True)
     return found
 
 
@@ -322,15 +465,17 @@ sys.exit(code)
 
 PARTS = {
     "embedded": lambda args: embedded(), "sd15": lambda args: sd15(args.width, args.size), "floor": lambda args: floor(),
-    "matrix": lambda args: matrix(), "memory": lambda args: memory(args.width, args.size),
-    "cloaks": lambda args: cloaks(),
+    "matrix": lambda args: matrix(), "memory": lambda args: memory(args.width, args.size, SHORT),
+    "memory-sd15": lambda args: memory(320, 64, LEAN),
+    "cloaks": lambda args: cloaks(), "variants": lambda args: variants(args.width, args.size),
+    "growth": lambda args: growth(),
 }  # fmt: skip
 
 
 def main() -> None:
     """Measure what is asked for, each part in a process of its own, and write everything down."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--what", nargs="+", choices=PARTS, default=["embedded", "sd15", "floor"])
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
         "--width", type=int, default=160, help="channels of the first block (Stable Diffusion 1.5: 320)"
     )
@@ -345,7 +490,9 @@ def main() -> None:
         return
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.what:
-        settings = ["--width", str(args.width), "--size", str(args.size)] if part in ("sd15", "memory") else []
+        settings = (
+            ["--width", str(args.width), "--size", str(args.size)] if part in ("sd15", "memory", "variants") else []
+        )
         command = [sys.executable, __file__, "--what", part, *settings]
         done = subprocess.run([*command, "--here"], stdout=subprocess.PIPE, text=True, check=True)
         told = json.loads(done.stdout.splitlines()[-1])
@@ -353,8 +500,23 @@ def main() -> None:
         machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.machine(),
                    "torch": torch.__version__}  # fmt: skip
         known[part] = {"command": words, "machine": machine} | told
+        known["summary"] = summary(known)
         write_json(RESULTS, known)
     print_table(known)
+
+
+def summary(known: dict[str, Any]) -> dict[str, float]:
+    """The figures that are aimed for, of the parts that there are."""
+    found = {
+        name: known[part]["ratio"]
+        for name, part in (("apdm_step_ratio_embedded", "embedded"), ("apdm_step_ratio_sd15", "sd15"), ("matrix_ratio", "matrix"))
+        if part in known
+    }  # fmt: skip
+    if "floor" in known:
+        found["floor_ratio"] = known["floor"]["32"]["floor_ratio"]
+    if "sd15" in known:
+        found["peak_rss_gib"] = known["sd15"]["peak_rss_gib"]
+    return found
 
 
 def print_table(known: dict[str, Any]) -> None:
@@ -372,12 +534,20 @@ def print_table(known: dict[str, Any]) -> None:
                 for key in ("plain_seconds", "guardsmith_seconds")
             )
             table.add_row(label, f"{plain:.3g}", f"{ours:.3g}", f"{told['ratio']:.2f}")
-    for method, told in known.get("memory", {}).items():
-        if method in SHORT:
-            label = f"{method}, small SD1.5: peak memory in GiB (estimated, measured)"
-            table.add_row(
-                label, f"{told['estimated_gib']['together']:.3g}", f"{told['peak_gib']:.3g}", f"{told['ratio']:.2f}"
-            )
+    for part, size in (("memory", "small SD1.5"), ("memory-sd15", "SD1.5")):
+        for label, told in known.get(part, {}).items():
+            if isinstance(told, dict) and "peak_gib" in told:
+                estimated, peak = told["estimated_gib"]["together"], told["peak_gib"]
+                words = f"{label}, {size}: peak memory in GiB (estimated, measured)"
+                table.add_row(words, f"{estimated:.3g}", f"{peak:.3g}", f"{told['ratio']:.2f}")
+    for label in ("embedded", "sd15"):
+        for name, ratio in known.get("variants", {}).get(label, {}).get("speed", {}).items():
+            table.add_row(f"a training step {name}, {label}: times as fast", "", "", f"{ratio:.2f}")
+    for what, told in known.get("growth", {}).items():
+        if isinstance(told, dict):
+            line = told["seconds_line"]
+            words = f"{line['start']:.1f} s and {line['slope']:.2g} s for each (r2 {line['explained']:.2f})"
+            table.add_row(f"growth with {what.replace('_', ' ')}", "", words, "")
     if "cloaks" in known:
         told = known["cloaks"]
         for name, count in told["steps"].items():
