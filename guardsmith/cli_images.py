@@ -129,8 +129,11 @@ def redteam(
     recipe: RECIPE = None,
     changes: CHANGES = None,
     attack: Annotated[
-        str | None, typer.Option(help="Label of the recipe's DreamBooth attack, whose settings all attackers have.")
-    ] = "dreambooth",
+        str | None,
+        typer.Option(
+            help="Label of the recipe's DreamBooth attack, whose settings all attackers have.  [default: dreambooth, if any]"
+        ),
+    ] = None,
     identifier: IDENTIFIER = "sks",
     class_images: CLASS_IMAGES = 50,
     count: Annotated[int, typer.Option(min=2, help="Pictures that each attacker draws.")] = 16,
@@ -160,7 +163,9 @@ def redteam(
         config(**spec.params)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, f"--purifier {purifier}", list(config.model_fields)))) from error
-    known = chosen.verify.attacks.get(attack or "")
+    known = chosen.verify.attacks.get(attack or "dreambooth")
+    if attack is not None and known is None:
+        raise UserError(f"--attack {attack}: the recipe has {', '.join(chosen.verify.attacks) or 'no attacks'}")
     if known is not None and known.name != "dreambooth":
         raise UserError(f"--attack {attack}: that is {known.name}; name a DreamBooth attack of the recipe")
     files, others = pictures_in(images), pictures_in(references)

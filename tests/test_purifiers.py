@@ -328,6 +328,7 @@ def test_the_command_refuses_in_one_sentence(photos, capsys):
         (["--purifier", "strong"], "there is no purifier 'strong'"),
         (["--judge", "mother"], "there is no such judge"),
         (["--attack", "lora"], "name a DreamBooth attack"),
+        (["--attack", "dreamboth"], "--attack dreamboth: the recipe has"),
         (["--set", "purifiers.weak.params.quality=900"], "quality"),
     ):
         assert cli.main(asked(photos, *more)) == 2, more
