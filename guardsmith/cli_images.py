@@ -209,6 +209,9 @@ def train_rid(
     changes: CHANGES = None,
     seed: SEED = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
     """Train a RID defender, which then cloaks any picture in one pass (guardsmith cloak --method rid)."""
@@ -218,7 +221,13 @@ def train_rid(
     chosen = _recipe(recipe, base[0] if base else None, changes)
     quiet_libraries()
     told = train_defender(
-        pictures, output, bases=base or [chosen.base], params=chosen.defender, seed=seed, resume=resume
+        pictures,
+        output,
+        bases=base or [chosen.base],
+        params=chosen.defender,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
     )
     if as_json:
         typer.echo(json.dumps(told, indent=1))

@@ -1,4 +1,4 @@
-"""The output folder of a hardening: whose it is, what is in it, and that only one run writes there.
+"""The output folder of a hardening (or of another long run): whose it is, what is in it, and that only one run writes there.
 
 out/settings.json      what was asked; a resumed run must ask the same
 out/cache/             class pictures and ordinary pictures drawn by the base
@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,13 @@ WRITTEN = (
 )
 
 
-def read_settings(output: Path) -> dict[str, Any] | None:
-    """What an earlier run was asked, if the folder's settings.json is one of guardsmith's."""
+def read_settings(output: Path, mark: str = "registry_digest") -> dict[str, Any] | None:
+    """What an earlier run was asked, if the folder's settings.json has the mark of that kind of run."""
     try:
         written = json.loads((output / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return written if isinstance(written, dict) and "registry_digest" in written else None
+    return written if isinstance(written, dict) and mark in written else None
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +58,19 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def prepare_output(output: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+def prepare_output(
+    output: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool, mark: str = "registry_digest",
+    written_here: Sequence[str] = WRITTEN,
+) -> None:  # fmt: skip
     """Make the output folder, or agree to go on in it. Overwriting deletes what guardsmith wrote, and nothing else.
+
+    Args:
+        output: folder.
+        settings: of the run.
+        resume: go on in it.
+        overwrite: start anew in it.
+        mark: a key that only settings of this kind of run have.
+        written_here: files and folders that this kind of run writes beside its settings.
 
     Raises:
         UserError: it exists and neither --resume nor --overwrite was given; it was made with other settings or not by
@@ -71,7 +83,7 @@ def prepare_output(output: Path, settings: dict[str, Any], *, resume: bool, over
             raise UserError(
                 f"{output} exists already; go on with --resume, start anew with --overwrite, or name another folder."
             )
-        written = read_settings(output)
+        written = read_settings(output, mark)
         if written is None:
             flag, what = ("--overwrite", "delete it") if overwrite else ("--resume", "write into it")
             raise UserError(f"{output} was not made by guardsmith, so {flag} will not {what}; name another folder.")
@@ -84,7 +96,7 @@ def prepare_output(output: Path, settings: dict[str, Any], *, resume: bool, over
                     "folder."
                 )
             return
-        for name in WRITTEN:  # but not settings.json, so that a broken-off --overwrite can be repeated
+        for name in written_here:  # but not settings.json, so that a broken-off --overwrite can be repeated
             place = output / name
             if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)

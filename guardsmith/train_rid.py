@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,16 @@ from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks import find_cloak
 from guardsmith.cloaks.pixels import load_bases
 from guardsmith.cloaks.rid import RidTraining, train
-from guardsmith.errors import UserError
 from guardsmith.harden import bystander_files
 from guardsmith.images import open_pictures, sha256_file
 from guardsmith.models import DiffusionModel, weights_digest
 from guardsmith.networks import save_network
+from guardsmith.output import only_run, prepare_output
 from guardsmith.progress import stage
 from guardsmith.records import folder_digest, read_record, write_json
 
 DEFENDER = "defender.safetensors"
+WRITTEN = ("training.json", DEFENDER, "pairs.safetensors", "state.safetensors")
 
 
 def make_pairs(
@@ -64,16 +65,18 @@ def train_defender(
     params: dict[str, Any],
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train a defender and write it down.
 
     Args:
         place: pictures to train on (see `Recipe.bystanders`).
-        output: folder; new, or of an interrupted run of the same settings if `resume`.
+        output: folder.
         bases: one, or several of one size (RID-Ensemble).
         params: values of `RidTraining`.
         seed: of everything random.
-        resume: go on.
+        resume: go on with an interrupted run of the same settings.
+        overwrite: delete an earlier run first.
 
     Returns:
         What `training.json` holds.
@@ -87,19 +90,21 @@ def train_defender(
     models = load_bases(bases)
     digests = [weights_digest(model.folder) for model in models]
     settings = {
-        "bases": digests, "pictures": folder_digest(*(sha256_file(file) for file in files)), "seed": seed,
+        "bases": digests, "picture_digest": folder_digest(*(sha256_file(file) for file in files)), "seed": seed,
         "params": config.model_dump(mode="json"),
     }  # fmt: skip
-    if output.exists() and any(output.iterdir()):
-        known = output / "settings.json"
-        if not resume:
-            raise UserError(f"{output} exists already; go on with --resume, or name another folder")
-        if not known.is_file() or json.loads(known.read_text()) != json.loads(json.dumps(settings)):
-            raise UserError(f"{output} was made with other settings, or by something else; name another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    if (output / "training.json").is_file():
-        return read_record(output / "training.json", ("params", "seconds"), "train again")
-    write_json(output / "settings.json", settings)
+    prepare_output(output, settings, resume=resume, overwrite=overwrite, mark="picture_digest", written_here=WRITTEN)
+    with ExitStack() as held:
+        only_run(output, held)
+        if (output / "training.json").is_file():
+            return read_record(output / "training.json", ("params", "seconds"), "train again")
+        return _train(output, files, models, bases, digests, config, seed)
+
+
+def _train(
+    output: Path, files: Sequence[Path], models: Sequence[DiffusionModel], bases: Sequence[str], digests: Sequence[str],
+    config: RidTraining, seed: int,
+) -> dict[str, Any]:  # fmt: skip
     pictures = open_pictures(files, models[0].image_size)
     began = time.monotonic()
     pairs = make_pairs(models, pictures, config, seed, output / "pairs.safetensors")
