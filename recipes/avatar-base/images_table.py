@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ import torch
 import yaml
 from evaluate import RESULTS
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_after_attack
@@ -107,16 +109,26 @@ def write_registry(file: Path, subjects: list[str], controls: list[str]) -> None
     file.write_text(yaml.safe_dump(told, sort_keys=False))
 
 
-def given(model: DiffusionModel, recipe: Recipe, clean: Tensor, cloaked: Tensor, condition: str, noun: str) -> Tensor:
-    """The attacker's pictures."""
+def given(
+    folder: Path, model: DiffusionModel, recipe: Recipe, clean: Tensor, cloaked: Tensor, condition: str, noun: str
+) -> Tensor:
+    """The attacker's pictures; purified ones are kept, for every attack takes the same."""
     if condition == "one clean":
         return torch.cat([clean[:1], cloaked[1:]])
     if condition == "one cloaked":
         return torch.cat([cloaked[:1], clean[1:]])
-    if condition.startswith("purified by "):
-        spec = recipe.purifiers[condition.removeprefix("purified by ")]
-        return purified(spec.name, spec.params, model, cloaked, class_noun=noun, seed=0)
-    return cloaked
+    if not condition.startswith("purified by "):
+        return cloaked
+    spec = recipe.purifiers[condition.removeprefix("purified by ")]
+    file = folder / "purified" / f"{folder_digest(spec.model_dump(), cloaked.tolist())}.safetensors"
+    if file.exists():
+        return load_file(file)["images"]
+    pure = purified(spec.name, spec.params, model, cloaked, class_noun=noun, seed=0)
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}")
+    save_file({"images": pure.contiguous()}, temporary)
+    temporary.replace(file)
+    return pure
 
 
 def class_like(images: Tensor, known: Tensor) -> list[float]:
@@ -171,7 +183,7 @@ def run(folder: Path, recipe: Recipe, unit: Unit, source: str, tell: bool) -> tu
     kept = folder / f"class-{folder_digest(digest, prompts, sampling)}.safetensors"
     prior = drawn_by(model, recipe, prompts, 10_000, kept, "class pictures")
     name, params = ATTACKS[unit.attack]
-    images = given(model, recipe, clean, cloaked, unit.condition, who.class_noun)
+    images = given(folder, model, recipe, clean, cloaked, unit.condition, who.class_noun)
     data = AttackData(images, prior, IDENTIFIER, who.class_noun)
     drawn, losses = draw_after_attack(model, name, params, data, seed=0, count=COUNT, sampling=sampling)
     scores = similarity(drawn, open_pictures([image.path for image in who.images_of("reference")], model.image_size))
@@ -191,12 +203,12 @@ def units_of(
     ]  # fmt: skip
     for condition in ("all cloaked", "one clean", "one cloaked"):
         found += [Unit(guard, attack, condition, who) for guard in main for attack in ATTACKS for who in subjects]
-    found += [
+    swept = [name for name in cloaks if " at " in name]
+    found += [Unit(guard, attack, "all cloaked", who) for guard in swept for attack in SWEPT for who in subjects]
+    return found + [
         Unit(guard, attack, f"purified by {name}", who)
         for guard in ("none", *washed) for name in recipe.purifiers for attack in WASHING for who in subjects
     ]  # fmt: skip
-    swept = [name for name in cloaks if " at " in name]
-    return found + [Unit(guard, attack, "all cloaked", who) for guard in swept for attack in SWEPT for who in subjects]
 
 
 def rows_of(done: dict[Unit, Path], subjects: list[str], controls: list[str]) -> list[dict[str, Any]]:
