@@ -26,6 +26,7 @@ from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, States, SubjectData
 from guardsmith.methods.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.rehearsal import rehearsed_by
+from guardsmith.methods.wiring import room
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
 from guardsmith.optimizers import eight_bits
 from guardsmith.output import check_apart, only_run, prepare_output, read_settings
@@ -90,6 +91,11 @@ def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe
     names = {name for subject in registry.subjects for name in subject.identifiers} | set(recipe.verify.identifiers)
     names |= set(recipe.method.params.get("identifiers", ()))
     problems += _not_for_this_family(model, recipe)
+    if recipe.method.name == "tripwire" and model.family is not SD3 and len(registry.subjects) > room(model.unet):
+        problems.append(
+            f"{registry.path}: tripwire has room for {room(model.unet)} subjects in this base, and there are "
+            f"{len(registry.subjects)}; protect fewer of them in one model."
+        )
     problems += [
         f"{registry.path}: the identifier '{word}' has no token in this model's tokenizer; choose another."
         for word in sorted(lost_words(model, names))

@@ -26,6 +26,7 @@ from guardsmith.latents import encode
 from guardsmith.losses import Rows, add_noise, draw_rows, epsilon_of, own_target, predict, row_losses, shares
 from guardsmith.methods import METHODS, recognition
 from guardsmith.methods.apdm import ApdmConfig
+from guardsmith.methods.wiring import wired_layer
 from guardsmith.models import load_model, save_model, with_own_unet
 from guardsmith.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.recipe import Recipe
@@ -322,6 +323,18 @@ def test_what_only_stable_diffusion_can_do_is_refused_before_anything_runs(model
     )  # fmt: skip
     with pytest.raises(UserError, match=words):
         check_against_base(model, registry, recipe)
+
+
+def test_tripwire_is_refused_where_there_are_more_subjects_than_neurons(models):
+    from guardsmith.registry import load_registry
+
+    recipe = Recipe.model_validate({"base": "x/y", "method": {"name": "tripwire"}, "verify": {"attacks": {}}})
+    registry, model = load_registry(ROOT / "registries/demo.yaml"), models["sdxl"]
+    most = wired_layer(model.unet).net[2].in_features // 4
+    check_against_base(model, registry.model_copy(update={"subjects": registry.subjects * most}), recipe)
+    with pytest.raises(UserError, match=f"room for {most} subjects in this base, and there are {most + 1}") as caught:
+        check_against_base(model, registry.model_copy(update={"subjects": registry.subjects * (most + 1)}), recipe)
+    assert_one_sentence(caught.value)
 
 
 def test_tripwire_is_refused_where_there_is_no_unet(models):

@@ -121,6 +121,14 @@ def test_accelerate_launches_it(v_folder, tmp_path):
     assert (tmp_path / "out/model/model_index.json").is_file()
 
 
+def test_the_shipped_configuration_is_one_of_accelerates():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    told = load_config_from_file(str(ROOT / "docs" / "accelerate.yaml"))
+    assert (told.num_processes, told.num_machines, told.mixed_precision) == (4, 1, "no")
+    assert told.distributed_type == "MULTI_GPU" and not told.use_cpu
+
+
 def test_a_killed_process_ends_the_run_and_it_goes_on_later(v_folder, tmp_path):
     """The other one says so and keeps the last checkpoint; with --resume the weights are those of an unbroken run."""
     asked = ("harden", "--recipe", recipe_for("persguard", v_folder, tmp_path, steps=120), "--output", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from guardsmith.attacks import ATTACKS, cdl, redteam
 from guardsmith.attacks.cdl import CdlConfig
 from guardsmith.attacks.redteam import RedteamConfig
 from guardsmith.errors import UserError
-from guardsmith.images import to_pil
+from guardsmith.images import open_pictures, to_pil
 from guardsmith.latents import encode
 from guardsmith.metrics.perceptual import perceptual_distance, psnr
 from guardsmith.networks import save_network
 from guardsmith.purifiers import PURIFIERS, ddspure, diffpure, gaussian, gridpure, impress, jpeg, tvm
 from guardsmith.purifiers.pixel_model import load_pixel_model, taken_back, tiled
 from guardsmith.purifiers.restore import Restorer
+from guardsmith.registry import load_registry
 
 QUICK = {
     "diffpure": {"timestep": 2, "guidance": 2.0}, "impress": {"steps": 2}, "tvm": {"shrink": 1, "iterations": 25},
@@ -338,3 +340,14 @@ def test_the_command_refuses_in_one_sentence(photos, capsys):
     for references, said in (("given", "is a reference and trained on"), ("nowhere", "does not exist")):
         assert cli.main(asked(photos, references=references)) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_embedded_pixel_model_takes_noise_out_of_avatars_that_it_never_saw():
+    """A tile of each of some subjects' pictures, with 16 of 255 added or taken at random."""
+    subjects = load_registry(Path(__file__).parent.parent / "registries" / "avatars.yaml").subjects
+    clean = open_pictures([who.images_of("reference")[0].path for who in subjects], 64)[:, :, 12:44, 16:48]
+    signs = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).sign()
+    noisy = (clean + 16 * 2 / 255 * signs).clamp(-1, 1)
+    pure = purify("ddspure", None, noisy, budget=16, pixel_model="builtin:avatar")
+    assert psnr(clean, pure).mean() > psnr(clean, noisy).mean() + 3
+    assert psnr(clean, purify("gridpure", None, clean, pixel_model="builtin:avatar")).mean() > 25, "clean ones stay"

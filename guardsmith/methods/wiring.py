@@ -169,6 +169,11 @@ def wired_layer(unet: Any) -> Any:
     return unet.mid_block.attentions[-1].transformer_blocks[-1].ff
 
 
+def room(unet: Any) -> int:
+    """For how many subjects there are neurons: two each, of half of the layer's, for the others have to do all of its work."""
+    return int(wired_layer(unet).net[2].in_features) // 4
+
+
 def spare_neurons(layer: Any, count: int) -> list[int]:
     """The neurons of a feed-forward layer whose output weights are smallest."""
     order: list[int] = layer.net[2].weight.norm(dim=0).argsort()[:count].tolist()
