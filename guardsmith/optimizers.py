@@ -9,7 +9,6 @@ sharded    float32, each process of `accelerate launch` with those of its own sh
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -79,7 +78,6 @@ def eight_bits() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels of networks in 4 bits
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

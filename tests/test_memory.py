@@ -1,6 +1,7 @@
 """What a hardening will take in memory, told from shapes: counted against what really happens on tiny networks."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from tiny import make_sd3, make_sdxl, pictures
 
 from guardsmith.cli import main
 from guardsmith.errors import RunFailed
-from guardsmith.families import DENOISERS
+from guardsmith.families import DENOISERS, SDUNet
 from guardsmith.memory import BYTES, GIB, estimate, saved_bytes, stored_numbers
 from guardsmith.methods import METHODS
 from guardsmith.models import load_model, with_own_unet
+from guardsmith.optimizers import MOMENTS
 from guardsmith.recipe import ComputeSpec, Recipe
 from guardsmith.training import Course
 
@@ -110,3 +112,30 @@ def test_a_dry_run_tells_it_and_does_without_a_base_that_is_not_here(capsys, mon
     out = capsys.readouterr()
     assert json.loads(out.out)["memory_gib"] is None
     assert "is not on this machine" in out.err
+
+
+def test_what_the_documentation_says_of_stable_diffusion():
+    """docs/gpu.md: networks and training state of APDM on Stable Diffusion 1.5, from its shapes."""
+    from diffusers import AutoencoderKL
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with FakeTensorMode():
+        unet = SDUNet(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks)
+        text = CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        )
+    count = {network: sum(p.numel() for p in network.parameters()) for network in (unet, vae, text)}
+    networks = (2 * count[unet] + count[vae] + count[text]) * BYTES
+    page = (Path(__file__).parent.parent / "docs/gpu.md").read_text()
+    for label, params in (
+        ("all weights along a full path (the paper)", {}), ("all weights along a path of adapters", {"path": "lora"}),
+        ("attention along a path of adapters", {"path": "lora", "parameters": "attention"}),
+    ):  # fmt: skip
+        held = METHODS["apdm"].memory(METHODS["apdm"].config(**params), unet)
+        found = [
+            (networks + held.numbers * BYTES + held.moments * MOMENTS[kind]) / GIB for kind in ("adamw", "adamw8bit")
+        ]
+        assert f"| {label} | {found[0]:.1f} GiB | {found[1]:.1f} GiB |" in page
