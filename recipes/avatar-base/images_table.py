@@ -4,6 +4,7 @@ python images_table.py FOLDER --write-registry                    FOLDER/registr
 python images_table.py FOLDER --budget 32 --model tripwire=OUT/model ...      resumes; writes docs/results/images.json and .jpg
 python images_table.py FOLDER ... --tell                          the same of the units that are there, without running any
 python images_table.py FOLDER --plot                              docs/results/images.svg of images.json; needs matplotlib
+python images_table.py FOLDER --markdown                          images.json as tables, for docs/results/images.md
 
 Every cloak of recipes/avatar-images.yaml is put on the `attack` pictures of some protected subjects of registries/avatars.yaml.
 Attackers then have all of them cloaked, one of them clean, only one of them cloaked, or all of them purified; on hardened models
@@ -300,6 +301,48 @@ def plot(told: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
+def markdown(told: dict[str, Any]) -> str:
+    """The rows as tables: guards by attacks, what attackers have by cloaks, budgets."""
+    at = {(r["guard"], r["attack"], r["condition"], r["people"]): r for r in told["rows"]}
+    guards = list(dict.fromkeys(row["guard"] for row in told["rows"]))
+    cloaks = [guard for guard in guards if guard in told["cloaks"] and " at " not in guard]
+    models = [guard for guard in guards if guard in told["hardened"]]
+
+    def cell(guard: str, attack: str, condition: str, people: str = "subjects", quality: bool = True) -> str:
+        row = at.get((guard, attack, condition, people))
+        if row is None or row["similarity"] is None:
+            return ""
+        mean, low, high = row["similarity"]
+        looks = f"; {100 * row['quality'][0]:.0f} %" if quality and row["quality"] else ""
+        return f"{mean:z.2f} [{low:z.2f}, {high:z.2f}]{looks}"
+
+    def table(heading: list[str], lines: list[list[str]]) -> list[str]:
+        return [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *lines)] + [""]
+
+    out = table(["", *ATTACKS], [["nothing", *(cell("none", attack, "clean") for attack in ATTACKS)]]
+                + [[cloak, *(cell(cloak, attack, "all cloaked") for attack in ATTACKS)] for cloak in cloaks]
+                + [[model, *(cell(model, attack, "clean") for attack in ATTACKS)] for model in models])  # fmt: skip
+    out += table(["controls", *ATTACKS], [[guard, *(cell(guard, attack, "clean", "controls") for attack in ATTACKS)]
+                                          for guard in ("none", *models)])  # fmt: skip
+    shown = {name: told["cloaks"][name] for name in cloaks}
+    out += table(["", "PSNR, dB", "perceptual distance", "seconds a picture"], [
+        [name, f"{s['psnr_db']:.1f}", f"{s['perceptual_distance']:.3f}", f"{s['seconds_a_picture']:.3g}"] for name, s in shown.items()
+    ])  # fmt: skip
+    conditions = list(dict.fromkeys(row["condition"] for row in told["rows"] if row["guard"] in (*cloaks, "none")))
+    for attack in ATTACKS:
+        columns = ["none", *cloaks] if attack in WASHING else cloaks
+        lines = [
+            [condition, *(cell(cloak, attack, condition, quality=False) for cloak in columns)]
+            for condition in conditions
+        ]
+        out += table([attack, *columns], [line for line in lines if any(line[1:])])
+    swept = [guard for guard in guards if " at " in guard]
+    out += table(
+        ["budget", *SWEPT], [[guard, *(cell(guard, attack, "all cloaked") for attack in SWEPT)] for guard in swept]
+    )
+    return "\n".join(out)
+
+
 def main() -> None:
     """Cloak, attack what has no result yet, and write everything down."""
     parser = argparse.ArgumentParser()
@@ -314,12 +357,16 @@ def main() -> None:
     parser.add_argument("--swept", nargs="*", default=["aspl", "rid"], help="cloaks that have those, too")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--workers", type=int, default=2)
-    for name in ("write-registry", "tell", "plot"):
+    for name in ("write-registry", "tell", "plot", "markdown"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     file = RESULTS / "images.json"
-    if args.plot:
-        plot(json.loads(file.read_text()), file.with_suffix(".svg"))
+    if args.plot or args.markdown:
+        told = json.loads(file.read_text())
+        if args.markdown:
+            print(markdown(told))
+        else:
+            plot(told, file.with_suffix(".svg"))
         return
     (args.folder / "units").mkdir(parents=True, exist_ok=True)
     if args.write_registry:

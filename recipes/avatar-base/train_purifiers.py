@@ -28,7 +28,9 @@ from guardsmith.metrics.perceptual import psnr
 from guardsmith.models import BUILTIN
 from guardsmith.networks import save_network
 from guardsmith.progress import stage
+from guardsmith.purifiers import find_purifier
 from guardsmith.purifiers.restore import Restorer, load_restorer
+from guardsmith.recipe import load_recipe
 from guardsmith.records import write_json
 from guardsmith.registry import load_registry
 from guardsmith.training import Course, generator, optimizer_step
@@ -96,16 +98,37 @@ def judge() -> None:
     })  # fmt: skip
 
 
+def judge_pixels() -> None:
+    """How near the purifiers with the embedded pixel model come to pictures that it never saw: docs/results/pixel.json."""
+    subjects = [*load_registry(REGISTRY).subjects, *load_registry(REGISTRY).controls]
+    clean = open_pictures([who.images_of("reference")[0].path for who in subjects], 64)
+    signs = torch.randn(clean.shape, generator=generator(0, -1)).sign()
+    found: dict[str, Any] = {}
+    for strength in (0, 8, 32):
+        given = (clean + strength * 2 / 255 * signs).clamp(-1, 1)
+        told: dict[str, Any] = {"given": float(psnr(clean, given).mean()) if strength else None}
+        for name, spec in load_recipe("avatar-images").purifiers.items():
+            if "pixel_model" in spec.params:
+                params = spec.params | ({"budget": strength or 8} if "budget" in spec.params else {})
+                pure = find_purifier(spec.name).config(**params)
+                images = find_purifier(spec.name).run(None, given, pure, class_noun="", seed=0)
+                told[name] = float(psnr(clean, images).mean())
+        found[f"{strength} of 255 added or taken at random"] = told
+    write_json(RESULTS / "pixel.json", {
+        "command": "python train_purifiers.py FOLDER --what judge-pixels", "pictures": len(clean), "psnr_db": found,
+    })  # fmt: skip
+
+
 def main() -> None:
-    """Train one of the two, or measure the restorer again."""
+    """Train one of the two, or measure them again."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--what", choices=("restorer", "pixel", "judge"), required=True)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--what", choices=("restorer", "pixel", "judge", "judge-pixels"), required=True)
+    parser.add_argument("--steps", type=int, default=1500, help="the embedded pixel model: 2000")
+    parser.add_argument("--batch", type=int, default=8, help="the embedded pixel model: 16")
     args = parser.parse_args()
-    if args.what == "judge":
-        judge()
+    if args.what.startswith("judge"):
+        (judge if args.what == "judge" else judge_pixels)()
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     pictures = open_pictures(bystander_files(f"parquet:{PICTURES}"), 64)
