@@ -325,9 +325,11 @@ def markdown(told: dict[str, Any]) -> str:
     out += table(["controls", *ATTACKS], [[guard, *(cell(guard, attack, "clean", "controls") for attack in ATTACKS)]
                                           for guard in ("none", *models)])  # fmt: skip
     shown = {name: told["cloaks"][name] for name in cloaks}
-    out += table(["", "PSNR, dB", "perceptual distance", "seconds a picture"], [
-        [name, f"{s['psnr_db']:.1f}", f"{s['perceptual_distance']:.3f}", f"{s['seconds_a_picture']:.3g}"] for name, s in shown.items()
-    ])  # fmt: skip
+    lines = [
+        [name, f"{look['psnr_db']:.1f}", f"{look['perceptual_distance']:.3f}", f"{look['seconds_a_picture']:.3g}"]
+        for name, look in shown.items()
+    ]
+    out += table(["", "PSNR, dB", "perceptual distance", "seconds a picture"], lines)
     conditions = list(dict.fromkeys(row["condition"] for row in told["rows"] if row["guard"] in (*cloaks, "none")))
     for attack in ATTACKS:
         columns = ["none", *cloaks] if attack in WASHING else cloaks
