@@ -132,6 +132,13 @@ def given(
     return pure
 
 
+def class_pictures(folder: Path, recipe: Recipe, model: DiffusionModel, noun: str) -> Tensor:
+    """What a model draws of a class; kept."""
+    prompts = [class_prompt(noun)] * recipe.verify.class_images
+    digest = folder_digest(weights_digest(model.folder), prompts, recipe.sampling.model_dump())
+    return drawn_by(model, recipe, prompts, 10_000, folder / f"class-{digest}.safetensors", "class pictures")
+
+
 def class_like(images: Tensor, known: Tensor) -> list[float]:
     """Of every picture: 1 if its nearest class picture is no further than that of almost every class picture."""
     seen, others = features(images), features(known)
@@ -180,16 +187,15 @@ def run(folder: Path, recipe: Recipe, unit: Unit, source: str, tell: bool) -> tu
     file = folder / "units" / f"{folder_digest(*settings)}.json"
     if file.exists() or tell:
         return unit, file if file.exists() else None
-    prompts = [class_prompt(who.class_noun)] * recipe.verify.class_images
-    kept = folder / f"class-{folder_digest(digest, prompts, sampling)}.safetensors"
-    prior = drawn_by(model, recipe, prompts, 10_000, kept, "class pictures")
+    prior = class_pictures(folder, recipe, model, who.class_noun)
     name, params = ATTACKS[unit.attack]
     images = given(folder, model, recipe, clean, cloaked, unit.condition, who.class_noun)
     data = AttackData(images, prior, IDENTIFIER, who.class_noun)
     drawn, losses = draw_after_attack(model, name, params, data, seed=0, count=COUNT, sampling=sampling)
     scores = similarity(drawn, open_pictures([image.path for image in who.images_of("reference")], model.image_size))
     grid(torch.cat([images[:4], drawn[:8]]), 12).save(file.with_suffix(".png"))
-    write_json(file, {"scores": scores, "quality": class_like(drawn, prior), "last_loss": losses[-1]})
+    usual = class_pictures(folder, recipe, load_model(recipe.base), who.class_noun)
+    write_json(file, {"scores": scores, "quality": class_like(drawn, usual), "last_loss": losses[-1]})
     return unit, file
 
 
