@@ -10,8 +10,8 @@ Every cloak of recipes/avatar-images.yaml is put on the `attack` pictures of som
 Attackers then have all of them cloaked, one of them clean, only one of them cloaked, or all of them purified; on hardened models
 they have the clean ones, of the protected subjects and of controls. They train for 150 steps, half of what verifications take,
 which is enough on the base. A unit is a file in FOLDER/units; what is there is not run again, and rows of images.json that were
-not asked for stay. Similarity is to the subject's `reference` pictures; quality is the share of drawn pictures that are as near
-to one of the base's pictures of the class as those are to each other.
+not asked for stay. Similarity is to the subject's `reference` pictures; distance says how well pictures are drawn: how far they
+are from the base's pictures of the class, by features that know no cloak, where those are 1 from each other.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ def class_pictures(folder: Path, recipe: Recipe, model: DiffusionModel, noun: st
     return drawn_by(model, recipe, prompts, 10_000, folder / f"class-{digest}.safetensors", "class pictures")
 
 
-def class_like(images: Tensor, known: Tensor) -> list[float]:
-    """Of every picture: 1 if its nearest class picture is no further than that of almost every class picture."""
+def class_distance(images: Tensor, known: Tensor) -> list[float]:
+    """Of every picture: how far its nearest class picture is, as a multiple of how far those are from each other."""
     seen, others = features(images), features(known)
-    apart = torch.cdist(others, others).fill_diagonal_(torch.inf).amin(1)
-    near: list[float] = (torch.cdist(seen, others).amin(1) <= apart.quantile(0.99)).float().tolist()
-    return near
+    apart = torch.cdist(others, others).fill_diagonal_(torch.inf).amin(1).mean()
+    found: list[float] = (torch.cdist(seen, others).amin(1) / apart).tolist()
+    return found
 
 
 def cloaked_files(folder: Path, recipe: Recipe, cloak: str, subject: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def run(folder: Path, recipe: Recipe, unit: Unit, source: str, tell: bool) -> tu
     scores = similarity(drawn, open_pictures([image.path for image in who.images_of("reference")], model.image_size))
     grid(torch.cat([images[:4], drawn[:8]]), 12).save(file.with_suffix(".png"))
     usual = class_pictures(folder, recipe, load_model(recipe.base), who.class_noun)
-    write_json(file, {"scores": scores, "quality": class_like(drawn, usual), "last_loss": losses[-1]})
+    write_json(file, {"scores": scores, "distance": class_distance(drawn, usual), "last_loss": losses[-1]})
     return unit, file
 
 
@@ -227,10 +227,10 @@ def rows_of(done: dict[Unit, Path], subjects: list[str], controls: list[str]) ->
             told = [json.loads(file.read_text()) for file in files if file is not None]
             if len(told) != len(ids):
                 continue
-            seen, looks = interval([each["scores"] for each in told]), interval([each["quality"] for each in told])
+            seen, looks = interval([each["scores"] for each in told]), interval([each["distance"] for each in told])
             rows.append({
                 "guard": guard, "attack": attack, "condition": condition, "people": people,
-                "similarity": seen and seen[:3], "quality": looks and looks[:3],
+                "similarity": seen and seen[:3], "distance": looks and looks[:3],
                 "of": {who: each["scores"] for who, each in zip(ids, told, strict=True)},
             })  # fmt: skip
     return rows
@@ -314,12 +314,12 @@ def markdown(told: dict[str, Any]) -> str:
     cloaks = [guard for guard in guards if guard in told["cloaks"] and " at " not in guard]
     models = [guard for guard in guards if guard in told["hardened"]]
 
-    def cell(guard: str, attack: str, condition: str, people: str = "subjects", quality: bool = True) -> str:
+    def cell(guard: str, attack: str, condition: str, people: str = "subjects", distance: bool = True) -> str:
         row = at.get((guard, attack, condition, people))
         if row is None or row["similarity"] is None:
             return ""
         mean, low, high = row["similarity"]
-        looks = f"; {100 * row['quality'][0]:.0f} %" if quality and row["quality"] else ""
+        looks = f"; {row['distance'][0]:.2f}" if distance and row["distance"] else ""
         return f"{mean:z.2f} [{low:z.2f}, {high:z.2f}]{looks}"
 
     def table(heading: list[str], lines: list[list[str]]) -> list[str]:
@@ -340,7 +340,7 @@ def markdown(told: dict[str, Any]) -> str:
     for attack in ATTACKS:
         columns = ["none", *cloaks] if attack in WASHING else cloaks
         lines = [
-            [condition, *(cell(cloak, attack, condition, quality=False) for cloak in columns)]
+            [condition, *(cell(cloak, attack, condition, distance=False) for cloak in columns)]
             for condition in conditions
         ]
         out += table([attack, *columns], [line for line in lines if any(line[1:])])
