@@ -99,15 +99,18 @@ def person(who: str) -> Subject:
     return next(each for each in (*registry.subjects, *registry.controls) if each.id == who)
 
 
-def write_registry(file: Path, subjects: list[str], controls: list[str]) -> None:
-    """A registry of some of them, for the hardenings."""
-    told = yaml.safe_load(REGISTRY.read_text())
+def write_registry(
+    file: Path, subjects: list[str], controls: list[str] | None = None, registry: Path = REGISTRY
+) -> Path:
+    """A registry of some of the subjects of another one, and of some of its controls (or all of them)."""
+    told = yaml.safe_load(registry.read_text())
     for role, ids in (("subjects", subjects), ("controls", controls)):
-        told[role] = [each for each in told[role] if each["id"] in ids]
+        told[role] = [each for each in told[role] if ids is None or each["id"] in ids]
         for each in told[role]:
             for image in each["images"]:
-                image["path"] = str(REGISTRY.parent / image["path"])
+                image["path"] = str(registry.parent / image["path"])
     file.write_text(yaml.safe_dump(told, sort_keys=False))
+    return file
 
 
 def given(

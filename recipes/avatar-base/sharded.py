@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from evaluate import RESULTS
+from images_table import write_registry
 from many import run
 from safetensors.torch import save_file
 
@@ -30,17 +31,6 @@ from guardsmith.records import write_json
 from guardsmith.training import finished_state, module_tensors
 
 ATTACK = "dreambooth"
-
-
-def part_of(registry: Path, subjects: list[str], file: Path) -> Path:
-    """The registry with some of its subjects."""
-    told = yaml.safe_load(registry.read_text())
-    told["subjects"] = [each for each in told["subjects"] if each["id"] in subjects]
-    for each in (*told["subjects"], *told["controls"]):
-        for image in each["images"]:
-            image["path"] = str(registry.parent / image["path"])
-    file.write_text(yaml.safe_dump(told, sort_keys=False))
-    return file
 
 
 def hardened(registry: Path, out: Path, *more: str) -> Path:
@@ -114,13 +104,13 @@ def main() -> None:
     ids = [each["id"] for each in yaml.safe_load(registry.read_text())["subjects"]]
     groups = [ids[start : start + args.each] for start in range(0, len(ids), args.each)]
     apart = [
-        hardened(part_of(registry, names, args.folder / f"group-{i}.yaml"), args.folder / f"group-{i}")
+        hardened(write_registry(args.folder / f"group-{i}.yaml", names, registry=registry), args.folder / f"group-{i}")
         for i, names in enumerate(groups)
     ]
     ways = {"together": ([], hardened(registry, args.folder / "together"))}
     before = apart[0]
     for i in range(1, len(groups)):
-        so_far = part_of(registry, ids[: (i + 1) * args.each], args.folder / f"up-to-{i}.yaml")
+        so_far = write_registry(args.folder / f"up-to-{i}.yaml", ids[: (i + 1) * args.each], registry=registry)
         before = hardened(so_far, args.folder / f"up-to-{i}", "--add-to", str(before))
     ways["in turn"] = ([apart[0], *(args.folder / f"up-to-{i}" for i in range(1, len(groups) - 1))], before)
     start = added_up(apart, args.folder / "added-up-start")
