@@ -32,7 +32,7 @@ from guardsmith.cli_publish import (
 )
 from guardsmith.cli_registry import check, registry_app
 from guardsmith.cli_tables import compare, list_table, print_policy
-from guardsmith.errors import GuardsmithError, RunFailed, UserError, system_errno
+from guardsmith.errors import GuardsmithError, RunFailed, UserError, out_of_memory, system_errno
 from guardsmith.talk import DAY, day, first_process, launched, print_schema, say
 
 if TYPE_CHECKING:
@@ -82,12 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         # A command's verdict is a `typer.Exit`, which arrives above as a code. Here the reader of stdout went away.
         return 4 if stop.code == 1 else int(stop.code or 0)
-    except MemoryError as error:
-        return _fail(NO_MEMORY, 4, error)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(
-            error
-        ):  # torch's, on any device
+        if out_of_memory(error):
             return _fail(NO_MEMORY, 4, error)
         if hasattr(error, "format_message"):  # wrong usage; Typer's exception class is not public in every version
             return _usage(error)

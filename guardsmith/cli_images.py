@@ -163,11 +163,12 @@ def redteam(
         config(**spec.params)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, f"--purifier {purifier}", list(config.model_fields)))) from error
-    known = chosen.verify.attacks.get(attack or "dreambooth")
+    label = attack or "dreambooth"
+    known = chosen.verify.attacks.get(label)
     if attack is not None and known is None:
-        raise UserError(f"--attack {attack}: the recipe has {', '.join(chosen.verify.attacks) or 'no attacks'}")
+        raise UserError(f"--attack {label}: the recipe has {', '.join(chosen.verify.attacks) or 'no attacks'}")
     if known is not None and known.name != "dreambooth":
-        raise UserError(f"--attack {attack}: that is {known.name}; name a DreamBooth attack of the recipe")
+        raise UserError(f"--attack {label}: that is {known.name}; name a DreamBooth attack of the recipe")
     files, others = pictures_in(images), pictures_in(references)
     quiet_libraries()
     told = redteam_pictures(

@@ -32,6 +32,15 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says so; torch has an error of its own for accelerators, and for the CPU only words."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 def system_errno(error: Exception) -> int | None:
     """The system's error number; safetensors and shutil.copytree have it only in their text."""
     number: int | None = getattr(error, "errno", None)

@@ -17,33 +17,29 @@ import torch
 from torch import Tensor
 
 from guardsmith import __version__
-from guardsmith.attacks import find_attack
 from guardsmith.drawing import drawn_by, drawn_with_states
 from guardsmith.errors import UserError
-from guardsmith.families import SD, SD3
+from guardsmith.fit import check_against_base
 from guardsmith.images import open_image, open_pictures, square, to_tensor
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, States, SubjectData
 from guardsmith.methods.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.rehearsal import rehearsed_by
-from guardsmith.methods.wiring import room
 from guardsmith.models import DiffusionModel, load_model, save_model, weights_digest
 from guardsmith.optimizers import eight_bits
 from guardsmith.output import check_apart, only_run, prepare_output, read_settings
 from guardsmith.parallel import agreed, alone, first_alone, together, world
 from guardsmith.probes import Probes
 from guardsmith.progress import console, stage
-from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, lost_words, ordinary_prompts
+from guardsmith.prompts import ORDINARY_HARDENING, class_prompt, ordinary_prompts
 from guardsmith.recipe import ComputeSpec, Recipe
 from guardsmith.records import folder_digest, read_record, write_json
-from guardsmith.registry import Registry, Split, Subject, unknown_class_nouns
+from guardsmith.registry import Registry, Split, Subject
 from guardsmith.registry_images import files_of
 from guardsmith.registry_types import ImageEntry
 from guardsmith.talk import first_process, launched
 from guardsmith.trackers import check_trackers, tracked
 from guardsmith.training import UNetCost, changed_fraction, finished_state, save_checkpoint
-
-CLASSES_OF_AVATAR = ("person", "character", "robot")
 
 
 def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tensor:
@@ -79,52 +75,6 @@ def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | 
     files = bystander_files(place)
     pictures = [square(open_image(file), model.image_size) for file in files]
     return to_tensor(pictures), folder_digest([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
-
-
-def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe) -> None:
-    """What only the model can tell: class nouns it does not know, identifiers its tokenizer drops, methods not made for it.
-
-    Raises:
-        UserError: every problem, one sentence a line.
-    """
-    problems = unknown_class_nouns(registry, CLASSES_OF_AVATAR) if model.source == "builtin:avatar" else []
-    names = {name for subject in registry.subjects for name in subject.identifiers} | set(recipe.verify.identifiers)
-    names |= set(recipe.method.params.get("identifiers", ()))
-    problems += _not_for_this_family(model, recipe)
-    if recipe.method.name == "tripwire" and model.family is not SD3 and len(registry.subjects) > room(model.unet):
-        problems.append(
-            f"{registry.path}: tripwire has room for {room(model.unet)} subjects in this base, and there are "
-            f"{len(registry.subjects)}; protect fewer of them in one model."
-        )
-    problems += [
-        f"{registry.path}: the identifier '{word}' has no token in this model's tokenizer; choose another."
-        for word in sorted(lost_words(model, names))
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _not_for_this_family(model: DiffusionModel, recipe: Recipe) -> list[str]:
-    """What a recipe asks for and the model's family does not do, one sentence each."""
-    if model.family is SD:
-        return []
-    found = []
-    name, config = recipe.method.name, METHODS[recipe.method.name].config(**recipe.method.params)
-    if name == "tripwire" and model.family is SD3:
-        found.append(
-            f"{recipe.base}: tripwire needs a U-Net, and {model.family.name} has none; choose another --method."
-        )
-    asked = {f"the method {name}": (config, getattr(config, "adapter", None) == "textual_inversion")}
-    for label, spec in recipe.verify.attacks.items():
-        attack = find_attack(spec.name)
-        asked[f"the attack '{label}'"] = (attack.config(**spec.params), attack.new_words)
-    for what, (settings, words) in asked.items():
-        if words or getattr(settings, "train_text_encoder", False):
-            found.append(
-                f"{recipe.base}: {what} trains the text encoder or its words, which guardsmith does on {SD.name} only; leave it "
-                "out, or set its train_text_encoder to false."
-            )
-    return found
 
 
 def compute_as(model: DiffusionModel, how: ComputeSpec) -> None:

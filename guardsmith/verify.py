@@ -19,6 +19,7 @@ from guardsmith.drawing import drawn_by
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.executors import check_executor
 from guardsmith.exports import save_exports
+from guardsmith.fit import check_against_base
 from guardsmith.gate import (
     EXIT_CODES,
     Check,
@@ -38,7 +39,7 @@ from guardsmith.gate import (
     learnt_level,
     verdict,
 )
-from guardsmith.harden import check_against_base, read_hardening, run_info
+from guardsmith.harden import read_hardening, run_info
 from guardsmith.images import to_pil
 from guardsmith.matrix import (
     SIDES,

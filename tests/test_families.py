@@ -21,7 +21,7 @@ from guardsmith.attacks.lora import LoraConfig
 from guardsmith.cloaks.pixels import load_bases
 from guardsmith.errors import UserError
 from guardsmith.families import SD3, SDXL, pack, unpack
-from guardsmith.harden import check_against_base
+from guardsmith.fit import check_against_base
 from guardsmith.latents import encode
 from guardsmith.losses import Rows, add_noise, draw_rows, epsilon_of, own_target, predict, row_losses, shares
 from guardsmith.methods import METHODS, recognition

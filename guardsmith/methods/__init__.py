@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from guardsmith.errors import entry_of
-from guardsmith.methods import apdm, imma, persguard, tripwire
+from guardsmith.methods import apdm, imma, persguard, tripwire, wiring
 from guardsmith.optimizers import Held
 
 
@@ -23,6 +23,7 @@ class Method(NamedTuple):
         draws: the prompt of further pictures that it wants of the base for a class noun, if any.
         bystander_cost: what bystanders add to the cost, at most, given config, class nouns, their number and solver steps; `None`
             for a method that does not look at them.
+        room: how many subjects a U-Net has room for; `None` for a method that has no such limit.
     """
 
     run: Callable[..., Any]
@@ -33,6 +34,7 @@ class Method(NamedTuple):
     paper: str
     draws: Callable[[Any, str], str | None] | None = None
     bystander_cost: Callable[[Any, list[str], int, int], int] | None = None
+    room: Callable[[Any], int] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -63,6 +65,7 @@ METHODS: dict[str, Method] = {
         tripwire.memory,
         "guardsmith, docs/methods.md",
         bystander_cost=tripwire.bystander_cost,
+        room=wiring.room,
     ),
 }
 
