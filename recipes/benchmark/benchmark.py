@@ -32,13 +32,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from plain_apdm import Plain
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -48,9 +47,10 @@ from guardsmith.cloaks import advdm, aspl
 from guardsmith.cloaks.rid import Defender, applied
 from guardsmith.drawing import drawn_by
 from guardsmith.errors import GuardsmithError
+from guardsmith.families import SDUNet
 from guardsmith.harden import compute_as, harden
 from guardsmith.losses import draw_rows, row_losses
-from guardsmith.matrix import Judged, Side, class_file, plan_units, run_unit, run_units
+from guardsmith.matrix import Judged, Side, Unit, class_file, plan_units, run_unit, run_units
 from guardsmith.methods import apdm
 from guardsmith.methods.apdm import ApdmConfig
 from guardsmith.methods.data import SubjectData
@@ -59,7 +59,7 @@ from guardsmith.optimizers import adamw
 from guardsmith.prompts import class_prompt
 from guardsmith.recipe import ComputeSpec, Recipe, load_recipe
 from guardsmith.records import write_json
-from guardsmith.registry import load_registry
+from guardsmith.registry import Registry, load_registry
 from guardsmith.training import generator, optimizer_step
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def stable_diffusion(width: int, size: int) -> DiffusionModel:
     known = load_model("builtin:avatar")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
+        unet = SDUNet(
             sample_size=size, block_out_channels=(width, 2 * width, 4 * width, 4 * width), cross_attention_dim=768,
             attention_head_dim=8,
         )  # fmt: skip
@@ -268,34 +268,27 @@ def line_through(points: dict[int, float]) -> dict[str, float]:
     return {"start": start, "slope": slope, "explained": explained}
 
 
-def registry_of(place: Path, subjects: int, pictures: int) -> Path:
-    """So many of the shipped subjects, with so many pictures to harden on, and one control."""
-    known = ROOT / "registries" / "avatars.yaml"
-    told = yaml.safe_load(known.read_text())
-    told["subjects"], told["controls"] = told["subjects"][:subjects], told["controls"][:1]
-    for each in (*told["subjects"], *told["controls"]):
-        shown = [image for image in each["images"] if image["split"] == "harden"]
-        each["images"] = [image for image in each["images"] if image not in shown[pictures:]]
-        for image in each["images"]:
-            image["path"] = str(known.parent / image["path"])
-    file = place / f"{subjects}-{pictures}.yaml"
-    file.write_text(yaml.safe_dump(told, sort_keys=False))
-    return file
+def part_of(registry: Registry, subjects: int, pictures: int) -> Registry:
+    """So many of its subjects, with so many pictures to harden on, and one control."""
+    chosen = []
+    for subject in registry.subjects[:subjects]:
+        left = set(subject.images_of("harden")[pictures:])
+        chosen.append(subject.model_copy(update={"images": tuple(i for i in subject.images if i not in left)}))
+    return registry.model_copy(update={"subjects": tuple(chosen), "controls": registry.controls[:1]})
 
 
 def growth() -> dict[str, Any]:
     """Short hardenings by Tripwire with 1 to 6 subjects and 1 to 4 pictures, short verifications, U-Nets of several sizes."""
     short = ["steps=20", "rehearsal_steps=20", "rehearsal_images=4", "class_images=8", "ordinary_images=16"]
     changes = [f"method.params.{change}" for change in short] + ["probe.times=0"]
+    known = load_registry(ROOT / "registries" / "avatars.yaml")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
 
         def hardened(subjects: int, pictures: int) -> tuple[float, int]:
             recipe = load_recipe("demo", changes)
-            told = harden(
-                load_registry(registry_of(place, subjects, pictures)), recipe, place / f"{subjects}-{pictures}"
-            )
+            told = harden(part_of(known, subjects, pictures), recipe, place / f"{subjects}-{pictures}")
             return told["seconds"], told["unet_forward_equivalents"]
 
         for what, runs in (
@@ -304,7 +297,7 @@ def growth() -> dict[str, Any]:
             seconds, forwards = ({n: run[which] for n, run in runs.items()} for which in (0, 1))
             found[what] = {"seconds": seconds, "seconds_line": line_through(seconds), "forward_equivalents": forwards,
                            "forward_equivalents_line": line_through(forwards)}  # fmt: skip
-        registry = load_registry(registry_of(place, 1, 4))
+        registry = part_of(known, 1, 4)
         times = {}
         for count in (1, 2, 4):
             names = list(ATTACKS)[:count]
@@ -312,8 +305,7 @@ def growth() -> dict[str, Any]:
             recipe = load_recipe("avatar-attacks", [f"verify.attacks={json.dumps(attacks)}"])
             shared = Judged(load_model(recipe.base), weights_digest(builtin_path("avatar")), place / f"attacks-{count}")
             units = list(plan_units(registry, recipe, {"base": shared}))
-            for noun in dict.fromkeys(unit.noun for unit in units):
-                draw_class(shared, noun, recipe)
+            draw_classes(shared, units, recipe)
             began = time.perf_counter()
             run_units(units)
             times[count] = time.perf_counter() - began
@@ -365,8 +357,7 @@ def matrix(steps: int) -> dict[str, Any]:
         units = list(plan_units(registry, recipe, models))
         began = time.perf_counter()
         for judged in models.values():
-            for noun in dict.fromkeys(unit.noun for unit in units):
-                draw_class(judged, noun, recipe)
+            draw_classes(judged, units, recipe)
         run_units(units)
         seconds = time.perf_counter() - began
         times = {}
@@ -375,7 +366,7 @@ def matrix(steps: int) -> dict[str, Any]:
             began = time.perf_counter()
             model = load_model(recipe.base if unit.side == "base" else str(place / "second"))
             alone = Judged(model, unit.model_digest, place / str(number))
-            draw_class(alone, unit.noun, recipe)
+            draw_classes(alone, [unit], recipe)
             pictures = str(class_file(alone, unit.noun, recipe))
             run_unit(dataclasses.replace(unit, root=str(alone.root), class_pictures=pictures))
             times[f"{unit.side} {unit.subject} {unit.label} {unit.identifier}"] = time.perf_counter() - began
@@ -386,10 +377,11 @@ def matrix(steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw_class(judged: Judged, noun: str, recipe: Recipe) -> None:
-    """What an attacker draws of the class before."""
-    prompts = [class_prompt(noun)] * recipe.verify.class_images
-    drawn_by(judged.model, recipe, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}")
+def draw_classes(judged: Judged, units: Sequence[Unit], recipe: Recipe) -> None:
+    """What attackers draw of their classes before."""
+    for noun in dict.fromkeys(unit.noun for unit in units):
+        prompts = [class_prompt(noun)] * recipe.verify.class_images
+        drawn_by(judged.model, recipe, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}")
 
 
 APDM = {"outer_steps": 1, "inner_steps": 2, "batch_size": 1}
@@ -507,9 +499,11 @@ def main() -> None:
         return
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.what:
-        settings = (
-            ["--width", str(args.width), "--size", str(args.size)] if part in ("sd15", "memory", "variants") else []
-        )
+        settings = []
+        if part in ("sd15", "memory", "variants"):
+            settings = ["--width", str(args.width), "--size", str(args.size)]
+        elif part == "matrix":
+            settings = ["--steps", str(args.steps)]
         command = [sys.executable, __file__, "--what", part, *settings]
         done = subprocess.run([*command, "--here"], stdout=subprocess.PIPE, text=True, check=True)
         told = json.loads(done.stdout.splitlines()[-1])
