@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 from concurrent.futures import as_completed
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from guardsmith.attacks import AttackData, draw_after_attack
 from guardsmith.cloak import cloak_pictures
 from guardsmith.drawing import drawn_by
 from guardsmith.gate import interval
-from guardsmith.images import open_pictures
+from guardsmith.images import open_pictures, to_tensor
 from guardsmith.metrics.fidelity import features
 from guardsmith.metrics.identity import similarity
 from guardsmith.models import DiffusionModel, load_model, weights_digest
@@ -49,6 +50,9 @@ from guardsmith.sampling import grid
 REGISTRY = Path(__file__).parent.parent.parent / "registries" / "avatars.yaml"
 IDENTIFIER = "zwx"
 COUNT = 12
+SHOWN = (
+    8  # of them are on a unit's sheet, behind the four that the attacker had; how well they are drawn is told of these
+)
 ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "dreambooth": ("dreambooth", {"learning_rate": 3e-4, "steps": 150, "batch_size": 2}),
     "lora": ("lora", {"learning_rate": 2e-3, "steps": 150, "batch_size": 2, "rank": 4}),
@@ -93,10 +97,18 @@ def with_budgets(recipe: Recipe, budget: float, swept: list[str], sweep: list[fl
     return recipe.model_copy(update={"cloaks": cloaks, "purifiers": purifiers})
 
 
-def person(who: str) -> Subject:
-    """A subject or control of the registry."""
+@lru_cache
+def everyone() -> dict[str, Subject]:
+    """Subjects and controls of the registry by id."""
     registry = load_registry(REGISTRY)
-    return next(each for each in (*registry.subjects, *registry.controls) if each.id == who)
+    return {each.id: each for each in (*registry.subjects, *registry.controls)}
+
+
+@lru_cache(maxsize=8)
+def model_at(source: str) -> tuple[DiffusionModel, str]:
+    """A model and its digest, read once by a process; attacks leave it as it is."""
+    model = load_model(source)
+    return model, weights_digest(model.folder)
 
 
 def write_registry(
@@ -135,10 +147,11 @@ def given(
     return pure
 
 
-def class_pictures(folder: Path, recipe: Recipe, model: DiffusionModel, noun: str) -> Tensor:
+def class_pictures(folder: Path, recipe: Recipe, source: str, noun: str) -> Tensor:
     """What a model draws of a class; kept."""
+    model, weights = model_at(source)
     prompts = [class_prompt(noun)] * recipe.verify.class_images
-    digest = folder_digest(weights_digest(model.folder), prompts, recipe.sampling.model_dump())
+    digest = folder_digest(weights, prompts, recipe.sampling.model_dump())
     return drawn_by(model, recipe, prompts, 10_000, folder / f"class-{digest}.safetensors", "class pictures")
 
 
@@ -152,7 +165,7 @@ def class_distance(images: Tensor, known: Tensor) -> list[float]:
 
 def cloaked_files(folder: Path, recipe: Recipe, cloak: str, subject: str) -> dict[str, Any]:
     """Cloak a subject's pictures, unless they are there; returns the record."""
-    spec, who = recipe.cloaks[cloak], person(subject)
+    spec, who = recipe.cloaks[cloak], everyone()[subject]
     place = folder / "cloaked" / f"{cloak.replace(' ', '-')}-{folder_digest(spec.model_dump())}" / subject
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -175,9 +188,9 @@ def run(folder: Path, recipe: Recipe, unit: Unit, source: str, tell: bool) -> tu
         source: the model.
         tell: return nothing instead of running it.
     """
-    model, who = load_model(source), person(unit.who)
+    (model, digest), who = model_at(source), everyone()[unit.who]
     clean = open_pictures([image.path for image in who.images_of("attack")], model.image_size)
-    digest, sampling = weights_digest(model.folder), recipe.sampling.model_dump()
+    sampling = recipe.sampling.model_dump()
     settings: list[Any] = [digest, sampling, ATTACKS[unit.attack], unit.condition, unit.who, COUNT]
     cloaked = clean
     if unit.guard in recipe.cloaks:
@@ -190,15 +203,14 @@ def run(folder: Path, recipe: Recipe, unit: Unit, source: str, tell: bool) -> tu
     file = folder / "units" / f"{folder_digest(*settings)}.json"
     if file.exists() or tell:
         return unit, file if file.exists() else None
-    prior = class_pictures(folder, recipe, model, who.class_noun)
+    prior = class_pictures(folder, recipe, source, who.class_noun)
     name, params = ATTACKS[unit.attack]
     images = given(folder, model, recipe, clean, cloaked, unit.condition, who.class_noun)
     data = AttackData(images, prior, IDENTIFIER, who.class_noun)
     drawn, losses = draw_after_attack(model, name, params, data, seed=0, count=COUNT, sampling=sampling)
     scores = similarity(drawn, open_pictures([image.path for image in who.images_of("reference")], model.image_size))
-    grid(torch.cat([images[:4], drawn[:8]]), 12).save(file.with_suffix(".png"))
-    usual = class_pictures(folder, recipe, load_model(recipe.base), who.class_noun)
-    write_json(file, {"scores": scores, "distance": class_distance(drawn, usual), "last_loss": losses[-1]})
+    grid(torch.cat([images[:4], drawn[:SHOWN]]), 4 + SHOWN).save(file.with_suffix(".png"))
+    write_json(file, {"scores": scores, "last_loss": losses[-1]})
     return unit, file
 
 
@@ -221,20 +233,29 @@ def units_of(
     ]  # fmt: skip
 
 
-def rows_of(done: dict[Unit, Path], subjects: list[str], controls: list[str]) -> list[dict[str, Any]]:
+def distances(folder: Path, recipe: Recipe, unit: Unit, file: Path) -> list[float]:
+    """`class_distance` of the drawn pictures that a unit's sheet shows."""
+    with Image.open(file.with_suffix(".png")) as sheet:
+        drawn = torch.stack(to_tensor(sheet).chunk(4 + SHOWN, 2)[4:])
+    return class_distance(drawn, class_pictures(folder, recipe, recipe.base, everyone()[unit.who].class_noun))
+
+
+def rows_of(
+    folder: Path, recipe: Recipe, done: dict[Unit, Path], subjects: list[str], controls: list[str]
+) -> list[dict[str, Any]]:
     """A row for every guard, attack and condition of which all subjects (or all controls) are there."""
     rows = []
     for people, ids in (("subjects", subjects), ("controls", controls)):
         for guard, attack, condition in dict.fromkeys(unit[:3] for unit in done if unit.who in ids):
-            files = [done.get(Unit(guard, attack, condition, who)) for who in ids]
-            told = [json.loads(file.read_text()) for file in files if file is not None]
-            if len(told) != len(ids):
+            units = [Unit(guard, attack, condition, who) for who in ids]
+            if not all(unit in done for unit in units):
                 continue
-            seen, looks = interval([each["scores"] for each in told]), interval([each["distance"] for each in told])
+            scores = [json.loads(done[unit].read_text())["scores"] for unit in units]
+            seen, looks = interval(scores), interval([distances(folder, recipe, unit, done[unit]) for unit in units])
             rows.append({
                 "guard": guard, "attack": attack, "condition": condition, "people": people,
                 "similarity": seen and seen[:3], "distance": looks and looks[:3],
-                "of": {who: each["scores"] for who, each in zip(ids, told, strict=True)},
+                "of": dict(zip(ids, scores, strict=True)),
             })  # fmt: skip
     return rows
 
@@ -409,7 +430,7 @@ def main() -> None:
             scores = [score for score in json.loads(place.read_text())["scores"] if score is not None]
             print(*unit, f"{sum(scores) / len(scores):.2f}" if scores else "-", flush=True)
     done = {unit: done[unit] for unit in units if unit in done}
-    rows = rows_of(done, args.subjects, args.controls)
+    rows = rows_of(args.folder, recipe, done, args.subjects, args.controls)
     known = json.loads(file.read_text()) if file.exists() else {"rows": [], "cloaks": {}, "hardened": {}}
     keys = ("guard", "attack", "condition", "people")
     new = {tuple(row[key] for key in keys) for row in rows}
@@ -419,7 +440,7 @@ def main() -> None:
         told = json.loads((Path(source).parent / "harden.json").read_text())
         hardened[name] = {key: told[key] for key in ("seconds", "unet_forward_equivalents", "params", "model_digest")}
     write_json(file, {
-        "command": "recipes/avatar-base/images.sh FOLDER", "base_digest": weights_digest(load_model(recipe.base).folder),
+        "command": "recipes/avatar-base/images.sh FOLDER", "base_digest": model_at(recipe.base)[1],
         "budget": args.budget, "attacks": ATTACKS, "pictures": COUNT,
         "purifiers": {name: spec.model_dump() for name, spec in recipe.purifiers.items()},
         "cloaks": known["cloaks"] | looks_of(recipe, costs), "hardened": known["hardened"] | hardened, "rows": rows,
