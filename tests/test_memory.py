@@ -123,13 +123,20 @@ def test_what_the_documentation_says_of_stable_diffusion():
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     with FakeTensorMode():
         unet = SDUNet(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8)
+        unet.eval().requires_grad_(True)
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks)
         text = CLIPTextModel(
             CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         )
+        inputs = torch.zeros(1, 4, 64, 64), torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, 768)
+        rows = [saved_bytes(unet, *inputs) / GIB]
+        unet.enable_gradient_checkpointing()
+        rows.append(saved_bytes(unet, *inputs) / GIB)
     count = {network: sum(p.numel() for p in network.parameters()) for network in (unet, vae, text)}
     networks = (2 * count[unet] + count[vae] + count[text]) * BYTES
     page = (Path(__file__).parent.parent / "docs/gpu.md").read_text()
+    said = "{:.1f} GiB for each of three rows at 64 x 64 latents, {:.1f} GiB with gradient checkpointing"
+    assert said.format(*rows) in page
     for label, params in (
         ("all weights along a full path (the paper)", {}), ("all weights along a path of adapters", {"path": "lora"}),
         ("attention along a path of adapters", {"path": "lora", "parameters": "attention"}),
