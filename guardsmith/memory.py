@@ -12,10 +12,10 @@ the same kernels as on the CPU.
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -74,7 +74,7 @@ def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
         UserError: there is no such base.
         RunFailed: the base is not on this machine.
     """
-    rest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rest = psutil.Process().memory_info().rss
     folder = resolve(recipe.base, recipe.revision)
     family = family_of(folder)
     parts = ["vae", *(name for name, *_ in text_parts(folder, family))]

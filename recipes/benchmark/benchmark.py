@@ -25,7 +25,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from peak import peak_rss
 from plain_apdm import Plain
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -51,6 +51,7 @@ from guardsmith.families import SDUNet
 from guardsmith.harden import compute_as, harden
 from guardsmith.losses import draw_rows, row_losses
 from guardsmith.matrix import Judged, Side, Unit, class_file, plan_units, run_unit, run_units
+from guardsmith.memory import GIB
 from guardsmith.methods import apdm
 from guardsmith.methods.apdm import ApdmConfig
 from guardsmith.methods.data import SubjectData
@@ -63,6 +64,7 @@ from guardsmith.registry import Registry, load_registry
 from guardsmith.training import generator, optimizer_step
 
 ROOT = Path(__file__).parents[2]
+PEAK = Path(__file__).parent / "peak.py"
 RESULTS = ROOT / "docs" / "results" / "benchmark.json"
 TIMES = 3  # blocks of each, by turns
 
@@ -418,14 +420,14 @@ def memory(width: int, size: int, runs: dict[str, tuple[str, dict[str, Any], dic
             asked = {"method": {"name": method, "params": params | {"class_images": 4}}, "base": str(folder), "compute": how,
                      "sampling": {"steps": 2, "batch": 1}, "probe": {"times": 0}}  # fmt: skip
             recipe.write_text(json.dumps(asked))
-            command = [sys.executable, "-c", WATCHED, "harden", "--recipe", str(recipe), "--output", str(out), "--subjects",
+            command = [sys.executable, str(PEAK), "harden", "--recipe", str(recipe), "--output", str(out), "--subjects",
                        str(ROOT / "registries" / "demo.yaml")]  # fmt: skip
             dry = subprocess.run([*command, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True)
             told = json.JSONDecoder().raw_decode(dry.stdout)[0]["memory_gib"]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             found[label] = {"estimated_gib": told}
             if run.returncode == 0:
-                peak = float(run.stdout.splitlines()[-1]) / 2**20
+                peak = int(run.stdout.splitlines()[-1]) / GIB
                 found[label] |= {"peak_gib": peak, "ratio": told["together"] / peak}
             shutil.rmtree(out, ignore_errors=True)
     return found
@@ -461,16 +463,6 @@ def cloaks() -> dict[str, Any]:
     }  # fmt: skip
 
 
-WATCHED = """
-import resource, sys
-from guardsmith.cli import main
-code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-sys.exit(code)
-"""
-"""The command line, and after it the peak memory of its process in KiB."""
-
-
 PARTS = {
     "embedded": lambda args: embedded(), "sd15": lambda args: sd15(args.width, args.size), "floor": lambda args: floor(),
     "matrix": lambda args: matrix(args.steps), "memory": lambda args: memory(args.width, args.size, SHORT),
@@ -494,7 +486,7 @@ def main() -> None:
     if args.here:
         [part] = args.what
         told = PARTS[part](args)
-        told["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        told["peak_rss_gib"] = peak_rss() / GIB
         print(json.dumps(told))
         return
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
