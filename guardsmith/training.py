@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -281,11 +282,13 @@ class UNetCost:
     def __init__(self) -> None:
         self.forwards = 0
         self.backwards = 0
+        self._lock = Lock()  # two threads may compute (APDM's `overlap`)
 
     def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, DENOISERS) and inputs:
-            self.forwards += len(inputs[0])
-            self.backwards += len(inputs[0]) if torch.is_grad_enabled() else 0
+            with self._lock:
+                self.forwards += len(inputs[0])
+                self.backwards += len(inputs[0]) if torch.is_grad_enabled() else 0
 
     def __enter__(self) -> UNetCost:
         self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._count)

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -399,6 +400,62 @@ def test_one_path_costs_two_trained_calls_and_one_of_the_reference(tiny_v):
     rows = config.outer_steps * config.inner_steps * config.batch_size
     assert cost.backwards == 5 * rows  # instance, class; x+, x-, class
     assert cost.forwards == 7 * rows  # and the reference's x+, x-
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"leak": True, "parameters": "attention"}, {"path": "lora", "personalization_learning_rate": 5e-2}]
+)
+def test_a_second_thread_changes_nothing_but_the_time(tiny_v, monkeypatch, smooth_adam, options):
+    """The protection is taken at the path's point of that step, in another thread, by a model that goes the same way."""
+    config = ApdmConfig(**SMALL | {"inner_steps": 4} | options)
+    threads = set()
+    protection_loss = apdm.protection_loss
+
+    def spy(*args):
+        threads.add(threading.current_thread())
+        return protection_loss(*args)
+
+    monkeypatch.setattr(apdm, "protection_loss", spy)
+    cores = torch.get_num_threads()
+    plain, told = harden(tiny_v, [make_subject()], None, config, seed=SEED)
+    assert threads == {threading.main_thread()}
+    with UNetCost() as cost:
+        both, said = harden(tiny_v, [make_subject()], None, config.model_copy(update={"overlap": True}), seed=SEED)
+    assert threading.main_thread() in threads and len(threads) == 1 + config.outer_steps
+    rows = config.outer_steps * config.inner_steps * config.batch_size
+    assert (cost.forwards, cost.backwards) == (7 * rows, 5 * rows)
+    assert largest_difference(weights(plain.unet), weights(both.unet)) < TOLERANCE
+    assert largest_difference(weights(tiny_v.unet), weights(both.unet)) > 100 * TOLERANCE
+    for first, second in zip(told, said, strict=True):
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+    assert torch.get_num_threads() == cores
+
+
+def test_a_text_encoder_that_is_trained_stays_in_one_thread():
+    with pytest.raises(ValidationError, match="leave overlap or train_text_encoder out"):
+        ApdmConfig(overlap=True, train_text_encoder=True)
+
+
+def test_the_reference_comes_to_the_accelerator_once_a_path_only(tiny_v, monkeypatch):
+    """A stand-in for a device: where the U-Net was sent last, and where it was when it was called."""
+    config = ApdmConfig(**SMALL | {"distillation_weight": 1.0, "offload_reference": True})
+    moved, called = ["cuda"], []
+    monkeypatch.setattr(apdm, "chosen_device", lambda: "cuda")
+    monkeypatch.setattr(tiny_v.unet, "to", lambda place: moved.append(str(place)))
+
+    def note(network, _):
+        if network is tiny_v.unet:  # not the copy, which has the hook too
+            called.append(moved[-1])
+
+    handle = tiny_v.unet.register_forward_pre_hook(note)
+    away, _ = harden(tiny_v, [make_subject()], make_ordinary(), config, seed=SEED)
+    handle.remove()
+    assert moved == ["cuda", "cpu"] + ["cuda", "cpu"] * 2 * config.outer_steps + ["cuda"]
+    assert set(called) == {"cuda"}
+    usual, _ = harden(
+        tiny_v, [make_subject()], make_ordinary(), config.model_copy(update={"offload_reference": False}), seed=SEED
+    )
+    assert same_weights(weights(away.unet), weights(usual.unet))
 
 
 class KilledError(Exception):

@@ -2,6 +2,7 @@
 
 python images_table.py FOLDER --write-registry                    FOLDER/registry.yaml: the subjects and controls asked for
 python images_table.py FOLDER --budget 32 --model tripwire=OUT/model ...      resumes; writes docs/results/images.json and .jpg
+python images_table.py FOLDER --cloaks mist --conditions purified     adds these rows to images.json
 python images_table.py FOLDER ... --tell                          the same of the units that are there, without running any
 python images_table.py FOLDER --plot                              docs/results/images.svg of images.json; needs matplotlib
 python images_table.py FOLDER --markdown                          images.json as tables, for docs/results/images.md
@@ -383,6 +384,7 @@ def main() -> None:
     parser.add_argument("--controls", nargs="+", default=["nora", "sven"])
     parser.add_argument("--cloaks", nargs="+", help="of the recipe; all by default")
     parser.add_argument("--washed", nargs="*", help="cloaks that are purified; all by default")
+    parser.add_argument("--conditions", nargs="+", help="only what begins like this, and only of the cloaks asked for")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of a hardened model")
     parser.add_argument("--budget", type=float, default=32, help="of every cloak, of 255; its steps grow with it")
     parser.add_argument("--sweep", type=float, nargs="*", default=[], help="other budgets")
@@ -411,6 +413,9 @@ def main() -> None:
     washed = args.washed if args.washed is not None else main_cloaks
     sources = {"none": recipe.base, **dict(entry.split("=", 1) for entry in args.model)}
     units = units_of(recipe, cloaks, washed, list(sources)[1:], args.subjects, args.controls)
+    if args.conditions is not None:
+        begins = tuple(args.conditions)
+        units = [unit for unit in units if unit.condition.startswith(begins) and unit.guard in cloaks]
     costs: dict[str, list[dict[str, Any]]] = {}
     done: dict[Unit, Path] = {}
     with processes(args.workers) as (pool, _):
@@ -445,7 +450,8 @@ def main() -> None:
         "purifiers": {name: spec.model_dump() for name, spec in recipe.purifiers.items()},
         "cloaks": known["cloaks"] | looks_of(recipe, costs), "hardened": known["hardened"] | hardened, "rows": rows,
     })  # fmt: skip
-    sheet(done, args.subjects[0], file.with_suffix(".jpg"))
+    if args.conditions is None:
+        sheet(done, args.subjects[0], file.with_suffix(".jpg"))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def by_turns(model: DiffusionModel, config: ApdmConfig, times: int = TIMES) -> d
 def embedded() -> dict[str, Any]:
     """The embedded base, paths of the paper's length."""
     config = ApdmConfig(outer_steps=1, inner_steps=20, batch_size=1, identifiers=("sks",), reduction="element", leak=True,
-                        learning_rate=1e-4, personalization_learning_rate=1e-4)  # fmt: skip
+                        overlap=True, learning_rate=1e-4, personalization_learning_rate=1e-4)  # fmt: skip
     return by_turns(load_model("builtin:avatar"), config)
 
 
