@@ -330,15 +330,16 @@ ATTACKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SAMPLED = 12  # units of the matrix that are run plainly, too
+SAMPLED = 3  # units of each attack of the matrix that are run plainly, too
 
 
 def matrix(steps: int) -> dict[str, Any]:
     """The standard matrix: 6 protected subjects and 6 controls, 4 attacks, 2 identifiers, on the base and on a second model.
 
     Plainly, each attack loads the model, draws the class pictures, trains and draws, one after the other with all threads; some
-    of those are measured, spread over the matrix, and their mean counts for all. guardsmith draws class pictures once and runs
-    units in processes of one thread. A second verification that shares its runs on the base (`--base-runs`) finds half done.
+    of those are measured, as many of each attack, spread over the matrix, and their mean counts for all. guardsmith draws class
+    pictures once and runs units in processes of one thread. A second verification that shares its runs on the base
+    (`--base-runs`) finds half done.
 
     Args:
         steps: of every attack (recipes: 300).
@@ -363,8 +364,9 @@ def matrix(steps: int) -> dict[str, Any]:
         run_units(units)
         seconds = time.perf_counter() - began
         times = {}
-        for number in range(0, len(units), len(units) // SAMPLED):
-            unit = units[number]
+        alike = {label: [unit for unit in units if unit.label == label] for label in attacks}
+        sampled = [some[len(some) * n // SAMPLED] for some in alike.values() for n in range(SAMPLED)]
+        for number, unit in enumerate(sampled):
             began = time.perf_counter()
             model = load_model(recipe.base if unit.side == "base" else str(place / "second"))
             alone = Judged(model, unit.model_digest, place / str(number))
