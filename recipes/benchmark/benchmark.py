@@ -549,7 +549,7 @@ def print_table(known: dict[str, Any]) -> None:
         for name, ratio in known.get("variants", {}).get(label, {}).get("speed", {}).items():
             table.add_row(f"a training step {name}, {label}: times as fast", "", "", f"{ratio:.2f}")
     for what, told in known.get("growth", {}).items():
-        if isinstance(told, dict):
+        if isinstance(told, dict) and "seconds_line" in told:
             line = told["seconds_line"]
             words = f"{line['start']:.1f} s and {line['slope']:.2g} s for each (r2 {line['explained']:.2f})"
             table.add_row(f"growth with {what.replace('_', ' ')}", "", words, "")
