@@ -49,12 +49,13 @@ def optimizer_step(
     Returns:
         The gradient norm before clipping (inf or nan when it diverged).
     """
-    limit = float("inf") if max_grad_norm is None else max_grad_norm
     add_up(parameter.grad for parameter in parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return float(norm)
 
 
 class Snapshot:

@@ -430,7 +430,7 @@ def harden(
         ]
         with _at_work(reference, config.offload_reference):
             before = reference_errors(model, [pairs for _, _, pairs, _ in steps])
-        waiting: list[Future[Any]] = []
+        last: Future[tuple[tuple[Tensor, ...], dict[str, float]]] | None = None
         with _second_thread(overlap) as thread:
             for i, (instance, first, pairs, second) in enumerate(steps):
                 given = spoken(instance, words), spoken(first, subject.class_tokens)
@@ -441,17 +441,18 @@ def harden(
                 if config.leak:
                     torch._foreach_add_(total, [p.grad for p in kept if p.grad is not None])
                 optimizer_step(inner, path_parameters, max_grad_norm=None)
-                if waiting:
-                    add(waiting.pop().result(), total, shown)
                 asked = spoken(pairs, words), spoken(second, subject.class_tokens), before[i]
                 if thread is None:
                     add(protection(*asked), total, shown)
                     continue
+                found = last.result() if last else None
                 with torch.no_grad():
                     torch._foreach_copy_(seen, path_parameters)
-                waiting.append(thread.submit(protection, *asked))
-            if waiting:
-                add(waiting.pop().result(), total, shown)
+                last = thread.submit(protection, *asked)
+                if found:
+                    add(found, total, shown)
+            if last:
+                add(last.result(), total, shown)
         theta.restore()
         if keep is not None and ordinary is not None:
             rng = generator(seed, j, -1)
