@@ -228,7 +228,6 @@ def seconds_of(step: Callable[[], None], times: int) -> list[float]:
 
 
 VARIANTS: dict[str, tuple[ComputeSpec, str]] = {
-    "as it is": (ComputeSpec(), ""),
     "channels-last": (ComputeSpec(), "channels-last"),
     "compiled": (ComputeSpec(), "compiled"),
     "bfloat16": (ComputeSpec(precision="bfloat16"), ""),
@@ -238,20 +237,24 @@ VARIANTS: dict[str, tuple[ComputeSpec, str]] = {
 
 
 def variants(width: int, size: int) -> dict[str, Any]:
-    """Each way of computing a step by turns, on the embedded base and on Stable Diffusion 1.5's layout."""
+    """Each way of computing a step, by turns with the usual one, on the embedded base and on Stable Diffusion 1.5's layout."""
     found: dict[str, Any] = {"width": width, "latent_size": size}
     for label, model, rows, times in (
-        ("embedded", load_model("builtin:avatar"), 16, 8), ("sd15", stable_diffusion(width, size), 2, 2),
+        ("embedded", load_model("builtin:avatar"), 16, 8), ("sd15", stable_diffusion(width, size), 2, 4),
     ):  # fmt: skip
         samples: dict[str, Any] = {}
         for name, (how, layout) in VARIANTS.items():
+            usual = unet_step(model, rows)
             try:
-                samples[name] = seconds_of(unet_step(model, rows, how, layout), times)
-            except (GuardsmithError, RuntimeError) as error:  # not installed, or no compiler
+                other = unet_step(model, rows, how, layout)
+                other()  # what has to be installed, or compiled
+                turns = [(*seconds_of(usual, 1), *seconds_of(other, 1)) for _ in range(times)]
+                samples[name] = {"usual": [turn[0] for turn in turns], "so": [turn[1] for turn in turns]}
+            except (GuardsmithError, RuntimeError, TypeError) as error:
                 samples[name] = str(error).splitlines()[0]
-        usual = statistics.median(samples["as it is"])
         found[label] = {"rows": rows, "seconds": samples, "speed": {
-            name: usual / statistics.median(seconds) for name, seconds in samples.items() if isinstance(seconds, list)
+            name: statistics.median(told["usual"]) / statistics.median(told["so"])
+            for name, told in samples.items() if isinstance(told, dict)
         }}  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as attacks run
@@ -519,8 +522,10 @@ def summary(known: dict[str, Any]) -> dict[str, float]:
     }  # fmt: skip
     if "floor" in known:
         found["floor_ratio"] = known["floor"]["32"]["floor_ratio"]
-    if "sd15" in known:
-        found["peak_rss_gib"] = known["sd15"]["peak_rss_gib"]
+    if "memory-sd15" in known:
+        found["peak_rss_gib"] = max(
+            told["peak_gib"] for told in known["memory-sd15"].values() if isinstance(told, dict) and "peak_gib" in told
+        )
     return found
 
 
