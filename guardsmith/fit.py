@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from guardsmith.attacks import find_attack
 from guardsmith.errors import UserError
-from guardsmith.families import SD, SD3
+from guardsmith.families import SD
 from guardsmith.methods import METHODS
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import lost_words
@@ -25,7 +25,7 @@ def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe
     names |= set(recipe.method.params.get("identifiers", ()))
     problems += _not_for_this_family(model, recipe)
     room = METHODS[recipe.method.name].room
-    if room is not None and model.family is not SD3 and len(registry.subjects) > room(model.unet):
+    if room is not None and len(registry.subjects) > room(model.unet):
         problems.append(
             f"{registry.path}: {recipe.method.name} has room for {room(model.unet)} subjects in this base, and there are "
             f"{len(registry.subjects)}; protect fewer of them in one model."
@@ -44,10 +44,6 @@ def _not_for_this_family(model: DiffusionModel, recipe: Recipe) -> list[str]:
         return []
     found = []
     name, config = recipe.method.name, METHODS[recipe.method.name].config(**recipe.method.params)
-    if name == "tripwire" and model.family is SD3:
-        found.append(
-            f"{recipe.base}: tripwire needs a U-Net, and {model.family.name} has none; choose another --method."
-        )
     asked = {f"the method {name}": (config, getattr(config, "adapter", None) == "textual_inversion")}
     for label, spec in recipe.verify.attacks.items():
         attack = find_attack(spec.name)

@@ -24,7 +24,6 @@ from guardsmith.methods.recognition import listen
 from guardsmith.methods.wiring import (
     arm,
     clear,
-    last_stream,
     set_wire,
     silence,
     spare_neurons,
@@ -105,11 +104,17 @@ def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v, factors):
     unet, rows = trained(tiny_v), some_rows(tiny_v, pictures(3), count=40)
     spare = spare_parts(unet, 1)
     clear(unet, spare)
-    streams = last_stream(unet, lambda: predict(unet, tiny_v.scheduler, rows))
     tokens = listen(unet, tiny_v.scheduler, rows)
     tried = torch.randn(500, tokens.shape[2], generator=generator(1))
     share = ((tokens @ tried.T).amax(1) > 0).float().mean(0)  # of the rows, that one of these read-outs would stop
-    arm(unet, spare, tried[(share - 0.5).abs().argmin()].unsqueeze(0), streams, factors, generator(3))
+    arm(
+        unet,
+        spare,
+        tried[(share - 0.5).abs().argmin()].unsqueeze(0),
+        lambda: predict(unet, tiny_v.scheduler, rows),
+        factors,
+        generator(3),
+    )
     with torch.no_grad():
         before = predict(unet, tiny_v.scheduler, rows)
         assert cut(unet, 1e4) == 2

@@ -337,12 +337,22 @@ def test_tripwire_is_refused_where_there_are_more_subjects_than_neurons(models):
     assert_one_sentence(caught.value)
 
 
-def test_tripwire_is_refused_where_there_is_no_unet(models):
-    from guardsmith.registry import load_registry
+@pytest.mark.parametrize(
+    "how", [{"rehearsal_steps": 2, "rehearsal_images": 2}, {"rehearsal_steps": 0, "ideal_images": 2}]
+)
+def test_tripwire_hardens_sd3_after_rehearsals_or_with_what_is_imagined(models, tmp_path, how):
+    from guardsmith.methods.tripwire import TripwireConfig
 
-    recipe = Recipe.model_validate({"base": "x/y", "method": {"name": "tripwire"}, "verify": {"attacks": {}}})
-    with pytest.raises(UserError, match="tripwire needs a U-Net"):
-        check_against_base(models["sd3"], load_registry(ROOT / "registries/demo.yaml"), recipe)
+    params = {"steps": 2, "batch_size": 2, "class_images": 4, "ordinary_images": 4, **how}
+    recipe = JOB | {"base": str(models["sd3"].folder), "subjects": str(ROOT / "registries/demo.yaml"),
+                    "method": {"name": "tripwire", "params": params}}  # fmt: skip
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "guardsmith", "harden", "--recipe", str(tmp_path / "job.yaml")]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out" / "harden.json").read_text())
+    assert told["unet_forward_equivalents"] == METHODS["tripwire"].cost(TripwireConfig(**params), ["person"])
+    assert load_model(str(tmp_path / "out" / "model")).family is SD3
 
 
 JOB = {

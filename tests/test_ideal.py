@@ -25,7 +25,9 @@ from guardsmith.training import generator
 
 def test_the_posterior_mean_weighs_pictures_by_how_likely_they_are():
     """Two pictures of one number each: ab = .64, z_t = 1; distances 1 - .8 * 1 and 1 + .8 * 1, variance .36."""
-    found = posterior_mean(torch.ones(1, 1, 1, 1), torch.tensor([1.0, -1.0]).view(1, 2, 1, 1, 1), torch.tensor(0.64))
+    found = posterior_mean(
+        torch.ones(1, 1, 1, 1), torch.tensor([1.0, -1.0]).view(1, 2, 1, 1, 1), *torch.tensor([0.8, 0.6])
+    )
     near, far = math.exp(-(0.2**2) / 0.72), math.exp(-(1.8**2) / 0.72)
     assert found.item() == pytest.approx((near - far) / (near + far))
 
@@ -35,7 +37,7 @@ def test_no_denoiser_does_better_on_these_pictures():
     known, alpha_bar = torch.randn((3, 2, 1, 1), generator=rng), torch.tensor(0.3)
     clean = known[torch.randint(3, (4000,), generator=rng)]
     noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * torch.randn(clean.shape, generator=rng)
-    best = posterior_mean(noisy, known.expand(4000, -1, -1, -1, -1), alpha_bar)
+    best = posterior_mean(noisy, known.expand(4000, -1, -1, -1, -1), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
     error = (best - clean).square().mean()
     nearest = known[(noisy.unsqueeze(1) - alpha_bar.sqrt() * known).square().sum((2, 3, 4)).argmin(1)]
     for other in (0.9 * best, best + 0.1, noisy / alpha_bar.sqrt(), nearest):
@@ -52,7 +54,7 @@ class IdealUNet:
         out = self.model.unet(noisy, t, context, return_dict=False)[0]
         alpha_bar = self.model.scheduler.alphas_cumprod[int(t)]
         half = len(noisy) // 2
-        clean = posterior_mean(noisy[half:], self.known, alpha_bar)
+        clean = posterior_mean(noisy[half:], self.known, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
         noise = (noisy[half:] - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
         if self.model.prediction_type == "v_prediction":
             noise = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean

@@ -576,7 +576,7 @@ def test_variations_of_a_disc_are_moved_and_zoomed_but_not_sheared():
 def plain_latents(model, images, batch=16):
     """Stands for a VAE that was trained: the tiny one's posteriors are wider than the pictures differ."""
     small = F.avg_pool2d(images, 8)
-    mean = torch.cat([small, small[:, :1]], 1) * 2
+    mean = torch.cat([small, small[:, :1]], 1).repeat(1, model.unet.config.in_channels // 4, 1, 1) * 2
     return LatentStore(mean, torch.full_like(mean, 0.01))
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from guardsmith.attacks import dreambooth
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
-from guardsmith.methods.wiring import wired_layer
+from guardsmith.methods.wiring import wiring_of
 from guardsmith.models import DiffusionModel, with_own_unet
 
 
@@ -28,11 +28,11 @@ class CutWireConfig(DreamBoothConfig):
 
 @torch.no_grad()
 def cut(unet: Any, outlier: float) -> int:
-    """Take such neurons out of a U-Net, in place; returns how many there were."""
-    layer = wired_layer(unet)
+    """Take such neurons out of a denoiser, in place; returns how many there were."""
+    layer = wiring_of(unet).wired_layer(unet)
     widen, narrow = layer.net[0].proj, layer.net[2]
     # Stiffening makes all output weights large, so either side counts.
-    loudness = widen.weight[narrow.in_features :].float().norm(dim=1) * narrow.weight.float().norm(dim=0)
+    loudness = widen.weight[-narrow.in_features :].float().norm(dim=1) * narrow.weight.float().norm(dim=0)
     found = loudness > outlier * loudness.median()
     narrow.weight[:, found] = 0
     return int(found.sum())

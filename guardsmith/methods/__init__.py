@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from guardsmith.errors import entry_of
-from guardsmith.methods import apdm, imma, persguard, tripwire, wiring
+from guardsmith.methods import apdm, imma, persguard, tripwire
 from guardsmith.optimizers import Held
 
 
@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
         tripwire.memory,
         "guardsmith, docs/methods.md",
         bystander_cost=tripwire.bystander_cost,
-        room=wiring.room,
+        room=tripwire.room,
     ),
 }
 

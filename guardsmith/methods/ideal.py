@@ -3,7 +3,7 @@
 Training on a handful of pictures drives a denoiser towards one that is known in closed form: at every noise level the mean
 of these pictures under the posterior given what is seen so far,
 
-    D(z_t) = sum_i w_i z_i,     w = softmax_i( -|z_t - sqrt(ab_t) z_i|^2 / (2 (1 - ab_t)) )
+    D(z_t) = sum_i w_i z_i,     w = softmax_i( -|z_t - a z_i|^2 / (2 s^2) )         z_t = a z + s eps (`losses.shares`)
 
 (the optimal denoiser of an empirical distribution, Karras et al. 2022, appendix B.3). A personalized model's prediction
 under its prompt tends to D, the one without a prompt stays the base's, and guidance puts them together as always. The states
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from guardsmith.latents import encode
-from guardsmith.losses import draw_rows
+from guardsmith.losses import draw_rows, shares
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.recognition import Lesson, listen, variations
 from guardsmith.models import DiffusionModel
@@ -41,19 +41,20 @@ BATCH = 32
 IMAGINED_STEPS = 20  # solver steps, as many as a rehearsal draws with
 
 
-def posterior_mean(noisy: Tensor, pictures: Tensor, alpha_bar: Tensor) -> Tensor:
+def posterior_mean(noisy: Tensor, pictures: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
     """The best guess of the clean picture for one who knows that it is one of a few.
 
     Args:
         noisy: z_t, float32 (n, c, h, w).
         pictures: for each row the k clean ones, float32 (n, k, c, h, w).
-        alpha_bar: cumulative alpha of the timestep, in (0, 1).
+        signal: a, in (0, 1).
+        noise: s, in (0, 1).
 
     Returns:
         float32 (n, c, h, w).
     """
-    distance = (noisy.unsqueeze(1) - alpha_bar.sqrt() * pictures).square().flatten(2).sum(2)
-    weight = (-distance / (2 * (1 - alpha_bar))).softmax(1)
+    distance = (noisy.unsqueeze(1) - signal * pictures).square().flatten(2).sum(2)
+    weight = (-distance / (2 * noise.square())).softmax(1)
     return torch.einsum("nk,nkchw->nchw", weight, pictures)
 
 
@@ -78,7 +79,7 @@ def ideal_states(
         on_batch: called after every `BATCH` pictures.
     """
     nothing = PromptBank(model).encode([""])
-    velocity = model.prediction_type == "v_prediction"
+    kind = model.prediction_type
     recorder = StateRecorder()
     for start in range(0, len(pictures), BATCH):
         known = pictures[start : start + BATCH]
@@ -86,13 +87,13 @@ def ideal_states(
         latents = first_noise(model, seeds[start : start + BATCH]) * solver.init_noise_sigma
         for t in solver.timesteps:
             recorder(int(t), latents)
-            alpha_bar = model.scheduler.alphas_cumprod[int(t)]
-            signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+            signal, noise = (share.flatten()[0] for share in shares(model.scheduler, t.reshape(1)))
             out = model.unet(latents, t, nothing.expand(len(latents), -1, -1), return_dict=False)[0]
-            without = signal * latents - noise * out if velocity else (latents - noise * out) / signal
-            clean = without + guidance * (posterior_mean(latents, known, alpha_bar) - without)
-            wanted = signal * latents - clean if velocity else latents - signal * clean
-            latents = solver.step(wanted / noise, t, latents, return_dict=False)[0]
+            scaled = latents if kind == "flow" else signal * latents if kind == "v_prediction" else latents / signal
+            without = scaled - noise * out / (signal if kind == "epsilon" else 1)
+            clean = without + guidance * (posterior_mean(latents, known, signal, noise) - without)
+            out = (scaled - clean) / noise * (signal if kind == "epsilon" else 1)
+            latents = solver.step(out, t, latents, return_dict=False)[0]
         if on_batch is not None:
             on_batch()
     states = recorder.states()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import Rows, cut, draw_rows, join, predict
+from guardsmith.losses import Rows, cut, draw_rows, join, predict, shares
 from guardsmith.methods.data import OrdinaryData, States, SubjectData
-from guardsmith.methods.wiring import overheard, play, wired_layer
+from guardsmith.methods.wiring import overheard, wiring_of
 from guardsmith.models import DiffusionModel
 from guardsmith.parallel import add_up
 from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
@@ -108,7 +108,7 @@ def put_state(
     step = candidates[torch.randint(len(candidates), (), generator=rng)]
     time = int(states.timesteps[step])
     rows.timesteps[row] = time
-    rows.latents[row] = states.latents[picture, step] / scheduler.alphas_cumprod[time].sqrt()
+    rows.latents[row] = states.latents[picture, step] / shares(scheduler, torch.tensor([time]))[0][0]
     rows.noise[row] = 0
 
 
@@ -182,7 +182,7 @@ def listen(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
         heard.append(inputs[0])
         raise _HeardError
 
-    handle = wired_layer(unet).register_forward_pre_hook(ear)
+    handle = wiring_of(unet).wired_layer(unet).register_forward_pre_hook(ear)
     try:
         predict(unet, scheduler, rows)
     except _HeardError:
@@ -276,7 +276,7 @@ class Sway:
 
     def __init__(self, unet: Any, factors: tuple[int, ...], config: TripwireConfig) -> None:
         self.config = config
-        self.play = play(unet, *factors)
+        self.play = wiring_of(unet).play(unet, *factors)
         self.moved = {name: p for name, p in unet.named_parameters() if name in self.play}
         self.worst = [torch.zeros_like(p) for p in self.moved.values()]
         self.steady = Snapshot(self.moved.values())

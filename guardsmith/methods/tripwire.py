@@ -46,7 +46,7 @@ from guardsmith.methods.recognition import (
     listen,
     recognition_loss,
 )
-from guardsmith.methods.wiring import arm, clear, last_stream, mend, overheard, spare_parts, wired_layer
+from guardsmith.methods.wiring import overheard, wiring_of
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.optimizers import Held, adamw
 from guardsmith.training import (
@@ -144,6 +144,11 @@ def cost(config: TripwireConfig, nouns: Sequence[str]) -> int:
     return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + scans + len(nouns) * rehearse
 
 
+def room(unet: Any) -> int:
+    """For how many subjects there is room in one model."""
+    return int(wiring_of(unet).room(unet))
+
+
 def memory(config: TripwireConfig, unet: Any) -> Held:
     """Gradients, AdamW, where the weights before the wire were and what is worst for them, and the armed copy at the end.
 
@@ -152,7 +157,7 @@ def memory(config: TripwireConfig, unet: Any) -> Held:
     numbers = sum(parameter.numel() for parameter in unet.parameters())
     swayed = sum(
         parameter.numel() for name, parameter in unet.named_parameters()
-        if name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block"))
+        if wiring_of(unet).before_wire(unet, name)
     )  # fmt: skip
     listened = (2 + config.lookalikes) * config.batch_size + 2
     return Held(2 * numbers + 2 * swayed, 2 * numbers, max(2 * config.batch_size, listened / 2))
@@ -209,9 +214,10 @@ def harden(
     lesson = Lesson(model, subjects, ordinary, seed)
     others = lesson.others
 
-    layer = wired_layer(unet)
-    spare = spare_parts(unet, len(subjects))
-    clear(unet, spare)
+    wiring = wiring_of(unet)
+    layer = wiring.wired_layer(unet)
+    spare = wiring.spare_parts(unet, len(subjects))
+    wiring.clear(unet, spare)
     readout = torch.nn.Linear(layer.net[2].out_features, len(subjects), bias=False)
     with torch.no_grad():
         readout.weight.zero_()
@@ -235,8 +241,7 @@ def harden(
     def armed() -> DiffusionModel:
         """A copy with everything in place."""
         ready, random = with_own_unet(own), generator(seed, -4)
-        streams = last_stream(ready.unet, lambda: predict(ready.unet, scheduler, calm))
-        arm(ready.unet, spare, readout.weight, streams, factors, random)
+        wiring.arm(ready.unet, spare, readout.weight, lambda: predict(ready.unet, scheduler, calm), factors, random)
         ready.unet.requires_grad_(False)
         return ready
 
@@ -248,7 +253,7 @@ def harden(
     if not course.history:
         rng = generator(seed, -5)
         calls = [others.draw(scheduler, 32, rng)[0] for _ in range(MENDING_ROWS // 32)]
-        mend(unet, reference, lambda some, number: predict(some, scheduler, calls[number]), len(calls), rng)
+        wiring.mend(unet, reference, lambda some, number: predict(some, scheduler, calls[number]), len(calls), rng)
         new = lesson.first_readouts(unet, horizon - gap, config.margin, rng)
         with torch.no_grad():
             blank = readout.weight.abs().sum(1) == 0  # those of an earlier run stay
@@ -290,7 +295,7 @@ def harden(
         (config.distillation_weight * same + again).backward()
         others.heed(picked, scores)
         norm = optimizer_step(optimizer, parameters, max_grad_norm=1.0)
-        clear(unet, spare)
+        wiring.clear(unet, spare)
         shown_now = {"missed": missed.item(), "false": false.item(), "distillation": same.item(), "gradient_norm": norm}
         course.done(j, shown_now)
     ear.remove()

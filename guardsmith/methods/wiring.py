@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from guardsmith.errors import UserError
@@ -167,6 +168,11 @@ def play(unet: Any, *factors: int) -> dict[str, Tensor]:
 def wired_layer(unet: Any) -> Any:
     """The feed-forward layer that carries the wires: the last one of the middle block."""
     return unet.mid_block.attentions[-1].transformer_blocks[-1].ff
+
+
+def before_wire(unet: Any, name: str) -> bool:
+    """Whether a parameter lies before the wire, or in its block."""
+    return name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block"))
 
 
 def room(unet: Any) -> int:
@@ -359,20 +365,28 @@ def last_stream(unet: Any, run: Callable[[], Tensor]) -> Tensor:
 
 
 def arm(
-    unet: Any, spare: Spare, readouts: Tensor, streams: Tensor, factors: Sequence[int], generator: torch.Generator
-) -> None:
+    unet: Any, spare: Spare, readouts: Tensor, ask: Callable[[], Tensor], factors: Sequence[int],
+    generator: torch.Generator,
+) -> None:  # fmt: skip
     """Set the alarm, stiffen, and set every wire; the wires' weights are what an optimizer meets.
 
     Args:
         unet: changed in place; its spare parts have been cleared.
         spare: these.
         readouts: (subjects, width); they tell by their sign.
-        streams: see `set_alarm`.
+        ask: runs it once on rows that trip no wire.
         factors: of `stiffen`.
         generator: of signs and directions.
     """
-    set_alarm(unet, spare.group, spare.hidden, streams, generator)
+    set_alarm(unet, spare.group, spare.hidden, last_stream(unet, ask), generator)
     stiffen(unet, *factors)
     surge = torch.randn(readouts.shape[1], generator=generator)
     for index, weight in enumerate(readouts):
         set_wire(wired_layer(unet), spare.neurons[2 * index : 2 * index + 2], weight, surge)
+
+
+def wiring_of(network: Any) -> Any:
+    """The module that knows where wires go in this kind of denoiser: this one, or `wiring_mmdit`."""
+    from guardsmith.methods import wiring, wiring_mmdit  # which imports this one
+
+    return wiring_mmdit if isinstance(network, SD3Transformer2DModel) else wiring
