@@ -17,7 +17,7 @@ from test_attacks import make_data
 from test_cloaks import SMALL as CLOAKS_SMALL
 from test_cloaks import defender  # noqa: F401 (a fixture)
 from test_parallel import recipe_for
-from tiny import assert_one_sentence, pictures
+from tiny import assert_one_sentence, make_sd3, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +37,7 @@ META = torch.device("meta")
 TWO = {"steps": 2, "batch_size": 2}
 HARDENINGS = [
     ("apdm", {"outer_steps": 1, "inner_steps": 2, "batch_size": 2, "distillation_weight": 1.0, "train_text_encoder": True}),
+    ("apdm", {"outer_steps": 1, "inner_steps": 2, "distillation_weight": 1.0, "offload_reference": True}),
     ("imma", TWO | {"distillation_weight": 1.0}),
     ("imma", TWO | {"adapter": "textual_inversion"}),
     ("imma", TWO | {"adapter": "dreambooth"}),
@@ -111,6 +112,15 @@ def test_hardening(model, name, params):
     hardened, history = METHODS[name].run(model, [subject], make_ordinary(), config, seed=0)
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
     assert history
+
+
+def test_hardening_a_transformer(model, tmp_path):
+    params = dict(HARDENINGS)["tripwire"]
+    transformer = load_model(str(make_sd3(tmp_path / "model")))
+    hardened, _ = METHODS["tripwire"].run(
+        transformer, [make_subject()], make_ordinary(), METHODS["tripwire"].config(**params), seed=0
+    )
+    assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
 
 
 FEWER = {

@@ -110,7 +110,7 @@ def stiff_factors(network: Any, stream: int, inner: int, *_: int) -> Iterator[tu
             linear = getattr(block, norm).linear
             gates = GATES.get(linear.out_features // width)
             if gates is not None:
-                rows = torch.ones(linear.out_features)
+                rows = torch.ones(linear.out_features, device=linear.weight.device)
                 for part in gates:
                     rows[_rows(network, part)] = gate
                 yield f"{place}.{norm}.linear.weight", rows.unsqueeze(1)
