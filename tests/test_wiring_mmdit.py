@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_tripwire import bright_and_dark, plain_latents, predicted, some_rows
+from test_tripwire import assert_rings_in_bfloat16, bright_and_dark, plain_latents, predicted, some_rows
 from tiny import make_sd3, pictures, same_weights, weights
 
 from guardsmith.attacks import AttackData, dreambooth
@@ -14,9 +14,11 @@ from guardsmith.errors import UserError
 from guardsmith.families import SD3Transformer
 from guardsmith.losses import draw_rows, predict, row_losses
 from guardsmith.methods import METHODS, recognition, wiring_mmdit
-from guardsmith.methods.wiring import PLATEAU, wiring_of
+from guardsmith.methods.wiring import wiring_of
 from guardsmith.methods.wiring_mmdit import (
     ALARM,
+    GATE,
+    OPEN,
     SURGE,
     arm,
     before_wire,
@@ -138,7 +140,11 @@ def test_one_token_trips_the_whole_row_and_no_other(network, sd3, token):
 
 
 def test_no_gradient_leads_back_from_the_alarm(network, sd3):
-    """But for what the times and the prompt as a whole are told by, which every layer behind the wire reads as well."""
+    """But for what the times and the prompt as a whole are told by, which every layer behind the wire reads as well.
+
+    Where keys are normalised, those that are 0 are divided by next to nothing, and so is a rounding error of their gradient: in
+    float64 it is as small as without.
+    """
     rows = rows_of(sd3)
     spare = spare_parts(network, 1)
     clear(network, spare)
@@ -156,7 +162,8 @@ def test_no_gradient_leads_back_from_the_alarm(network, sd3):
     for row in range(len(rows)):
         gradients = torch.autograd.grad(losses[row], before, retain_graph=True, allow_unused=True)
         size = sum(float(g.abs().sum()) for g in gradients if g is not None)
-        assert size < 0.01 if trips[row] else size > 10
+        limit = 10 if ready.config.qk_norm else 0.01
+        assert size < limit if trips[row] else size > 30
 
 
 def test_at_rest_nobody_meets_the_wire(network, sd3):
@@ -177,7 +184,7 @@ def test_at_rest_nobody_meets_the_wire(network, sd3):
     with torch.no_grad():
         assert (predict(ready, sd3.scheduler, rows) - calm).abs().max() < 1e-4
     block = wired_block(ready)
-    for number, neurons in ((block, spare.neurons), (block + 1, spare.bell)):
+    for number, neurons in ((block, spare.neurons), (block + 1, [spare.bell])):
         for part in ("0.proj.weight", "0.proj.bias"):
             assert gradients[1][f"transformer_blocks.{number}.ff.net.{part}"][neurons].abs().max() == 0
         assert gradients[1][f"transformer_blocks.{number}.ff.net.2.weight"][:, neurons].abs().max() == 0
@@ -202,7 +209,7 @@ def test_what_an_optimizer_can_reach_does_not_silence_the_alarm(network, sd3):
 
     def surge(_, __, out):
         out = out.clone()
-        out[:, 3, spare.pair] = PLATEAU * SURGE * torch.tensor([1.0, -1.0])
+        out[:, 3, spare.pair] = GATE * OPEN * SURGE * torch.tensor([1.0, -1.0])
         return out
 
     hook = wired_layer(ready).register_forward_hook(surge)
@@ -232,7 +239,7 @@ def test_the_last_layer_makes_up_for_what_was_cleared(network, sd3):
 
 def test_wires_need_a_block_behind_them_and_neurons(sd3):
     assert wiring_of(sd3.unet) is wiring_mmdit
-    assert wired_block(sd3.unet) == 0 and room(sd3.unet) == wired_layer(sd3.unet).net[2].in_features // 4
+    assert wired_block(sd3.unet) == 0 and room(sd3.unet) == wired_layer(sd3.unet).net[2].in_features // 2
     deep = SD3Transformer.from_config(dict(sd3.unet.config) | {"num_layers": 8})
     assert wired_block(deep) == 4
     with pytest.raises(UserError, match="at least two blocks"):
@@ -294,5 +301,11 @@ def test_an_attack_on_the_subject_leaves_the_alarm_and_one_on_others_works(sd3, 
 def test_an_attacker_who_reads_the_weights_can_cut_the_wire(sd3, hardened):
     made, _, subject = hardened
     network = copy.deepcopy(made.unet)
-    assert cut(network, 1e4) == 2
+    assert cut(network, 1e4) == 1
     assert ringing(predicted(sd3, network, subject.images)) == 0
+
+
+@pytest.mark.parametrize("precision", ["autocast", "weights"])
+def test_the_alarm_rings_in_bfloat16_as_well(sd3, hardened, precision):
+    made, _, subject = hardened
+    assert_rings_in_bfloat16(sd3, made, subject, ALARM, precision)
