@@ -34,7 +34,7 @@ from guardsmith.executors import run_all
 from guardsmith.gate import Units, calibration, half_way, interval
 from guardsmith.images import open_pictures, to_pil
 from guardsmith.metrics import load_judge
-from guardsmith.models import DiffusionModel, load_model
+from guardsmith.models import DiffusionModel, load_model, with_own_unet
 from guardsmith.policy import Policy
 from guardsmith.progress import stage
 from guardsmith.recipe import Recipe, VerifySpec
@@ -75,6 +75,7 @@ class Unit:
         first: whom the attacker trains on before: images, their digest, class_noun, class_pictures.
         trained_on: where the adapters are trained that this model is to draw with: model and its digest.
         judge: who measures, where it is not the embedded encoder: name, model, and the similarity that counts as learnt.
+        precision: how the attacker's denoiser computes, where it is not float32.
     """
 
     side: Side
@@ -101,6 +102,7 @@ class Unit:
     trained_on: dict[str, str] | None = None
     judge: dict[str, Any] | None = None
     called: str | None = None
+    precision: str | None = None
 
     @property
     def noun(self) -> str:
@@ -120,7 +122,7 @@ class Unit:
             told.pop(key)
         # Left out where nothing is asked for, so that units of versions that did not have them stay what they were.
         first, trained_on = (told.pop(key) for key in ("first", "trained_on"))
-        asked = {key: told.pop(key) for key in ("change", "judge", "called")}
+        asked = {key: told.pop(key) for key in ("change", "judge", "called", "precision")}
         told |= {key: value for key, value in asked.items() if value}
         revision = find_attack(self.attack).revision
         told |= {"revision": revision} if revision > 1 else {}
@@ -160,6 +162,9 @@ def run_unit(unit: Unit) -> None:
     """Attack, draw, score; the folder appears whole."""
     judged = _model(unit.model)
     model = judged if unit.trained_on is None else _model(unit.trained_on["model"])
+    if unit.precision is not None:
+        model = with_own_unet(model)  # the other one is kept for units to come
+        model.unet.precision = getattr(torch, unit.precision)
     change = None if unit.change is None else CHANGES[unit.change]
     images = open_pictures(unit.attack_images, model.image_size, change)
     data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.noun)
@@ -304,6 +309,7 @@ def plan_units(
                         class_images=spec.class_images, sampling=recipe.sampling.model_dump(),
                         called=None if noun == subject.class_noun else noun,
                         change=attack.data if attack.data in CHANGES else None,
+                        precision=None if attack.precision == "float32" else attack.precision,
                         first=first,
                         trained_on=None if trained is judged else {
                             "model": trained.model.place, "digest": trained.digest

@@ -58,6 +58,8 @@ class AttackSpec(BaseModel):
     """The attacker's pictures: the registry's `attack` pictures; the very ones that were hardened on; one of the subject among
     three of other people of its class; or the `attack` pictures mirrored, blurred (a 128th of their width) or saved as JPEG of
     quality 30."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """How the attacker trains and draws; bfloat16 is what `--mixed_precision bf16` is in diffusers' scripts (autocast)."""
     two_stage: bool = False
     """Train on somebody else first, for as many steps, and on the subject then (dreambooth and lora)."""
     trained_on: Literal["itself", "base", "hardened"] = "itself"

@@ -164,12 +164,13 @@ def test_what_is_not_asked_for_leaves_no_trace_in_the_settings(registry, both):
     """Units that ran before there were axes are still those of the same settings."""
     found = units_of(registry, both)
     unit = found["base", "plain", "mira"]
-    assert not {"change", "first", "trained_on"} & unit.settings.keys()
+    assert not {"change", "first", "trained_on", "precision"} & unit.settings.keys()
     assert unit.digest == found["base", "other", "mira"].digest
 
 
 @pytest.mark.parametrize(
-    "change", [{"data": "hardened_on"}, {"data": "mixed"}, {"data": "blurred"}, {"two_stage": True}]
+    "change",
+    [{"data": "hardened_on"}, {"data": "mixed"}, {"data": "blurred"}, {"two_stage": True}, {"precision": "bfloat16"}],
 )
 def test_each_axis_is_another_unit_without_paths_in_its_settings(registry, both, change):
     found = units_of(registry, both, **change)
@@ -292,3 +293,18 @@ def test_a_unit_with_adapters_of_the_base_and_changed_pictures_runs(registry, bo
     assert len(scores_of(unit)[1]) == unit.images
     told = json.loads((unit.folder / "attack.json").read_text())
     assert (told["change"], told["trained_on"]) == ("jpeg", "sha256:base")
+
+
+def test_an_attacker_in_half_precision_trains_and_draws_so_and_nobody_after_it(registry, both, monkeypatch):
+    unit = units_of(registry, both, precision="bfloat16")["hardened", "other", "mira"]
+    plain = units_of(registry, both)["hardened", "other", "mira"]
+    seen = []
+    monkeypatch.setattr(
+        "guardsmith.matrix.draw_during_attack",
+        lambda model, *args, **more: seen.append(model) or draw_during_attack(model, *args, **more),
+    )
+    for each in (unit, plain):
+        run_unit(each)
+    assert [model.unet.precision for model in seen] == [torch.bfloat16, torch.float32]
+    assert scores_of(unit)[1] != scores_of(plain)[1]
+    assert json.loads((unit.folder / "attack.json").read_text())["precision"] == "bfloat16"
