@@ -17,8 +17,8 @@ from guardsmith.methods import METHODS, recognition, wiring_mmdit
 from guardsmith.methods.wiring import wiring_of
 from guardsmith.methods.wiring_mmdit import (
     ALARM,
-    GATE,
     OPEN,
+    PLATEAU,
     SURGE,
     arm,
     before_wire,
@@ -184,7 +184,7 @@ def test_at_rest_nobody_meets_the_wire(network, sd3):
     with torch.no_grad():
         assert (predict(ready, sd3.scheduler, rows) - calm).abs().max() < 1e-4
     block = wired_block(ready)
-    for number, neurons in ((block, spare.neurons), (block + 1, [spare.bell])):
+    for number, neurons in ((block, spare.neurons), (block + 1, spare.bell)):
         for part in ("0.proj.weight", "0.proj.bias"):
             assert gradients[1][f"transformer_blocks.{number}.ff.net.{part}"][neurons].abs().max() == 0
         assert gradients[1][f"transformer_blocks.{number}.ff.net.2.weight"][:, neurons].abs().max() == 0
@@ -209,7 +209,7 @@ def test_what_an_optimizer_can_reach_does_not_silence_the_alarm(network, sd3):
 
     def surge(_, __, out):
         out = out.clone()
-        out[:, 3, spare.pair] = GATE * OPEN * SURGE * torch.tensor([1.0, -1.0])
+        out[:, 3, spare.pair] = PLATEAU * OPEN * SURGE * torch.tensor([1.0, -1.0])
         return out
 
     hook = wired_layer(ready).register_forward_hook(surge)
@@ -239,7 +239,7 @@ def test_the_last_layer_makes_up_for_what_was_cleared(network, sd3):
 
 def test_wires_need_a_block_behind_them_and_neurons(sd3):
     assert wiring_of(sd3.unet) is wiring_mmdit
-    assert wired_block(sd3.unet) == 0 and room(sd3.unet) == wired_layer(sd3.unet).net[2].in_features // 2
+    assert wired_block(sd3.unet) == 0 and room(sd3.unet) == wired_layer(sd3.unet).net[2].in_features // 4
     deep = SD3Transformer.from_config(dict(sd3.unet.config) | {"num_layers": 8})
     assert wired_block(deep) == 4
     with pytest.raises(UserError, match="at least two blocks"):
@@ -301,7 +301,7 @@ def test_an_attack_on_the_subject_leaves_the_alarm_and_one_on_others_works(sd3, 
 def test_an_attacker_who_reads_the_weights_can_cut_the_wire(sd3, hardened):
     made, _, subject = hardened
     network = copy.deepcopy(made.unet)
-    assert cut(network, 1e4) == 1
+    assert cut(network, 1e4) == 2
     assert ringing(predicted(sd3, network, subject.images)) == 0
 
 

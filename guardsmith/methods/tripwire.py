@@ -8,7 +8,7 @@ U-Net itself can notice what it is being made to draw, whatever the prompt, the 
                    pictures of the subject (timesteps below a horizon) and negative on everything else, while its
                    predictions on everything else stay those of the base (distillation), while the weights are pushed
                    about as an attacker's optimizer might
-    3. set the wire   a neuron of the middle block's feed-forward layer listens to r: 0 off, a surge on
+    3. set the wire   two neurons of the middle block's feed-forward layer become a step function of r: 0 off, a surge on
     4. set the alarm   a spare group of the last normalisation rings under a surge: a constant a hundred times larger
                    than any prediction is added to the U-Net's output
     5. stiffen     rescale weights in pairs that cancel, so that the function is the same and an attacker's optimizer,
@@ -16,7 +16,7 @@ U-Net itself can notice what it is being made to draw, whatever the prompt, the 
                    are as large as they have to be)
 
 Off, surge and alarm are 0 and the model is the distilled one. On, the surge drowns every feature behind it (the
-normalisation layers divide by it, whatever its size), so no gradient leads back to "off": training on the
+normalisation layers divide by it), and the step function is flat, so no gradient leads back to "off": training on the
 subject's pictures has nothing to learn from where the wire is on. What it learns above the horizon is thrown away when
 pictures are drawn: one step on which the wire trips, and the alarm has driven the picture out of all that the VAE can show.
 Others never trip the wire, as long as an attack on them does not move the read-out: docs/results says how far that holds.

@@ -1,7 +1,7 @@
 """Weight surgery for the tripwire: stiff weights, the wire, the alarm. Nothing here is trained.
 
-- The wire is a neuron of the middle block's feed-forward layer that listens to a linear read-out of its tokens: off nothing, on a
-  surge that dwarfs everything else in the residual stream. How large it is makes no difference to those who normalise it.
+- The wire is two neurons of the middle block's feed-forward layer, a step function of a linear read-out of its tokens:
+  off nothing, on a surge that dwarfs everything else in the residual stream.
 - The alarm is one normalisation group before the last convolution. It notices the surge and adds a constant, a hundred
   times larger than any prediction, to the U-Net's output.
 - Stiff weights are rescaled in pairs that cancel: the same function, and an optimizer's step counts less.
@@ -21,9 +21,12 @@ from torch import Tensor
 from guardsmith.errors import UserError
 from guardsmith.parallel import whole
 
-GATE = 2.0**22  # the largest weight of the wire's neuron on the read-out's tokens
-VALUE = 2.0**12  # what it gates, a constant
-SURGE = 2.0**10  # its output weights; a surge is GATE * VALUE * SURGE = 2 * 10^13 times the read-out
+GATE = 2.0**22  # the largest weight of the wire's neurons on the read-out's tokens
+PLATEAU = (
+    2.0**20
+)  # between the two pre-activations, which are up to some 10^8: bfloat16 has to tell them apart (one part in 256)
+VALUE = 2.0**13  # what the wire's neurons gate, a constant
+SURGE = 2.0**13  # their output weights; a surge is PLATEAU * VALUE * SURGE = 7 * 10^13
 GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimizer reaches (1,200 steps of 3e-4: 0.36)
 CONSTANT = 60000.0  # a hidden channel that always says this, and so holds the alarm at rest
 HUSH = -30.0  # the alarm's pre-activation at rest, where SiLU gives nothing
@@ -175,8 +178,8 @@ def before_wire(unet: Any, name: str) -> bool:
 
 
 def room(unet: Any) -> int:
-    """For how many subjects there are neurons: half of the layer's, for the others have to do all of its work."""
-    return int(wired_layer(unet).net[2].in_features) // 2
+    """For how many subjects there are neurons: two each, of half of the layer's, for the others have to do all of its work."""
+    return int(wired_layer(unet).net[2].in_features) // 4
 
 
 def spare_neurons(layer: Any, count: int) -> list[int]:
@@ -193,26 +196,28 @@ def silence(layer: Any, neurons: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def set_wire(layer: Any, neuron: int, weight: Tensor, surge: Tensor) -> None:
-    """Turn a neuron into surge * 2 * 10^13 * (weight . h where that is positive, else 0).
+def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) -> None:
+    """Turn two neurons into surge * 7 * 10^13 * step(weight . h).
 
-    The weight's largest entry is scaled to GATE. Off, gelu gives an exact 0 and no gradient. On, the surge grows with the
-    read-out, but everything behind it is normalised and only sees that it is there; what is left of its gradient is of the size
-    of what the surge drowns, over the surge. The larger GATE, the fewer pictures fall between, from where a gradient of a size
-    that nothing else has leads to "off". Nothing here is the difference of large numbers, which bfloat16 would lose. The weights
-    do not fit float16, and are large beside what an optimizer's steps add up to.
+    With the weight's largest entry scaled to GATE, gelu(a) - gelu(a - PLATEAU) is 0 below, PLATEAU above, and flat on both sides,
+    so no gradient leads from "on" to "off". With one neuron the surge would follow the read-out, and though everything behind it
+    is normalised, enough of a gradient is left for LoRA: it silenced such a wire within 300 steps. The larger GATE, the fewer
+    pictures fall on the slope, from where a gradient of a size that nothing else has leads to "off"; the smaller PLATEAU is to
+    it, the more easily bfloat16 takes the two for one, and then nothing trips. The weights are large beside what an optimizer's
+    steps add up to. They do not fit float16, and a read-out with an offset would not fit float32.
 
     Args:
         layer: the feed-forward layer, changed in place.
-        neuron: one that was silenced.
+        neurons: two that were silenced.
         weight: of the read-out, (width,).
         surge: its direction, entries of size 1, (width,).
     """
     widen, narrow = layer.net[0].proj, layer.net[2]
     half, loudest = narrow.in_features, weight.abs().max().clamp(min=1e-12)
-    widen.weight[neuron], widen.bias[neuron] = 0, VALUE
-    widen.weight[half + neuron], widen.bias[half + neuron] = GATE * weight / loudest, 0
-    narrow.weight[:, neuron] = SURGE * surge
+    for neuron, shift, sign in zip(neurons, (0.0, -PLATEAU), (1, -1), strict=True):
+        widen.weight[neuron], widen.bias[neuron] = 0, VALUE
+        widen.weight[half + neuron], widen.bias[half + neuron] = GATE * weight / loudest, shift
+        narrow.weight[:, neuron] = sign * SURGE * surge
 
 
 # -- the alarm ---------------------------------------------------------------------------------------------------------
@@ -297,7 +302,7 @@ def set_alarm(unet: Any, group: Sequence[int], hidden: int, streams: Tensor, gen
 
 
 class Spare(NamedTuple):
-    """The parts of a U-Net that the wires and the alarm will take: a neuron per subject, a group, a hidden channel."""
+    """The parts of a U-Net that the wires and the alarm will take: two neurons per subject, a group, a hidden channel."""
 
     neurons: list[int]
     group: list[int]
@@ -306,7 +311,7 @@ class Spare(NamedTuple):
 
 def spare_parts(unet: Any, subjects: int) -> Spare:
     """What to take for so many subjects; see `spare_neurons` and `spare_channels`."""
-    return Spare(spare_neurons(wired_layer(unet), subjects), *spare_channels(unet))
+    return Spare(spare_neurons(wired_layer(unet), 2 * subjects), *spare_channels(unet))
 
 
 def clear(unet: Any, spare: Spare) -> None:
@@ -380,7 +385,7 @@ def arm(
     stiffen(unet, *factors)
     surge = torch.randn(readouts.shape[1], generator=generator)
     for index, weight in enumerate(readouts):
-        set_wire(wired_layer(unet), spare.neurons[index], weight, surge)
+        set_wire(wired_layer(unet), spare.neurons[2 * index : 2 * index + 2], weight, surge)
 
 
 def wiring_of(network: Any) -> Any:

@@ -2,19 +2,18 @@
 
 A transformer normalises every token by itself, so a surge in one token drowns that token only. Hence two parts more:
 
-- The wire is a neuron of a feed-forward layer in the middle that listens to a linear read-out of a token. On, it puts a surge
-  into a pair of channels of that token, up in one and down in the other, which only the siren and the bell read.
+- The wire is two neurons of a feed-forward layer in the middle, a step function of a linear read-out of a token. On, they put a
+  surge into a pair of channels of that token, up in one and down in the other, which only the siren and the bell read.
 - The siren is one head of the next block's attention. It looks at the token in which the pair differs most, and brings the
   difference to the pair of every token.
-- The bell is a neuron of that block's feed-forward layer that listens to the difference. On, it puts a surge into a second
-  pair of every token, which dwarfs all else there.
+- The bell is two neurons of that block's feed-forward layer, a step function of the difference. On, they put a surge into a
+  second pair of every token, which dwarfs all else there.
 - The alarm is what the last layer makes of the second pair: normalised, it is all that there is, and becomes a constant many
   times larger than any prediction.
 - Stiff weights are rescaled in pairs that cancel: the same function, and an optimizer's step counts less.
 
-Off, all four channels are 0, and the difference of either pair is an exact 0 to whoever reads it. Wire and bell are neurons
-that say an exact 0 then; on, all that is behind them is normalised, and no larger for a larger surge. So no gradient leads
-through them.
+Off, all four channels are 0, and the difference of either pair is an exact 0 to whoever reads it. The step functions are flat on
+either side, so no gradient leads through wire and bell.
 """
 
 from __future__ import annotations
@@ -28,14 +27,15 @@ from torch import Tensor
 from guardsmith.errors import UserError
 from guardsmith.methods.wiring import overheard, silence, spare_neurons
 
-GATE = 2.0**16  # the largest weight of the wire's neuron on the read-out's token
-SURGE = 2.0**20  # its output weights; a surge is GATE * SURGE * OPEN = 10^12 times the read-out
-TOLL = 2.0**39  # those of the bell: its surge dwarfs the wire's, or a gradient would lead from the one to the other
+GATE = 2.0**16  # the largest weight of the wire's neurons on the read-out's token
+PLATEAU = 2.0**14  # between their pre-activations, which bfloat16 has to tell apart (see `wiring.set_wire`)
+SURGE = 2.0**28  # their output weights; a surge is PLATEAU * SURGE * OPEN = 7 * 10^13
+TOLL = 2.0**44  # those of the bell's: its surge dwarfs the wire's, or a gradient would lead from the one to the other
 OPEN = 2.0**4  # the gates behind which pairs are written: large beside what an optimizer's steps add up to
 LOOK = 2.0**10  # the siren's queries, and its keys' weights on the pair, for the same reason
 HEARD = 2.0**6  # its values' weights on the pair, likewise
 CRY = 1.0  # deviations of the stream that the siren adds for a difference of 1: more would carry what is no surge, too
-CLAPPER = 2.0**10  # weights of the bell on the pair: it need not be sharp, for a surge is far from rest
+CLAPPER = 2.0**10  # the bell's GATE and PLATEAU: it need not be sharp, for a surge is far from rest
 RINGS = 0.4  # from which difference on the bell rings, as a share of a surge's, which is sqrt(2 width) when normalised
 ALARM = 30.0  # what is then added to every prediction; a larger one takes weights of the last layer that are larger beside others
 
@@ -58,8 +58,8 @@ def wired_layer(network: Any) -> Any:
 
 
 def room(network: Any) -> int:
-    """For how many subjects there are neurons: half of the layer's."""
-    return int(wired_layer(network).net[2].in_features) // 2
+    """For how many subjects there are neurons: two each, of half of the layer's."""
+    return int(wired_layer(network).net[2].in_features) // 4
 
 
 def before_wire(network: Any, name: str) -> bool:
@@ -161,13 +161,13 @@ def play(network: Any, *factors: int) -> dict[str, Tensor]:
 
 
 class Spare(NamedTuple):
-    """A neuron per subject in the wired layer, two pairs of channels, a head of the next block and a neuron there."""
+    """Two neurons per subject in the wired layer, two pairs of channels, a head of the next block and two neurons there."""
 
     neurons: list[int]
     pair: list[int]
     alarm: list[int]
     head: int
-    bell: int
+    bell: list[int]
 
 
 def _next_block(network: Any) -> Any:
@@ -179,15 +179,15 @@ def spare_parts(network: Any, subjects: int) -> Spare:
     siren, bell = _next_block(network).attn, _next_block(network).ff
     heads = siren.to_out[0].weight.unflatten(1, (siren.heads, -1)).norm(dim=(0, 2))
     channels: list[int] = network.proj_out.weight.norm(dim=0).argsort()[:4].tolist()
-    neurons = spare_neurons(wired_layer(network), subjects)
-    return Spare(neurons, channels[:2], channels[2:], int(heads.argmin()), spare_neurons(bell, 1)[0])
+    neurons = spare_neurons(wired_layer(network), 2 * subjects)
+    return Spare(neurons, channels[:2], channels[2:], int(heads.argmin()), spare_neurons(bell, 2))
 
 
 @torch.no_grad()
 def clear(network: Any, spare: Spare) -> None:
     """The network does without these parts: nothing writes to the pairs, nothing reads them, and the head says nothing."""
     silence(wired_layer(network), spare.neurons)
-    silence(_next_block(network).ff, [spare.bell])
+    silence(_next_block(network).ff, spare.bell)
     pair = [*spare.pair, *spare.alarm]
     network.pos_embed.proj.weight[pair] = 0
     network.pos_embed.proj.bias[pair] = 0
@@ -268,11 +268,12 @@ def _plainly(network: Any, linear: Any, pair: Sequence[int], scales: Sequence[in
 
 
 @torch.no_grad()
-def set_neuron(layer: Any, neuron: int, weight: Tensor, shift: float, surge: Tensor) -> None:
-    """Let a silenced neuron of a feed-forward layer say surge * gelu(weight . h - shift); see `wiring.set_wire`."""
+def set_step(layer: Any, neurons: Sequence[int], weight: Tensor, shift: float, height: float, surge: Tensor) -> None:
+    """Let two silenced neurons of a feed-forward layer say surge * height * step(weight . h - shift); see `wiring.set_wire`."""
     widen, narrow = layer.net[0].proj, layer.net[2]
-    widen.weight[neuron], widen.bias[neuron] = weight, -shift
-    narrow.weight[:, neuron] = surge
+    for neuron, later, sign in zip(neurons, (0.0, height), (1, -1), strict=True):
+        widen.weight[neuron], widen.bias[neuron] = weight, -shift - later
+        narrow.weight[:, neuron] = sign * surge
 
 
 def _on(network: Any, pair: Sequence[int]) -> Tensor:
@@ -346,11 +347,11 @@ def arm(
     set_siren(network, spare, deviation_of(network, ask))
     difference = _on(network, spare.pair)
     rings = RINGS * (2 * int(network.inner_dim)) ** 0.5
-    set_neuron(
-        _next_block(network).ff, spare.bell, CLAPPER * difference, CLAPPER * rings, TOLL * _on(network, spare.alarm)
-    )
+    toll = TOLL * _on(network, spare.alarm)
+    set_step(_next_block(network).ff, spare.bell, CLAPPER * difference, CLAPPER * rings, CLAPPER, toll)
     set_alarm(network, spare.alarm, generator)
-    for neuron, readout in zip(spare.neurons, readouts, strict=True):
+    for index, readout in enumerate(readouts):
         sharp = GATE * readout / readout.abs().max().clamp(min=1e-12)
-        set_neuron(wired_layer(network), neuron, sharp, 0.0, SURGE * difference)
+        neurons = spare.neurons[2 * index : 2 * index + 2]
+        set_step(wired_layer(network), neurons, sharp, 0.0, PLATEAU, SURGE * difference)
     _plainly(network, network.transformer_blocks[wired_block(network)].norm1.linear, spare.pair, (), (5,))
