@@ -261,6 +261,12 @@ def rows_of(
     return rows
 
 
+def in_order(rows: list[dict[str, Any]], guards: list[str]) -> list[dict[str, Any]]:
+    """The rows of these guards first, in their order, then those of others as they came."""
+    place = {name: number for number, name in enumerate(guards)}
+    return sorted(rows, key=lambda row: place.get(row["guard"], len(place)))
+
+
 def looks_of(recipe: Recipe, costs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What every cloak did to the pictures, and what it took."""
     found = {}
@@ -361,7 +367,8 @@ def markdown(told: dict[str, Any]) -> str:
         for name, look in shown.items()
     ]
     out += table(["", "PSNR, dB", "perceptual distance", "seconds a picture"], lines)
-    conditions = list(dict.fromkeys(row["condition"] for row in told["rows"] if row["guard"] in (*cloaks, "none")))
+    seen = dict.fromkeys(row["condition"] for row in told["rows"] if row["guard"] in (*cloaks, "none"))
+    conditions = sorted(seen, key=lambda condition: condition.startswith("purified"))
     for attack in ATTACKS:
         columns = ["none", *cloaks] if attack in WASHING else cloaks
         lines = [
@@ -440,6 +447,9 @@ def main() -> None:
     keys = ("guard", "attack", "condition", "people")
     new = {tuple(row[key] for key in keys) for row in rows}
     rows += [row for row in known["rows"] if tuple(row[key] for key in keys) not in new]
+    looks = looks_of(recipe, costs) | known["cloaks"]  # seconds are compared within one run only
+    if args.conditions is None:
+        looks |= looks_of(recipe, costs)
     hardened = {}
     for name, source in list(sources.items())[1:]:
         told = json.loads((Path(source).parent / "harden.json").read_text())
@@ -448,7 +458,8 @@ def main() -> None:
         "command": "recipes/avatar-base/images.sh FOLDER", "base_digest": model_at(recipe.base)[1],
         "budget": args.budget, "attacks": ATTACKS, "pictures": COUNT,
         "purifiers": {name: spec.model_dump() for name, spec in recipe.purifiers.items()},
-        "cloaks": known["cloaks"] | looks_of(recipe, costs), "hardened": known["hardened"] | hardened, "rows": rows,
+        "cloaks": looks, "hardened": known["hardened"] | hardened,
+        "rows": in_order(rows, ["none", *recipe.cloaks]),
     })  # fmt: skip
     if args.conditions is None:
         sheet(done, args.subjects[0], file.with_suffix(".jpg"))
