@@ -302,7 +302,7 @@ def plot(told: dict[str, Any], file: Path) -> None:
     guards = [g for g in dict.fromkeys(row["guard"] for row in rows) if " at " not in g]
     models = [guard for guard in guards if guard in told["hardened"]]
     cloaks = [guard for guard in guards if guard not in ("none", *models)]
-    figure, axes = plt.subplots(2, 2, figsize=(15, 10), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(18, 10), constrained_layout=True)
 
     def points(axis: Any, labels: list[str], found: list[Any], name: str, shift: float) -> None:
         here = [(i, row["similarity"]) for i, row in enumerate(found) if row is not None]
@@ -333,7 +333,7 @@ def plot(told: dict[str, Any], file: Path) -> None:
     axes[0, 0].set_title("all pictures cloaked, or clean ones on hardened models")
     for axis in axes.flat:
         axis.set_ylabel("similarity to the subject")
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plt.rcParams["svg.hashsalt"] = "guardsmith"
     figure.savefig(file, metadata={"Date": None})
 
