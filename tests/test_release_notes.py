@@ -18,7 +18,7 @@ def test_figures_limits_and_digests():
     assert text.startswith("## acme/avatar: pass\n")
     assert "builtin:avatar, hardened with tripwire. Protected subjects: 1, of whom 1 were attacked" in text
     assert "| question | now |\n|---|---|\n" in text
-    assert "| dreambooth: protected | -0.11 [-0.12, -0.09]; 1 of 1 |" in text
+    assert "| dreambooth: protected | -0.13 [-0.14, -0.11]; 1 of 1 |" in text
     assert "cuts them has the base's model back" in text
     assert REPORT["hardening"]["model_digest"] in text and REPORT["hardening"]["registry_digest"] in text
     assert "What changed" not in text and "(before:" not in text
@@ -36,7 +36,7 @@ def test_the_release_before_has_a_column_and_what_changed_is_told():
     assert "| cost, U-Net forward equivalents | 1,234 | 36,572 |" in text
     assert "| verdict of the gate | fail (falls short) | pass |" in text
     assert "Different besides the figures: model." in text
-    assert "- better: protected mira lora (fail, 0.400 -> pass, -0.104)" in text
+    assert "- better: protected mira lora (fail, 0.400 -> pass, -0.142)" in text
     assert "(before: `sha256:older`)" in text
 
 
