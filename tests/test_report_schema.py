@@ -24,7 +24,15 @@ def test_the_published_schema_is_current(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo-report", "adaptive-report", "axes-report", "matrix-tripwire-report", "several-tuning-report"]
+    "name",
+    [
+        "demo-report",
+        "bfloat16-report",
+        "adaptive-report",
+        "axes-report",
+        "matrix-tripwire-report",
+        "several-tuning-report",
+    ],
 )
 def test_committed_reports_are_as_the_schema_says(name):
     report = Report.model_validate_json((DOCS / f"results/{name}.json").read_text())
