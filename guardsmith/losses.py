@@ -113,6 +113,18 @@ def own_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor
     raise ValueError(f"prediction type '{kind}' is not supported")
 
 
+def clean_shares(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """What a prediction y says of the clean latents is z = p z_t - q y: p and q, float32 (n, 1, 1, 1) each.
+
+    (1 / a, s / a) where it is the noise, (a, s) where it is a velocity, (1, s) for a flow.
+    """
+    kept, added = shares(scheduler, timesteps)
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return 1 / kept, added / kept
+    return (kept, added) if kind == "v_prediction" else (torch.ones_like(kept), added)
+
+
 def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
     """The noise that a prediction y says is in z_t: eps = a y + s z_t where it is a velocity, a y + z_t for a flow."""
     if scheduler.config.prediction_type == "epsilon":

@@ -154,17 +154,23 @@ def _model(source: str) -> DiffusionModel:
     return load_model(source)
 
 
+def _computing(model: DiffusionModel, precision: str | None) -> DiffusionModel:
+    """The same, or a copy that computes so: the model itself is kept for units to come."""
+    if precision is None:
+        return model
+    own = with_own_unet(model)
+    own.unet.precision = getattr(torch, precision)
+    return own
+
+
 def _class_images(file: str, count: int) -> Tensor:
     return load_file(file)["images"][:count] if count else torch.empty(0)
 
 
 def run_unit(unit: Unit) -> None:
     """Attack, draw, score; the folder appears whole."""
-    judged = _model(unit.model)
-    model = judged if unit.trained_on is None else _model(unit.trained_on["model"])
-    if unit.precision is not None:
-        model = with_own_unet(model)  # the other one is kept for units to come
-        model.unet.precision = getattr(torch, unit.precision)
+    judged = _computing(_model(unit.model), unit.precision)
+    model = judged if unit.trained_on is None else _computing(_model(unit.trained_on["model"]), unit.precision)
     change = None if unit.change is None else CHANGES[unit.change]
     images = open_pictures(unit.attack_images, model.image_size, change)
     data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.noun)

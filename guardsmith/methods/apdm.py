@@ -387,8 +387,8 @@ def harden(
     overlap = config.overlap and world() == 1
     witness, seen, counted = walker, path_parameters, kept  # where the protection's gradients are taken
     if overlap:
-        fixed = {id(p) for p in walker.parameters()} - {id(p) for p in path_parameters}
-        memo = {id(p): p for p in walker.parameters() if id(p) in fixed}
+        moving = {id(p) for p in path_parameters}
+        memo = {id(p): p for p in walker.parameters() if id(p) not in moving}
         witness = copy.deepcopy(walker, memo)
         seen, counted = ([memo[id(p)] for p in some] for some in (path_parameters, kept))
     inner = adamw(unet, path_parameters, lr=config.personalization_learning_rate)

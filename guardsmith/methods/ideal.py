@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, shares
+from guardsmith.losses import clean_shares, draw_rows, shares
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
 from guardsmith.methods.recognition import Lesson, listen, variations
 from guardsmith.models import DiffusionModel
@@ -79,7 +79,6 @@ def ideal_states(
         on_batch: called after every `BATCH` pictures.
     """
     nothing = PromptBank(model).encode([""])
-    kind = model.prediction_type
     recorder = StateRecorder()
     for start in range(0, len(pictures), BATCH):
         known = pictures[start : start + BATCH]
@@ -87,13 +86,14 @@ def ideal_states(
         latents = first_noise(model, seeds[start : start + BATCH]) * solver.init_noise_sigma
         for t in solver.timesteps:
             recorder(int(t), latents)
-            signal, noise = (share.flatten()[0] for share in shares(model.scheduler, t.reshape(1)))
+            signal, noise = shares(model.scheduler, t.reshape(1))
+            seen, said = clean_shares(model.scheduler, t.reshape(1))
             out = model.unet(latents, t, nothing.expand(len(latents), -1, -1), return_dict=False)[0]
-            scaled = latents if kind == "flow" else signal * latents if kind == "v_prediction" else latents / signal
-            without = scaled - noise * out / (signal if kind == "epsilon" else 1)
-            clean = without + guidance * (posterior_mean(latents, known, signal, noise) - without)
-            out = (scaled - clean) / noise * (signal if kind == "epsilon" else 1)
-            latents = solver.step(out, t, latents, return_dict=False)[0]
+            without = seen * latents - said * out
+            clean = without + guidance * (
+                posterior_mean(latents, known, signal[0, 0, 0, 0], noise[0, 0, 0, 0]) - without
+            )
+            latents = solver.step((seen * latents - clean) / said, t, latents, return_dict=False)[0]
         if on_batch is not None:
             on_batch()
     states = recorder.states()

@@ -19,6 +19,7 @@ Off, surge and alarm are 0 and the model is the distilled one. On, the surge dro
 normalisation layers divide by it), and the step function is flat, so no gradient leads back to "off": training on the
 subject's pictures has nothing to learn from where the wire is on. What it learns above the horizon is thrown away when
 pictures are drawn: one step on which the wire trips, and the alarm has driven the picture out of all that the VAE can show.
+(Stable Diffusion 3's transformer has its wire and alarm elsewhere: `wiring_mmdit.py`.)
 Others never trip the wire, as long as an attack on them does not move the read-out: docs/results says how far that holds.
 
 What it does not do: it is not hidden. Someone who looks for it can find the neurons and cut them (docs/threat-model.md),
@@ -154,10 +155,11 @@ def memory(config: TripwireConfig, unet: Any) -> Held:
 
     Half-run U-Nets keep half of a row.
     """
+    wiring = wiring_of(unet)
     numbers = sum(parameter.numel() for parameter in unet.parameters())
     swayed = sum(
         parameter.numel() for name, parameter in unet.named_parameters()
-        if wiring_of(unet).before_wire(unet, name)
+        if wiring.before_wire(unet, name)
     )  # fmt: skip
     listened = (2 + config.lookalikes) * config.batch_size + 2
     return Held(2 * numbers + 2 * swayed, 2 * numbers, max(2 * config.batch_size, listened / 2))

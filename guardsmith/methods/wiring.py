@@ -195,6 +195,32 @@ def silence(layer: Any, neurons: Sequence[int]) -> None:
         layer.net[2].weight[:, neuron] = 0
 
 
+def sharpened(readout: Tensor, gate: float) -> Tensor:
+    """A read-out, (width,), scaled so that its largest weight is `gate`."""
+    return gate * readout / readout.abs().max().clamp(min=1e-12)
+
+
+@torch.no_grad()
+def set_step(
+    layer: Any, neurons: Sequence[int], weight: Tensor, offset: float, height: float, surge: Tensor
+) -> None:  # fmt: skip
+    """Let two silenced neurons of a feed-forward layer say gelu(a) - gelu(a - height) times `surge`, a = weight . h + offset.
+
+    Args:
+        layer: changed in place; where its neurons are gated, what they gate is left to the caller.
+        neurons: two.
+        weight: on the layer's input, (width,).
+        offset: where the step is.
+        height: between the two pre-activations, and so of the step.
+        surge: output weights, (width,).
+    """
+    widen, narrow = layer.net[0].proj, layer.net[2]
+    weights, biases = (part[-narrow.in_features :] for part in (widen.weight, widen.bias))  # behind what they gate
+    for neuron, shift, sign in zip(neurons, (0.0, height), (1, -1), strict=True):
+        weights[neuron], biases[neuron] = weight, offset - shift
+        narrow.weight[:, neuron] = sign * surge
+
+
 @torch.no_grad()
 def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) -> None:
     """Turn two neurons into surge * 7 * 10^13 * step(weight . h).
@@ -212,12 +238,9 @@ def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) 
         weight: of the read-out, (width,).
         surge: its direction, entries of size 1, (width,).
     """
-    widen, narrow = layer.net[0].proj, layer.net[2]
-    half, loudest = narrow.in_features, weight.abs().max().clamp(min=1e-12)
-    for neuron, shift, sign in zip(neurons, (0.0, -PLATEAU), (1, -1), strict=True):
-        widen.weight[neuron], widen.bias[neuron] = 0, VALUE
-        widen.weight[half + neuron], widen.bias[half + neuron] = GATE * weight / loudest, shift
-        narrow.weight[:, neuron] = sign * SURGE * surge
+    set_step(layer, neurons, sharpened(weight, GATE), 0.0, PLATEAU, SURGE * surge)
+    widen = layer.net[0].proj
+    widen.weight[neurons], widen.bias[neurons] = 0, VALUE
 
 
 # -- the alarm ---------------------------------------------------------------------------------------------------------
@@ -321,50 +344,59 @@ def clear(unet: Any, spare: Spare) -> None:
 
 
 @torch.no_grad()
-def mend(unet: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: int, rng: torch.Generator) -> None:
-    """Let the last convolution make up for what was cleared, as far as it can.
+def around(module: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What a module is given and what it says while `run` asks the denoiser once for predictions: all rows, on the CPU."""
+    heard: list[Tensor] = []
+    ear = module.register_forward_hook(lambda _, inputs, said: heard.extend((inputs[0], said)))
+    rows = len(run())
+    ear.remove()
+    given, said = (overheard(tensor, rows) for tensor in heard)
+    return given, said
 
-    Ridge regression of what the reference says beyond the U-Net, on what the U-Net's last convolution reads.
+
+def by_places(layer: Any, read: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+    """What a last layer (of tokens, or a 3 x 3 convolution) reads and says: (n, places, in) and (n, places, out)."""
+    if isinstance(layer, torch.nn.Conv2d):
+        return F.unfold(read, 3, padding=1).transpose(1, 2), said.flatten(2).transpose(1, 2)
+    return read, said
+
+
+@torch.no_grad()
+def mend(
+    network: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: int, rng: torch.Generator,
+    last: str = "conv_out",
+) -> None:  # fmt: skip
+    """Let the last layer make up for what was cleared, as far as it can.
+
+    Ridge regression of what the reference's last layer says beyond the network's, on what the network's reads.
 
     Args:
-        unet: its last convolution is changed in place.
-        reference: the U-Net from before.
-        ask: (U-Net, number of a batch) -> its predictions, (n, c, h, w).
+        network: its last layer is changed in place.
+        reference: the one from before.
+        ask: (network, number of a batch) -> its predictions, (n, c, h, w).
         batches: how many there are.
         rng: picks at most 64 places of a prediction, for large ones have more than enough.
+        last: name of the last layer.
     """
-    last = unet.conv_out
-    width = last.in_channels * 9 + 1
-    gram, match = (
-        torch.zeros(width, width, dtype=torch.float64),
-        torch.zeros(width, last.out_channels, dtype=torch.float64),
-    )
-    heard: list[Tensor] = []
-    ear = last.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    layer, before = (getattr(some, last) for some in (network, reference))
+    gram, match = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for number in range(batches):
-        heard.clear()
-        lacks = (ask(reference, number) - ask(unet, number)).flatten(2)
-        read = F.unfold(overheard(heard[0], len(lacks)), 3, padding=1)
-        places = torch.randperm(lacks.shape[2], generator=rng)[:64]
-        read, lacks = (part[..., places].transpose(1, 2).flatten(0, 1).double() for part in (read, lacks))
+        _, wanted = around(before, lambda: ask(reference, number))  # noqa: B023 (called at once)
+        given, said = around(layer, lambda: ask(network, number))  # noqa: B023 (called at once)
+        parts = by_places(layer, given, wanted - said)
+        places = torch.randperm(parts[0].shape[1], generator=rng)[:64]
+        read, lacks = (part[:, places].flatten(0, 1).double() for part in parts)
         read = torch.cat([read, torch.ones(len(read), 1, dtype=torch.float64)], 1)
-        gram += read.T @ read
-        match += read.T @ lacks
-    ear.remove()
+        gram, match = gram + read.T @ read, match + read.T @ lacks
     gram.diagonal().add_(1e-4 * float(gram.diagonal().mean()))
-    change = torch.linalg.solve(gram, match).to(last.weight)
-    last.weight += change[:-1].T.reshape(last.weight.shape)
-    last.bias += change[-1]
+    change = torch.linalg.solve(gram, match).to(layer.weight)
+    layer.weight += change[:-1].T.reshape(layer.weight.shape)
+    layer.bias += change[-1]
 
 
 def last_stream(unet: Any, run: Callable[[], Tensor]) -> Tensor:
     """What enters the last resnet while `run` asks the U-Net once for predictions, (n, c, h, w), on the CPU."""
-    heard: list[Tensor] = []
-    ear = _last(unet)[0].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
-    with torch.no_grad():
-        rows = len(run())
-    ear.remove()
-    return overheard(heard[0], rows)
+    return around(_last(unet)[0], run)[0]
 
 
 def arm(

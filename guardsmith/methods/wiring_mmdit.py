@@ -18,14 +18,16 @@ either side, so no gradient leads through wire and bell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from guardsmith.errors import UserError
-from guardsmith.methods.wiring import overheard, silence, spare_neurons
+from guardsmith.methods import wiring
+from guardsmith.methods.wiring import around, set_step, sharpened, silence, spare_neurons
 
 GATE = 2.0**16  # the largest weight of the wire's neurons on the read-out's token
 PLATEAU = 2.0**14  # between their pre-activations, which bfloat16 has to tell apart (see `wiring.set_wire`)
@@ -82,15 +84,15 @@ def _rows(network: Any, part: int) -> slice:
     return slice(part * width, (part + 1) * width)
 
 
-GATES = {6: (2, 5), 9: (2, 5, 8)}  # number of chunks -> those that are gates; two chunks are a scale and a shift
+GATES = {2: (), 6: (2, 5), 9: (2, 5, 8)}  # number of chunks -> those that are gates; two chunks are a scale and a shift
 
 
 def _attentions(block: Any) -> list[Any]:
     return [attention for attention in (block.attn, block.attn2) if attention is not None]
 
 
-def stiff_factors(network: Any, stream: int, inner: int, *_: int) -> Iterator[tuple[str, float | Tensor]]:
-    """What every parameter (and the embedding of places) is multiplied by, by name; those that stay are left out.
+def stiff_factors(network: Any, stream: int, inner: int, *_: int) -> dict[str, float | Tensor]:
+    """What parameters (and the embedding of places) are multiplied by, by name; those that stay are left out.
 
     Both residual streams, of the picture's tokens and of the text's, are normalised by all who read them, so they can be
     `stream` times larger. What is written to them is gated, and the factor is shared between the layer and the gate's rows.
@@ -102,44 +104,42 @@ def stiff_factors(network: Any, stream: int, inner: int, *_: int) -> Iterator[tu
     """
     width, last = int(network.inner_dim), wired_block(network)
     gate = 2 ** (stream.bit_length() // 2)
-    for name in ("pos_embed.proj.weight", "pos_embed.proj.bias", "pos_embed.pos_embed", "context_embedder.weight",
-                 "context_embedder.bias"):  # fmt: skip
-        yield name, stream
+    found: dict[str, float | Tensor] = {"pos_embed.pos_embed": stream}
+
+    def scale(layer: str, weight: float, bias: float) -> None:
+        found[f"{layer}.weight"], found[f"{layer}.bias"] = weight, bias
+
+    scale("pos_embed.proj", stream, stream)
+    scale("context_embedder", stream, stream)
     for number, block in enumerate(network.transformer_blocks):
-        place = f"transformer_blocks.{number}"
-        values = inner if number <= last else 1
+        place, values = f"transformer_blocks.{number}", inner if number <= last else 1
         for norm in ("norm1", "norm1_context"):
             linear = getattr(block, norm).linear
-            gates = GATES.get(linear.out_features // width)
-            if gates is not None:
-                rows = torch.ones(linear.out_features, device=linear.weight.device)
-                for part in gates:
-                    rows[_rows(network, part)] = gate
-                yield f"{place}.{norm}.linear.weight", rows.unsqueeze(1)
-                yield f"{place}.{norm}.linear.bias", rows
-        for kind in ("attn", "attn2"):
-            attention = getattr(block, kind)
-            if attention is None:
-                continue
+            rows = torch.ones(linear.out_features, device=linear.weight.device)
+            for part in GATES[linear.out_features // width]:
+                rows[_rows(network, part)] = gate
+            found[f"{place}.{norm}.linear.weight"], found[f"{place}.{norm}.linear.bias"] = rows.unsqueeze(1), rows
+        for attention in ("attn", "attn2"):
             for name in ("to_v", "add_v_proj"):
-                if getattr(attention, name, None) is not None:
-                    yield f"{place}.{kind}.{name}.weight", values
-                    yield f"{place}.{kind}.{name}.bias", values
+                scale(f"{place}.{attention}.{name}", values, values)
             for name in ("to_out.0", "to_add_out"):
-                if name == "to_out.0" or getattr(attention, name, None) is not None:
-                    yield f"{place}.{kind}.{name}.weight", stream / gate / values
-                    yield f"{place}.{kind}.{name}.bias", stream / gate
-        for kind in ("ff", "ff_context"):
-            if getattr(block, kind) is not None:
-                yield f"{place}.{kind}.net.2.weight", stream / gate
-                yield f"{place}.{kind}.net.2.bias", stream / gate
+                scale(f"{place}.{attention}.{name}", stream / gate / values, stream / gate)
+        for feed_forward in ("ff", "ff_context"):
+            scale(f"{place}.{feed_forward}.net.2", stream / gate, stream / gate)
+    there = tensors_of(network)  # no block has all of these
+    return {name: factor for name, factor in found.items() if name in there}
+
+
+def tensors_of(network: Any) -> dict[str, Tensor]:
+    """Parameters, and the embedding of places, by name."""
+    return dict(network.named_parameters()) | dict(network.named_buffers())
 
 
 @torch.no_grad()
 def stiffen(network: Any, *factors: int) -> None:
     """Rescale weights in place; the function stays the same, up to rounding and the epsilon of the normalisations."""
-    known = dict(network.named_parameters()) | dict(network.named_buffers())
-    for name, factor in stiff_factors(network, *factors):
+    known = tensors_of(network)
+    for name, factor in stiff_factors(network, *factors).items():
         known[name].mul_(factor)
 
 
@@ -149,11 +149,11 @@ def play(network: Any, *factors: int) -> dict[str, Tensor]:
     Returns:
         Tensors shaped like the parameters; those that move by less than a hundredth of the step are left out.
     """
-    stiff = dict(stiff_factors(network, *factors))
-    found = {}
-    for name, parameter in network.named_parameters():
-        if before_wire(network, name):
-            found[name] = 1 / (torch.ones_like(parameter) * stiff.get(name, 1.0))
+    stiff = stiff_factors(network, *factors)
+    found = {
+        name: 1 / (torch.ones_like(parameter) * stiff.get(name, 1.0))
+        for name, parameter in network.named_parameters() if before_wire(network, name)
+    }  # fmt: skip
     return {name: moves for name, moves in found.items() if moves.max() > 0.01}
 
 
@@ -215,43 +215,7 @@ def _of_head(attention: Any, head: int) -> slice:
     return slice(head * size, (head + 1) * size)
 
 
-@torch.no_grad()
-def mend(network: Any, reference: Any, ask: Callable[[Any, int], Tensor], batches: int, rng: torch.Generator) -> None:
-    """Let the last layer make up for what was cleared, as far as it can (ridge regression, as `wiring.mend`).
-
-    Args:
-        network: its last layer is changed in place.
-        reference: the one from before.
-        ask: (network, number of a batch) -> its predictions, (n, c, h, w).
-        batches: how many there are.
-        rng: picks at most 64 tokens of a picture.
-    """
-    last = network.proj_out
-    width = last.in_features + 1
-    gram = torch.zeros(width, width, dtype=torch.float64)
-    match = torch.zeros(width, last.out_features, dtype=torch.float64)
-    heard: list[tuple[Tensor, Tensor]] = []
-    ears = [
-        some.proj_out.register_forward_hook(lambda _, inputs, out: heard.append((inputs[0], out)))
-        for some in (reference, network)
-    ]
-    for number in range(batches):
-        heard.clear()
-        rows = [len(ask(some, number)) for some in (reference, network)]
-        (_, wanted), (read, found) = heard
-        read = overheard(read, rows[0])
-        lacks = overheard(wanted, rows[0]) - overheard(found, rows[0])
-        places = torch.randperm(read.shape[1], generator=rng)[:64]
-        read, lacks = (part[:, places].flatten(0, 1).double() for part in (read, lacks))
-        read = torch.cat([read, torch.ones(len(read), 1, dtype=torch.float64)], 1)
-        gram += read.T @ read
-        match += read.T @ lacks
-    for ear in ears:
-        ear.remove()
-    gram.diagonal().add_(1e-4 * float(gram.diagonal().mean()))
-    change = torch.linalg.solve(gram, match).to(last.weight)
-    last.weight += change[:-1].T
-    last.bias += change[-1]
+mend = partial(wiring.mend, last="proj_out")
 
 
 # -- wire, siren, bell -------------------------------------------------------------------------------------------------
@@ -265,15 +229,6 @@ def _plainly(network: Any, linear: Any, pair: Sequence[int], scales: Sequence[in
             rows = [part * int(network.inner_dim) + channel for channel in pair]
             linear.weight[rows] = 0
             linear.bias[rows] = value
-
-
-@torch.no_grad()
-def set_step(layer: Any, neurons: Sequence[int], weight: Tensor, shift: float, height: float, surge: Tensor) -> None:
-    """Let two silenced neurons of a feed-forward layer say surge * height * step(weight . h - shift); see `wiring.set_wire`."""
-    widen, narrow = layer.net[0].proj, layer.net[2]
-    for neuron, later, sign in zip(neurons, (0.0, height), (1, -1), strict=True):
-        widen.weight[neuron], widen.bias[neuron] = weight, -shift - later
-        narrow.weight[:, neuron] = sign * surge
 
 
 def _on(network: Any, pair: Sequence[int]) -> Tensor:
@@ -319,16 +274,6 @@ def set_alarm(network: Any, pair: Sequence[int], generator: torch.Generator) -> 
     _plainly(network, network.norm_out.linear, pair, (0, 1))
 
 
-@torch.no_grad()
-def deviation_of(network: Any, ask: Callable[[], Tensor]) -> float:
-    """The largest deviation of a token before the bell's layer, while `ask` runs the network once."""
-    heard: list[Tensor] = []
-    ear = _next_block(network).norm2.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
-    rows = len(ask())
-    ear.remove()
-    return float(overheard(heard[0], rows).std(2).max())
-
-
 def arm(
     network: Any, spare: Spare, readouts: Tensor, ask: Callable[[], Tensor], factors: Sequence[int],
     generator: torch.Generator,
@@ -344,14 +289,14 @@ def arm(
         generator: of signs.
     """
     stiffen(network, *factors)
-    set_siren(network, spare, deviation_of(network, ask))
+    stream, _ = around(_next_block(network).norm2, ask)
+    set_siren(network, spare, float(stream.std(2).max()))
     difference = _on(network, spare.pair)
     rings = RINGS * (2 * int(network.inner_dim)) ** 0.5
     toll = TOLL * _on(network, spare.alarm)
-    set_step(_next_block(network).ff, spare.bell, CLAPPER * difference, CLAPPER * rings, CLAPPER, toll)
+    set_step(_next_block(network).ff, spare.bell, CLAPPER * difference, -CLAPPER * rings, CLAPPER, toll)
     set_alarm(network, spare.alarm, generator)
     for index, readout in enumerate(readouts):
-        sharp = GATE * readout / readout.abs().max().clamp(min=1e-12)
         neurons = spare.neurons[2 * index : 2 * index + 2]
-        set_step(wired_layer(network), neurons, sharp, 0.0, PLATEAU, SURGE * difference)
+        set_step(wired_layer(network), neurons, sharpened(readout, GATE), 0.0, PLATEAU, SURGE * difference)
     _plainly(network, network.transformer_blocks[wired_block(network)].norm1.linear, spare.pair, (), (5,))

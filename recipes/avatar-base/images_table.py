@@ -447,9 +447,9 @@ def main() -> None:
     keys = ("guard", "attack", "condition", "people")
     new = {tuple(row[key] for key in keys) for row in rows}
     rows += [row for row in known["rows"] if tuple(row[key] for key in keys) not in new]
-    looks = looks_of(recipe, costs) | known["cloaks"]  # seconds are compared within one run only
-    if args.conditions is None:
-        looks |= looks_of(recipe, costs)
+    looks = looks_of(recipe, costs)
+    # Seconds are compared within one run only: those of cloaks that were made again for more rows are not.
+    looks = known["cloaks"] | looks if args.conditions is None else looks | known["cloaks"]
     hardened = {}
     for name, source in list(sources.items())[1:]:
         told = json.loads((Path(source).parent / "harden.json").read_text())

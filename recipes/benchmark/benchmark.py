@@ -219,12 +219,14 @@ def unet_step(model: DiffusionModel, rows: int, how: ComputeSpec | None = None, 
 def seconds_of(step: Callable[[], None], times: int) -> list[float]:
     """Of so many calls, after one that does not count."""
     step()
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        step()
-        found.append(time.perf_counter() - began)
-    return found
+    return [timed(step) for _ in range(times)]
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
 
 
 VARIANTS: dict[str, tuple[ComputeSpec, str]] = {
@@ -243,12 +245,13 @@ def variants(width: int, size: int) -> dict[str, Any]:
         ("embedded", load_model("builtin:avatar"), 16, 8), ("sd15", stable_diffusion(width, size), 2, 4),
     ):  # fmt: skip
         samples: dict[str, Any] = {}
+        usual = unet_step(model, rows)
+        usual()
         for name, (how, layout) in VARIANTS.items():
-            usual = unet_step(model, rows)
             try:
                 other = unet_step(model, rows, how, layout)
                 other()  # what has to be installed, or compiled
-                turns = [(*seconds_of(usual, 1), *seconds_of(other, 1)) for _ in range(times)]
+                turns = [(timed(usual), timed(other)) for _ in range(times)]
                 samples[name] = {"usual": [turn[0] for turn in turns], "so": [turn[1] for turn in turns]}
             except (GuardsmithError, RuntimeError, TypeError) as error:
                 samples[name] = str(error).splitlines()[0]
