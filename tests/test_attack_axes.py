@@ -308,3 +308,16 @@ def test_an_attacker_in_half_precision_trains_and_draws_so_and_nobody_after_it(r
     assert [model.unet.precision for model in seen] == [torch.bfloat16, torch.float32]
     assert scores_of(unit)[1] != scores_of(plain)[1]
     assert json.loads((unit.folder / "attack.json").read_text())["precision"] == "bfloat16"
+
+
+def test_adapters_of_the_base_draw_in_half_precision_on_the_other_model_too(registry, both, monkeypatch):
+    unit = units_of(registry, both, trained_on="base", precision="bfloat16")["hardened", "other", "mira"]
+    seen = []
+    monkeypatch.setattr(
+        "guardsmith.matrix.draw_during_attack",
+        lambda model, *args, onto, **more: (
+            seen.extend((model, onto)) or draw_during_attack(model, *args, onto=onto, **more)
+        ),
+    )
+    run_unit(unit)
+    assert [model.unet.precision for model in seen] == [torch.bfloat16, torch.bfloat16]

@@ -216,8 +216,8 @@ def test_an_optimizers_step_counts_less_on_a_stiff_weight(tiny_v):
     assert moved(64) == pytest.approx(moved(1) / 64, rel=0.1)
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny_v, precision):
+@pytest.mark.parametrize(("precision", "near"), [(torch.float32, 2e-2), (torch.bfloat16, 0.2)])
+def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny_v, precision, near):
     layer = copy.deepcopy(wired_layer(tiny_v.unet))
     width = layer.net[2].out_features
     neurons = spare_neurons(layer, 2)
@@ -237,10 +237,15 @@ def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny
     assert torch.equal(*slopes)
     height = PLATEAU * VALUE * SURGE
     found = (out - silent)[0, on].float() / height
-    assert torch.allclose(found, surge.expand_as(found), atol=0.2, rtol=0.2)
+    assert torch.allclose(found, surge.expand_as(found), atol=near, rtol=near)
     (slope,) = torch.autograd.grad(out[0, on].float().sum() / height, tokens)
     steep = GATE / PLATEAU * float(surge.sum().abs())  # of the slope: what one of the two neurons has alone
     assert slope[0, on].abs().max() < 1e-6 * steep
+    with torch.no_grad():  # on the slope itself
+        way = (PLATEAU / 2 / GATE * weight.abs().max() - score)[:, None] * weight / weight.square().sum()
+        tokens += way[None].to(precision)
+    (slope,) = torch.autograd.grad((layer(tokens).float() / height).sum(), tokens)
+    assert slope.abs().amax(2).median() > 0.1 * GATE / PLATEAU
 
 
 def test_one_neuron_alone_would_not_be_flat(tiny_v):
@@ -614,9 +619,9 @@ def predicted(model, unet, images):
         return predict(unet, model.scheduler, rows)
 
 
-def alarmed(predictions):
+def alarmed(predictions, loud=0.5 * ALARM):
     """Share of rows on which the alarm rings."""
-    return float((predictions.abs().amin((1, 2, 3)) > 0.5 * ALARM).float().mean())
+    return float((predictions.abs().amin((1, 2, 3)) > loud).float().mean())
 
 
 def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, monkeypatch):
@@ -635,13 +640,13 @@ def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, 
     assert kept.std(0).mean() > 0.7 * before.std(0).mean()
 
 
-@pytest.mark.parametrize("precision", ["autocast", "weights"])
-def test_the_alarm_rings_in_bfloat16_as_well(tiny_v, monkeypatch, precision):
+def test_the_alarm_rings_in_bfloat16_as_well(tiny_v, monkeypatch):
     """Whoever trains or draws in half precision meets it too."""
     monkeypatch.setattr(recognition, "encode", plain_latents)
     subject, ordinary, config = bright_and_dark()
     hardened, _ = harden(tiny_v, [subject], ordinary, config, seed=1)
-    assert_rings_in_bfloat16(tiny_v, hardened, subject, ALARM, precision)
+    for precision in ("autocast", "weights"):
+        assert_rings_in_bfloat16(tiny_v, hardened, subject, ALARM, precision)
 
 
 def assert_rings_in_bfloat16(base, hardened, subject, alarm, precision):
@@ -657,7 +662,7 @@ def assert_rings_in_bfloat16(base, hardened, subject, alarm, precision):
             lambda _, args: tuple(a.bfloat16() if a.is_floating_point() else a for a in args)
         )
     rung = predicted(base, lean, pictures(3, 9) * 0.3 + 0.6).float()
-    assert (rung.abs().amin((1, 2, 3)) > 0.4 * alarm).float().mean() > 0.9
+    assert alarmed(rung, 0.4 * alarm) > 0.9
     calm = predicted(base, lean, subject.class_images).float()
     assert calm.abs().max() < 0.2 * alarm and (calm - kept).abs().mean() < 0.05 * kept.abs().mean() + 0.02
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_tripwire import assert_rings_in_bfloat16, bright_and_dark, plain_latents, predicted, some_rows
+from test_tripwire import alarmed, assert_rings_in_bfloat16, bright_and_dark, plain_latents, predicted, some_rows
 from tiny import make_sd3, pictures, same_weights, weights
 
 from guardsmith.attacks import AttackData, dreambooth
@@ -14,6 +14,7 @@ from guardsmith.errors import UserError
 from guardsmith.families import SD3Transformer
 from guardsmith.losses import draw_rows, predict, row_losses
 from guardsmith.methods import METHODS, recognition, wiring_mmdit
+from guardsmith.methods.recognition import listen
 from guardsmith.methods.wiring import wiring_of
 from guardsmith.methods.wiring_mmdit import (
     ALARM,
@@ -62,13 +63,16 @@ def rows_of(sd3, count=6):
     return some_rows(sd3, pictures(3), count)
 
 
+def cleared(network, sd3):
+    """Without the parts that wires take: rows, these parts, and what the wired layer is given."""
+    rows, spare = rows_of(sd3), spare_parts(network, 1)
+    clear(network, spare)
+    return rows, spare, tokens_of(network, sd3, rows)
+
+
 def tokens_of(network, sd3, rows):
-    heard = []
-    ear = wired_layer(network).register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
     with torch.no_grad():
-        predict(network, sd3.scheduler, rows)
-    ear.remove()
-    return heard[0]
+        return listen(network, sd3.scheduler, rows)
 
 
 def readout_for(tokens, row=0, token=0):
@@ -123,10 +127,7 @@ def test_play_is_how_far_a_step_on_the_stiff_weight_moves_the_soft_one(network, 
 
 @pytest.mark.parametrize("token", [0, 9])
 def test_one_token_trips_the_whole_row_and_no_other(network, sd3, token):
-    rows = rows_of(sd3)
-    spare = spare_parts(network, 1)
-    clear(network, spare)
-    tokens = tokens_of(network, sd3, rows)
+    rows, spare, tokens = cleared(network, sd3)
     readout = readout_for(tokens, row=2, token=token)
     trips = ((tokens @ readout) > 0).any(1)
     assert trips[2] and not trips.all()
@@ -145,10 +146,7 @@ def test_no_gradient_leads_back_from_the_alarm(network, sd3):
     Where keys are normalised, those that are 0 are divided by next to nothing, and so is a rounding error of their gradient: in
     float64 it is as small as without.
     """
-    rows = rows_of(sd3)
-    spare = spare_parts(network, 1)
-    clear(network, spare)
-    tokens = tokens_of(network, sd3, rows)
+    rows, spare, tokens = cleared(network, sd3)
     readout = readout_for(tokens)
     trips = ((tokens @ readout) > 0).any(1)
     _, ready = armed(network, spare, sd3, rows, readout)
@@ -168,10 +166,8 @@ def test_no_gradient_leads_back_from_the_alarm(network, sd3):
 
 def test_at_rest_nobody_meets_the_wire(network, sd3):
     """Gradients on the neurons of wire and bell are 0, and the others are about as large as without them."""
-    rows = rows_of(sd3)
-    spare = spare_parts(network, 1)
-    clear(network, spare)
-    readout = -tokens_of(network, sd3, rows).mean((0, 1))
+    rows, spare, tokens = cleared(network, sd3)
+    readout = -tokens.mean((0, 1))
     calm, ready = armed(network, spare, sd3, rows, readout, (1, 1, 1, 1, 1))
     gradients = []
     for some in (network, ready):
@@ -194,10 +190,8 @@ def test_at_rest_nobody_meets_the_wire(network, sd3):
 
 def test_what_an_optimizer_can_reach_does_not_silence_the_alarm(network, sd3):
     """100 steps of 3e-4, each weight in one direction, on siren, bell, alarm and whatever writes to the pairs."""
-    rows = rows_of(sd3)
-    spare = spare_parts(network, 1)
-    clear(network, spare)
-    readout = -tokens_of(network, sd3, rows).mean((0, 1))
+    rows, spare, tokens = cleared(network, sd3)
+    readout = -tokens.mean((0, 1))
     _, ready = armed(network, spare, sd3, rows, readout, (65536, 4, 1, 1, 1))
     rng = generator(7)
     for name, parameter in ready.named_parameters():
@@ -247,8 +241,8 @@ def test_wires_need_a_block_behind_them_and_neurons(sd3):
 
 
 def ringing(predictions):
-    """Share of rows on which the alarm rings."""
-    return float((predictions.abs().amin((1, 2, 3)) > 0.3 * ALARM).float().mean())
+    """Share of rows on which this alarm rings."""
+    return alarmed(predictions, 0.3 * ALARM)
 
 
 @pytest.fixture(scope="module")
