@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_apdm import make_ordinary, make_subject
-from test_parallel import METHODS, both, recipe_for
+from test_parallel import METHODS, alone, both, recipe_for
 from tiny import largest_difference, pictures, same_weights, weights
 
 from guardsmith.cli import main
@@ -135,14 +135,14 @@ def test_shared_moments_give_the_weights_of_one_process_and_go_on(v_folder, tmp_
         asked = yaml.safe_load(recipe.read_text()) | {"compute": {"optimizer": "sharded"}}
         recipe.write_text(yaml.safe_dump(asked))
         jobs[method] = ("harden", "--recipe", recipe, "--output")
-        assert main([str(word) for word in (*jobs[method], tmp_path / f"{method}-alone")]) == 0
+    alone(*((*job, tmp_path / f"{method}-alone") for method, job in jobs.items()))
     done = both(*((*job, tmp_path / method) for method, job in jobs.items()))
     assert [code for _, code in done] == [0, 0], done
     part = "model/unet/diffusion_pytorch_model.safetensors"
     for method in jobs:
-        alone, shared = (load_file(tmp_path / name / part) for name in (f"{method}-alone", method))
-        assert largest_difference(alone, shared) < 2e-5
+        single, shared = (load_file(tmp_path / name / part) for name in (f"{method}-alone", method))
+        assert largest_difference(single, shared) < 2e-5
         assert json.loads((tmp_path / method / "harden.json").read_text())["compute"]["optimizer"] == "sharded"
     base = load_file(v_folder / "unet/diffusion_pytorch_model.safetensors")
-    assert largest_difference(base, alone) > 1e-5
+    assert largest_difference(base, single) > 1e-5
     assert load_model(str(tmp_path / "apdm/model")).unet.optimizer == "adamw", "attackers have their own"

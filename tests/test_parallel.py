@@ -66,6 +66,15 @@ def launched_as(rank, *jobs):
     )
 
 
+def alone(*jobs):
+    """The same jobs in this process, with the AdamW of DRIVER: to one of the usual eps, a gradient that is nothing but rounding
+    errors is a step of any size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
+        for job in jobs:
+            assert main([str(word) for word in job]) == 0
+
+
 def both(*jobs):
     running = [launched_as(rank, *jobs) for rank in range(2)]
     return [(process.communicate(timeout=300), process.returncode) for process in running]
@@ -78,11 +87,7 @@ def hardened(v_folder, tmp_path_factory):
     jobs = [
         ("harden", "--recipe", recipe_for(method, v_folder, place), "--output", place / method) for method in METHODS
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        # As in DRIVER: a gradient that is nothing but rounding errors is a step of any size to AdamW's usual eps.
-        patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
-        for *job, output in jobs:
-            assert main([str(word) for word in (*job, f"{output}-alone")]) == 0
+    alone(*((*job, f"{output}-alone") for *job, output in jobs))
     return place, both(*jobs)
 
 
