@@ -1,0 +1,125 @@
+"""What a registry of thousands would cost on Stable Diffusion 1.5: an estimate on paper, nothing is trained.
+
+python recipes/benchmark/scale.py                 writes docs/results/scale.json and prints it as a table, for docs/scale.md
+
+Work is what the methods count themselves (`Method.cost`, which `guardsmith harden --dry-run` prints), by the recipes shipped for
+that model, times the FLOPs of one row through a U-Net of its shape (counted on shapes alone). What a subject gets of a method's
+steps is the same whatever their number: of PersGuard, IMMA and APDM what the recipe gives to one, of Tripwire (with ideal
+pictures in place of rehearsals) the rows that held five subjects in docs/results/many.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from guardsmith.families import SDUNet
+from guardsmith.memory import BYTES, GIB
+from guardsmith.methods import METHODS, tripwire
+from guardsmith.methods.ideal import IMAGINED_STEPS
+from guardsmith.recipe import load_recipe
+from guardsmith.records import write_json
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.json"
+COUNTS = (1, 5, 20, 160, 1_280, 10_000)
+SIDE = 64  # of the latents
+HELD = 800  # rows of a subject: 400 steps of ten shared by five, which held (many.json)
+IDEAL = 24  # pictures of a subject in place of rehearsals (there, too)
+PICTURES = 8  # of a subject to harden on, as in the shipped registries
+SAMPLE = 300  # protected subjects attacked: if all hold, at most 1 % of the others do not (rule of three, 95 %)
+CONTROLS = 30
+RATE = 100e12  # FLOP/s: a third of what an A100 is sold for in bfloat16. Assumed, not measured
+
+
+def stable_diffusion_unet() -> Any:
+    """Stable Diffusion 1.5's U-Net, shapes only."""
+    with torch.device("meta"):
+        return SDUNet(sample_size=SIDE, cross_attention_dim=768, attention_head_dim=8)
+
+
+def forward_flops(unet: Any) -> int:
+    """Of one row."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        unet(
+            torch.empty(1, 4, SIDE, SIDE), torch.empty(1, dtype=torch.long), torch.empty(1, 77, 768), return_dict=False
+        )
+    return int(counter.get_total_flops())
+
+
+def params_for(method: str, count: int) -> dict[str, Any]:
+    """The recipe's parameters, for so many subjects."""
+    params = load_recipe(f"{method}-sd15", []).method.params
+    if method == "tripwire":
+        steps = max(params["steps"], HELD * count // params["batch_size"])
+        return params | {"steps": steps, "rehearsal_steps": 0, "ideal_images": IDEAL}
+    steps = "outer_steps" if method == "apdm" else "steps"
+    return params | {steps: params[steps] * count}
+
+
+def verification() -> dict[str, int]:
+    """Forward equivalents of one unit of every attack of the recipe: training with gradients (3 a row) and guided drawing."""
+    recipe = load_recipe("tripwire-sd15", [])
+    drawing = recipe.verify.images_per_unit * recipe.sampling.steps * 2
+    found = {}
+    for label, spec in recipe.verify.attacks.items():
+        rows = spec.params["batch_size"] * (
+            1 if spec.name == "textual_inversion" else 2
+        )  # a word has no prior preservation
+        found[label] = 3 * rows * spec.params["steps"] + drawing
+    return found
+
+
+def estimate() -> dict[str, Any]:
+    """Rows of methods and numbers of subjects."""
+    unet = stable_diffusion_unet()
+    flops, room = forward_flops(unet), tripwire.room(unet)
+    latent = 4 * SIDE * SIDE * BYTES
+    rows = []
+    for method in ("tripwire", "persguard", "imma", "apdm"):
+        found = METHODS[method]
+        for count in COUNTS:
+            params = params_for(method, count)
+            forwards = found.cost(found.config(**params), ["person"] * count)
+            kept = PICTURES + (IDEAL * IMAGINED_STEPS if method == "tripwire" else 0)
+            rows.append({
+                "method": method, "subjects": count, "params": params, "unet_forward_equivalents": forwards,
+                "hours": forwards * flops / RATE / 3600, "latents_gib": count * kept * latent / GIB,
+            })  # fmt: skip
+    units = verification()
+    forwards = 2 * (SAMPLE + CONTROLS) * sum(units.values())
+    return {
+        "command": "python recipes/benchmark/scale.py", "estimate": True, "flops_a_row": flops, "flops_a_second": RATE,
+        "tripwire_room": room, "rows": rows,
+        "verification": {"attacked": SAMPLE, "controls": CONTROLS, "a_unit": units, "unet_forward_equivalents": forwards,
+                         "hours": forwards * flops / RATE / 3600},
+    }  # fmt: skip
+
+
+def markdown(told: dict[str, Any]) -> str:
+    """The rows as a table: million forward equivalents, and hours."""
+    methods = list(dict.fromkeys(row["method"] for row in told["rows"]))
+    lines = [f"| subjects | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
+    for count in COUNTS:
+        cells = []
+        for row in (row for row in told["rows"] if row["subjects"] == count):
+            forwards, hours = row["unet_forward_equivalents"] / 1e6, row["hours"]
+            crowded = row["method"] == "tripwire" and count > told["tripwire_room"]
+            cells.append(
+                f"{forwards:,.{2 if forwards < 10 else 0}f} M; {hours:,.{2 if hours < 10 else 0}f} h{' (no room)' * crowded}"
+            )
+        lines.append(f"| {count:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Estimate, write, print."""
+    told = estimate()
+    write_json(RESULTS, told)
+    print(markdown(told))
+
+
+if __name__ == "__main__":
+    main()
