@@ -1,5 +1,6 @@
 """The plain loop that the benchmark compares with: the same rows, losses and weights as guardsmith's APDM."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from guardsmith.methods import apdm
 from guardsmith.methods.apdm import ApdmConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "benchmark"))
+import scale
 from plain_apdm import Plain
 
 
@@ -35,3 +37,15 @@ def test_the_plain_loop_and_guardsmith_do_the_same(tiny, beta):
     )
     assert moved > 0
     assert apart < 0.05 * moved
+
+
+def test_the_page_on_scale_says_what_the_methods_count_now():
+    told = json.loads(scale.RESULTS.read_text())
+    assert told == json.loads(json.dumps(scale.estimate()))
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    assert scale.markdown(told) in page
+    verified = told["verification"]
+    assert (
+        f"{verified['unet_forward_equivalents'] / 1e6:.0f} million forward equivalents, {verified['hours']:.0f} hours"
+        in page
+    )

@@ -202,7 +202,8 @@ def unet_step(model: DiffusionModel, rows: int, how: ComputeSpec | None = None, 
     if layout == "channels-last":
         unet = unet.to(memory_format=torch.channels_last)
     if layout == "compiled":
-        unet = torch.compile(unet, dynamic=False)  # else the shapes of a second model are taken for a dimension that varies
+        # Else the shapes of a second model are taken for dimensions that vary.
+        unet = torch.compile(unet, dynamic=False)
     optimizer = adamw(own.unet, parameters, lr=1e-5)
     side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
     latents = torch.randn(rows, channels, side, side, generator=generator(2))
