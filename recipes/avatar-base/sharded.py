@@ -22,13 +22,12 @@ import yaml
 from evaluate import RESULTS
 from images_table import write_registry
 from many import run
-from safetensors.torch import save_file
 
 from guardsmith.compare import group, group_units, kept, read_report
 from guardsmith.gate import interval
 from guardsmith.models import load_model
 from guardsmith.records import write_json
-from guardsmith.training import finished_state, module_tensors
+from guardsmith.training import load_checkpoint, module_tensors, save_checkpoint
 
 ATTACK = "dreambooth"
 
@@ -59,13 +58,10 @@ def added_up(parts: list[Path], out: Path) -> Path:
         return out
     out.mkdir(parents=True, exist_ok=True)
     base = module_tensors(load_model("builtin:avatar").unet, "unet")
-    states = [finished_state(part / "state.safetensors") for part in parts]
+    states = [load_checkpoint(part / "state.safetensors")[0] for part in parts]
     whole = {key: value + sum(state[key] - value for state in states) for key, value in base.items()}
     whole["readout.weight"] = torch.cat([state["readout.weight"] for state in states])
-    info = {"history": [], "ended": False, "modules": ["unet", "readout"]}
-    save_file(
-        {k: v.contiguous() for k, v in whole.items()}, out / "state.safetensors", metadata={"info": json.dumps(info)}
-    )
+    save_checkpoint(out / "state.safetensors", whole, {})
     told = [json.loads((part / "harden.json").read_text()) for part in parts]
     write_json(out / "harden.json", told[0] | {"subjects": [name for each in told for name in each["subjects"]]})
     return out
