@@ -39,6 +39,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from peak import peak_rss
 from plain_apdm import Plain
+from scale import stable_diffusion_unet
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -47,7 +48,6 @@ from guardsmith.cloaks import advdm, aspl
 from guardsmith.cloaks.rid import Defender, applied
 from guardsmith.drawing import drawn_by
 from guardsmith.errors import GuardsmithError
-from guardsmith.families import SDUNet
 from guardsmith.harden import compute_as, harden
 from guardsmith.losses import draw_rows, row_losses
 from guardsmith.matrix import Judged, Side, Unit, class_file, plan_units, run_unit, run_units
@@ -121,10 +121,7 @@ def stable_diffusion(width: int, size: int) -> DiffusionModel:
     known = load_model("builtin:avatar")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = SDUNet(
-            sample_size=size, block_out_channels=(width, 2 * width, 4 * width, 4 * width), cross_attention_dim=768,
-            attention_head_dim=8,
-        )  # fmt: skip
+        unet = stable_diffusion_unet(width, size)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=8 * size,

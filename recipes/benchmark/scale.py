@@ -28,16 +28,21 @@ COUNTS = (1, 5, 20, 160, 1_280, 10_000)
 SIDE = 64  # of the latents
 HELD = 800  # rows of a subject: 400 steps of ten shared by five, which held (many.json)
 IDEAL = 24  # pictures of a subject in place of rehearsals (there, too)
-PICTURES = 8  # of a subject to harden on, as in the shipped registries
+PICTURES = 4  # of a subject to harden on, as in the shipped registries
 SAMPLE = 300  # protected subjects attacked: if all hold, at most 1 % of the others do not (rule of three, 95 %)
 CONTROLS = 30
 RATE = 100e12  # FLOP/s: a third of what an A100 is sold for in bfloat16. Assumed, not measured
 
 
-def stable_diffusion_unet() -> Any:
-    """Stable Diffusion 1.5's U-Net, shapes only."""
-    with torch.device("meta"):
-        return SDUNet(sample_size=SIDE, cross_attention_dim=768, attention_head_dim=8)
+def stable_diffusion_unet(width: int = 320, side: int = SIDE) -> SDUNet:
+    """A U-Net of Stable Diffusion 1.5's layout, weights as they come.
+
+    Args:
+        width: channels of the first block; those are the real one's.
+        side: of the latents.
+    """
+    channels = (width, 2 * width, 4 * width, 4 * width)
+    return SDUNet(sample_size=side, block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8)
 
 
 def forward_flops(unet: Any) -> int:
@@ -65,16 +70,16 @@ def verification() -> dict[str, int]:
     drawing = recipe.verify.images_per_unit * recipe.sampling.steps * 2
     found = {}
     for label, spec in recipe.verify.attacks.items():
-        rows = spec.params["batch_size"] * (
-            1 if spec.name == "textual_inversion" else 2
-        )  # a word has no prior preservation
+        prior = spec.name != "textual_inversion"  # a word has no prior preservation
+        rows = spec.params["batch_size"] * (1 + prior)
         found[label] = 3 * rows * spec.params["steps"] + drawing
     return found
 
 
 def estimate() -> dict[str, Any]:
     """Rows of methods and numbers of subjects."""
-    unet = stable_diffusion_unet()
+    with torch.device("meta"):
+        unet = stable_diffusion_unet()
     flops, room = forward_flops(unet), tripwire.room(unet)
     latent = 4 * SIDE * SIDE * BYTES
     rows = []
