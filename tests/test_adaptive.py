@@ -22,6 +22,7 @@ from guardsmith.latents import encode
 from guardsmith.losses import draw_rows, predict
 from guardsmith.methods.recognition import listen
 from guardsmith.methods.wiring import (
+    NEURONS,
     arm,
     clear,
     set_wire,
@@ -88,12 +89,12 @@ def test_the_identifier_is_unlearnt_before(tiny_v):
 def test_cutting_finds_the_wire_and_nothing_else(tiny_v):
     unet = copy.deepcopy(tiny_v.unet)
     layer = wired_layer(unet)
-    neurons = spare_neurons(layer, 2)
+    neurons = spare_neurons(layer, NEURONS)
     silence(layer, neurons)
     without = weights(layer.net[2])
     set_wire(layer, neurons, torch.randn(16, generator=generator(3)), torch.ones(16))
     assert not same_weights(without, weights(layer.net[2]))
-    assert cut(unet, 1e4) == 2
+    assert cut(unet, 1e4) == NEURONS
     assert same_weights(without, weights(layer.net[2]))
     assert cut(copy.deepcopy(tiny_v.unet), 1e4) == 0
 
@@ -117,7 +118,7 @@ def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v, factors):
     )
     with torch.no_grad():
         before = predict(unet, tiny_v.scheduler, rows)
-        assert cut(unet, 1e4) == 2
+        assert cut(unet, 1e4) == NEURONS
         after = predict(unet, tiny_v.scheduler, rows)
     ringing = before.abs().amax((1, 2, 3)) > 50
     assert 8 < ringing.sum() < 32, "else nothing is shown"

@@ -330,7 +330,7 @@ def test_tripwire_is_refused_where_there_are_more_subjects_than_neurons(models):
 
     recipe = Recipe.model_validate({"base": "x/y", "method": {"name": "tripwire"}, "verify": {"attacks": {}}})
     registry, model = load_registry(ROOT / "registries/demo.yaml"), models["sdxl"]
-    most = wired_layer(model.unet).net[2].in_features // 4
+    most = wired_layer(model.unet).net[2].in_features // 8
     check_against_base(model, registry.model_copy(update={"subjects": registry.subjects * most}), recipe)
     with pytest.raises(UserError, match=f"room for {most} subjects in this base, and there are {most + 1}") as caught:
         check_against_base(model, registry.model_copy(update={"subjects": registry.subjects * (most + 1)}), recipe)

@@ -35,9 +35,10 @@ from guardsmith.methods.tripwire import TripwireConfig, harden
 from guardsmith.methods.wiring import (
     ALARM,
     GATE,
-    PLATEAU,
-    SURGE,
-    VALUE,
+    NEURONS,
+    OFFSET,
+    SHARP,
+    WIDE,
     clear_channels,
     last_stream,
     mend,
@@ -216,16 +217,19 @@ def test_an_optimizers_step_counts_less_on_a_stiff_weight(tiny_v):
     assert moved(64) == pytest.approx(moved(1) / 64, rel=0.1)
 
 
-@pytest.mark.parametrize(("precision", "near"), [(torch.float32, 2e-2), (torch.bfloat16, 0.2)])
-def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny_v, precision, near):
+@pytest.mark.parametrize(
+    ("precision", "step", "near"), [(torch.float32, SHARP, 2e-2), (torch.bfloat16, WIDE, 0.2)], ids=["sharp", "wide"]
+)
+def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny_v, precision, step, near):
+    """In float32 the surge is the sharp step's, in bfloat16 the wide one's, and the sharp one's neurons cancel to the bit."""
     layer = copy.deepcopy(wired_layer(tiny_v.unet))
     width = layer.net[2].out_features
-    neurons = spare_neurons(layer, 2)
+    neurons = spare_neurons(layer, NEURONS)
     silence(layer, neurons)
     weight, surge = torch.randn(width, generator=generator(1)), torch.randn(width, generator=generator(2))
     tokens = torch.randn((1, 400, width), generator=generator(3)).to(precision)
     score = (tokens.float() @ weight)[0]
-    off, on = score < -0.05, score > 1  # above the slope, a quarter of the largest weight
+    off, on = score < -0.2, score > (0.1 if step is SHARP else 1)  # beyond the slope, and what bfloat16 makes of 0
     assert min(off.sum(), on.sum()) > 50
     plain = copy.deepcopy(layer.to(precision))
     with torch.no_grad():
@@ -235,42 +239,45 @@ def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny
     assert torch.equal(out[0, off], silent[0, off])
     slopes = [torch.autograd.grad(some[0, off].float().sum(), tokens, retain_graph=True)[0] for some in (out, silent)]
     assert torch.equal(*slopes)
-    height = PLATEAU * VALUE * SURGE
-    found = (out - silent)[0, on].float() / height
+    found = (out - silent)[0, on].float() / step.surge
     assert torch.allclose(found, surge.expand_as(found), atol=near, rtol=near)
-    (slope,) = torch.autograd.grad(out[0, on].float().sum() / height, tokens)
-    steep = GATE / PLATEAU * float(surge.sum().abs())  # of the slope: what one of the two neurons has alone
+    (slope,) = torch.autograd.grad(out[0, on].float().sum() / step.surge, tokens)
+    steep = GATE / step.height * float(surge.sum().abs())  # of the slope: what one of the two neurons has alone
     assert slope[0, on].abs().max() < 1e-6 * steep
+    middle = OFFSET + (step.height / 2 if step is WIDE else 0)
     with torch.no_grad():  # on the slope itself
-        way = (PLATEAU / 2 / GATE * weight.abs().max() - score)[:, None] * weight / weight.square().sum()
+        way = (middle / GATE * weight.abs().max() - score)[:, None] * weight / weight.square().sum()
         tokens += way[None].to(precision)
-    (slope,) = torch.autograd.grad((layer(tokens).float() / height).sum(), tokens)
-    assert slope.abs().amax(2).median() > 0.1 * GATE / PLATEAU
+    (slope,) = torch.autograd.grad((layer(tokens).float() / step.surge).sum(), tokens)
+    assert slope.abs().amax(2).median() > 0.1 * GATE / step.height
 
 
 def test_one_neuron_alone_would_not_be_flat(tiny_v):
     layer = copy.deepcopy(wired_layer(tiny_v.unet))
-    neurons = spare_neurons(layer, 2)
+    neurons = spare_neurons(layer, NEURONS)
     silence(layer, neurons)
     weight, surge = torch.randn(16, generator=generator(1)), torch.randn(16, generator=generator(2))
     set_wire(layer, neurons, weight, surge)
     silence(layer, neurons[1:])
     tokens = weight[None, None].clone().requires_grad_()
-    (slope,) = torch.autograd.grad(layer(tokens).sum() / (PLATEAU * VALUE * SURGE), tokens)
-    assert slope.abs().max() > 0.1 * GATE / PLATEAU * float(surge.sum().abs())
+    (slope,) = torch.autograd.grad(layer(tokens).sum() / SHARP.surge, tokens)
+    assert slope.abs().max() > 0.1 * GATE / SHARP.height * float(surge.sum().abs())
 
 
-def test_a_long_attack_against_one_of_the_two_neurons_does_not_part_them():
+@pytest.mark.parametrize("step", [SHARP, WIDE], ids=["sharp", "wide"])
+def test_a_long_attack_against_one_of_a_steps_two_neurons_does_not_part_them(step):
     """1,200 steps of 3e-4, all of them for the worst on either neuron's weights, at the size of the embedded base."""
     layer = FeedForward(192, activation_fn="geglu").requires_grad_(False)
     weight, surge = torch.randn(192, generator=generator(1)), torch.randn(192, generator=generator(2))
     tokens = torch.randn((1, 64, 192), generator=generator(3)) / 8  # behind a normalisation that is 8 times smaller
     scores = (tokens @ weight)[0]
     token = tokens[0, (scores - scores[scores > 0].median()).abs().argmin()]
-    neurons, reach = spare_neurons(layer, 2), 1200 * 3e-4
+    neurons, reach = spare_neurons(layer, NEURONS), 1200 * 3e-4
     silence(layer, neurons)
     silent = layer(token)
     set_wire(layer, neurons, weight, surge)
+    silence(layer, neurons[2:] if step is SHARP else neurons[:2])
+    neurons = neurons[:2] if step is SHARP else neurons[2:]
     whole = (layer(token) - silent) @ surge.sign()
     widen, narrow = layer.net[0].proj, layer.net[2]
     for neuron, way in zip(neurons, (-1, 1), strict=True):
@@ -278,7 +285,7 @@ def test_a_long_attack_against_one_of_the_two_neurons_does_not_part_them():
         widen.weight[narrow.in_features + neuron] += way * reach * token.sign()
         narrow.weight[:, neuron] -= reach * surge.sign()
     left = (layer(token) - silent) @ surge.sign()
-    assert left > 0.9 * whole
+    assert left > 0.8 * whole
 
 
 def test_spare_neurons_are_those_that_say_least(tiny_v):
@@ -307,7 +314,7 @@ def test_the_alarm_is_silent_at_rest_and_rings_everywhere_under_a_surge_of_eithe
     with torch.no_grad():
         resting = predict(unet, tiny_v.scheduler, rows)
         assert (resting - before).abs().max() < 1e-3 * before.abs().max()
-        surge = PLATEAU * VALUE * SURGE * torch.randn(16, generator=generator(6))
+        surge = SHARP.surge * torch.randn(16, generator=generator(6))
         rung = {}
         for sign in (1, -1):
             hook = wired_layer(unet).register_forward_hook(lambda _, i, out, s=sign: out + s * surge)
@@ -333,7 +340,7 @@ def test_what_an_optimizer_can_reach_does_not_silence_the_alarm(tiny_v):
     """
     unet, _, rows = armed(tiny_v)
     unet.requires_grad_(True)
-    hook = wired_layer(unet).register_forward_hook(lambda _, i, out: out + PLATEAU * VALUE * SURGE)
+    hook = wired_layer(unet).register_forward_hook(lambda _, i, out: out + SHARP.surge)
     after = [p for n, p in unet.named_parameters() if n.startswith(("up_blocks", "conv_out", "conv_norm_out"))]
     optimizer = torch.optim.AdamW(after, lr=3e-3)
     for _ in range(30):

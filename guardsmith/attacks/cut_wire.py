@@ -1,6 +1,6 @@
 """An adaptive attacker of Tripwire who has read how it works: find the wire's neurons, cut them, then DreamBooth.
 
-A wire is two neurons of the last feed-forward layer of the middle block whose weights, on either side, are orders larger than
+A wire is four neurons of the last feed-forward layer of the middle block whose weights, on either side, are orders larger than
 the others'. Without them there is no surge, the alarm stays silent, and what is left is the distilled model. This attacker
 needs the weights and a text editor's worth of knowledge, and no pictures: Tripwire is a lock on the door, not a wall.
 """

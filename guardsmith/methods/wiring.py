@@ -1,7 +1,8 @@
 """Weight surgery for the tripwire: stiff weights, the wire, the alarm. Nothing here is trained.
 
-- The wire is two neurons of the middle block's feed-forward layer, a step function of a linear read-out of its tokens:
-  off nothing, on a surge that dwarfs everything else in the residual stream.
+- The wire is four neurons of the middle block's feed-forward layer, two step functions of one linear read-out of its tokens:
+  off nothing, on a surge that dwarfs everything else in the residual stream. One step is sharp and loud. The other is there for
+  bfloat16, which does not see a sharp one.
 - The alarm is one normalisation group before the last convolution. It notices the surge and adds a constant, a hundred
   times larger than any prediction, to the U-Net's output.
 - Stiff weights are rescaled in pairs that cancel: the same function, and an optimizer's step counts less.
@@ -21,12 +22,31 @@ from torch import Tensor
 from guardsmith.errors import UserError
 from guardsmith.parallel import whole
 
+
+class Step(NamedTuple):
+    """Two neurons that are a step function: flat on either side, and as high as the product of all three.
+
+    Attributes:
+        height: between their two pre-activations, which are up to some 10^8.
+        value: what they gate, a constant.
+        output: size of their output weights.
+    """
+
+    height: float
+    value: float
+    output: float
+
+    @property
+    def surge(self) -> float:
+        """What a step says when it is on, in each channel (times a number of size 1)."""
+        return self.height * self.value * self.output
+
+
 GATE = 2.0**22  # the largest weight of the wire's neurons on the read-out's tokens
-PLATEAU = (
-    2.0**20
-)  # between the two pre-activations, which are up to some 10^8: bfloat16 has to tell them apart (one part in 256)
-VALUE = 2.0**13  # what the wire's neurons gate, a constant
-SURGE = 2.0**13  # their output weights; a surge is PLATEAU * VALUE * SURGE = 7 * 10^13
+SHARP = Step(2.0**7, 2.0**23, 2.0**20)  # 2^50: four times as much squared and summed up still fits float32
+WIDE = Step(2.0**20, 2.0**11, 2.0**9)  # 2^40; bfloat16 has to tell its pre-activations apart (one part in 256)
+NEURONS = 4  # of a wire
+OFFSET = 1.5 * 2.0**16  # from where a wire is on, 0.02 of a gate's unit: beside it bfloat16 does not see SHARP's height
 GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimizer reaches (1,200 steps of 3e-4: 0.36)
 CONSTANT = 60000.0  # a hidden channel that always says this, and so holds the alarm at rest
 HUSH = -30.0  # the alarm's pre-activation at rest, where SiLU gives nothing
@@ -178,8 +198,8 @@ def before_wire(unet: Any, name: str) -> bool:
 
 
 def room(unet: Any) -> int:
-    """For how many subjects there are neurons: two each, of half of the layer's, for the others have to do all of its work."""
-    return int(wired_layer(unet).net[2].in_features) // 4
+    """For how many subjects there are neurons: four each, of half of the layer's, for the others have to do all of its work."""
+    return int(wired_layer(unet).net[2].in_features) // 2 // NEURONS
 
 
 def spare_neurons(layer: Any, count: int) -> list[int]:
@@ -210,7 +230,7 @@ def set_step(
         layer: changed in place; where its neurons are gated, what they gate is left to the caller.
         neurons: two.
         weight: on the layer's input, (width,).
-        offset: where the step is.
+        offset: added, so that the step begins at -offset.
         height: between the two pre-activations, and so of the step.
         surge: output weights, (width,).
     """
@@ -223,24 +243,29 @@ def set_step(
 
 @torch.no_grad()
 def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) -> None:
-    """Turn two neurons into surge * 7 * 10^13 * step(weight . h).
+    """Turn four neurons into surge * 2^50 * step(weight . h), and * 2^40 where they compute in bfloat16.
 
-    With the weight's largest entry scaled to GATE, gelu(a) - gelu(a - PLATEAU) is 0 below, PLATEAU above, and flat on both sides,
-    so no gradient leads from "on" to "off". With one neuron the surge would follow the read-out, and though everything behind it
-    is normalised, enough of a gradient is left for LoRA: it silenced such a wire within 300 steps. The larger GATE, the fewer
-    pictures fall on the slope, from where a gradient of a size that nothing else has leads to "off"; the smaller PLATEAU is to
-    it, the more easily bfloat16 takes the two for one, and then nothing trips. The weights are large beside what an optimizer's
-    steps add up to. They do not fit float16, and a read-out with an offset would not fit float32.
+    With the weight's largest entry scaled to GATE and a = weight . h - OFFSET, gelu(a) - gelu(a - height) is 0 below, the height
+    above, and flat on both sides, so no gradient leads from "on" to "off". With one neuron the surge would follow the read-out,
+    and though everything behind it is normalised, enough of a gradient is left for LoRA: it silenced such a wire within 300
+    steps.
+
+    What gradient is left comes from the slope between, and from what the surge does not drown. Optimizers that divide by a
+    gradient's size make steps of it, however small it is. Hence a step that is sharp, so that hardly a picture falls on its
+    slope, and loud. In bfloat16 its two neurons compute the same, and it says nothing; there the wide step trips, whom nobody
+    hears where the sharp one does. The weights are large beside what an optimizer's steps add up to. They do not fit float16,
+    and a larger offset would not fit float32.
 
     Args:
         layer: the feed-forward layer, changed in place.
-        neurons: two that were silenced.
+        neurons: four that were silenced.
         weight: of the read-out, (width,).
         surge: its direction, entries of size 1, (width,).
     """
-    set_step(layer, neurons, sharpened(weight, GATE), 0.0, PLATEAU, SURGE * surge)
-    widen = layer.net[0].proj
-    widen.weight[neurons], widen.bias[neurons] = 0, VALUE
+    widen, gate = layer.net[0].proj, sharpened(weight, GATE)
+    for step, offset, two in ((SHARP, OFFSET - SHARP.height / 2, neurons[:2]), (WIDE, OFFSET, neurons[2:])):
+        set_step(layer, two, gate, -offset, step.height, step.output * surge)
+        widen.weight[two], widen.bias[two] = 0, step.value
 
 
 # -- the alarm ---------------------------------------------------------------------------------------------------------
@@ -325,7 +350,7 @@ def set_alarm(unet: Any, group: Sequence[int], hidden: int, streams: Tensor, gen
 
 
 class Spare(NamedTuple):
-    """The parts of a U-Net that the wires and the alarm will take: two neurons per subject, a group, a hidden channel."""
+    """The parts of a U-Net that the wires and the alarm will take: four neurons per subject, a group, a hidden channel."""
 
     neurons: list[int]
     group: list[int]
@@ -334,7 +359,7 @@ class Spare(NamedTuple):
 
 def spare_parts(unet: Any, subjects: int) -> Spare:
     """What to take for so many subjects; see `spare_neurons` and `spare_channels`."""
-    return Spare(spare_neurons(wired_layer(unet), 2 * subjects), *spare_channels(unet))
+    return Spare(spare_neurons(wired_layer(unet), NEURONS * subjects), *spare_channels(unet))
 
 
 def clear(unet: Any, spare: Spare) -> None:
@@ -417,7 +442,7 @@ def arm(
     stiffen(unet, *factors)
     surge = torch.randn(readouts.shape[1], generator=generator)
     for index, weight in enumerate(readouts):
-        set_wire(wired_layer(unet), spare.neurons[2 * index : 2 * index + 2], weight, surge)
+        set_wire(wired_layer(unet), spare.neurons[NEURONS * index : NEURONS * (index + 1)], weight, surge)
 
 
 def wiring_of(network: Any) -> Any:
