@@ -40,8 +40,23 @@ class LatentStore:
         return self.sample(torch.randint(len(self), (count,), generator=generator), generator)
 
 
+PIXELS = 2**16  # that go through the VAE at once: a picture of 512 x 512 takes a gibibyte or two by itself
+
+
+def few(pictures: Tensor, side: int) -> tuple[Tensor, ...]:
+    """Pictures (or their latents) of that side in pixels, as many at a time as the VAE is given."""
+    parts: tuple[Tensor, ...] = pictures.split(max(1, PIXELS // side**2))
+    return parts
+
+
 @torch.no_grad()
-def encode(model: DiffusionModel, images: Tensor, batch: int = 16) -> LatentStore:
+def encode(model: DiffusionModel, images: Tensor) -> LatentStore:
     """Encode pictures (n, 3, h, w), float in [-1, 1], h and w the model's image size."""
-    means, deviations = zip(*(model.posterior(chunk) for chunk in images.split(batch)), strict=True)
+    means, deviations = zip(*(model.posterior(chunk) for chunk in few(images, images.shape[-1])), strict=True)
     return LatentStore(torch.cat(means), torch.cat(deviations))
+
+
+@torch.no_grad()
+def decode(model: DiffusionModel, latents: Tensor) -> Tensor:
+    """Pictures of latents, float32 (n, 3, h, w), not clipped; without gradients, as `encode`."""
+    return torch.cat([model.decode(chunk) for chunk in few(latents, model.image_size)])

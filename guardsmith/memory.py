@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from guardsmith.families import SD, SD3, T5_TOKENS, Family
@@ -41,19 +42,42 @@ def stored_numbers(folder: Path) -> int:
     return total
 
 
-def saved_bytes(network: Any, *inputs: torch.Tensor) -> int:
-    """What one call keeps for its backward pass, beside the network's own weights."""
-    kept: list[torch.Tensor] = []
+def saved_bytes(network: Any, *inputs: Tensor) -> int:
+    """What one call keeps for its backward pass, beside the network's own weights.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
+    With gradient checkpointing, that and what the largest of the parts that are computed again keeps meanwhile.
+    """
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+
+    def keep_in(kept: list[Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+
+    def size(kept: list[Tensor]) -> int:
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in kept}
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+    between: list[Tensor] = []
+    again = [0]
+
+    def part(module: Any, *args: Any) -> Any:
+        inside: list[Tensor] = []
+        with keep_in(inside):
+            out = module(*args)
+        between.extend(arg for arg in args if isinstance(arg, Tensor))
+        again.append(size(inside))
+        return out
+
+    if network.is_gradient_checkpointing:
+        network.enable_gradient_checkpointing(part)
+    with keep_in(between):
         network(*inputs, return_dict=False)[0].square().mean()
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in kept}
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+    if network.is_gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    return size(between) + max(again)
 
 
 def _tokens(folder: Path, family: Family) -> int:
@@ -83,6 +107,8 @@ def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
     with FakeTensorMode():
         network = family.network.from_config(shape).eval().requires_grad_(True)
         network.precision = getattr(torch, recipe.compute.precision)
+        if recipe.compute.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
         side, channels = int(network.config.sample_size), int(network.config.in_channels)
         width = int(network.config.joint_attention_dim if family is SD3 else network.config.cross_attention_dim)
         pooled = 0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from guardsmith.families import FlowSchedule
 from guardsmith.images import to_pil
+from guardsmith.latents import decode, encode
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
 
@@ -104,7 +105,7 @@ def generate(
             latents = solver.step(out, t, latents, return_dict=False)[0]
             if on_step is not None:
                 on_step()
-        pictures.append(model.decode(latents).clamp(-1, 1))
+        pictures.append(decode(model, latents).clamp(-1, 1))
     return torch.cat(pictures)
 
 
@@ -138,8 +139,8 @@ def redraw(
         some = slice(start, start + batch)
         context, rngs = bank.encode(prompts[some]), [torch.Generator().manual_seed(seed) for seed in seeds[some]]
         empty = bank.encode([""]).expand(len(context), -1, -1)
-        mean, deviation = model.posterior(images[some])
-        clean = mean + deviation * own_noise(model, rngs)
+        posteriors = encode(model, images[some])
+        clean = posteriors.mean + posteriors.std * own_noise(model, rngs)
         count = round(steps / strength)
         solver = solver_for(model, count)
         skipped = count - int(count * strength)
@@ -149,7 +150,7 @@ def redraw(
         for t in times:
             out = guided(model, solver.scale_model_input(latents, t), t, context, empty, guidance)
             latents = solver.step(out, t, latents, return_dict=False)[0]
-        drawn.append(model.decode(latents))
+        drawn.append(decode(model, latents))
     return torch.cat(drawn).clamp(-1, 1)
 
 

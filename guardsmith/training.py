@@ -161,9 +161,10 @@ def _begin_from(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefi
 
 
 def finished_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The modules' tensors of a checkpoint, without optimizers: what another run may begin from."""
-    tensors, info = load_checkpoint(checkpoint)
-    return {key: tensor for key, tensor in tensors.items() if key.split(".")[0] in info["modules"]}
+    """The modules' tensors of a checkpoint, without optimizers (which are not read): what another run may begin from."""
+    with safe_open(checkpoint, framework="pt") as file:
+        modules = json.loads((file.metadata() or {})["info"])["modules"]
+        return {key: file.get_tensor(key) for key in file.keys() if key.split(".")[0] in modules}  # noqa: SIM118
 
 
 Probe = Callable[[int, Callable[[], Any]], bool]
@@ -299,13 +300,25 @@ class UNetCost:
         self._handle.remove()
 
 
-def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder of safetensors files, by name; of variants (fp16, non_ema) the plain file's win."""
-    tensors: dict[str, torch.Tensor] = {}
+def _files_of(folder: Path) -> dict[str, Path]:
+    """In which of a folder's safetensors files a tensor is; of variants (fp16, non_ema) the plain file's win."""
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            tensors |= {k: weights.get_tensor(k) for k in weights.keys()}  # noqa: SIM118 (not a dict)
-    return tensors
+            found |= dict.fromkeys(weights.keys(), file)
+    return found
+
+
+def _stored(file: Path, key: str) -> torch.Tensor:
+    """A tensor of a file, which is closed again: of one that stays open, all that was read stays in memory."""
+    with safe_open(file, framework="pt") as weights:
+        tensor: torch.Tensor = weights.get_tensor(key)
+        return tensor
+
+
+def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder of safetensors files, by name; of variants (fp16, non_ema) the plain file's win."""
+    return {key: _stored(file, key) for key, file in _files_of(folder).items()}
 
 
 def changed_fraction(before: Path, after: Path) -> float:
@@ -313,6 +326,10 @@ def changed_fraction(before: Path, after: Path) -> float:
 
     The guard against training that cannot move its weights (half-precision weights under a tiny learning rate).
     """
-    old, new = stored_weights(before), stored_weights(after)
-    different = sum(int((old[k] != new[k]).sum()) for k in old if k in new)
-    return different / sum(v.numel() for v in old.values())
+    old, new = _files_of(before), _files_of(after)
+    different = total = 0
+    for key, file in old.items():  # one by one, for there may be no room for both models
+        tensor = _stored(file, key)
+        total += tensor.numel()
+        different += int((tensor != _stored(new[key], key)).sum()) if key in new else 0
+    return different / total

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.latents import encode
+from guardsmith.latents import decode, encode
 from guardsmith.models import DiffusionModel
 from guardsmith.prompts import PromptBank
 from guardsmith.purifiers.pixel_model import load_pixel_model, taken_back, tiled
@@ -55,7 +55,7 @@ def latent(model: DiffusionModel, images: Tensor, config: DiffPureConfig, class_
     for t in range(config.timestep, -1, -1):
         out = guided(model, latents, t, context, empty, config.guidance if prompt else 1)
         latents = scheduler.step(out, t, latents, generator=rng, return_dict=False)[0]
-    return model.decode(latents).clamp(-1, 1)
+    return decode(model, latents).clamp(-1, 1)
 
 
 def purify(model: DiffusionModel, images: Tensor, config: DiffPureConfig, *, class_noun: str, seed: int) -> Tensor:
