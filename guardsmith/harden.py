@@ -38,8 +38,9 @@ from guardsmith.registry import Registry, Split, Subject
 from guardsmith.registry_images import files_of
 from guardsmith.registry_types import ImageEntry
 from guardsmith.talk import first_process, launched
+from guardsmith.tensor_files import changed_fraction
 from guardsmith.trackers import check_trackers, tracked
-from guardsmith.training import UNetCost, changed_fraction, finished_state, save_checkpoint
+from guardsmith.training import UNetCost, save_modules
 
 
 def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tensor:
@@ -326,7 +327,10 @@ def _harden(
             finished: dict[str, Any] = json.loads(record.read_text())
             return finished
     parts = [name for name, network in hardened.networks.items() if network is not model.networks[name]]
+    for network in hardened.networks.values():
+        network.zero_grad(set_to_none=True)  # saving takes a copy, for which there is room where gradients were
     save_model(hardened, output / "model", parts, half_variant=recipe.half_variant)
+    del hardened
     denoiser = model.family.denoiser
     changed = changed_fraction(model.folder / denoiser, output / "model" / denoiser)
     if changed == 0:
@@ -357,7 +361,7 @@ def _harden(
         "probes": probes.found(),
         "run": run_info(),
     }
-    save_checkpoint(output / "state.safetensors", finished_state(last), {})
+    save_modules(last, output / "state.safetensors")
     write_json(record, info)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     with first_alone():  # now the others may read it

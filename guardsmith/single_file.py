@@ -8,10 +8,9 @@ of names here.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -21,44 +20,10 @@ from guardsmith.errors import RunFailed, UserError
 from guardsmith.families import SD
 from guardsmith.models import PICKLES, load_model
 from guardsmith.records import whole_folder
-from guardsmith.training import stored_weights
+from guardsmith.tensor_files import Header, read_header, stored_weights, write_copy
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CLOSE = 1e-3  # how far weights of one base may be apart in two files: half precision of weights around 1
-
-
-class Header(NamedTuple):
-    """What a safetensors file says of itself.
-
-    Attributes:
-        tensors: name -> dtype, shape, data_offsets; in the order of the file.
-        metadata: its strings.
-        start: where the data begin, in bytes.
-    """
-
-    tensors: dict[str, dict[str, Any]]
-    metadata: dict[str, str]
-    start: int
-
-
-def read_header(file: Path) -> Header:
-    """The header of a safetensors file.
-
-    Raises:
-        UserError: it is none, or is not whole.
-    """
-    with file.open("rb") as stream:
-        try:
-            size = int.from_bytes(stream.read(8), "little")
-            told = json.loads(stream.read(size if size < os.fstat(stream.fileno()).st_size else 0))
-            metadata = told.pop("__metadata__", {})
-            end = max(entry["data_offsets"][1] for entry in told.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is no safetensors file; give a single-file checkpoint of the base") from error
-    if file.stat().st_size != 8 + size + end:
-        raise UserError(f"{file} is not whole; download it again")
-    tensors = dict(sorted(told.items(), key=lambda item: item[1]["data_offsets"]))
-    return Header(tensors, metadata, 8 + size)
 
 
 def unet_names(header: Header, config: Mapping[str, Any], file: Path) -> dict[str, str]:
@@ -173,37 +138,12 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path) -> int
         if float(apart.max()) > CLOSE * max(1.0, float(before[here].abs().max())):
             raise UserError(f"{like} holds another model than the base that was hardened (they differ in {here})")
 
-    replaced: dict[str, bytes] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    place = 0
-    for name, entry in header.tensors.items():
-        size, dtype = entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"]
-        if name in names:
-            tensor = after[names[name]]
-            fits = tensor.to(DTYPES[dtype])
-            if not torch.isfinite(fits).all():
-                fits, dtype = tensor.float(), "F32"
-            replaced[name] = _bytes(fits)
-            size = len(replaced[name])
-        entries[name] = {"dtype": dtype, "shape": entry["shape"], "data_offsets": [place, place + size]}
-        place += size
-    told = json.dumps(({"__metadata__": header.metadata} if header.metadata else {}) | entries).encode()
-    told += b" " * (-len(told) % 8)
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        with temporary.open("wb") as out, like.open("rb") as source:
-            out.write(len(told).to_bytes(8, "little") + told)
-            for name, entry in header.tensors.items():
-                if name in replaced:
-                    out.write(replaced[name])
-                    continue
-                source.seek(header.start + entry["data_offsets"][0])
-                left = entry["data_offsets"][1] - entry["data_offsets"][0]
-                while left:
-                    block = source.read(min(left, 1 << 20))
-                    out.write(block)
-                    left -= len(block)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replaced: dict[str, tuple[str, bytes]] = {}
+    for there, here in names.items():
+        dtype = header.tensors[there]["dtype"]
+        fits = after[here].to(DTYPES[dtype])
+        if not torch.isfinite(fits).all():
+            fits, dtype = after[here].float(), "F32"
+        replaced[there] = (dtype, _bytes(fits))
+    write_copy(like, header, file, replaced=replaced)
     return len(replaced)

@@ -19,6 +19,7 @@ from guardsmith.errors import RunFailed
 from guardsmith.families import DENOISERS
 from guardsmith.parallel import add_up
 from guardsmith.talk import first_process
+from guardsmith.tensor_files import read_header, write_copy
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -160,11 +161,12 @@ def _begin_from(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefi
             parameter[: len(old)] = old
 
 
-def finished_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The modules' tensors of a checkpoint, without optimizers (which are not read): what another run may begin from."""
-    with safe_open(checkpoint, framework="pt") as file:
-        modules = json.loads((file.metadata() or {})["info"])["modules"]
-        return {key: file.get_tensor(key) for key in file.keys() if key.split(".")[0] in modules}  # noqa: SIM118
+def save_modules(checkpoint: Path, path: Path) -> None:
+    """Write the modules' tensors of a checkpoint to a file of their own, without optimizers: what another run may begin from."""
+    header = read_header(checkpoint)
+    modules = json.loads(header.metadata["info"])["modules"]
+    kept = {name: entry for name, entry in header.tensors.items() if name.split(".")[0] in modules}
+    write_copy(checkpoint, header._replace(tensors=kept, metadata={"info": "{}"}), path)
 
 
 Probe = Callable[[int, Callable[[], Any]], bool]
@@ -184,7 +186,7 @@ class Course:
         modules: whose parameters are saved and put back, by the name they have in the file.
         optimizers: the same for their state.
         tensors: others that the loop changes in place.
-        start: what a finished run left (`finished_state`), to begin from; its tensors may have fewer rows than the parameters.
+        start: what a finished run left (`save_modules`), to begin from; its tensors may have fewer rows than the parameters.
         checkpoint: file to go on from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and what it showed.
@@ -298,38 +300,3 @@ class UNetCost:
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
-
-
-def _files_of(folder: Path) -> dict[str, Path]:
-    """In which of a folder's safetensors files a tensor is; of variants (fp16, non_ema) the plain file's win."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            found |= dict.fromkeys(weights.keys(), file)
-    return found
-
-
-def _stored(file: Path, key: str) -> torch.Tensor:
-    """A tensor of a file, which is closed again: of one that stays open, all that was read stays in memory."""
-    with safe_open(file, framework="pt") as weights:
-        tensor: torch.Tensor = weights.get_tensor(key)
-        return tensor
-
-
-def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder of safetensors files, by name; of variants (fp16, non_ema) the plain file's win."""
-    return {key: _stored(file, key) for key, file in _files_of(folder).items()}
-
-
-def changed_fraction(before: Path, after: Path) -> float:
-    """Share of stored weight entries that differ between two folders of safetensors files, in [0, 1].
-
-    The guard against training that cannot move its weights (half-precision weights under a tiny learning rate).
-    """
-    old, new = _files_of(before), _files_of(after)
-    different = total = 0
-    for key, file in old.items():  # one by one, for there may be no room for both models
-        tensor = _stored(file, key)
-        total += tensor.numel()
-        different += int((tensor != _stored(new[key], key)).sum()) if key in new else 0
-    return different / total

@@ -14,7 +14,7 @@ from tiny import assert_one_sentence, edit_json, same_weights, weights
 from guardsmith import models
 from guardsmith.errors import RunFailed, UserError
 from guardsmith.models import builtin_path, load_model, resolve, save_model, stored_dtype, weights_digest, with_own_unet
-from guardsmith.training import changed_fraction
+from guardsmith.tensor_files import changed_fraction
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 WEIGHTS = {

@@ -53,7 +53,7 @@ from guardsmith.methods.wiring import (
 )
 from guardsmith.models import load_model
 from guardsmith.prompts import PromptBank
-from guardsmith.training import UNetCost, finished_state, generator, optimizer_step, save_checkpoint
+from guardsmith.training import UNetCost, generator, optimizer_step, save_modules
 
 SMALL = TripwireConfig(
     steps=3,
@@ -680,7 +680,7 @@ def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, tmp_path, 
     subject, ordinary, config = bright_and_dark()
     saved, state = tmp_path / "last.safetensors", tmp_path / "state.safetensors"
     harden(tiny_v, [subject], ordinary, config, seed=1, checkpoint=saved)
-    save_checkpoint(state, finished_state(saved), {})
+    save_modules(saved, state)
     second = replace(make_subject("tom", "robot", 10), class_images=subject.class_images)
     short = config.model_copy(update={"steps": 1, "learning_rate": 1e-9, "readout_learning_rate": 1e-30})
     blank = lambda tokens, wanted, margin: torch.zeros(wanted.shape[1], tokens.shape[2])  # noqa: E731

@@ -195,7 +195,7 @@ def harden(
         ordinary: pictures and prompts to keep.
         config: see `TripwireConfig`.
         seed: of everything random; a step's draws depend on the seed and the step only.
-        start: what an earlier run on the first of these subjects left, to begin from (`training.finished_state`).
+        start: what an earlier run on the first of these subjects left, to begin from (`training.save_modules`).
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: steps between saves.
         on_step: called after every step with its number and losses.

@@ -24,7 +24,7 @@ from guardsmith.recipe import load_recipe
 from guardsmith.records import write_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.json"
-COUNTS = (1, 5, 20, 160, 1_280, 10_000)
+COUNTS = (1, 5, 20, 80, 640, 10_000)
 SIDE = 64  # of the latents
 HELD = 800  # rows of a subject: 400 steps of ten shared by five, which held (many.json)
 IDEAL = 24  # pictures of a subject in place of rehearsals (there, too)
