@@ -13,12 +13,18 @@ from guardsmith.release_notes import release_notes
 REPORT = json.loads((Path(__file__).parent.parent / "docs" / "results" / "demo-report.json").read_text())
 
 
+def checked(attack):
+    [check] = [c for c in REPORT["checks"] if (c["name"], c["attack"]) == ("protected", attack)]
+    return check
+
+
 def test_figures_limits_and_digests():
     text = release_notes(REPORT, name="acme/avatar")
     assert text.startswith("## acme/avatar: pass\n")
     assert "builtin:avatar, hardened with tripwire. Protected subjects: 1, of whom 1 were attacked" in text
     assert "| question | now |\n|---|---|\n" in text
-    assert "| dreambooth: protected | -0.13 [-0.14, -0.11]; 1 of 1 |" in text
+    told = "| dreambooth: protected | {value:.2f} [{low:.2f}, {high:.2f}]; 1 of 1 |".format(**checked("dreambooth"))
+    assert told in text
     assert "cuts them has the base's model back" in text
     assert REPORT["hardening"]["model_digest"] in text and REPORT["hardening"]["registry_digest"] in text
     assert "What changed" not in text and "(before:" not in text
@@ -36,7 +42,7 @@ def test_the_release_before_has_a_column_and_what_changed_is_told():
     assert "| cost, U-Net forward equivalents | 1,234 | 36,572 |" in text
     assert "| verdict of the gate | fail (falls short) | pass |" in text
     assert "Different besides the figures: model." in text
-    assert "- better: protected mira lora (fail, 0.400 -> pass, -0.142)" in text
+    assert f"- better: protected mira lora (fail, 0.400 -> pass, {checked('lora')['value']:.3f})" in text
     assert "(before: `sha256:older`)" in text
 
 
