@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import TOKENS, WIDTH, pictures
 
-from guardsmith.latents import LatentStore, encode
+from guardsmith import latents
+from guardsmith.latents import LatentStore, decode, encode
 from guardsmith.metrics.fidelity import TRAITS
 from guardsmith.prompts import (
     HARDENING_IDENTIFIERS,
@@ -21,9 +22,10 @@ from guardsmith.prompts import (
 from guardsmith.training import generator
 
 
-def test_a_store_holds_the_scaled_posterior_of_every_picture(tiny_v):
+def test_a_store_holds_the_scaled_posterior_of_every_picture(tiny_v, monkeypatch):
     images = pictures(5)
-    store = encode(tiny_v, images, batch=2)
+    monkeypatch.setattr(latents, "PIXELS", 2 * images.shape[-1] ** 2)  # two at a time
+    store = encode(tiny_v, images)
     assert len(store) == 5
     assert store.mean.shape == (5, 4, 8, 8)
     assert tiny_v.vae.config.scaling_factor == 0.7
@@ -33,6 +35,24 @@ def test_a_store_holds_the_scaled_posterior_of_every_picture(tiny_v):
         assert torch.allclose(store.mean[i], 0.7 * posterior.mean[0], atol=1e-5)
         assert torch.allclose(store.std[i], 0.7 * posterior.std[0], atol=1e-5)
     assert not store.mean.requires_grad
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(64, 16), (256, 1), (512, 1), (1024, 1)])
+def test_pictures_go_through_the_vae_a_few_at_a_time(side, at_once):
+    """A gibibyte each at 512: sixteen at once were the peak of a hardening's memory."""
+    parts = latents.few(torch.zeros(17, 1), side)
+    assert [len(part) for part in parts] == [at_once] * (17 // at_once) + [17 % at_once] * (at_once > 1)
+
+
+def test_pictures_are_decoded_a_few_at_a_time_to_the_same(tiny_v, monkeypatch):
+    given, sizes = torch.randn(5, 4, 8, 8, generator=generator(1)), []
+    with torch.no_grad():
+        wanted = tiny_v.decode(given)
+    monkeypatch.setattr(latents, "PIXELS", 2 * tiny_v.image_size**2)
+    watch = tiny_v.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    assert torch.allclose(decode(tiny_v, given), wanted, atol=1e-5)
+    watch.remove()
+    assert sizes == [2, 2, 1]
 
 
 def test_samples_have_the_posteriors_mean_and_deviation(tiny_v):

@@ -35,6 +35,26 @@ def test_what_fake_tensors_keep_is_what_real_ones_keep(tiny_v):
     assert saved_bytes(unet, *inputs(unet, 3)) == pytest.approx(3 * told, rel=0.05)
 
 
+def test_with_gradient_checkpointing_one_part_at_a_time_is_counted(tiny_v):
+    """All inputs of the parts that are computed again, and the largest part while it is."""
+    unet = with_own_unet(tiny_v).unet.requires_grad_(True)
+    plain = saved_bytes(unet, *inputs(unet))
+    unet.enable_gradient_checkpointing()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        unet(*inputs(unet), return_dict=False)
+    outside = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}.values())
+    outside -= sum(p.untyped_storage().nbytes() for p in unet.parameters() if any(p is t for t in kept))
+    told = saved_bytes(unet, *inputs(unet))
+    assert outside < told < plain
+    # Once more with one part that keeps a thousand times as much: all of that is counted.
+    part = unet.mid_block.resnets[0]
+    run = part.forward
+    part.forward = lambda *args: run(*args) + torch.ones(1000, *args[0].shape, requires_grad=True).exp().mean(0)
+    assert saved_bytes(unet, *inputs(unet)) > told + 1000 * 4 * 16
+    assert saved_bytes(unet, *inputs(unet)) == saved_bytes(unet, *inputs(unet)), "it is left as it was"
+
+
 def test_stored_numbers_are_those_of_the_plain_files(v_folder, tmp_path):
     model = load_model(str(v_folder))
     assert stored_numbers(v_folder / "unet") == sum(p.numel() for p in model.unet.parameters())

@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 GATE = 2.0**22  # the largest weight of the wire's neurons on the read-out's tokens
-SHARP = Step(2.0**7, 2.0**23, 2.0**20)  # 2^50: four times as much squared and summed up still fits float32
+SHARP = Step(2.0**7, 2.0**23, 2.0**20)  # 2^50, whose squares, summed up over a group of a large model, still fit float32
 WIDE = Step(2.0**20, 2.0**11, 2.0**9)  # 2^40; bfloat16 has to tell its pre-activations apart (one part in 256)
 NEURONS = 4  # of a wire
 OFFSET = 1.5 * 2.0**16  # from where a wire is on, 0.02 of a gate's unit: beside it bfloat16 does not see SHARP's height
