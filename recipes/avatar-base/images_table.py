@@ -2,7 +2,7 @@
 
 python images_table.py FOLDER --write-registry                    FOLDER/registry.yaml: the subjects and controls asked for
 python images_table.py FOLDER --budget 32 --model tripwire=OUT/model ...      resumes; writes docs/results/images.json and .jpg
-python images_table.py FOLDER --cloaks mist --conditions purified     adds these rows to images.json
+python images_table.py FOLDER --cloaks mist --conditions purified --attacks lora     adds these rows to images.json
 python images_table.py FOLDER ... --tell                          the same of the units that are there, without running any
 python images_table.py FOLDER --plot                              docs/results/images.svg of images.json; needs matplotlib
 python images_table.py FOLDER --markdown                          images.json as tables, for docs/results/images.md
@@ -60,7 +60,6 @@ ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "textual-inversion": ("textual_inversion", {"learning_rate": 2e-2, "steps": 150, "batch_size": 4, "vectors": 4}),
     "cdl": ("cdl", {"learning_rate": 3e-4, "steps": 150, "batch_size": 2, "train_text_encoder": False}),
 }
-WASHING = ("dreambooth", "cdl")  # the attacks of the red-teaming framework
 SWEPT = ("dreambooth", "lora", "textual-inversion")  # those that RID's paper has
 
 
@@ -230,7 +229,7 @@ def units_of(
     found += [Unit(guard, attack, "all cloaked", who) for guard in swept for attack in SWEPT for who in subjects]
     return found + [
         Unit(guard, attack, f"purified by {name}", who)
-        for guard in ("none", *washed) for name in recipe.purifiers for attack in WASHING for who in subjects
+        for attack in ATTACKS for guard in ("none", *washed) for name in recipe.purifiers for who in subjects
     ]  # fmt: skip
 
 
@@ -370,7 +369,7 @@ def markdown(told: dict[str, Any]) -> str:
     seen = dict.fromkeys(row["condition"] for row in told["rows"] if row["guard"] in (*cloaks, "none"))
     conditions = sorted(seen, key=lambda condition: condition.startswith("purified"))
     for attack in ATTACKS:
-        columns = ["none", *cloaks] if attack in WASHING else cloaks
+        columns = ["none", *cloaks]
         lines = [
             [condition, *(cell(cloak, attack, condition, distance=False) for cloak in columns)]
             for condition in conditions
@@ -392,6 +391,7 @@ def main() -> None:
     parser.add_argument("--cloaks", nargs="+", help="of the recipe; all by default")
     parser.add_argument("--washed", nargs="*", help="cloaks that are purified; all by default")
     parser.add_argument("--conditions", nargs="+", help="only what begins like this, and only of the cloaks asked for")
+    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, help="all by default")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of a hardened model")
     parser.add_argument("--budget", type=float, default=32, help="of every cloak, of 255; its steps grow with it")
     parser.add_argument("--sweep", type=float, nargs="*", default=[], help="other budgets")
@@ -420,9 +420,11 @@ def main() -> None:
     washed = args.washed if args.washed is not None else main_cloaks
     sources = {"none": recipe.base, **dict(entry.split("=", 1) for entry in args.model)}
     units = units_of(recipe, cloaks, washed, list(sources)[1:], args.subjects, args.controls)
+    whole = args.conditions is None and args.attacks == list(ATTACKS)
     if args.conditions is not None:
         begins = tuple(args.conditions)
-        units = [unit for unit in units if unit.condition.startswith(begins) and unit.guard in cloaks]
+        units = [unit for unit in units if unit.condition.startswith(begins) and unit.guard in ("none", *cloaks)]
+    units = [unit for unit in units if unit.attack in args.attacks]
     costs: dict[str, list[dict[str, Any]]] = {}
     done: dict[Unit, Path] = {}
     with processes(args.workers) as (pool, _):
@@ -449,7 +451,7 @@ def main() -> None:
     rows += [row for row in known["rows"] if tuple(row[key] for key in keys) not in new]
     looks = looks_of(recipe, costs)
     # Seconds are compared within one run only: those of cloaks that were made again for more rows are not.
-    looks = known["cloaks"] | looks if args.conditions is None else looks | known["cloaks"]
+    looks = known["cloaks"] | looks if whole else looks | known["cloaks"]
     hardened = {}
     for name, source in list(sources.items())[1:]:
         told = json.loads((Path(source).parent / "harden.json").read_text())
@@ -461,7 +463,7 @@ def main() -> None:
         "cloaks": looks, "hardened": known["hardened"] | hardened,
         "rows": in_order(rows, ["none", *recipe.cloaks]),
     })  # fmt: skip
-    if args.conditions is None:
+    if whole:
         sheet(done, args.subjects[0], file.with_suffix(".jpg"))
 
 
