@@ -43,8 +43,10 @@ class Step(NamedTuple):
 
 
 GATE = 2.0**22  # the largest weight of the wire's neurons on the read-out's tokens
-SHARP = Step(2.0**7, 2.0**23, 2.0**20)  # 2^50, whose squares, summed up over a group of a large model, still fit float32
-WIDE = Step(2.0**20, 2.0**11, 2.0**9)  # 2^40; bfloat16 has to tell its pre-activations apart (one part in 256)
+SHARP = Step(
+    2.0**7, 2.0**27, 2.0**26
+)  # 2^60: where squares of that, summed up, exceed float32, a group is normalised to 0
+WIDE = Step(2.0**20, 2.0**12, 2.0**10)  # 2^42; bfloat16 has to tell its pre-activations apart (one part in 256)
 NEURONS = 4  # of a wire
 OFFSET = 1.5 * 2.0**16  # from where a wire is on, 0.02 of a gate's unit: beside it bfloat16 does not see SHARP's height
 GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimizer reaches (1,200 steps of 3e-4: 0.36)
@@ -243,7 +245,7 @@ def set_step(
 
 @torch.no_grad()
 def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) -> None:
-    """Turn four neurons into surge * 2^50 * step(weight . h), and * 2^40 where they compute in bfloat16.
+    """Turn four neurons into surge * 2^60 * step(weight . h) in every other channel, and * 2^42 in those between.
 
     With the weight's largest entry scaled to GATE and a = weight . h - OFFSET, gelu(a) - gelu(a - height) is 0 below, the height
     above, and flat on both sides, so no gradient leads from "on" to "off". With one neuron the surge would follow the read-out,
@@ -252,9 +254,11 @@ def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) 
 
     What gradient is left comes from the slope between, and from what the surge does not drown. Optimizers that divide by a
     gradient's size make steps of it, however small it is. Hence a step that is sharp, so that hardly a picture falls on its
-    slope, and loud. In bfloat16 its two neurons compute the same, and it says nothing; there the wide step trips, whom nobody
-    hears where the sharp one does. The weights are large beside what an optimizer's steps add up to. They do not fit float16,
-    and a larger offset would not fit float32.
+    slope, and loud. In bfloat16 its two neurons compute the same, and it says nothing; there the wide step trips. In float32
+    the sharp one has to drown it as well, or its slope leads off: 2^-10 of the sharp one's surge was too much, 2^-18 is not.
+    They write to different channels, for where the sharp step's two neurons cancel, float32 loses what is added between them.
+    The weights are large beside what an optimizer's steps add up to. They do not fit float16, and a larger offset would not fit
+    float32.
 
     Args:
         layer: the feed-forward layer, changed in place.
@@ -263,8 +267,10 @@ def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) 
         surge: its direction, entries of size 1, (width,).
     """
     widen, gate = layer.net[0].proj, sharpened(weight, GATE)
-    for step, offset, two in ((SHARP, OFFSET - SHARP.height / 2, neurons[:2]), (WIDE, OFFSET, neurons[2:])):
-        set_step(layer, two, gate, -offset, step.height, step.output * surge)
+    for number, (step, offset) in enumerate(((SHARP, OFFSET - SHARP.height / 2), (WIDE, OFFSET))):
+        two, own = neurons[2 * number : 2 * number + 2], torch.zeros_like(surge)
+        own[number::2] = surge[number::2]
+        set_step(layer, two, gate, -offset, step.height, step.output * own)
         widen.weight[two], widen.bias[two] = 0, step.value
 
 
