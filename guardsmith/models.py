@@ -355,7 +355,9 @@ def _save_part(model: DiffusionModel, name: str, place: Path, half: bool) -> boo
     wanted = half or any(place.glob(f"*.{HALF}.*"))
     for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index*.json")]:
         file.unlink()
-    part = copy.deepcopy(model.networks[name]).to(stored_dtype(model.folder, name))
+    part, dtype = model.networks[name], stored_dtype(model.folder, name)
+    if any(parameter.dtype != dtype for parameter in part.parameters()):  # else there may be no room for a copy
+        part = copy.deepcopy(part).to(dtype)
     if not _finite(part):
         part = copy.deepcopy(model.networks[name]).float()
     if not _finite(part):

@@ -404,6 +404,8 @@ SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # method, as few steps as its peak needs, how it computes
 LEAN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm along adapters, attention": SHORT["apdm along adapters, attention"],
+    "apdm along adapters, attention, activations computed again":
+        ("apdm", APDM | {"path": "lora", "parameters": "attention"}, {"gradient_checkpointing": True}),
     "apdm, moments in 8 bits, activations computed again":
         ("apdm", APDM, {"optimizer": "adamw8bit", "gradient_checkpointing": True}),
 }  # fmt: skip
