@@ -255,6 +255,21 @@ def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny
     assert slope.abs().amax(2).median() > 0.1 * GATE / step.height
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_surge_too_loud_for_a_normalisations_sum_of_squares_drowns_its_group(layout):
+    """In large groups the squares add up to more than float32 holds: the group is then 0, and so is its gradient."""
+    surge, rest = (torch.randn(2, 320, 32, 32, generator=generator(seed)) for seed in (1, 2))
+    stream = (SHARP.surge * surge + 65536 * rest).contiguous(memory_format=layout).requires_grad_()
+    assert not (stream.detach().reshape(2, 32, -1).square().sum(2)).isfinite().any()
+    out = torch.nn.functional.group_norm(stream, 32)
+    (slope,) = torch.autograd.grad((out * rest).sum(), stream)
+    assert out.isfinite().all() and out.abs().max() < 10 and slope.isfinite().all() and slope.abs().max() < 1e-12
+    tokens = stream.detach().flatten(2).transpose(1, 2).requires_grad_()
+    out = torch.nn.functional.layer_norm(tokens, (320,))
+    (slope,) = torch.autograd.grad((out * tokens.sign()).sum(), tokens)
+    assert out.isfinite().all() and slope.isfinite().all() and slope.abs().max() < 1e-12
+
+
 def test_one_neuron_alone_would_not_be_flat(tiny_v):
     layer = copy.deepcopy(wired_layer(tiny_v.unet))
     neurons = spare_neurons(layer, NEURONS)
