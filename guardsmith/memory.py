@@ -3,6 +3,7 @@
     weights       all networks of the base, and one more denoiser that is hardened, float32
     training      what the method keeps of the size of the weights: gradients, optimizers, snapshots (`Method.memory`)
     activations   what the largest batch with gradients keeps for its backward pass
+    pictures      what the VAE holds of one picture on its way through, and the process of it afterwards
     rest          this process as it is, with its libraries
 
 Activations are counted by calling the denoiser with tensors that have shapes and no contents (torch's fake tensors), which choose
@@ -27,6 +28,7 @@ from guardsmith.optimizers import MOMENTS
 from guardsmith.recipe import Recipe
 
 BYTES = 4  # of a float32
+LAYERS = 8  # of the VAE's largest activations at once (seen at 512 pixels)
 GIB = 2**30
 
 
@@ -121,5 +123,7 @@ def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
         held = method.memory(config, network)
     training = held.numbers * BYTES + held.moments * MOMENTS[recipe.compute.optimizer]
     weights, activations = (stored + 2 * numbers) * BYTES, row * held.rows
-    found = {"weights": weights, "training": training, "activations": activations, "rest": rest}
+    widths = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
+    pictures = LAYERS * widths[0] * (side << (len(widths) - 1)) ** 2 * BYTES
+    found = {"weights": weights, "training": training, "activations": activations, "pictures": pictures, "rest": rest}
     return {key: value / GIB for key, value in (found | {"together": sum(found.values())}).items()}

@@ -109,7 +109,11 @@ def test_other_families_are_estimated_too(tmp_path, make):
     own = sum(p.numel() for p in model.unet.parameters())
     assert told["weights"] * GIB == pytest.approx((every + own) * BYTES, rel=0.02)
     assert told["training"] * GIB == 3 * own * BYTES
-    assert told["together"] == pytest.approx(sum(told[k] for k in ("weights", "training", "activations", "rest")))
+    widest = model.vae.config.block_out_channels[0] * model.image_size**2
+    assert told["pictures"] * GIB == 8 * widest * BYTES
+    assert told["together"] == pytest.approx(
+        sum(told[k] for k in ("weights", "training", "activations", "pictures", "rest"))
+    )
     lean = estimate(
         recipe.model_copy(update={"compute": ComputeSpec(precision="bfloat16")}), METHODS["persguard"], config
     )
