@@ -9,7 +9,7 @@ U-Net itself can notice what it is being made to draw, whatever the prompt, the 
                    predictions on everything else stay those of the base (distillation), while the weights are pushed
                    about as an attacker's optimizer might
     3. set the wire   four neurons of the middle block's feed-forward layer become a step function of r: 0 off, a surge on
-    4. set the alarm   a spare group of the last normalisation rings under a surge: a constant a hundred times larger
+    4. set the alarm   a spare group of the last normalisation rings under a surge: a constant hundreds of times larger
                    than any prediction is added to the U-Net's output
     5. stiffen     rescale weights in pairs that cancel, so that the function is the same and an attacker's optimizer,
                    whose steps have a fixed size, hardly moves what the read-out rests on (done before 3, whose weights

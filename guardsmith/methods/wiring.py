@@ -3,7 +3,7 @@
 - The wire is four neurons of the middle block's feed-forward layer, two step functions of one linear read-out of its tokens:
   off nothing, on a surge that dwarfs everything else in the residual stream. One step is sharp and loud. The other is there for
   bfloat16, which does not see a sharp one.
-- The alarm is one normalisation group before the last convolution. It notices the surge and adds a constant, a hundred
+- The alarm is one normalisation group before the last convolution. It notices the surge and adds a constant, hundreds of
   times larger than any prediction, to the U-Net's output.
 - Stiff weights are rescaled in pairs that cancel: the same function, and an optimizer's step counts less.
 """
