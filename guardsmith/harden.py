@@ -328,9 +328,10 @@ def _harden(
             return finished
     parts = [name for name, network in hardened.networks.items() if network is not model.networks[name]]
     for network in hardened.networks.values():
-        network.zero_grad(set_to_none=True)  # saving takes a copy, for which there is room where gradients were
+        network.zero_grad(
+            set_to_none=True
+        )  # saving in another precision takes a copy: there is room where gradients were
     save_model(hardened, output / "model", parts, half_variant=recipe.half_variant)
-    del hardened
     denoiser = model.family.denoiser
     changed = changed_fraction(model.folder / denoiser, output / "model" / denoiser)
     if changed == 0:

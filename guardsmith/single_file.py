@@ -20,7 +20,7 @@ from guardsmith.errors import RunFailed, UserError
 from guardsmith.families import SD
 from guardsmith.models import PICKLES, load_model
 from guardsmith.records import whole_folder
-from guardsmith.tensor_files import Header, read_header, stored_weights, write_copy
+from guardsmith.tensor_files import Header, read_header, stored_tensor, stored_weights, write_copy
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CLOSE = 1e-3  # how far weights of one base may be apart in two files: half precision of weights around 1
@@ -42,14 +42,6 @@ def unet_names(header: Header, config: Mapping[str, Any], file: Path) -> dict[st
             f"{file} holds no Stable Diffusion U-Net in the layout of A1111; give one of the base"
         ) from error
     return {there: here for here, there in found.items() if there is not None}
-
-
-def _tensor(file: Path, header: Header, name: str) -> Tensor:
-    entry = header.tensors[name]
-    with file.open("rb") as stream:
-        stream.seek(header.start + entry["data_offsets"][0])
-        data = stream.read(entry["data_offsets"][1] - entry["data_offsets"][0])
-    return torch.frombuffer(bytearray(data), dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -134,7 +126,7 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path) -> int
         entry = header.tensors[there]
         if here not in after or entry["dtype"] not in DTYPES or list(after[here].shape) != entry["shape"]:
             raise UserError(f"{like} is not laid out as this model ({there}); give one of its base")
-        apart = (_tensor(like, header, there).float() - before[here].float()).abs()
+        apart = (stored_tensor(like, there).float() - before[here].float()).abs()
         if float(apart.max()) > CLOSE * max(1.0, float(before[here].abs().max())):
             raise UserError(f"{like} holds another model than the base that was hardened (they differ in {here})")
 

@@ -98,7 +98,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _stored(file: Path, key: str) -> torch.Tensor:
+def stored_tensor(file: Path, key: str) -> torch.Tensor:
     """A tensor of a file, which is closed again: of one that stays open, all that was read stays in memory."""
     with safe_open(file, framework="pt") as weights:
         tensor: torch.Tensor = weights.get_tensor(key)
@@ -107,7 +107,7 @@ def _stored(file: Path, key: str) -> torch.Tensor:
 
 def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder of safetensors files, by name; of variants (fp16, non_ema) the plain file's win."""
-    return {key: _stored(file, key) for key, file in _files_of(folder).items()}
+    return {key: stored_tensor(file, key) for key, file in _files_of(folder).items()}
 
 
 def changed_fraction(before: Path, after: Path) -> float:
@@ -118,7 +118,7 @@ def changed_fraction(before: Path, after: Path) -> float:
     old, new = _files_of(before), _files_of(after)
     different = total = 0
     for key, file in old.items():  # one by one, for there may be no room for both models
-        tensor = _stored(file, key)
+        tensor = stored_tensor(file, key)
         total += tensor.numel()
-        different += int((tensor != _stored(new[key], key)).sum()) if key in new else 0
+        different += int((tensor != stored_tensor(new[key], key)).sum()) if key in new else 0
     return different / total

@@ -229,7 +229,7 @@ def test_the_wire_is_nothing_below_and_a_surge_above_and_flat_on_both_sides(tiny
     weight, surge = torch.randn(width, generator=generator(1)), torch.randn(width, generator=generator(2))
     tokens = torch.randn((1, 400, width), generator=generator(3)).to(precision)
     score = (tokens.float() @ weight)[0]
-    off, on = score < -0.2, score > (0.1 if step is SHARP else 1)  # beyond the slope, and what bfloat16 makes of 0
+    off, on = score < -0.05, score > (0.1 if step is SHARP else 1)  # beyond the slope, and what bfloat16 makes of 0
     assert min(off.sum(), on.sum()) > 50
     plain = copy.deepcopy(layer.to(precision))
     with torch.no_grad():
@@ -303,7 +303,7 @@ def test_a_long_attack_against_one_of_a_steps_two_neurons_does_not_part_them(ste
         widen.weight[narrow.in_features + neuron] += way * reach * token.sign()
         narrow.weight[:, neuron] -= reach * surge.sign()
     left = (layer(token) - silent) @ surge.sign()
-    assert left > 0.8 * whole
+    assert left > (0.8 if step is SHARP else 0.9) * whole
 
 
 def test_spare_neurons_are_those_that_say_least(tiny_v):

@@ -43,9 +43,7 @@ class Step(NamedTuple):
 
 
 GATE = 2.0**22  # the largest weight of the wire's neurons on the read-out's tokens
-SHARP = Step(
-    2.0**7, 2.0**27, 2.0**26
-)  # 2^60: where squares of that, summed up, exceed float32, a group is normalised to 0
+SHARP = Step(2.0**7, 2.0**27, 2.0**26)  # 2^60: a group whose squares then exceed float32 is normalised to 0
 WIDE = Step(2.0**20, 2.0**12, 2.0**10)  # 2^42; bfloat16 has to tell its pre-activations apart (one part in 256)
 NEURONS = 4  # of a wire
 OFFSET = 1.5 * 2.0**16  # from where a wire is on, 0.02 of a gate's unit: beside it bfloat16 does not see SHARP's height
@@ -53,7 +51,9 @@ GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimize
 CONSTANT = 60000.0  # a hidden channel that always says this, and so holds the alarm at rest
 HUSH = -30.0  # the alarm's pre-activation at rest, where SiLU gives nothing
 RINGING = 5.0  # the same under a surge
-ALARM = 400.0  # what it then adds to every prediction; predictions are of size 1, and 300 steps of DreamBooth take 40 away
+ALARM = (
+    400.0  # what it then adds to every prediction; predictions are of size 1, and 300 steps of DreamBooth take 40 away
+)
 
 
 # -- stiffening --------------------------------------------------------------------------------------------------------

@@ -368,8 +368,8 @@ def markdown(told: dict[str, Any]) -> str:
     out += table(["", "PSNR, dB", "perceptual distance", "seconds a picture"], lines)
     seen = dict.fromkeys(row["condition"] for row in told["rows"] if row["guard"] in (*cloaks, "none"))
     conditions = sorted(seen, key=lambda condition: condition.startswith("purified"))
+    columns = ["none", *cloaks]
     for attack in ATTACKS:
-        columns = ["none", *cloaks]
         lines = [
             [condition, *(cell(cloak, attack, condition, distance=False) for cloak in columns)]
             for condition in conditions

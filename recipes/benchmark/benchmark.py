@@ -405,7 +405,7 @@ SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 LEAN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm along adapters, attention": SHORT["apdm along adapters, attention"],
     "apdm along adapters, attention, activations computed again":
-        ("apdm", APDM | {"path": "lora", "parameters": "attention"}, {"gradient_checkpointing": True}),
+        (*SHORT["apdm along adapters, attention"][:2], {"gradient_checkpointing": True}),
     "apdm, moments in 8 bits, activations computed again":
         ("apdm", APDM, {"optimizer": "adamw8bit", "gradient_checkpointing": True}),
 }  # fmt: skip
