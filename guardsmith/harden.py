@@ -328,9 +328,7 @@ def _harden(
             return finished
     parts = [name for name, network in hardened.networks.items() if network is not model.networks[name]]
     for network in hardened.networks.values():
-        network.zero_grad(
-            set_to_none=True
-        )  # saving in another precision takes a copy: there is room where gradients were
+        network.zero_grad(set_to_none=True)  # room for the copy that saving in another precision takes
     save_model(hardened, output / "model", parts, half_variant=recipe.half_variant)
     denoiser = model.family.denoiser
     changed = changed_fraction(model.folder / denoiser, output / "model" / denoiser)

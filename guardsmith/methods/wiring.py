@@ -51,9 +51,7 @@ GRIP = 300.0  # the alarm's weights on the stream: large beside what an optimize
 CONSTANT = 60000.0  # a hidden channel that always says this, and so holds the alarm at rest
 HUSH = -30.0  # the alarm's pre-activation at rest, where SiLU gives nothing
 RINGING = 5.0  # the same under a surge
-ALARM = (
-    400.0  # what it then adds to every prediction; predictions are of size 1, and 300 steps of DreamBooth take 40 away
-)
+ALARM = 400.0  # what it then adds to every prediction, which are of size 1; 300 steps of DreamBooth take 40 away
 
 
 # -- stiffening --------------------------------------------------------------------------------------------------------
