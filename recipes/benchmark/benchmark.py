@@ -392,7 +392,7 @@ def draw_classes(judged: Judged, units: Sequence[Unit], recipe: Recipe) -> None:
         drawn_by(judged.model, recipe, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}")
 
 
-APDM = {"outer_steps": 2, "inner_steps": 2, "batch_size": 1}  # of one outer step, the path knows no moments of the outer AdamW
+APDM = {"outer_steps": 2, "inner_steps": 2, "batch_size": 1}  # the first path meets no moments of the outer AdamW yet
 SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm": ("apdm", APDM, {}),
     "apdm, moments in 8 bits": ("apdm", APDM, {"optimizer": "adamw8bit"}),
