@@ -59,6 +59,21 @@ def optimizer_step(
     return float(norm)
 
 
+def add_gradients(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter], sums: Sequence[torch.Tensor]) -> None:
+    """Add a loss's gradients to sums of earlier ones, each as the backward pass comes by: they never are there all at once.
+
+    Args:
+        loss: a scalar.
+        parameters: those whose gradients are asked for; they have none of their own, before or afterwards.
+        sums: one for each of them, of its shape; changed in place.
+    """
+    for parameter, summed in zip(parameters, sums, strict=True):
+        parameter.grad = summed
+    loss.backward(inputs=list(parameters))
+    for parameter in parameters:
+        parameter.grad = None
+
+
 class Snapshot:
     """A flat copy of parameter values that is written back in place: what replaces `copy.deepcopy(model)`.
 

@@ -14,6 +14,7 @@ from guardsmith.training import (
     Course,
     Snapshot,
     UNetCost,
+    add_gradients,
     generator,
     load_checkpoint,
     load_optimizer_tensors,
@@ -112,6 +113,26 @@ def test_optimizer_step_clips_reports_and_clears():
     assert torch.equal(before - weight.detach(), torch.tensor([3.0, 4.0]))
     weight.grad = torch.tensor([float("nan"), 0])
     assert math.isnan(optimizer_step(optimizer, [weight]))  # for the caller to judge
+
+
+def test_gradients_are_added_to_sums_and_leave_nothing_behind():
+    first, second = torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor(3.0))
+    sums = [torch.tensor([10.0, 20.0]), torch.tensor(30.0)]
+    where = [summed.data_ptr() for summed in sums]
+    for _ in range(2):
+        add_gradients((first.square().sum() * second), [first, second], sums)  # 2 first second; sum of first^2 = 5
+    assert torch.equal(sums[0], torch.tensor([10 + 2 * 6.0, 20 + 2 * 12.0]))
+    assert float(sums[1]) == 30 + 2 * 5
+    assert [summed.data_ptr() for summed in sums] == where
+    assert first.grad is None and second.grad is None
+
+
+def test_gradients_of_others_are_not_touched():
+    asked, other = torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.tensor(5.0))
+    total = [torch.tensor(0.0)]
+    add_gradients(asked * other, [asked], total)
+    assert float(total[0]) == 5
+    assert other.grad is None
 
 
 def test_snapshot_restores_exactly_and_in_place():

@@ -57,6 +57,7 @@ from guardsmith.training import (
     Course,
     Probe,
     Snapshot,
+    add_gradients,
     generator,
     optimizer_step,
     reset_optimizer,
@@ -166,15 +167,15 @@ def cost(config: ApdmConfig, nouns: Sequence[str]) -> int:
 
 
 def memory(config: ApdmConfig, unet: Any) -> Held:
-    """Gradients, the path's AdamW and where it began; two sums of gradients and AdamW of what is hardened; a second thread's."""
+    """Gradients, the path's AdamW and where it began; a sum of gradients and AdamW of what is hardened; a second thread's."""
     kept = sum(parameter.numel() for parameter in hardened_parameters(unet, config.parameters))
     path = sum(parameter.numel() for parameter in unet.parameters())
     if config.path == "lora":
         path = adapter_numbers(unet, config.path_rank)
     rows = (4 if config.distillation_weight else 3) * config.batch_size
-    numbers = path + kept + max(path, kept)
+    numbers = 2 * path + kept
     if config.overlap:
-        numbers, rows = numbers + path + kept, 5 * config.batch_size
+        numbers, rows = numbers + path, 5 * config.batch_size
     return Held(numbers, 2 * path + 2 * kept, rows)
 
 
@@ -407,14 +408,11 @@ def harden(
         context = own.text_encoder(tokens).last_hidden_state
         return replace(rows, context=context.expand(len(rows), -1, -1))
 
-    def protection(pairs: Rows, prior: Rows, before: Tensor) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-        """Gradients of L_protect where the path has come to, and what to show."""
+    def protection(total: list[Tensor], shown: dict[str, float], pairs: Rows, prior: Rows, before: Tensor) -> None:
+        """Add the gradients of L_protect where the path has come to, and what to show."""
         protect, parts = protection_loss(witness, scheduler, pairs, prior, before, config)
-        return torch.autograd.grad(protect, counted), parts
-
-    def add(found: tuple[tuple[Tensor, ...], dict[str, float]], total: list[Tensor], shown: dict[str, float]) -> None:
-        torch._foreach_add_(total, found[0])
-        for key, value in found[1].items():
+        add_gradients(protect, counted, total)
+        for key, value in parts.items():
             shown[key] = shown.get(key, 0.0) + value / config.inner_steps
 
     for j in course:
@@ -430,7 +428,7 @@ def harden(
         ]
         with _at_work(reference, config.offload_reference):
             before = reference_errors(model, [pairs for _, _, pairs, _ in steps])
-        last: Future[tuple[tuple[Tensor, ...], dict[str, float]]] | None = None
+        last: Future[None] | None = None
         with _second_thread(overlap) as thread:
             for i, (instance, first, pairs, second) in enumerate(steps):
                 given = spoken(instance, words), spoken(first, subject.class_tokens)
@@ -438,21 +436,22 @@ def harden(
                 loss.backward(inputs=path_parameters)
                 if i == 0:
                     shown["personalization"] = loss.item()
+                if last and config.leak:
+                    last.result()  # both add to the same sums
                 if config.leak:
                     torch._foreach_add_(total, [p.grad for p in kept if p.grad is not None])
                 optimizer_step(inner, path_parameters, max_grad_norm=None)
                 asked = spoken(pairs, words), spoken(second, subject.class_tokens), before[i]
                 if thread is None:
-                    add(protection(*asked), total, shown)
+                    protection(total, shown, *asked)
                     continue
-                found = last.result() if last else None
+                if last:
+                    last.result()
                 with torch.no_grad():
                     torch._foreach_copy_(seen, path_parameters)
-                last = thread.submit(protection, *asked)
-                if found:
-                    add(found, total, shown)
+                last = thread.submit(protection, total, shown, *asked)
             if last:
-                add(last.result(), total, shown)
+                last.result()
         theta.restore()
         if keep is not None and ordinary is not None:
             rng = generator(seed, j, -1)
@@ -463,7 +462,7 @@ def harden(
                 teacher = predict(reference, scheduler, draws)
             same = (predict(unet, scheduler, spoken(draws, bank.tokens(prompts))) - teacher).square().mean()
             scale = config.distillation_weight * config.inner_steps  # as often as the other terms
-            torch._foreach_add_(total, torch.autograd.grad(scale * same, kept))
+            add_gradients(scale * same, kept, total)
             shown["distillation"] = same.item()
         for parameter, gradient in zip(kept, total, strict=True):
             parameter.grad = gradient
