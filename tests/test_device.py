@@ -6,6 +6,7 @@ CPU, which is what goes wrong first on a real one. Numbers that come back from i
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -224,3 +225,31 @@ def test_deterministic_gives_the_same_bits_on_any_number_of_cores(v_folder, tmp_
         assert run["deterministic"] and run["threads"] == run["processes"] == 1
     [only] = told
     assert only.split()[1:] == ["1", "True"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.parametrize("told", [True, False])
+def test_free_memory_is_given_back(told):
+    script = f"""
+import torch
+from pathlib import Path
+from guardsmith.device import settle
+
+def held():
+    return int(dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())["RssAnon"].split()[0])
+
+if {told}:
+    settle()
+torch.ones(2**22)  # glibc now keeps blocks as large as this one
+before, small = held(), []
+large = [torch.ones(2**21) for _ in range(20)]
+for number in range(20):
+    large[number] = None
+    small.append(torch.ones(2**14))  # lies where the large one was
+print(held() - before)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    kept = int(
+        subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, check=True, text=True).stdout
+    )
+    assert (kept < 10_000) is told  # KiB, of 163,840
