@@ -31,7 +31,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt (malloc.h)
 def give_memory_back() -> None:
     """Keep glibc from holding on to large blocks that are free, which it does by itself up to 32 MiB each.
 
-    They do not fit together again: a step with three rows of Stable Diffusion 1.5 and gradient checkpointing held 2.8 GiB where it
+    They do not fit together again: a step of three rows of Stable Diffusion 1.5 with gradient checkpointing held 2.8 GiB where it
     now holds 1.7 (not committed). Small networks have smaller blocks. What the environment says is left alone.
     """
     adjust = (
