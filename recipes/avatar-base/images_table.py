@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import as_completed
 from functools import lru_cache
 from pathlib import Path
@@ -292,6 +293,11 @@ def sheet(done: dict[Unit, Path], who: str, file: Path) -> None:
     out.save(file, quality=88)
 
 
+def in_turn(conditions: Iterable[str]) -> list[str]:
+    """Each condition once, those of washed pictures behind the others."""
+    return sorted(dict.fromkeys(conditions), key=lambda condition: condition.startswith("purified"))
+
+
 def plot(told: dict[str, Any], file: Path) -> None:
     """Similarity of what attackers draw: every guard, what they have of the pictures, and budgets."""
     import matplotlib.pyplot as plt
@@ -301,7 +307,8 @@ def plot(told: dict[str, Any], file: Path) -> None:
     guards = [g for g in dict.fromkeys(row["guard"] for row in rows) if " at " not in g]
     models = [guard for guard in guards if guard in told["hardened"]]
     cloaks = [guard for guard in guards if guard not in ("none", *models)]
-    figure, axes = plt.subplots(2, 2, figsize=(18, 10), constrained_layout=True)
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.colormaps["tab20"].colors)
+    figure, axes = plt.subplots(3, 2, figsize=(18, 15), constrained_layout=True)
 
     def points(axis: Any, labels: list[str], found: list[Any], name: str, shift: float) -> None:
         here = [(i, row["similarity"]) for i, row in enumerate(found) if row is not None]
@@ -313,8 +320,8 @@ def plot(told: dict[str, Any], file: Path) -> None:
     for number, attack in enumerate(ATTACKS):
         found = [at.get((g, attack, "all cloaked" if g in cloaks else "clean")) for g in order]
         points(axes[0, 0], order, found, attack, 0.16 * (number - 1.5))
-    conditions = list(dict.fromkeys(row["condition"] for row in rows if row["guard"] in cloaks))
-    for axis, attack in ((axes[0, 1], "dreambooth"), (axes[1, 0], "cdl")):
+    conditions = in_turn(row["condition"] for row in rows if row["guard"] in cloaks)
+    for axis, attack in zip(axes.flat[1:], ATTACKS, strict=False):
         shown = [c for c in cloaks if any((c, attack, f) in at for f in conditions if f.startswith("purified"))]
         for number, cloak in enumerate(shown):
             found = [at.get((cloak, attack, condition)) for condition in conditions]
@@ -327,8 +334,8 @@ def plot(told: dict[str, Any], file: Path) -> None:
             for (guard, which, condition), row in at.items():
                 if guard.partition(" at ")[0] == name and which == attack and condition == "all cloaked":
                     line[float(guard.partition(" at ")[2] or told["budget"])] = row["similarity"][0]
-            axes[1, 1].plot(sorted(line), [line[b] for b in sorted(line)], marker="o", label=f"{name}, {attack}")
-    axes[1, 1].set(title="budgets", xlabel="largest change of a pixel, of 255")
+            axes[2, 1].plot(sorted(line), [line[b] for b in sorted(line)], marker="o", label=f"{name}, {attack}")
+    axes[2, 1].set(title="budgets", xlabel="largest change of a pixel, of 255")
     axes[0, 0].set_title("all pictures cloaked, or clean ones on hardened models")
     for axis in axes.flat:
         axis.set_ylabel("similarity to the subject")
@@ -366,8 +373,7 @@ def markdown(told: dict[str, Any]) -> str:
         for name, look in shown.items()
     ]
     out += table(["", "PSNR, dB", "perceptual distance", "seconds a picture"], lines)
-    seen = dict.fromkeys(row["condition"] for row in told["rows"] if row["guard"] in (*cloaks, "none"))
-    conditions = sorted(seen, key=lambda condition: condition.startswith("purified"))
+    conditions = in_turn(row["condition"] for row in told["rows"] if row["guard"] in (*cloaks, "none"))
     columns = ["none", *cloaks]
     for attack in ATTACKS:
         lines = [
