@@ -34,10 +34,10 @@ def give_memory_back() -> None:
     They do not fit together again: a step of three rows of Stable Diffusion 1.5 with gradient checkpointing held 2.8 GiB where it
     now holds 1.7 (not committed). Small networks have smaller blocks. What the environment says is left alone.
     """
-    adjust = (
-        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    )  # other libraries have none
-    if adjust and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if adjust:
         adjust(MMAP_THRESHOLD, LARGE)
         adjust(TRIM_THRESHOLD, 16 * LARGE)
 

@@ -436,9 +436,9 @@ def harden(
                 loss.backward(inputs=path_parameters)
                 if i == 0:
                     shown["personalization"] = loss.item()
-                if last and config.leak:
-                    last.result()  # both add to the same sums
                 if config.leak:
+                    if last:
+                        last.result()  # both add to the same sums
                     torch._foreach_add_(total, [p.grad for p in kept if p.grad is not None])
                 optimizer_step(inner, path_parameters, max_grad_norm=None)
                 asked = spoken(pairs, words), spoken(second, subject.class_tokens), before[i]
