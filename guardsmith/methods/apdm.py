@@ -175,7 +175,7 @@ def memory(config: ApdmConfig, unet: Any) -> Held:
     rows = (4 if config.distillation_weight else 3) * config.batch_size
     numbers = 2 * path + kept
     if config.overlap:
-        numbers, rows = numbers + path + kept, 5 * config.batch_size
+        numbers, rows = numbers + path, 5 * config.batch_size
     return Held(numbers, 2 * path + 2 * kept, rows)
 
 
@@ -411,10 +411,7 @@ def harden(
     def protection(total: list[Tensor], shown: dict[str, float], pairs: Rows, prior: Rows, before: Tensor) -> None:
         """Add the gradients of L_protect where the path has come to, and what to show."""
         protect, parts = protection_loss(witness, scheduler, pairs, prior, before, config)
-        if overlap:  # beside another thread's backward pass, adding one by one is slower
-            torch._foreach_add_(total, torch.autograd.grad(protect, counted))
-        else:
-            add_gradients(protect, counted, total)
+        add_gradients(protect, counted, total)
         for key, value in parts.items():
             shown[key] = shown.get(key, 0.0) + value / config.inner_steps
 
