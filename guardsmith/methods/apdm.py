@@ -175,7 +175,7 @@ def memory(config: ApdmConfig, unet: Any) -> Held:
     rows = (4 if config.distillation_weight else 3) * config.batch_size
     numbers = 2 * path + kept
     if config.overlap:
-        numbers, rows = numbers + path, 5 * config.batch_size
+        numbers, rows = numbers + path + (kept if config.leak else 0), 5 * config.batch_size
     return Held(numbers, 2 * path + 2 * kept, rows)
 
 
@@ -419,6 +419,7 @@ def harden(
         subject = prepared[j % len(prepared)]
         reset_optimizer(inner)
         total = [torch.zeros_like(p) for p in kept]
+        leaked = [torch.zeros_like(p) for p in kept] if overlap and config.leak else total  # no waiting
         shown: dict[str, float] = {}
         rng = generator(seed, j)
         name = int(torch.randint(len(subject.instance), (1,), generator=rng))
@@ -437,9 +438,7 @@ def harden(
                 if i == 0:
                     shown["personalization"] = loss.item()
                 if config.leak:
-                    if last:
-                        last.result()  # both add to the same sums
-                    torch._foreach_add_(total, [p.grad for p in kept if p.grad is not None])
+                    torch._foreach_add_(leaked, [p.grad for p in kept if p.grad is not None])
                 optimizer_step(inner, path_parameters, max_grad_norm=None)
                 asked = spoken(pairs, words), spoken(second, subject.class_tokens), before[i]
                 if thread is None:
@@ -452,6 +451,8 @@ def harden(
                 last = thread.submit(protection, total, shown, *asked)
             if last:
                 last.result()
+        if leaked is not total:
+            torch._foreach_add_(total, leaked)
         theta.restore()
         if keep is not None and ordinary is not None:
             rng = generator(seed, j, -1)

@@ -66,7 +66,7 @@ from guardsmith.training import generator, optimizer_step
 ROOT = Path(__file__).parents[2]
 PEAK = Path(__file__).parent / "peak.py"
 RESULTS = ROOT / "docs" / "results" / "benchmark.json"
-TIMES = 3  # blocks of each, by turns
+TIMES = 9  # blocks of each, by turns
 
 
 def subject_of(size: int) -> SubjectData:
