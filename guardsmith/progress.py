@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from guardsmith.talk import first_process
 
@@ -70,9 +71,10 @@ def stage(title: str, total: int) -> Iterator[Stage]:
     if not console.is_terminal or _style != "auto" or not first_process():
         yield Stage(title, total, None)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[losses]}"))  # fmt: skip
-    with Progress(*columns, console=console, transient=False) as progress:
+    rest = TextColumn("[dim]{task.fields[losses]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn(), rest)  # fmt: skip
+    with Progress(*columns, console=console, transient=False, expand=True) as progress:
         yield Stage(title, total, progress)
 
 

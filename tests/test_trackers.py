@@ -1,11 +1,13 @@
 """Progress for machines, and losses to trackers."""
 
+import io
 import json
 from typing import ClassVar
 
 import accelerate.tracking
 import pytest
 from accelerate.tracking import GeneralTracker
+from rich.console import Console
 from tiny import assert_one_sentence
 
 from guardsmith import cli, progress
@@ -28,6 +30,19 @@ def test_progress_in_json_lines(usual, capsys):
     told = json.loads(line)
     assert told.pop("seconds") >= 0
     assert told == {"stage": "hardening", "done": 3, "total": 3, "shown": {"loss": 0.25}}
+
+
+def test_on_a_narrow_terminal_the_losses_give_way_and_stages_may_nest(monkeypatch):
+    monkeypatch.setattr(progress, "console", Console(file=io.StringIO(), width=80, force_terminal=True))
+    with progress.stage("hardening (tripwire)", 240) as bar:
+        bar(dict.fromkeys(("missed", "false", "distillation", "gradient_norm"), 1.2345), done=100)
+        with progress.stage("first read-outs", 13) as inner:
+            inner()
+    shown = progress.console.file.getvalue()
+    assert any(
+        all(part in line for part in ("hardening (tripwire)", "100/240", "left", "…")) for line in shown.splitlines()
+    )
+    assert "1/13" in shown
 
 
 def test_the_style_is_chosen_on_the_command_line(usual, capsys):

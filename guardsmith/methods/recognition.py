@@ -18,6 +18,7 @@ from guardsmith.methods.data import OrdinaryData, States, SubjectData
 from guardsmith.methods.wiring import overheard, wiring_of
 from guardsmith.models import DiffusionModel
 from guardsmith.parallel import add_up
+from guardsmith.progress import stage
 from guardsmith.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.training import Snapshot, generator
 
@@ -259,8 +260,13 @@ class Lesson:
         rows += [self.others.draw(self.scheduler, FIRST_ROWS, rng)[0] for _ in range(FIRST_OTHERS)]
         nobody = torch.zeros(FIRST_OTHERS * FIRST_ROWS, count, dtype=torch.bool)
         wanted = torch.cat([torch.eye(count, dtype=torch.bool).repeat_interleave(FIRST_ROWS, 0), nobody])
-        tokens = torch.cat([listen(unet, self.scheduler, part) for part in cut(join(*rows), FIRST_ROWS)])
-        return ridge_readouts(tokens, wanted, margin)
+        parts = cut(join(*rows), FIRST_ROWS)
+        tokens = []
+        with stage("first read-outs", len(parts)) as bar:
+            for part in parts:
+                tokens.append(listen(unet, self.scheduler, part))
+                bar()
+        return ridge_readouts(torch.cat(tokens), wanted, margin)
 
 
 class Sway:

@@ -50,6 +50,7 @@ from guardsmith.methods.recognition import (
 from guardsmith.methods.wiring import overheard, wiring_of
 from guardsmith.models import DiffusionModel, with_own_unet
 from guardsmith.optimizers import Held, adamw
+from guardsmith.progress import stage
 from guardsmith.training import (
     Course,
     Probe,
@@ -255,7 +256,14 @@ def harden(
     if not course.history:
         rng = generator(seed, -5)
         calls = [others.draw(scheduler, 32, rng)[0] for _ in range(MENDING_ROWS // 32)]
-        wiring.mend(unet, reference, lambda some, number: predict(some, scheduler, calls[number]), len(calls), rng)
+        with stage("room for the wires", 2 * len(calls)) as bar:
+
+            def ask(some: Any, number: int) -> Tensor:
+                said = predict(some, scheduler, calls[number])
+                bar()
+                return said
+
+            wiring.mend(unet, reference, ask, len(calls), rng)
         new = lesson.first_readouts(unet, horizon - gap, config.margin, rng)
         with torch.no_grad():
             blank = readout.weight.abs().sum(1) == 0  # those of an earlier run stay
