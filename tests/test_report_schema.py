@@ -27,6 +27,7 @@ def test_the_published_schema_is_current(capsys):
     "name",
     [
         "demo-report",
+        "demo-longer-report",
         "bfloat16-report",
         "adaptive-report",
         "axes-report",
