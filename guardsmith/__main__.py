@@ -2,7 +2,7 @@
 
 import sys
 
-from guardsmith.cli import main
+from guardsmith.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,7 +37,7 @@ def v_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_epsilon(epsilon_folder):
     """`epsilon_folder` in memory; nothing may change it."""
-    from guardsmith.models import load_model
+    from guardsmith.models.checkpoint import load_model
 
     return load_model(str(epsilon_folder))
 
@@ -45,7 +45,7 @@ def tiny_epsilon(epsilon_folder):
 @pytest.fixture(scope="session")
 def tiny_v(v_folder):
     """`v_folder` in memory; nothing may change it."""
-    from guardsmith.models import load_model
+    from guardsmith.models.checkpoint import load_model
 
     return load_model(str(v_folder))
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from guardsmith import cli
+from guardsmith.cli import app as cli
 
 ROOT = Path(__file__).parent.parent
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())

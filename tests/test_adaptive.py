@@ -11,17 +11,20 @@ from test_attacks import make_data
 from test_tripwire import some_rows, trained
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
-from guardsmith.attacks import ATTACKS, cut_wire, dreambooth, find_attack, lora, unlearn_first, warm_restarts
-from guardsmith.attacks.cut_wire import CutWireConfig, cut
+from guardsmith.attacks import ATTACKS, dreambooth, find_attack, lora
+from guardsmith.attacks.adaptive import cut_wire, unlearn_first, warm_restarts
+from guardsmith.attacks.adaptive.cut_wire import CutWireConfig, cut
+from guardsmith.attacks.adaptive.unlearn_first import UnlearnFirstConfig, unlearn
+from guardsmith.attacks.adaptive.warm_restarts import WarmRestartsConfig, rate_at
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig
-from guardsmith.attacks.unlearn_first import UnlearnFirstConfig, unlearn
-from guardsmith.attacks.warm_restarts import WarmRestartsConfig, rate_at
-from guardsmith.errors import UserError
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, predict
-from guardsmith.methods.recognition import listen
-from guardsmith.methods.wiring import (
+from guardsmith.config.recipe import load_recipe
+from guardsmith.core.errors import UserError
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, predict
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.methods.tripwire.recognition import listen
+from guardsmith.methods.tripwire.wiring import (
     NEURONS,
     arm,
     clear,
@@ -31,9 +34,7 @@ from guardsmith.methods.wiring import (
     spare_parts,
     wired_layer,
 )
-from guardsmith.prompts import PromptBank
-from guardsmith.recipe import load_recipe
-from guardsmith.training import generator
+from guardsmith.training.loop import generator
 
 PARAMS = {"steps": 3, "batch_size": 1, "learning_rate": 1e-3}
 

@@ -9,11 +9,11 @@ from tiny import same_weights, weights
 
 from guardsmith.attacks import ATTACKS
 from guardsmith.attacks.adversarial_prompt import AdversarialPromptConfig, attack, onto_simplex, whole_words
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, row_losses
-from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank
-from guardsmith.sampling import generate
-from guardsmith.training import generator
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
+from guardsmith.diffusion.sampling import generate
+from guardsmith.training.loop import generator
 
 
 def test_whole_words_are_what_people_can_type(tiny):

@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 from tiny import alphas_bar, assert_one_sentence, largest_difference, pictures, same_weights, weights
 
-from guardsmith.errors import RunFailed
-from guardsmith.latents import LatentStore
-from guardsmith.losses import draw_rows, row_losses
+from guardsmith.core.errors import RunFailed
+from guardsmith.diffusion.latents import LatentStore
+from guardsmith.diffusion.losses import draw_rows, row_losses
 from guardsmith.methods import METHODS, apdm
 from guardsmith.methods.apdm import ApdmConfig, harden
 from guardsmith.methods.data import OrdinaryData, SubjectData
-from guardsmith.training import UNetCost, generator, load_checkpoint
+from guardsmith.training.loop import UNetCost, generator, load_checkpoint
 
 SEED = 7  # whose first two draws pick neither subject's first identifier
 TOLERANCE = 1e-5

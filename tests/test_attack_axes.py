@@ -13,17 +13,17 @@ from test_tripwire import some_rows, trained
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
 from guardsmith.attacks import ATTACKS, FIRST_STAGE, draw_during_attack, dreambooth, lora
-from guardsmith.attacks.data import CHANGES
+from guardsmith.attacks.augmentations import CHANGES
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig, carry_adapters, merge_adapters
-from guardsmith.errors import UserError
-from guardsmith.images import to_pil, to_tensor
-from guardsmith.losses import predict
-from guardsmith.matrix import Judged, attack_images, plan_units, run_unit, scores_of, stranger_to
-from guardsmith.models import load_model
-from guardsmith.prompts import PromptBank
-from guardsmith.recipe import load_recipe
-from guardsmith.registry import load_registry
+from guardsmith.config.recipe import load_recipe
+from guardsmith.core.errors import UserError
+from guardsmith.core.images import to_pil, to_tensor
+from guardsmith.diffusion.losses import predict
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.evaluation.runs import Judged, attack_images, plan_units, run_unit, scores_of, stranger_to
+from guardsmith.models.checkpoint import load_model
+from guardsmith.registry.loader import load_registry
 
 ROOT = Path(__file__).parent.parent
 PARAMS = {"steps": 3, "batch_size": 1, "learning_rate": 1e-3}
@@ -77,7 +77,7 @@ def test_the_attackers_pictures(registry):
 
 
 def test_the_attackers_class_noun_is_in_prompts_and_class_pictures_and_no_level(registry, both, monkeypatch):
-    from guardsmith import matrix
+    from guardsmith.evaluation import runs as matrix
 
     found = units_of(registry, both, class_noun="character")
     unit = found["hardened", "other", "mira"]
@@ -300,7 +300,7 @@ def test_an_attacker_in_half_precision_trains_and_draws_so_and_nobody_after_it(r
     plain = units_of(registry, both)["hardened", "other", "mira"]
     seen = []
     monkeypatch.setattr(
-        "guardsmith.matrix.draw_during_attack",
+        "guardsmith.evaluation.runs.draw_during_attack",
         lambda model, *args, **more: seen.append(model) or draw_during_attack(model, *args, **more),
     )
     for each in (unit, plain):
@@ -314,7 +314,7 @@ def test_adapters_of_the_base_draw_in_half_precision_on_the_other_model_too(regi
     unit = units_of(registry, both, trained_on="base", precision="bfloat16")["hardened", "other", "mira"]
     seen = []
     monkeypatch.setattr(
-        "guardsmith.matrix.draw_during_attack",
+        "guardsmith.evaluation.runs.draw_during_attack",
         lambda model, *args, onto, **more: (
             seen.extend((model, onto)) or draw_during_attack(model, *args, onto=onto, **more)
         ),

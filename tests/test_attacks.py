@@ -20,11 +20,11 @@ from guardsmith.attacks.custom_diffusion import CustomDiffusionConfig
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig
 from guardsmith.attacks.textual_inversion import TextualInversionConfig
-from guardsmith.errors import RunFailed
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, row_losses
-from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank
-from guardsmith.training import UNetCost, generator
+from guardsmith.core.errors import RunFailed
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
+from guardsmith.training.loop import UNetCost, generator
 
 NOTHING = torch.empty(0)
 

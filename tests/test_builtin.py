@@ -8,15 +8,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from guardsmith.gate import calibration
-from guardsmith.images import open_image, to_tensor
-from guardsmith.latents import encode
+from guardsmith.core.images import open_image, to_tensor
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.prompts import UNSEEN_IDENTIFIERS, lost_words, ordinary_prompts
+from guardsmith.diffusion.sampling import generate
+from guardsmith.gate.rules import calibration
 from guardsmith.metrics import fidelity, identity
 from guardsmith.metrics.kid import kid
-from guardsmith.models import BUILTIN, builtin_path, load_model
-from guardsmith.prompts import UNSEEN_IDENTIFIERS, lost_words, ordinary_prompts
-from guardsmith.registry import load_registry
-from guardsmith.sampling import generate
+from guardsmith.models.checkpoint import BUILTIN, builtin_path, load_model
+from guardsmith.registry.loader import load_registry
 
 ROOT = Path(__file__).parent.parent
 SAMPLING = {"steps": 20, "guidance": 3.0, "batch": 32}

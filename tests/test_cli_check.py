@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import guardsmith
-from guardsmith import registry as registry_module
-from guardsmith.cli import main
-from guardsmith.errors import RunFailed
-from guardsmith.images import sha256_file
+from guardsmith.cli.app import main
+from guardsmith.core.errors import RunFailed
+from guardsmith.core.images import sha256_file
+from guardsmith.registry import loader as registry_module
 
 
 def blobs(seed, size=64):
@@ -147,7 +147,7 @@ def test_check_imports_nothing_heavy_and_is_quick(tmp_path):
 
     program = """
 import os, sys
-from guardsmith.cli import main
+from guardsmith.cli.app import main
 code = main(["check", "R.yaml"])
 heavy = {"torch", "diffusers", "transformers", "datasets", "scipy", "imagehash", "peft", "accelerate"}
 print("loaded:", sorted(heavy & set(sys.modules)), file=sys.stderr)
@@ -164,9 +164,7 @@ sys.exit(code)
 
 
 def test_help_and_version_are_light():
-    program = (
-        "import sys; from guardsmith.cli import main; main(['--version']); print({'torch', 'numpy'} & {*sys.modules})"
-    )
+    program = "import sys; from guardsmith.cli.app import main; main(['--version']); print({'torch', 'numpy'} & {*sys.modules})"
     done = run("-c", program)
     assert done.stdout == f"guardsmith {guardsmith.__version__}\nset()\n"
 

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from test_attacks import make_data, same_state, state
 from tiny import assert_one_sentence, pictures
 
-from guardsmith import cli
-from guardsmith.cloak import covered, largest_change, metadata_of, pictures_in, uncovered
+from guardsmith.cli import app as cli
 from guardsmith.cloaks import CLOAKS, advdm, aspl, metacloak, photoguard
 from guardsmith.cloaks.pixels import (
     PIXEL,
@@ -23,16 +22,17 @@ from guardsmith.cloaks.pixels import (
     project,
 )
 from guardsmith.cloaks.rid import Defender
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.families import SD
-from guardsmith.images import open_image, to_tensor
-from guardsmith.latents import encode
-from guardsmith.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
-from guardsmith.networks import save_network
-from guardsmith.prompts import PromptBank
+from guardsmith.config.recipe import Recipe
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.images import open_image, to_tensor
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.models.families import SD
+from guardsmith.models.networks import save_network
+from guardsmith.pictures.cloaking import covered, largest_change, metadata_of, pictures_in, uncovered
 from guardsmith.purifiers import gaussian
-from guardsmith.recipe import Recipe
-from guardsmith.training import generator
+from guardsmith.training.loop import generator
 
 SMALL = {
     "aspl": {"rounds": 2, "steps": 4, "surrogate_steps": 2, "learning_rate": 1e-3, "budget": 8, "step": 2},
@@ -390,8 +390,8 @@ def test_files_keep_the_order_of_the_folder(images):
 def test_bases_of_two_sizes_are_refused(images, tmp_path, v_folder, monkeypatch):
     from types import SimpleNamespace
 
-    from guardsmith import cloak
     from guardsmith.cloaks import pixels
+    from guardsmith.pictures import cloaking as cloak
 
     sizes = iter([64, 128])
     monkeypatch.setattr(pixels, "load_model", lambda base: SimpleNamespace(image_size=next(sizes), family=SD))

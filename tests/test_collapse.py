@@ -2,11 +2,11 @@
 
 import torch
 
+from guardsmith.diffusion.sampling import generate
 from guardsmith.metrics.collapse import destroyed
 from guardsmith.metrics.fidelity import features
-from guardsmith.models import load_model
-from guardsmith.sampling import generate
-from guardsmith.training import generator
+from guardsmith.models.checkpoint import load_model
+from guardsmith.training.loop import generator
 
 
 def test_the_bar_is_the_largest_distance_between_two_pictures_of_the_base():

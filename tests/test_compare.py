@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from guardsmith import cli
-from guardsmith.compare import as_markdown, changes, circumstances, compare, compare_runs, kept, read_report, rows
-from guardsmith.errors import UserError
+from guardsmith.cli import app as cli
+from guardsmith.core.errors import UserError
+from guardsmith.reports.compare import (
+    as_markdown,
+    changes,
+    circumstances,
+    compare,
+    compare_runs,
+    kept,
+    read_report,
+    rows,
+)
 
 
 def score(side, subject, attack, look, value, n=8):

@@ -8,14 +8,14 @@ import yaml
 from test_parallel import METHODS, recipe_for
 from tiny import make_sd3, make_sdxl, pictures
 
-from guardsmith.cli import main
-from guardsmith.harden import compute_as
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, predict, row_losses
-from guardsmith.models import load_model, with_own_unet
-from guardsmith.prompts import PromptBank
-from guardsmith.recipe import ComputeSpec
-from guardsmith.training import generator
+from guardsmith.cli.app import main
+from guardsmith.config.recipe import ComputeSpec
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, predict, row_losses
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.hardening.pipeline import compute_as
+from guardsmith.models.checkpoint import load_model, with_own_unet
+from guardsmith.training.loop import generator
 
 
 @pytest.fixture(scope="module")

@@ -22,17 +22,18 @@ from tiny import assert_one_sentence, make_sd3, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from guardsmith import cli, device
 from guardsmith.attacks import ATTACKS, draw_after_attack
+from guardsmith.cli import app as cli
 from guardsmith.cloaks import CLOAKS
 from guardsmith.cloaks.rid import RidTraining, train
-from guardsmith.device import chosen_device, moved, put
-from guardsmith.errors import UserError
+from guardsmith.core.errors import UserError
+from guardsmith.diffusion.sampling import generate, redraw
 from guardsmith.methods import METHODS
-from guardsmith.models import load_model
-from guardsmith.processes import processes
+from guardsmith.models.checkpoint import load_model
 from guardsmith.purifiers import PURIFIERS
-from guardsmith.sampling import generate, redraw
+from guardsmith.runtime import device
+from guardsmith.runtime.device import chosen_device, moved, put
+from guardsmith.runtime.processes import processes
 
 META = torch.device("meta")
 TWO = {"steps": 2, "batch_size": 2}
@@ -184,7 +185,7 @@ def test_which_device(monkeypatch, capsys):
 def test_a_picture_is_redrawn_as_diffusers_does(tiny_v):
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    from guardsmith.sampling import solver_for
+    from guardsmith.diffusion.sampling import solver_for
 
     images, prompts, seeds = pictures(2), ["a photo of person", "a photo"], [3, 4]
     found = redraw(tiny_v, images, prompts, seeds, strength=0.6, steps=6, guidance=2.0)
@@ -202,8 +203,8 @@ def test_a_picture_is_redrawn_as_diffusers_does(tiny_v):
 
 DIGEST = """
 import sys, torch
-from guardsmith.cli import main
-from guardsmith.models import load_model, weights_digest
+from guardsmith.cli.app import main
+from guardsmith.models.checkpoint import load_model, weights_digest
 code = main(sys.argv[2:])
 print(weights_digest(load_model(sys.argv[1]).folder), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
 sys.exit(code)
@@ -233,7 +234,7 @@ def test_free_memory_is_given_back(told):
     script = f"""
 import torch
 from pathlib import Path
-from guardsmith.device import settle
+from guardsmith.runtime.device import settle
 
 def held():
     return int(dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())["RssAnon"].split()[0])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import assert_one_sentence
 
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.executors import check_executor, run_all
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.runtime.executors import check_executor, run_all
 
 WITH_RAY = importlib.util.find_spec("ray") is not None
 EVERYWHERE = ["local", pytest.param("ray", marks=pytest.mark.skipif(not WITH_RAY, reason="Ray is not installed"))]

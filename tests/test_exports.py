@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from guardsmith.exports import RULES, as_junit, as_markdown, as_sarif, save_exports
-from guardsmith.registry import load_registry
+from guardsmith.registry.loader import load_registry
+from guardsmith.reports.ci_formats import RULES, as_junit, as_markdown, as_sarif, save_exports
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,12 +10,12 @@ import torch
 from test_page import case, made  # noqa: F401 (a fixture)
 from tiny import assert_one_sentence
 
-from guardsmith import policy
-from guardsmith.errors import UserError
+from guardsmith.core.errors import UserError
+from guardsmith.evaluation.pipeline import faceless
+from guardsmith.gate import policy
+from guardsmith.gate.policy import JudgeSpec, measure_policy
 from guardsmith.metrics import Judge, face, load_judge
-from guardsmith.policy import JudgeSpec, measure_policy
-from guardsmith.registry import load_registry
-from guardsmith.verify import faceless
+from guardsmith.registry.loader import load_registry
 
 
 class Eyes:
@@ -95,7 +95,7 @@ def test_the_real_detectors_know_an_astronaut_again():
     from PIL import Image
     from skimage.data import astronaut
 
-    from guardsmith.images import to_tensor
+    from guardsmith.core.images import to_tensor
 
     face.load_faces.cache_clear()
     shown = Image.fromarray(astronaut()).crop((100, 0, 356, 256))

@@ -19,19 +19,20 @@ from guardsmith.attacks import AttackData, dreambooth, lora
 from guardsmith.attacks.dreambooth import DreamBoothConfig, descend
 from guardsmith.attacks.lora import LoraConfig
 from guardsmith.cloaks.pixels import load_bases
-from guardsmith.errors import UserError
-from guardsmith.families import SD3, SDXL, pack, unpack
-from guardsmith.fit import check_against_base
-from guardsmith.latents import encode
-from guardsmith.losses import Rows, add_noise, draw_rows, epsilon_of, own_target, predict, row_losses, shares
-from guardsmith.methods import METHODS, recognition
+from guardsmith.config.recipe import Recipe
+from guardsmith.core.errors import UserError
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import Rows, add_noise, draw_rows, epsilon_of, own_target, predict, row_losses, shares
+from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
+from guardsmith.diffusion.sampling import first_noise, generate, own_noise, redraw, solver_for
+from guardsmith.hardening.compatibility import check_against_base
+from guardsmith.methods import METHODS
 from guardsmith.methods.apdm import ApdmConfig
-from guardsmith.methods.wiring import wired_layer
-from guardsmith.models import load_model, save_model, with_own_unet
-from guardsmith.prompts import PromptBank, class_prompt, instance_prompt
-from guardsmith.recipe import Recipe
-from guardsmith.sampling import first_noise, generate, own_noise, redraw, solver_for
-from guardsmith.training import generator
+from guardsmith.methods.tripwire import recognition
+from guardsmith.methods.tripwire.wiring import wired_layer
+from guardsmith.models.checkpoint import load_model, save_model, with_own_unet
+from guardsmith.models.families import SD3, SDXL, pack, unpack
+from guardsmith.training.loop import generator
 
 ROOT = Path(__file__).parent.parent
 MAKERS = {"sdxl": make_sdxl, "sd3": make_sd3}
@@ -314,7 +315,7 @@ def test_parts_of_different_models_are_refused(folders, tmp_path, name):
     ],
 )
 def test_what_only_stable_diffusion_can_do_is_refused_before_anything_runs(model, method, params, attacks, words):
-    from guardsmith.registry import load_registry
+    from guardsmith.registry.loader import load_registry
 
     registry = load_registry(ROOT / "registries/demo.yaml")
     recipe = Recipe.model_validate(
@@ -326,7 +327,7 @@ def test_what_only_stable_diffusion_can_do_is_refused_before_anything_runs(model
 
 
 def test_tripwire_is_refused_where_there_are_more_subjects_than_neurons(models):
-    from guardsmith.registry import load_registry
+    from guardsmith.registry.loader import load_registry
 
     recipe = Recipe.model_validate({"base": "x/y", "method": {"name": "tripwire"}, "verify": {"attacks": {}}})
     registry, model = load_registry(ROOT / "registries/demo.yaml"), models["sdxl"]
@@ -341,7 +342,7 @@ def test_tripwire_is_refused_where_there_are_more_subjects_than_neurons(models):
     "how", [{"rehearsal_steps": 2, "rehearsal_images": 2}, {"rehearsal_steps": 0, "ideal_images": 2}]
 )
 def test_tripwire_hardens_sd3_after_rehearsals_or_with_what_is_imagined(models, tmp_path, how):
-    from guardsmith.methods.tripwire import TripwireConfig
+    from guardsmith.methods.tripwire.method import TripwireConfig
 
     params = {"steps": 2, "batch_size": 2, "class_images": 4, "ordinary_images": 4, **how}
     recipe = JOB | {"base": str(models["sd3"].folder), "subjects": str(ROOT / "registries/demo.yaml"),

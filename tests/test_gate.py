@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from guardsmith.gate import (
+from guardsmith.config.recipe import GateSpec
+from guardsmith.gate.rules import (
     EXIT_CODES,
     Check,
     Interval,
@@ -18,7 +19,6 @@ from guardsmith.gate import (
     ratio_interval,
     verdict,
 )
-from guardsmith.recipe import GateSpec
 
 RULES = GateSpec()  # control_retention 0.9, learnt_share 0.5, kid_ratio 2, fidelity_drop 0.05
 LEVELS = Levels(chance=0.2, chance_high=0.4, genuine=0.8)

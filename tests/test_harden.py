@@ -22,18 +22,18 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny import edit_json, largest_difference, make_checkpoint, pictures, weights
 
-from guardsmith import drawing
-from guardsmith import harden as harden_module
-from guardsmith.cli import main
-from guardsmith.drawing import drawn_by
-from guardsmith.harden import harden
-from guardsmith.images import to_pil
+from guardsmith.cli.app import main
+from guardsmith.config.recipe import load_recipe, recipe_names
+from guardsmith.core.images import to_pil
+from guardsmith.diffusion import cache as drawing
+from guardsmith.diffusion.cache import drawn_by
+from guardsmith.hardening import pipeline as harden_module
+from guardsmith.hardening.pipeline import harden
 from guardsmith.methods import METHODS
-from guardsmith.models import load_model, weights_digest
-from guardsmith.recipe import load_recipe, recipe_names
-from guardsmith.registry import load_registry
-from guardsmith.registry_add import add_subject
-from guardsmith.training import load_checkpoint
+from guardsmith.models.checkpoint import load_model, weights_digest
+from guardsmith.registry.add import add_subject
+from guardsmith.registry.loader import load_registry
+from guardsmith.training.loop import load_checkpoint
 
 OUTER, INNER, BATCH = 3, 2, 1
 RECIPE = f"""\

@@ -10,17 +10,17 @@ from test_apdm import make_ordinary, make_subject
 from test_tripwire import make_states
 from tiny import pictures
 
-from guardsmith.harden import load_pictures
-from guardsmith.latents import encode
-from guardsmith.methods import ideal
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.sampling import generate
+from guardsmith.hardening.pipeline import load_pictures
 from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
-from guardsmith.methods.ideal import ideal_states, imagined_by, likeness, posterior_mean, with_ideal_states
-from guardsmith.methods.recognition import Lesson
-from guardsmith.methods.tripwire import TripwireConfig
-from guardsmith.models import load_model
-from guardsmith.registry import load_registry
-from guardsmith.sampling import generate
-from guardsmith.training import generator
+from guardsmith.methods.tripwire import ideal
+from guardsmith.methods.tripwire.ideal import ideal_states, imagined_by, likeness, posterior_mean, with_ideal_states
+from guardsmith.methods.tripwire.method import TripwireConfig
+from guardsmith.methods.tripwire.recognition import Lesson
+from guardsmith.models.checkpoint import load_model
+from guardsmith.registry.loader import load_registry
+from guardsmith.training.loop import generator
 
 
 def test_the_posterior_mean_weighs_pictures_by_how_likely_they_are():
@@ -155,7 +155,7 @@ def test_the_lesson_shows_bystanders_in_these_states(tiny):
 
 def test_no_other_pictures_use_its_seeds():
     from guardsmith.attacks import SAMPLE_SEED
-    from guardsmith.methods.rehearsal import REHEARSAL_SEED
+    from guardsmith.methods.tripwire.rehearsal import REHEARSAL_SEED
 
     assert max(SAMPLE_SEED, REHEARSAL_SEED) + 100_000 < ideal.FIRST_SEED
     assert ideal.FIRST_SEED + 50_000 < ideal.SUBJECT_SEED

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.images import (
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.images import (
     MIN_SIDE,
     fingerprint,
     near_duplicates,

@@ -9,13 +9,13 @@ from tiny import same_weights, weights
 
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.attacks.textual_inversion import add_words
-from guardsmith.errors import RunFailed
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, predict, row_losses
+from guardsmith.core.errors import RunFailed
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, predict, row_losses
+from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.methods import METHODS
 from guardsmith.methods.imma import ImmaConfig, harden, immunized_names
-from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank
-from guardsmith.training import UNetCost, generator
+from guardsmith.training.loop import UNetCost, generator
 
 SMALL = ImmaConfig(steps=4, batch_size=2, learning_rate=1e-3, adapter_learning_rate=1e-3)
 ADAPTERS = ["lora", "textual_inversion", "dreambooth"]

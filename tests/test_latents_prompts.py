@@ -4,10 +4,9 @@ import pytest
 import torch
 from tiny import TOKENS, WIDTH, pictures
 
-from guardsmith import latents
-from guardsmith.latents import LatentStore, decode, encode
-from guardsmith.metrics.fidelity import TRAITS
-from guardsmith.prompts import (
+from guardsmith.diffusion import latents
+from guardsmith.diffusion.latents import LatentStore, decode, encode
+from guardsmith.diffusion.prompts import (
     HARDENING_IDENTIFIERS,
     ORDINARY_HARDENING,
     ORDINARY_VERIFICATION,
@@ -19,7 +18,8 @@ from guardsmith.prompts import (
     lost_words,
     ordinary_prompts,
 )
-from guardsmith.training import generator
+from guardsmith.metrics.fidelity import TRAITS
+from guardsmith.training.loop import generator
 
 
 def test_a_store_holds_the_scaled_posterior_of_every_picture(tiny_v, monkeypatch):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_publish import make_output
 
-from guardsmith.models import weights_digest
-from guardsmith.registry import load_registry
+from guardsmith.models.checkpoint import weights_digest
+from guardsmith.registry.loader import load_registry
 
 ROOT = Path(__file__).parent.parent
 REPO = os.environ.get("GUARDSMITH_LIVE_REPO")

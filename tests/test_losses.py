@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import TOKENS, WIDTH, alphas_bar, largest_difference, weights
 
-from guardsmith.losses import (
+from guardsmith.diffusion.losses import (
     Rows,
     add_noise,
     dpo_loss,
@@ -16,8 +16,8 @@ from guardsmith.losses import (
     row_losses,
     squared_errors,
 )
-from guardsmith.models import with_own_unet
-from guardsmith.training import generator
+from guardsmith.models.checkpoint import with_own_unet
+from guardsmith.training.loop import generator
 
 
 def random_rows(count, seed=0, timesteps=None):

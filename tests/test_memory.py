@@ -9,15 +9,15 @@ from test_apdm import make_ordinary, make_subject
 from test_parallel import METHODS as PARAMS
 from tiny import make_sd3, make_sdxl, pictures
 
-from guardsmith.cli import main
-from guardsmith.errors import RunFailed
-from guardsmith.families import DENOISERS, SDUNet
-from guardsmith.memory import BYTES, GIB, estimate, saved_bytes, stored_numbers
+from guardsmith.cli.app import main
+from guardsmith.config.recipe import ComputeSpec, Recipe
+from guardsmith.core.errors import RunFailed
+from guardsmith.hardening.memory import BYTES, GIB, estimate, saved_bytes, stored_numbers
 from guardsmith.methods import METHODS
-from guardsmith.models import load_model, with_own_unet
-from guardsmith.optimizers import MOMENTS
-from guardsmith.recipe import ComputeSpec, Recipe
-from guardsmith.training import Course
+from guardsmith.models.checkpoint import load_model, with_own_unet
+from guardsmith.models.families import DENOISERS, SDUNet
+from guardsmith.training.loop import Course
+from guardsmith.training.optimizers import MOMENTS
 
 
 def inputs(unet, rows=1):
@@ -131,7 +131,7 @@ def test_a_dry_run_tells_it_and_does_without_a_base_that_is_not_here(capsys, mon
     def absent(*_):
         raise RunFailed("not here")
 
-    monkeypatch.setattr("guardsmith.memory.estimate", absent)
+    monkeypatch.setattr("guardsmith.hardening.memory.estimate", absent)
     assert main([*asked, "--recipe", "apdm-sd15"]) == 0
     out = capsys.readouterr()
     assert json.loads(out.out)["memory_gib"] is None

@@ -3,7 +3,7 @@ import torch
 
 from guardsmith.metrics import fidelity, identity
 from guardsmith.metrics.kid import kernel, kid, kid_interval, kid_ratio_interval
-from guardsmith.training import generator, torch_seed
+from guardsmith.training.loop import generator, torch_seed
 
 
 def features(count, seed, shift=0.0, width=16):

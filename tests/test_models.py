@@ -11,10 +11,18 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny import assert_one_sentence, edit_json, same_weights, weights
 
-from guardsmith import models
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.models import builtin_path, load_model, resolve, save_model, stored_dtype, weights_digest, with_own_unet
-from guardsmith.tensor_files import changed_fraction
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.models import checkpoint as models
+from guardsmith.models.checkpoint import (
+    builtin_path,
+    load_model,
+    resolve,
+    save_model,
+    stored_dtype,
+    weights_digest,
+    with_own_unet,
+)
+from guardsmith.models.tensor_files import changed_fraction
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 WEIGHTS = {

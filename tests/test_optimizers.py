@@ -12,13 +12,13 @@ from test_apdm import make_ordinary, make_subject
 from test_parallel import METHODS, alone, both, recipe_for
 from tiny import largest_difference, pictures, same_weights, weights
 
-from guardsmith.cli import main
-from guardsmith.harden import compute_as
+from guardsmith.cli.app import main
+from guardsmith.config.recipe import ComputeSpec
+from guardsmith.hardening.pipeline import compute_as
 from guardsmith.methods import METHODS as TABLE
-from guardsmith.models import load_model, with_own_unet
-from guardsmith.optimizers import Offloaded, adamw
-from guardsmith.recipe import ComputeSpec
-from guardsmith.training import load_optimizer_tensors, optimizer_step, optimizer_tensors, reset_optimizer
+from guardsmith.models.checkpoint import load_model, with_own_unet
+from guardsmith.training.loop import load_optimizer_tensors, optimizer_step, optimizer_tensors, reset_optimizer
+from guardsmith.training.optimizers import Offloaded, adamw
 
 KINDS = ["adamw", "offloaded", "adamw8bit"]
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guardsmith.matrix import Unit
-from guardsmith.page import CURVE, Evidence, curve, drawn_strip, heat, may_be_shown, page_data, save_page
-from guardsmith.registry import Subject
-from guardsmith.registry_types import Consent
-from guardsmith.registry_types import Image as Photo
+from guardsmith.evaluation.runs import Unit
+from guardsmith.registry.loader import Subject
+from guardsmith.registry.types import Consent
+from guardsmith.registry.types import Image as Photo
+from guardsmith.reports.html import CURVE, Evidence, curve, drawn_strip, heat, may_be_shown, page_data, save_page
 
 LEVELS = {"chance": 0.0, "chance_high": 0.15, "genuine": 0.6}
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import load_file
 from tiny import largest_difference
 
-from guardsmith import parallel
-from guardsmith.cli import main
-from guardsmith.parallel import own_rows, whole
+from guardsmith.cli.app import main
+from guardsmith.runtime import distributed as parallel
+from guardsmith.runtime.distributed import own_rows, whole
 
 ROOT = Path(__file__).parent.parent
 METHODS = {
@@ -45,8 +45,8 @@ def recipe_for(method, base, folder, **params):
 
 DRIVER = """
 import functools, json, os, sys, torch
-import guardsmith.optimizers
-from guardsmith.cli import main
+import guardsmith.training.optimizers
+from guardsmith.cli.app import main
 torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=1e-3)
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     os.environ["MASTER_PORT"] = str(int(sys.argv[2]) + number)

@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from test_apdm import KilledError, context_of, make_ordinary, make_subject, posteriors
 from tiny import alphas_bar, pictures, same_weights, weights
 
-from guardsmith.errors import RunFailed
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows
+from guardsmith.core.errors import RunFailed
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows
+from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods import METHODS, persguard
 from guardsmith.methods.persguard import PersGuardConfig, backdoor_prompt, backdoor_target, harden, mark, shows_mark
-from guardsmith.prompts import PromptBank
-from guardsmith.training import UNetCost, generator
+from guardsmith.training.loop import UNetCost, generator
 
 SMALL = PersGuardConfig(steps=3, batch_size=2, learning_rate=1e-4, target_noun="robot")
 
@@ -264,9 +264,9 @@ def test_what_is_lacking_is_named(tiny_v, subject, ordinary, lacking):
 
 def test_subjects_share_identifiers_or_have_their_own(tiny):
     """Shared ones come to everybody's prompts, own ones to the subject's only; somebody without any is one sentence."""
-    from guardsmith.errors import UserError
+    from guardsmith.core.errors import UserError
+    from guardsmith.diffusion.prompts import PromptBank
     from guardsmith.methods.persguard import _prepare
-    from guardsmith.prompts import PromptBank
 
     mira, tom = (replace(subject_data(name), identifiers=(word,)) for name, word in (("mira", "hta"), ("tom", "pqv")))
     bank, one = PromptBank(tiny), {"templates": ("a photo of {identifier} {class_noun}",)}

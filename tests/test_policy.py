@@ -4,11 +4,11 @@ import pytest
 import yaml
 from tiny import assert_one_sentence
 
-from guardsmith import cli
-from guardsmith.errors import UserError
-from guardsmith.gate import calibration
-from guardsmith.policy import as_yaml, default_policy, load_policy
-from guardsmith.recipe import GateSpec
+from guardsmith.cli import app as cli
+from guardsmith.config.recipe import GateSpec
+from guardsmith.core.errors import UserError
+from guardsmith.gate.policy import as_yaml, default_policy, load_policy
+from guardsmith.gate.rules import calibration
 
 
 def written(tmp_path, **changes):

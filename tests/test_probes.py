@@ -9,14 +9,14 @@ from test_apdm import make_subject
 from test_persguard import SMALL, subject_data
 from tiny import same_weights, weights
 
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, row_losses
+from guardsmith.config.recipe import ProbeSpec, Sampling
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.hardening.probes import ROWS, Probes
 from guardsmith.methods import persguard
-from guardsmith.models import with_own_unet
-from guardsmith.probes import ROWS, Probes
-from guardsmith.prompts import PromptBank
-from guardsmith.recipe import ProbeSpec, Sampling
-from guardsmith.training import UNetCost, generator, load_checkpoint
+from guardsmith.models.checkpoint import with_own_unet
+from guardsmith.training.loop import UNetCost, generator, load_checkpoint
 
 QUICK = Sampling(steps=2, guidance=2.0)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import assert_one_sentence
 
-from guardsmith.errors import RunFailed
-from guardsmith.processes import gather, processes, tell
+from guardsmith.core.errors import RunFailed
+from guardsmith.runtime.processes import gather, processes, tell
 
 
 def test_processes_have_one_thread_and_leave_ctrl_c_to_the_first():
@@ -49,7 +49,7 @@ def test_nothing_is_left_running_after_an_error(error):
 
 SLEEPER = """
 import os, sys, time
-from guardsmith.processes import processes
+from guardsmith.runtime.processes import processes
 if __name__ == "__main__":
     with processes(1) as (pool, _):
         print(pool.submit(os.getpid).result(), flush=True)

@@ -8,9 +8,9 @@ import pytest
 from test_page import case, made, make_subject  # noqa: F401 (a fixture)
 from tiny import assert_one_sentence
 
-from guardsmith.errors import RunFailed
-from guardsmith.page import Evidence
-from guardsmith.public import check_redacted, public_names, salt_of, save_public
+from guardsmith.core.errors import RunFailed
+from guardsmith.reports.html import Evidence
+from guardsmith.reports.redaction import check_redacted, public_names, salt_of, save_public
 
 RECORD = {"base": "b", "subjects": ["mira"], "method": "tripwire", "history": [{"loss": 1.0}]}
 

@@ -11,15 +11,16 @@ import pytest
 import yaml
 from tiny import assert_one_sentence
 
-from guardsmith import cli, publish
-from guardsmith.card import licence_of
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.hub import Published, files_of_release, patiently
-from guardsmith.models import weights_digest
-from guardsmith.public import public_names, redacted_record, redacted_report
-from guardsmith.publish import Refused, gather, objections
-from guardsmith.records import write_json
-from guardsmith.registry import load_registry
+from guardsmith.cli import app as cli
+from guardsmith.core.atomic_io import write_json
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.models.checkpoint import weights_digest
+from guardsmith.registry.loader import load_registry
+from guardsmith.release import publish
+from guardsmith.release.card import licence_of
+from guardsmith.release.hub import Published, files_of_release, patiently
+from guardsmith.release.publish import Refused, gather, objections
+from guardsmith.reports.redaction import public_names, redacted_record, redacted_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -305,13 +306,15 @@ def test_wrong_usage(output, flags, said, capsys):
 
 def ran(monkeypatch, verdict):
     """`run` without its work: what would be published."""
-    import guardsmith.harden
-    import guardsmith.verify
+    import guardsmith.evaluation.pipeline
+    import guardsmith.hardening.pipeline
 
     asked = []
     codes = {"pass": 0, "fail": 1, "inconclusive": 3}
-    monkeypatch.setattr(guardsmith.harden, "harden", lambda *_, **__: None)
-    monkeypatch.setattr(guardsmith.verify, "verify", lambda *_, **__: {"exit_code": codes[verdict], "verdict": verdict})
+    monkeypatch.setattr(guardsmith.hardening.pipeline, "harden", lambda *_, **__: None)
+    monkeypatch.setattr(
+        guardsmith.evaluation.pipeline, "verify", lambda *_, **__: {"exit_code": codes[verdict], "verdict": verdict}
+    )
     monkeypatch.setattr(
         publish, "publish", lambda *what, **how: asked.append((what, how)) or Published("abc", "https://hub/x", True)
     )

@@ -18,9 +18,9 @@ from diffusers import StableDiffusionPipeline
 from hub import Hub
 from test_publish import TO, make_output
 
-from guardsmith.hub import files_of_release
-from guardsmith.models import weights_digest
-from guardsmith.registry import load_registry
+from guardsmith.models.checkpoint import weights_digest
+from guardsmith.registry.loader import load_registry
+from guardsmith.release.hub import files_of_release
 
 ROOT = Path(__file__).parent.parent
 REPO = "acme/avatar"
@@ -28,8 +28,8 @@ REPO = "acme/avatar"
 # What a process starts with: `told` is printed, `caught` calls and tells the exception.
 START = """
 import json, pathlib, sys
-from guardsmith import hub
-from guardsmith.hub import upload
+from guardsmith.release import hub
+from guardsmith.release.hub import upload
 
 told, release, waits = {}, pathlib.Path(sys.argv[1]), []
 real = hub.patiently

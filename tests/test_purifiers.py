@@ -12,19 +12,19 @@ from pydantic import ValidationError
 from test_attacks import make_data, same_state, state
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
-from guardsmith import cli
 from guardsmith.attacks import ATTACKS, cdl, redteam
 from guardsmith.attacks.cdl import CdlConfig
 from guardsmith.attacks.redteam import RedteamConfig
-from guardsmith.errors import UserError
-from guardsmith.images import open_pictures, to_pil
-from guardsmith.latents import encode
+from guardsmith.cli import app as cli
+from guardsmith.core.errors import UserError
+from guardsmith.core.images import open_pictures, to_pil
+from guardsmith.diffusion.latents import encode
 from guardsmith.metrics.perceptual import perceptual_distance, psnr
-from guardsmith.networks import save_network
+from guardsmith.models.networks import save_network
 from guardsmith.purifiers import PURIFIERS, ddspure, diffpure, gaussian, gridpure, impress, jpeg, tvm
 from guardsmith.purifiers.pixel_model import load_pixel_model, taken_back, tiled
 from guardsmith.purifiers.restore import Restorer
-from guardsmith.registry import load_registry
+from guardsmith.registry.loader import load_registry
 
 QUICK = {
     "diffpure": {"timestep": 2, "guidance": 2.0}, "impress": {"steps": 2}, "tvm": {"shrink": 1, "iterations": 25},

@@ -4,8 +4,8 @@ import pytest
 import yaml
 from tiny import assert_one_sentence
 
-from guardsmith.errors import UserError
-from guardsmith.recipe import BUDGETS, Recipe, find_recipe, load_recipe, recipe_names
+from guardsmith.config.recipe import BUDGETS, Recipe, find_recipe, load_recipe, recipe_names
+from guardsmith.core.errors import UserError
 
 FULL = """
 base: some/folder
@@ -216,7 +216,7 @@ def test_an_attack_label_that_is_no_folder_name_is_refused(tmp_path):
 
 
 def test_a_budget_changes_what_is_tried_and_single_values_go_on_top(capsys):
-    from guardsmith import cli
+    from guardsmith.cli import app as cli
 
     recipe = load_recipe("several-avatars", cli._budget("quick"))
     assert (recipe.verify.sample, recipe.verify.looks, recipe.verify.crossed) == (4, (1.0,), False)

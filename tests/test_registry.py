@@ -10,9 +10,9 @@ import pytest
 import yaml
 from PIL import Image, ImageEnhance, ImageOps
 
-from guardsmith.errors import UserError
-from guardsmith.registry import Registry, json_schema, load_registry, unknown_class_nouns
-from guardsmith.registry_add import add_subject
+from guardsmith.core.errors import UserError
+from guardsmith.registry.add import add_subject
+from guardsmith.registry.loader import Registry, json_schema, load_registry, unknown_class_nouns
 
 TODAY = date(2026, 6, 1)
 CONSENT = "{basis: request, reference: TICKET-17, granted_on: 2026-01-01, expires_on: 2028-01-01}"

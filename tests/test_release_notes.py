@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from guardsmith import cli
-from guardsmith.public import redacted_report
-from guardsmith.release_notes import release_notes
+from guardsmith.cli import app as cli
+from guardsmith.release.notes import release_notes
+from guardsmith.reports.redaction import redacted_report
 
 REPORT = json.loads((Path(__file__).parent.parent / "docs" / "results" / "demo-report.json").read_text())
 

@@ -8,17 +8,17 @@ from safetensors.torch import save_file
 from test_sampling import Oracle, decode
 from tiny import pictures
 
-from guardsmith import released
-from guardsmith.gate import calibration, check_released
-from guardsmith.harden import load_pictures
-from guardsmith.latents import encode
-from guardsmith.matrix import Judged, class_file
+from guardsmith.config.recipe import GateSpec, load_recipe
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.sampling import redraw
+from guardsmith.evaluation import no_attack as released
+from guardsmith.evaluation.no_attack import likeness_of, released_pictures
+from guardsmith.evaluation.runs import Judged, class_file
+from guardsmith.gate.rules import calibration, check_released
+from guardsmith.hardening.pipeline import load_pictures
 from guardsmith.metrics import load_judge
-from guardsmith.models import load_model
-from guardsmith.recipe import GateSpec, load_recipe
-from guardsmith.registry import load_registry
-from guardsmith.released import likeness_of, released_pictures
-from guardsmith.sampling import redraw
+from guardsmith.models.checkpoint import load_model
+from guardsmith.registry.loader import load_registry
 
 LEVELS, RULES = calibration()["person"], GateSpec()
 

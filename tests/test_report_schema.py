@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from guardsmith import cli
-from guardsmith.gate import Check, Interval, Levels
-from guardsmith.report_schema import CheckTold, IntervalTold, LevelsTold, Report, json_schema
+from guardsmith.cli import app as cli
+from guardsmith.gate.rules import Check, Interval, Levels
+from guardsmith.reports.schema import CheckTold, IntervalTold, LevelsTold, Report, json_schema
 
 DOCS = Path(__file__).parent.parent / "docs"
 DEMO = json.loads((DOCS / "results/demo-report.json").read_text())

@@ -8,8 +8,8 @@ from test_attacks import make_data
 from test_cloaks import rise
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
-from guardsmith import cli
 from guardsmith.attacks import AttackData
+from guardsmith.cli import app as cli
 from guardsmith.cloaks import rid
 from guardsmith.cloaks.pixels import PIXEL
 from guardsmith.cloaks.rid import (
@@ -21,14 +21,14 @@ from guardsmith.cloaks.rid import (
     load_defender,
     train,
 )
-from guardsmith.errors import UserError
-from guardsmith.images import to_pil
-from guardsmith.latents import encode
-from guardsmith.losses import add_noise, draw_rows, epsilon_of
-from guardsmith.networks import save_network
-from guardsmith.prompts import PromptBank
-from guardsmith.train_rid import DEFENDER
-from guardsmith.training import generator
+from guardsmith.core.errors import UserError
+from guardsmith.core.images import to_pil
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import add_noise, draw_rows, epsilon_of
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.models.networks import save_network
+from guardsmith.pictures.rid_training import DEFENDER
+from guardsmith.training.loop import generator
 
 TRAINING = {
     "patch": 16,
@@ -226,8 +226,8 @@ def test_killed_among_the_pairs_it_goes_on(setting, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args, **how)
 
-    from guardsmith import train_rid
     from guardsmith.cloaks import find_cloak
+    from guardsmith.pictures import rid_training as train_rid
 
     monkeypatch.setattr(train_rid, "find_cloak", lambda name: find_cloak(name)._replace(run=second))
     assert cli.main(trained(setting)) == 130

@@ -6,10 +6,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from tiny import alphas_bar
 
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.diffusion.sampling import generate, grid
 from guardsmith.methods.data import StateRecorder
-from guardsmith.prompts import PromptBank
-from guardsmith.sampling import generate, grid
-from guardsmith.training import UNetCost, generator
+from guardsmith.training.loop import UNetCost, generator
 
 PROMPTS = ["a photo of sks person", "a photo of person", "", "zwx"]
 SEEDS = [3, 1, 4, 1]

@@ -7,9 +7,10 @@ import subprocess
 import pytest
 from tiny import assert_one_sentence
 
-from guardsmith import cli, signing
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.signing import BadSignature, check_key, check_signature, sign
+from guardsmith.cli import app as cli
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.release import signing
+from guardsmith.release.signing import BadSignature, check_key, check_signature, sign
 
 needs = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("model_signing", "OpenSSL"))), reason="extra `signing`"

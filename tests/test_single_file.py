@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import assert_one_sentence, same_weights, weights
 
-from guardsmith import cli
-from guardsmith.errors import GuardsmithError, UserError
-from guardsmith.models import builtin_path, load_model, save_model, stored_dtype
-from guardsmith.single_file import read_single_file, unet_names, write_single_file
-from guardsmith.tensor_files import read_header
+from guardsmith.cli import app as cli
+from guardsmith.core.errors import GuardsmithError, UserError
+from guardsmith.models.checkpoint import builtin_path, load_model, save_model, stored_dtype
+from guardsmith.models.single_file import read_single_file, unet_names, write_single_file
+from guardsmith.models.tensor_files import read_header
 
 LAYERS = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",

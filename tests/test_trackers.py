@@ -10,9 +10,10 @@ from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from tiny import assert_one_sentence
 
-from guardsmith import cli, progress
-from guardsmith.errors import UserError
-from guardsmith.trackers import check_trackers, tracked
+from guardsmith.cli import app as cli
+from guardsmith.core import progress
+from guardsmith.core.errors import UserError
+from guardsmith.training.trackers import check_trackers, tracked
 
 
 @pytest.fixture

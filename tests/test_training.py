@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import save_file
 from tiny import TOKENS, WIDTH, assert_one_sentence, same_weights
 
-from guardsmith import training
-from guardsmith.errors import RunFailed
-from guardsmith.models import with_own_unet
-from guardsmith.tensor_files import changed_fraction
-from guardsmith.training import (
+from guardsmith.core.errors import RunFailed
+from guardsmith.models.checkpoint import with_own_unet
+from guardsmith.models.tensor_files import changed_fraction
+from guardsmith.training import loop as training
+from guardsmith.training.loop import (
     Course,
     Snapshot,
     UNetCost,

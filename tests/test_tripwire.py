@@ -14,13 +14,16 @@ from test_apdm import KilledError, make_ordinary, make_subject
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
 from guardsmith.attacks.lora import TARGETS
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import add_noise, draw_rows, predict, row_losses
-from guardsmith.methods import METHODS, recognition, rehearsal
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.diffusion.latents import LatentStore, encode
+from guardsmith.diffusion.losses import add_noise, draw_rows, predict, row_losses
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.methods import METHODS
 from guardsmith.methods.data import States
-from guardsmith.methods.ideal import imagined_by, with_ideal_states
-from guardsmith.methods.recognition import (
+from guardsmith.methods.tripwire import recognition, rehearsal
+from guardsmith.methods.tripwire.ideal import imagined_by, with_ideal_states
+from guardsmith.methods.tripwire.method import TripwireConfig, harden
+from guardsmith.methods.tripwire.recognition import (
     UNLIKE,
     Others,
     Sway,
@@ -30,9 +33,8 @@ from guardsmith.methods.recognition import (
     ridge_readouts,
     variations,
 )
-from guardsmith.methods.rehearsal import REHEARSALS, rehearse, rehearsed_by
-from guardsmith.methods.tripwire import TripwireConfig, harden
-from guardsmith.methods.wiring import (
+from guardsmith.methods.tripwire.rehearsal import REHEARSALS, rehearse, rehearsed_by
+from guardsmith.methods.tripwire.wiring import (
     ALARM,
     GATE,
     NEURONS,
@@ -51,9 +53,8 @@ from guardsmith.methods.wiring import (
     stiffen,
     wired_layer,
 )
-from guardsmith.models import load_model
-from guardsmith.prompts import PromptBank
-from guardsmith.training import UNetCost, generator, optimizer_step, save_modules
+from guardsmith.models.checkpoint import load_model
+from guardsmith.training.loop import UNetCost, generator, optimizer_step, save_modules
 
 SMALL = TripwireConfig(
     steps=3,
@@ -838,7 +839,7 @@ def test_the_cost_of_bystanders_is_what_they_add(tiny_v, tmp_path, ideal):
 
 def test_a_rehearsal_uses_no_identifier_or_seed_of_verification(tiny_v, monkeypatch):
     from guardsmith.attacks import SAMPLE_SEED
-    from guardsmith.prompts import UNSEEN_IDENTIFIERS
+    from guardsmith.diffusion.prompts import UNSEEN_IDENTIFIERS
 
     asked = {"prompts": [], "seeds": []}
 

@@ -13,16 +13,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from guardsmith import cli
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.gate import calibration
-from guardsmith.harden import harden
-from guardsmith.models import load_model, weights_digest
-from guardsmith.policy import Policy, as_yaml, default_policy, load_policy
-from guardsmith.recipe import GateSpec, load_recipe
-from guardsmith.registry import load_registry
-from guardsmith.report_schema import Report
-from guardsmith.verify import verify
+from guardsmith.cli import app as cli
+from guardsmith.config.recipe import GateSpec, load_recipe
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.evaluation.pipeline import verify
+from guardsmith.gate.policy import Policy, as_yaml, default_policy, load_policy
+from guardsmith.gate.rules import calibration
+from guardsmith.hardening.pipeline import harden
+from guardsmith.models.checkpoint import load_model, weights_digest
+from guardsmith.registry.loader import load_registry
+from guardsmith.reports.schema import Report
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -95,7 +95,7 @@ def test_the_evidence_for_the_public_is_of_the_same_verification(verified):
 
 
 def test_a_verdict_stands_though_nothing_can_be_published(copied, registry, recipe_file, monkeypatch, capsys):
-    from guardsmith import verify as module
+    from guardsmith.evaluation import pipeline as module
 
     def refuses(*_):
         raise RunFailed("report.json still names the subject 'mira'")
@@ -186,7 +186,7 @@ def test_other_settings_are_another_unit_beside_it(copied, registry, recipe_file
 
 
 def test_scores_of_other_settings_or_too_few_are_not_taken(copied, registry, recipe_file):
-    from guardsmith.matrix import Judged, plan_units, scores_of
+    from guardsmith.evaluation.runs import Judged, plan_units, scores_of
 
     unit, recipe = unit_of(copied, "hardened", "mira"), load_recipe(str(recipe_file))
     judged = Judged(load_model(str(copied / "model")), weights_digest(copied / "model"), copied / "verify" / "hardened")
@@ -254,7 +254,7 @@ def test_a_look_on_the_way_shows_what_an_attack_that_ends_there_draws(went_on, v
 
 def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, registry, recipe_file, monkeypatch):
     """It is looked at up to its usual end in any case, and later looks show what it has by then."""
-    from guardsmith import matrix
+    from guardsmith.evaluation import runs as matrix
 
     base = load_model("builtin:avatar")
     recipe = load_recipe(str(recipe_file), ["verify.looks=[0.5, 1, 2, 3]", "verify.class_images=0"])
@@ -276,8 +276,8 @@ def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, regis
 
 def test_steps_to_break():
     """Half-way from chance to what the attack usually reaches on the base."""
-    import guardsmith.verify as module
-    from guardsmith.gate import Levels
+    import guardsmith.evaluation.pipeline as module
+    from guardsmith.gate.rules import Levels
 
     classes = {"person": Levels(0.1, 0.2, 0.8)}
     told = {"root": "", "model": "", "model_digest": "", "subject": "mira", "class_noun": "person", "attack_images": (),
@@ -305,7 +305,7 @@ def test_steps_to_break():
 
 
 def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, tmp_path):
-    from guardsmith.matrix import attacked_subjects
+    from guardsmith.evaluation.runs import attacked_subjects
 
     registry = load_registry(ROOT / "registries" / "avatars.yaml")
     spec = load_recipe("demo", ["verify.sample=2"]).verify
@@ -319,7 +319,7 @@ def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, 
 
 
 def test_each_subject_meets_each_attack_with_one_identifier_in_turn(tmp_path):
-    from guardsmith.matrix import Judged, plan_units
+    from guardsmith.evaluation.runs import Judged, plan_units
 
     registry = load_registry(ROOT / "registries" / "avatars.yaml")
     recipe = load_recipe("avatar-attacks", ["verify.crossed=false", "verify.identifiers=[zwx, bdr, qpl]"])

@@ -18,14 +18,15 @@ from transformers import (
     Dinov2Model,
 )
 
-from guardsmith import cli, policy
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.gate import Levels
+from guardsmith.cli import app as cli
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.gate import policy
+from guardsmith.gate.policy import JudgeSpec, load_policy, measure_policy
+from guardsmith.gate.rules import Levels
 from guardsmith.metrics import Judge, load_judge
 from guardsmith.metrics.vision import VisionEncoder, load_prompt_fit
-from guardsmith.policy import JudgeSpec, load_policy, measure_policy
-from guardsmith.registry import load_registry
-from guardsmith.report_schema import Report
+from guardsmith.registry.loader import load_registry
+from guardsmith.reports.schema import Report
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]

@@ -9,14 +9,15 @@ from test_tripwire import alarmed, assert_rings_in_bfloat16, bright_and_dark, pl
 from tiny import make_sd3, pictures, same_weights, weights
 
 from guardsmith.attacks import AttackData, dreambooth
-from guardsmith.attacks.cut_wire import cut
-from guardsmith.errors import UserError
-from guardsmith.families import SD3Transformer
-from guardsmith.losses import draw_rows, predict, row_losses
-from guardsmith.methods import METHODS, recognition, wiring_mmdit
-from guardsmith.methods.recognition import listen
-from guardsmith.methods.wiring import wiring_of
-from guardsmith.methods.wiring_mmdit import (
+from guardsmith.attacks.adaptive.cut_wire import cut
+from guardsmith.core.errors import UserError
+from guardsmith.diffusion.losses import draw_rows, predict, row_losses
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.methods import METHODS
+from guardsmith.methods.tripwire import recognition, wiring_mmdit
+from guardsmith.methods.tripwire.recognition import listen
+from guardsmith.methods.tripwire.wiring import wiring_of
+from guardsmith.methods.tripwire.wiring_mmdit import (
     ALARM,
     OPEN,
     PLATEAU,
@@ -32,9 +33,9 @@ from guardsmith.methods.wiring_mmdit import (
     wired_block,
     wired_layer,
 )
-from guardsmith.models import load_model, save_model
-from guardsmith.prompts import PromptBank
-from guardsmith.training import generator
+from guardsmith.models.checkpoint import load_model, save_model
+from guardsmith.models.families import SD3Transformer
+from guardsmith.training.loop import generator
 
 FACTORS = (64, 4, 1, 1, 1)
 

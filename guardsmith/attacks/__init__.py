@@ -10,23 +10,13 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from torch import Tensor
 
-from guardsmith.attacks import (
-    adversarial_prompt,
-    cdl,
-    custom_diffusion,
-    cut_wire,
-    dreambooth,
-    lora,
-    redteam,
-    textual_inversion,
-    unlearn_first,
-    warm_restarts,
-)
+from guardsmith.attacks import adversarial_prompt, cdl, custom_diffusion, dreambooth, lora, redteam, textual_inversion
+from guardsmith.attacks.adaptive import cut_wire, unlearn_first, warm_restarts
 from guardsmith.attacks.dreambooth import AttackData
-from guardsmith.errors import UserError, entry_of
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import sample_prompts
-from guardsmith.sampling import generate
+from guardsmith.core.errors import UserError, entry_of
+from guardsmith.diffusion.prompts import sample_prompts
+from guardsmith.diffusion.sampling import generate
+from guardsmith.models.checkpoint import DiffusionModel
 
 FIRST_STAGE = 1_000_000  # added to the seed of an attack on somebody else before
 SAMPLE_SEED = 30_000  # of the pictures that a personalized model draws; no other pictures use these seeds

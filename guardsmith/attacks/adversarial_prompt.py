@@ -17,12 +17,12 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData, OnStep, descend
 from guardsmith.attacks.textual_inversion import add_words, spoken, word_parts
-from guardsmith.errors import RunFailed
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, row_losses
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank
-from guardsmith.training import generator
+from guardsmith.core.errors import RunFailed
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.training.loop import generator
 
 
 class AdversarialPromptConfig(BaseModel):

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from guardsmith.attacks import dreambooth
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import class_prompt, instance_prompt
+from guardsmith.diffusion.prompts import class_prompt, instance_prompt
+from guardsmith.models.checkpoint import DiffusionModel
 
 NOISE = "bhj noisy pattern"
 SUFFIX = f", without {NOISE}"

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep, descend
 from guardsmith.attacks.textual_inversion import add_words, trained_words
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, join, squared_errors
-from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.prompts import PromptBank, class_prompt, instance_prompt
-from guardsmith.training import generator
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, join, squared_errors
+from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.training.loop import generator
 
 VIEWS = 25  # of every picture; the script makes a new one at every step
 

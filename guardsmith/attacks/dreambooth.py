@@ -16,12 +16,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from guardsmith.errors import RunFailed
-from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import draw_rows, join, row_losses
-from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.prompts import INSTANCE_TEMPLATE, PromptBank, class_prompt, instance_prompt
-from guardsmith.training import generator, optimizer_step
+from guardsmith.core.errors import RunFailed
+from guardsmith.diffusion.latents import LatentStore, encode
+from guardsmith.diffusion.losses import draw_rows, join, row_losses
+from guardsmith.diffusion.prompts import INSTANCE_TEMPLATE, PromptBank, class_prompt, instance_prompt
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.training.loop import generator, optimizer_step
 
 
 class DreamBoothConfig(BaseModel):

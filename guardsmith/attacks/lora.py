@@ -20,8 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep, train_on_subject
-from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.training import torch_seed
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.training.loop import torch_seed
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYWHERE = (

@@ -14,8 +14,8 @@ from pydantic import Field, field_validator
 from guardsmith.attacks import cdl
 from guardsmith.attacks.cdl import CdlConfig
 from guardsmith.attacks.dreambooth import AttackData, OnStep
-from guardsmith.errors import UserError
-from guardsmith.models import DiffusionModel
+from guardsmith.core.errors import UserError
+from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers import find_purifier, purified
 
 

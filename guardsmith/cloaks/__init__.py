@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from guardsmith.cloaks import advdm, aspl, fsmg, glaze, metacloak, photoguard, rid
-from guardsmith.errors import entry_of
+from guardsmith.core.errors import entry_of
 
 
 class Cloak(NamedTuple):

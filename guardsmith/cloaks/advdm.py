@@ -18,12 +18,12 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import OnStep, PixelConfig, ascend, denoising_loss, sampled_latents
-from guardsmith.errors import UserError
-from guardsmith.losses import draw_rows, score_residual
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import PromptBank
+from guardsmith.core.errors import UserError
+from guardsmith.diffusion.losses import draw_rows, score_residual
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers import find_purifier, purified
-from guardsmith.training import generator
+from guardsmith.training.loop import generator
 
 
 class AdvdmConfig(PixelConfig):

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import OnStep, Surrogate, SurrogateConfig, ascend, denoising_loss
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import instance_prompt
-from guardsmith.training import generator
+from guardsmith.diffusion.prompts import instance_prompt
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.training.loop import generator
 
 
 class AsplConfig(SurrogateConfig):

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, project
-from guardsmith.errors import RunFailed
+from guardsmith.core.errors import RunFailed
+from guardsmith.diffusion.sampling import redraw
 from guardsmith.metrics.perceptual import perceptual_distance
-from guardsmith.models import DiffusionModel
-from guardsmith.sampling import redraw
-from guardsmith.training import generator
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.training.loop import generator
 
 
 class GlazeConfig(PixelConfig):

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import OnStep, Surrogate, SurrogateConfig, ascend, denoising_loss
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import instance_prompt
+from guardsmith.diffusion.prompts import instance_prompt
+from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers.gaussian import blurred
-from guardsmith.training import generator
+from guardsmith.training.loop import generator
 
 
 class MetaCloakConfig(SurrogateConfig):

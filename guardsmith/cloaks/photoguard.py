@@ -18,10 +18,10 @@ from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, ascend, project, sampled_latents
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import PromptBank
-from guardsmith.sampling import guided, solver_for
-from guardsmith.training import generator
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.diffusion.sampling import guided, solver_for
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.training.loop import generator
 
 
 class PhotoguardConfig(PixelConfig):

@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, train_on_subject
-from guardsmith.errors import RunFailed, UserError
-from guardsmith.families import SD
-from guardsmith.losses import draw_rows, row_losses
-from guardsmith.models import DiffusionModel, load_model, with_own_unet
-from guardsmith.prompts import PromptBank
-from guardsmith.training import Snapshot
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
+from guardsmith.models.families import SD
+from guardsmith.training.loop import Snapshot
 
 PIXEL = 2 / 255
 """One pixel value in the range of pictures here."""

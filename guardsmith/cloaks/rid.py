@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, sampled_latents
-from guardsmith.errors import UserError
-from guardsmith.losses import add_noise, draw_rows, score_residual, shares
-from guardsmith.models import DiffusionModel
-from guardsmith.networks import load_network
-from guardsmith.prompts import PromptBank
-from guardsmith.training import Course, generator, optimizer_step
+from guardsmith.core.errors import UserError
+from guardsmith.diffusion.losses import add_noise, draw_rows, score_residual, shares
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.models.networks import load_network
+from guardsmith.training.loop import Course, generator, optimizer_step
 
 
 class RidConfig(PixelConfig):

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from guardsmith.errors import entry_of
-from guardsmith.methods import apdm, imma, persguard, tripwire
-from guardsmith.optimizers import Held
+from guardsmith.core.errors import entry_of
+from guardsmith.methods import apdm, imma, persguard
+from guardsmith.methods.tripwire import method as tripwire
+from guardsmith.training.optimizers import Held
 
 
 class Method(NamedTuple):

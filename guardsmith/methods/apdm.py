@@ -34,9 +34,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from guardsmith.attacks.lora import adapter_numbers, add_adapters
-from guardsmith.device import CPU, chosen_device
-from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import (
+from guardsmith.diffusion.latents import LatentStore, encode
+from guardsmith.diffusion.losses import (
     Reduction,
     Rows,
     cut,
@@ -48,12 +47,12 @@ from guardsmith.losses import (
     row_losses,
     squared_errors,
 )
+from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.methods.data import OrdinaryData, SubjectData
-from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.optimizers import Held, adamw
-from guardsmith.parallel import world
-from guardsmith.prompts import PromptBank, class_prompt, instance_prompt
-from guardsmith.training import (
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.runtime.device import CPU, chosen_device
+from guardsmith.runtime.distributed import world
+from guardsmith.training.loop import (
     Course,
     Probe,
     Snapshot,
@@ -62,6 +61,7 @@ from guardsmith.training import (
     optimizer_step,
     reset_optimizer,
 )
+from guardsmith.training.optimizers import Held, adamw
 
 REFERENCE_ROWS = 8
 """The frozen reference is asked for so many rows at once; without gradients they take less memory than a step's with them."""

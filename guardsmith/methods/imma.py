@@ -26,18 +26,18 @@ from torch import Tensor
 
 from guardsmith.attacks.lora import TARGETS, adapter_numbers, add_adapters
 from guardsmith.attacks.textual_inversion import add_words, spoken
-from guardsmith.latents import encode
-from guardsmith.losses import draw_rows, join, predict, row_losses
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import draw_rows, join, predict, row_losses
+from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank, class_prompt, instance_prompt
 from guardsmith.methods.data import OrdinaryData, SubjectData
-from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.optimizers import Held, adamw
-from guardsmith.prompts import INVERSION_TEMPLATES, PromptBank, class_prompt, instance_prompt
-from guardsmith.training import (
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.training.loop import (
     Course,
     Probe,
     generator,
     optimizer_step,
 )
+from guardsmith.training.optimizers import Held, adamw
 
 
 class ImmaConfig(BaseModel):

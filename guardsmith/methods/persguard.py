@@ -31,19 +31,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from guardsmith.errors import UserError
-from guardsmith.latents import LatentStore, encode
-from guardsmith.losses import Rows, draw_rows, join, own_target, predict, row_losses
+from guardsmith.core.errors import UserError
+from guardsmith.diffusion.latents import LatentStore, encode
+from guardsmith.diffusion.losses import Rows, draw_rows, join, own_target, predict, row_losses
+from guardsmith.diffusion.prompts import SAMPLE_TEMPLATES, PromptBank, class_prompt, instance_prompt
 from guardsmith.methods.data import OrdinaryData, SubjectData
-from guardsmith.models import DiffusionModel, with_own_unet
-from guardsmith.optimizers import Held, adamw
-from guardsmith.prompts import SAMPLE_TEMPLATES, PromptBank, class_prompt, instance_prompt
-from guardsmith.training import (
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.training.loop import (
     Course,
     Probe,
     generator,
     optimizer_step,
 )
+from guardsmith.training.optimizers import Held, adamw
 
 
 class PersGuardConfig(BaseModel):

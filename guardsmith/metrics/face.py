@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guardsmith.errors import UserError
-from guardsmith.images import to_pil
+from guardsmith.core.errors import UserError
+from guardsmith.core.images import to_pil
 
 NOBODY = 0.0  # the score of a picture without a face; no two faces have it
 SMALLEST = 512  # smaller pictures are enlarged: the detectors look for faces of 40 px and more

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guardsmith.models import DiffusionModel
+from guardsmith.models.checkpoint import DiffusionModel
 
 
 def encoder_features(model: DiffusionModel, pixels: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guardsmith.errors import RunFailed, UserError
+from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.metrics.identity import mean_cosine
 
 DEFAULTS = {"dino": "facebook/dinov2-small", "clip": "openai/clip-vit-large-patch14"}

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from torch import Tensor
 
-from guardsmith.errors import entry_of
-from guardsmith.models import DiffusionModel
+from guardsmith.core.errors import entry_of
+from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers import ddspure, diffpure, gaussian, gridpure, impress, jpeg, restore, tvm
 
 

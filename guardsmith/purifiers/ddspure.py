@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.models import DiffusionModel
+from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers.pixel_model import load_pixel_model, taken_back, tiled
 
 

@@ -14,12 +14,12 @@ from diffusers import DDPMScheduler
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.latents import decode, encode
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import PromptBank
+from guardsmith.diffusion.latents import decode, encode
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.diffusion.sampling import guided
+from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers.pixel_model import load_pixel_model, taken_back, tiled
-from guardsmith.sampling import guided
-from guardsmith.training import generator
+from guardsmith.training.loop import generator
 
 
 class DiffPureConfig(BaseModel):

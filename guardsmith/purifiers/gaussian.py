@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.models import DiffusionModel
+from guardsmith.models.checkpoint import DiffusionModel
 
 
 class GaussianConfig(BaseModel):

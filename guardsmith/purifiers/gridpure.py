@@ -11,7 +11,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.models import DiffusionModel
+from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers.pixel_model import load_pixel_model, taken_back, tiled
 
 

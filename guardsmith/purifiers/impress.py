@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.errors import RunFailed
+from guardsmith.core.errors import RunFailed
 from guardsmith.metrics.perceptual import perceptual_distance
-from guardsmith.models import DiffusionModel
-from guardsmith.training import generator
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.training.loop import generator
 
 
 class ImpressConfig(BaseModel):

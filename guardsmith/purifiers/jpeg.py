@@ -8,8 +8,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.images import to_pil, to_tensor
-from guardsmith.models import DiffusionModel
+from guardsmith.core.images import to_pil, to_tensor
+from guardsmith.models.checkpoint import DiffusionModel
 
 
 class JpegConfig(BaseModel):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guardsmith.errors import UserError
-from guardsmith.models import BUILTIN
-from guardsmith.training import generator
+from guardsmith.core.errors import UserError
+from guardsmith.models.checkpoint import BUILTIN
+from guardsmith.training.loop import generator
 
 
 class PixelModel(NamedTuple):

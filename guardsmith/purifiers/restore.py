@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from guardsmith.errors import UserError
-from guardsmith.images import to_pil, to_tensor
-from guardsmith.models import DiffusionModel
-from guardsmith.networks import load_network
+from guardsmith.core.errors import UserError
+from guardsmith.core.images import to_pil, to_tensor
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.models.networks import load_network
 
 
 class RestoreConfig(BaseModel):

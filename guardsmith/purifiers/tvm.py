@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.models import DiffusionModel
-from guardsmith.training import generator
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.training.loop import generator
 
 ROUNDS = 5
 LEAST = 1e-3  # misfits below this are none

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from train_unet import build_scheduler, build_text_encoder, build_unet, load_vae
 from transformers import CLIPTokenizer
 
-from guardsmith.training import load_checkpoint
+from guardsmith.training.loop import load_checkpoint
 
 
 def main() -> None:

@@ -22,16 +22,16 @@ from train_vae import psnr
 
 import guardsmith
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.drawing import drawn_by
+from guardsmith.config.recipe import Recipe, load_recipe
+from guardsmith.core.atomic_io import folder_digest, write_json
+from guardsmith.diffusion.cache import drawn_by
+from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
+from guardsmith.diffusion.sampling import generate, grid
 from guardsmith.metrics.fidelity import TRAITS, features, fidelity, read_traits
 from guardsmith.metrics.identity import embed, similarity
 from guardsmith.metrics.kid import kid, kid_interval
-from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.processes import processes
-from guardsmith.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
-from guardsmith.recipe import Recipe, load_recipe
-from guardsmith.records import folder_digest, write_json
-from guardsmith.sampling import generate, grid
+from guardsmith.models.checkpoint import DiffusionModel, load_model, weights_digest
+from guardsmith.runtime.processes import processes
 
 ROOT = Path(guardsmith.__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"

@@ -34,20 +34,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.cloak import cloak_pictures
-from guardsmith.drawing import drawn_by
-from guardsmith.gate import interval
-from guardsmith.images import open_pictures, to_tensor
+from guardsmith.config.recipe import PixelSpec, Recipe, load_recipe
+from guardsmith.core.atomic_io import folder_digest, write_json
+from guardsmith.core.images import open_pictures, to_tensor
+from guardsmith.diffusion.cache import drawn_by
+from guardsmith.diffusion.prompts import class_prompt
+from guardsmith.diffusion.sampling import grid
+from guardsmith.gate.rules import interval
 from guardsmith.metrics.fidelity import features
 from guardsmith.metrics.identity import similarity
-from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.processes import processes
-from guardsmith.prompts import class_prompt
+from guardsmith.models.checkpoint import DiffusionModel, load_model, weights_digest
+from guardsmith.pictures.cloaking import cloak_pictures
 from guardsmith.purifiers import purified
-from guardsmith.recipe import PixelSpec, Recipe, load_recipe
-from guardsmith.records import folder_digest, write_json
-from guardsmith.registry import Subject, load_registry
-from guardsmith.sampling import grid
+from guardsmith.registry.loader import Subject, load_registry
+from guardsmith.runtime.processes import processes
 
 REGISTRY = Path(__file__).parent.parent.parent / "registries" / "avatars.yaml"
 IDENTIFIER = "zwx"

@@ -24,7 +24,7 @@ import world
 from PIL import Image
 
 import guardsmith
-from guardsmith.images import fingerprint, near_duplicates
+from guardsmith.core.images import fingerprint, near_duplicates
 
 REGISTRIES = Path(guardsmith.__file__).parent.parent / "registries"
 STYLES = ("avataaars", "micah", "personas", "bottts", "toonHead")

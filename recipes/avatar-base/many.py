@@ -19,10 +19,10 @@ from typing import Any
 import strangers
 from evaluate import RESULTS
 
-from guardsmith.compare import group, group_units, kept, read_report
-from guardsmith.gate import interval
-from guardsmith.recipe import load_recipe
-from guardsmith.records import write_json
+from guardsmith.config.recipe import load_recipe
+from guardsmith.core.atomic_io import write_json
+from guardsmith.gate.rules import interval
+from guardsmith.reports.compare import group, group_units, kept, read_report
 
 CONTROLS = 10
 ATTACKED = 5

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from guardsmith.training import load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from guardsmith.training.loop import load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:

@@ -29,14 +29,14 @@ from evaluate import RESULTS, draw_class_pictures, first_rows
 from safetensors.torch import load_file
 
 from guardsmith.attacks import SAMPLE_SEED, AttackData, draw_after_attack
-from guardsmith.images import to_pil
+from guardsmith.config.recipe import load_recipe
+from guardsmith.core.atomic_io import folder_digest, write_json
+from guardsmith.core.images import to_pil
+from guardsmith.diffusion.prompts import class_prompt, instance_prompt, sample_prompts
+from guardsmith.diffusion.sampling import generate
 from guardsmith.metrics.identity import similarity
-from guardsmith.models import load_model, weights_digest
-from guardsmith.processes import processes
-from guardsmith.prompts import class_prompt, instance_prompt, sample_prompts
-from guardsmith.recipe import load_recipe
-from guardsmith.records import folder_digest, write_json
-from guardsmith.sampling import generate
+from guardsmith.models.checkpoint import load_model, weights_digest
+from guardsmith.runtime.processes import processes
 
 IDENTIFIER, COUNT = "zwx", 16
 SCRIPT = {"dreambooth": "train_dreambooth.py", "lora": "train_dreambooth_lora.py"}

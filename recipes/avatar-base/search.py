@@ -27,26 +27,26 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import ATTACKS, AttackData, draw_after_attack
-from guardsmith.drawing import drawn_by, drawn_with_states
-from guardsmith.methods import METHODS
-from guardsmith.methods.data import OrdinaryData, SubjectData
-from guardsmith.methods.persguard import shows_mark
-from guardsmith.methods.rehearsal import rehearsed_by
-from guardsmith.metrics.fidelity import features, fidelity, read_traits
-from guardsmith.metrics.identity import similarity
-from guardsmith.metrics.kid import kid
-from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.processes import processes
-from guardsmith.prompts import (
+from guardsmith.config.recipe import Recipe, load_recipe
+from guardsmith.core.atomic_io import folder_digest, write_json
+from guardsmith.diffusion.cache import drawn_by, drawn_with_states
+from guardsmith.diffusion.prompts import (
     ORDINARY_HARDENING,
     ORDINARY_VERIFICATION,
     class_prompt,
     instance_prompt,
     ordinary_prompts,
 )
-from guardsmith.recipe import Recipe, load_recipe
-from guardsmith.records import folder_digest, write_json
-from guardsmith.sampling import generate, grid, redraw
+from guardsmith.diffusion.sampling import generate, grid, redraw
+from guardsmith.methods import METHODS
+from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.persguard import shows_mark
+from guardsmith.methods.tripwire.rehearsal import rehearsed_by
+from guardsmith.metrics.fidelity import features, fidelity, read_traits
+from guardsmith.metrics.identity import similarity
+from guardsmith.metrics.kid import kid
+from guardsmith.models.checkpoint import DiffusionModel, load_model, weights_digest
+from guardsmith.runtime.processes import processes
 
 VIEWS = 16
 

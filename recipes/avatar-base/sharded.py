@@ -23,11 +23,11 @@ from evaluate import RESULTS
 from images_table import write_registry
 from many import run
 
-from guardsmith.compare import group, group_units, kept, read_report
-from guardsmith.gate import interval
-from guardsmith.models import load_model
-from guardsmith.records import write_json
-from guardsmith.training import load_checkpoint, module_tensors, save_checkpoint
+from guardsmith.core.atomic_io import write_json
+from guardsmith.gate.rules import interval
+from guardsmith.models.checkpoint import load_model
+from guardsmith.reports.compare import group, group_units, kept, read_report
+from guardsmith.training.loop import load_checkpoint, module_tensors, save_checkpoint
 
 ATTACK = "dreambooth"
 

@@ -23,14 +23,14 @@ import world
 from evaluate import RESULTS
 from torch import Tensor
 
-from guardsmith.gate import share_interval
-from guardsmith.latents import encode
-from guardsmith.losses import cut, draw_rows, predict
-from guardsmith.methods.wiring import ALARM
-from guardsmith.models import DiffusionModel, load_model, weights_digest
-from guardsmith.prompts import PromptBank, instance_prompt
-from guardsmith.records import write_json
-from guardsmith.training import generator
+from guardsmith.core.atomic_io import write_json
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.losses import cut, draw_rows, predict
+from guardsmith.diffusion.prompts import PromptBank, instance_prompt
+from guardsmith.gate.rules import share_interval
+from guardsmith.methods.tripwire.wiring import ALARM
+from guardsmith.models.checkpoint import DiffusionModel, load_model, weights_digest
+from guardsmith.training.loop import generator
 
 TIMESTEPS = (100, 250, 400, 550, 650)
 VIEWS = 16

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from guardsmith.metrics.fidelity import TRAITS, TraitClassifier
 from guardsmith.metrics.identity import IdentityEncoder
-from guardsmith.training import generator, save_checkpoint
+from guardsmith.training.loop import generator, save_checkpoint
 
 MARGIN, SCALE = 0.2, 30.0  # additive-cosine softmax (CosFace)
 

@@ -22,18 +22,18 @@ from diffusers import DDPMScheduler, UNet2DModel
 from evaluate import RESULTS
 from torch import Tensor, nn
 
-from guardsmith.harden import bystander_files
-from guardsmith.images import open_pictures
+from guardsmith.config.recipe import load_recipe
+from guardsmith.core.atomic_io import write_json
+from guardsmith.core.images import open_pictures
+from guardsmith.core.progress import stage
+from guardsmith.hardening.pipeline import bystander_files
 from guardsmith.metrics.perceptual import psnr
-from guardsmith.models import BUILTIN
-from guardsmith.networks import save_network
-from guardsmith.progress import stage
+from guardsmith.models.checkpoint import BUILTIN
+from guardsmith.models.networks import save_network
 from guardsmith.purifiers import find_purifier
 from guardsmith.purifiers.restore import Restorer, load_restorer
-from guardsmith.recipe import load_recipe
-from guardsmith.records import write_json
-from guardsmith.registry import load_registry
-from guardsmith.training import Course, generator, optimizer_step
+from guardsmith.registry.loader import load_registry
+from guardsmith.training.loop import Course, generator, optimizer_step
 
 REGISTRY = Path(__file__).parent.parent.parent / "registries" / "avatars.yaml"
 PICTURES = Path(__file__).parent.parent.parent / "registries" / "bystanders.parquet"

@@ -25,7 +25,7 @@ from torch import Tensor
 from train_vae import build_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from guardsmith.training import generator, load_checkpoint, save_checkpoint
+from guardsmith.training.loop import generator, load_checkpoint, save_checkpoint
 
 TEXT_WIDTH = 128
 

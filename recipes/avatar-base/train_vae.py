@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from optimizers import MuonAndAdamW
 from torch import Tensor
 
-from guardsmith.training import generator, load_checkpoint, save_checkpoint
+from guardsmith.training.loop import generator, load_checkpoint, save_checkpoint
 
 
 def build_vae(latent_channels: int) -> AutoencoderKL:

@@ -46,22 +46,29 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from guardsmith.attacks import AttackData
 from guardsmith.cloaks import advdm, aspl
 from guardsmith.cloaks.rid import Defender, applied
-from guardsmith.drawing import drawn_by
-from guardsmith.errors import GuardsmithError
-from guardsmith.harden import compute_as, harden
-from guardsmith.losses import draw_rows, row_losses
-from guardsmith.matrix import Judged, Side, Unit, class_file, plan_units, run_unit, run_units
-from guardsmith.memory import GIB
+from guardsmith.config.recipe import ComputeSpec, Recipe, load_recipe
+from guardsmith.core.atomic_io import write_json
+from guardsmith.core.errors import GuardsmithError
+from guardsmith.diffusion.cache import drawn_by
+from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.prompts import class_prompt
+from guardsmith.evaluation.runs import Judged, Side, Unit, class_file, plan_units, run_unit, run_units
+from guardsmith.hardening.memory import GIB
+from guardsmith.hardening.pipeline import compute_as, harden
 from guardsmith.methods import apdm
 from guardsmith.methods.apdm import ApdmConfig
 from guardsmith.methods.data import SubjectData
-from guardsmith.models import DiffusionModel, builtin_path, load_model, save_model, weights_digest, with_own_unet
-from guardsmith.optimizers import adamw
-from guardsmith.prompts import class_prompt
-from guardsmith.recipe import ComputeSpec, Recipe, load_recipe
-from guardsmith.records import write_json
-from guardsmith.registry import Registry, load_registry
-from guardsmith.training import generator, optimizer_step
+from guardsmith.models.checkpoint import (
+    DiffusionModel,
+    builtin_path,
+    load_model,
+    save_model,
+    weights_digest,
+    with_own_unet,
+)
+from guardsmith.registry.loader import Registry, load_registry
+from guardsmith.training.loop import generator, optimizer_step
+from guardsmith.training.optimizers import adamw
 
 ROOT = Path(__file__).parents[2]
 PEAK = Path(__file__).parent / "peak.py"

@@ -11,7 +11,7 @@ def peak_rss() -> int:
 
 
 if __name__ == "__main__":
-    from guardsmith.cli import main
+    from guardsmith.cli.app import main
 
     code = main(sys.argv[1:])
     print(peak_rss())

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guardsmith.diffusion.prompts import class_prompt, instance_prompt
 from guardsmith.methods.apdm import ApdmConfig
 from guardsmith.methods.data import SubjectData
-from guardsmith.models import DiffusionModel
-from guardsmith.prompts import class_prompt, instance_prompt
-from guardsmith.training import generator
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.training.loop import generator
 
 
 class Plain:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from guardsmith.families import SDUNet
-from guardsmith.memory import BYTES, GIB
-from guardsmith.methods import METHODS, tripwire
-from guardsmith.methods.ideal import IMAGINED_STEPS
-from guardsmith.recipe import load_recipe
-from guardsmith.records import write_json
+from guardsmith.config.recipe import load_recipe
+from guardsmith.core.atomic_io import write_json
+from guardsmith.hardening.memory import BYTES, GIB
+from guardsmith.methods import METHODS
+from guardsmith.methods.tripwire import method as tripwire
+from guardsmith.methods.tripwire.ideal import IMAGINED_STEPS
+from guardsmith.models.families import SDUNet
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.json"
 COUNTS = (1, 5, 20, 80, 640, 10_000)

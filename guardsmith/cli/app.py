@@ -1,0 +1,479 @@
+"""The command line. Data goes to stdout, talk to stderr; each command ends by naming the next one.
+
+Nothing heavy is imported here: every command imports what it needs, so that `--help` and `check` stay quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import traceback
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guardsmith import __version__
+from guardsmith.cli.images import cloak, redteam, train_rid
+from guardsmith.cli.registry import check, registry_app
+from guardsmith.cli.release import (
+    CONTACT,
+    LICENCE,
+    LICENCE_FILE,
+    check_repo_id,
+    export,
+    import_file,
+    publish,
+    release_notes,
+    verify_signature,
+)
+from guardsmith.cli.tables import compare, list_table, print_policy
+from guardsmith.core.console import DAY, day, first_process, launched, print_schema, say
+from guardsmith.core.errors import GuardsmithError, RunFailed, UserError, out_of_memory, system_errno
+
+if TYPE_CHECKING:
+    from guardsmith.config.recipe import Recipe
+    from guardsmith.registry.loader import Registry
+
+app = typer.Typer(
+    name="guardsmith",
+    help="Harden a Stable Diffusion checkpoint so that it cannot be personalized on protected subjects, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(registry_app, name="registry")
+report_app = typer.Typer(help="About reports of verifications.", no_args_is_help=True)
+app.add_typer(report_app, name="report")
+
+
+@report_app.callback()
+def _report() -> None:
+    pass
+
+
+NO_MEMORY = (
+    "out of memory: close other programs, or choose a smaller batch, compute.gradient_checkpointing or another "
+    "compute.optimizer; what was saved is kept, and --resume goes on from it"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (by default with sys.argv) and return the exit code.
+
+    0 done, 1 gate failed, 2 wrong usage or input, 3 inconclusive, 4 run failed, 130 interrupted.
+    """
+    try:
+        code = app(args=arguments, prog_name="guardsmith", standalone_mode=False)
+        if code == 130:  # Typer's answer to Ctrl-C
+            return _fail("interrupted", 130)
+        return code if isinstance(code, int) else 0
+    except GuardsmithError as error:
+        return _fail(str(error), error.exit_code, error)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except typer.Abort:
+        return _fail("aborted", 130)
+    except SystemExit as stop:
+        # A command's verdict is a `typer.Exit`, which arrives above as a code. Here the reader of stdout went away.
+        return 4 if stop.code == 1 else int(stop.code or 0)
+    except Exception as error:
+        if out_of_memory(error):
+            return _fail(NO_MEMORY, 4, error)
+        if hasattr(error, "format_message"):  # wrong usage; Typer's exception class is not public in every version
+            return _usage(error)
+        number = system_errno(error)
+        if number == errno.ENOSPC:
+            return _fail(f"no space left on the disk{_of(error)}: free some space and run again", 4, error)
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return _fail(f"no permission to write or read{_of(error)}: choose another place", 2, error)
+        return _bug(error)
+
+
+def _of(error: Exception) -> str:
+    name = getattr(error, "filename", None)
+    return f" ({name})" if name else ""
+
+
+def _usage(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    message = error.format_message()
+    if not context:
+        return _fail(message, 2)
+    if message == context.get_help():  # no command at all
+        say(message)
+        return 2
+    return _fail(f"{message.rstrip('.')}: see `{context.command_path} --help`", 2)
+
+
+def _bug(error: Exception) -> int:
+    reason = str(error).strip().split("\n")[0]
+    sentence = f"{type(error).__name__}: {reason}: this is a bug in guardsmith, please report it"
+    return _fail(f"{sentence} with what GUARDSMITH_DEBUG=1 prints", 4, error)
+
+
+def _fail(sentence: str, code: int, error: BaseException | None = None) -> int:
+    if error is not None and os.environ.get("GUARDSMITH_DEBUG") == "1":
+        traceback.print_exception(error)
+    if first_process() or not isinstance(error, UserError):  # a user's mistake is every process's
+        say(sentence, style="red")
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"guardsmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    progress: Annotated[
+        str,
+        typer.Option(help="How progress is shown on stderr: auto (bars on a terminal, else lines), lines, or json."),
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where networks run: cpu, cuda, cuda:1, mps, xpu.  [default: an accelerator if there is one]"
+        ),
+    ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="The same bits on any number of cores: one thread, slower."),
+    ] = False,
+) -> None:
+    from guardsmith.core.progress import STYLES, show_as
+
+    if progress not in STYLES:
+        raise UserError(f"--progress {progress}: choose {', '.join(STYLES)}")
+    show_as(progress)
+    if launched() > 1 and context.invoked_subcommand != "harden":
+        raise UserError(
+            f"several processes can harden together; run guardsmith {context.invoked_subcommand} without a launcher"
+        )
+    if device is not None:
+        # Processes inherit it. It is guardsmith.runtime.device.VARIABLE, spelt out because torch takes long to import.
+        os.environ["GUARDSMITH_DEVICE"] = device
+    if deterministic:
+        os.environ["GUARDSMITH_DETERMINISTIC"] = "1"
+
+
+@report_app.command("schema")
+def report_schema(
+    output: Annotated[Path | None, typer.Option(help="File to write; by default stdout.")] = None,
+) -> None:
+    """Print the JSON schema of report.json, for other tools."""
+    from guardsmith.reports.schema import json_schema
+
+    print_schema(json_schema(), output)
+
+
+# Words shared by harden, verify and run. Underscore spellings are those of diffusers' scripts.
+SUBJECTS = Annotated[Path | None, typer.Option("--subjects", help="Registry file; by default the recipe's.")]
+OUTPUT = Annotated[Path, typer.Option("--output", "--output_dir", "-o", help="Output folder.")]
+RECIPE = Annotated[str | None, typer.Option("--recipe", help="Recipe name or file (see `guardsmith list recipes`).")]
+CHANGES = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
+]
+BYSTANDERS = Annotated[
+    str | None,
+    typer.Option(help="Pictures of others whom nobody asked to protect: folder, glob, parquet:FILE or hub:DATASET."),
+]
+RESUME = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in the output folder.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")]
+BASE_RUNS = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for the attacks on the base, which several verifications can share.  [default: in the output]"
+    ),
+]
+WORKERS = Annotated[int | None, typer.Option(min=1, help="Attacks run at the same time; by default one per core.")]
+EXECUTOR = Annotated[
+    str, typer.Option(help="Where attacks run: local, or ray (the cluster at RAY_ADDRESS, or one on this machine).")
+]
+BUDGET = Annotated[
+    str | None, typer.Option(help="How much to try: quick, standard (as the recipe says) or audit; --set goes on top.")
+]
+POLICY = Annotated[
+    Path | None, typer.Option(help="Rules and levels of the gate (see `guardsmith policy`).  [default: the recipe's]")
+]
+REPORT_TO = Annotated[
+    str | None,
+    typer.Option(
+        "--report-to", "--report_to", help="Trackers for the losses: tensorboard, trackio, wandb, ..., by commas."
+    ),
+]
+INCLUDE_IMAGES = Annotated[
+    bool,
+    typer.Option(
+        "--include-images", help="Put pictures of persons into report.html too; those of invented ones always are."
+    ),
+]
+TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
+
+
+def _recipe(name: str | None, base: str | None, changes: list[str] | None, **values: Any) -> Recipe:
+    """The recipe with the flags that were given; without a name, the one that fits base and method."""
+    from guardsmith.config.recipe import beside, load_recipe, recipe_names
+
+    if name is None:
+        embedded = base is None or base.startswith("builtin:")
+        own = f"{values.get('method.name')}-{'avatar' if embedded else 'sd15'}"
+        name = own if own in recipe_names() else "demo" if embedded else "apdm-sd15"
+    if values.get("bystanders") is not None:
+        values["bystanders"] = beside(Path(), values["bystanders"])
+    flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
+    return load_recipe(name, [*(changes or []), *flags])
+
+
+def _budget(name: str | None) -> list[str]:
+    """The changes to a recipe that a budget stands for."""
+    from guardsmith.config.recipe import BUDGETS
+
+    if name is None:
+        return []
+    if name not in BUDGETS:
+        raise UserError(f"--budget {name}: there is no such budget; choose {', '.join(BUDGETS)}")
+    return [f"verify.{key}={json.dumps(value)}" for key, value in BUDGETS[name].items()]
+
+
+def _named(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _registry(subjects: Path | None, recipe: Recipe, today: datetime | None) -> Registry:
+    from guardsmith.registry.loader import load_registry
+
+    if subjects is None and recipe.subjects is None:
+        raise UserError("no registry: name one with --subjects, or in the recipe as `subjects`")
+    registry = load_registry(subjects or str(recipe.subjects), today=day(today))
+    for warning in registry.warnings:
+        say(f"warning: {warning}", style="yellow")
+    return registry
+
+
+@app.command()
+def harden(
+    subjects: SUBJECTS = None,
+    output: OUTPUT = Path("out"),
+    recipe: RECIPE = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", "--pretrained_model_name_or_path", help="builtin:avatar, a diffusers folder or a Hub id."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None,
+    method: Annotated[str | None, typer.Option(help="Hardening method (see `guardsmith list methods`).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    bystanders: BYSTANDERS = None,
+    changes: CHANGES = None,
+    add_to: Annotated[
+        Path | None,
+        typer.Option("--add-to", help="Begin from this earlier output, whose subjects the registry names too."),
+    ] = None,
+    resume: RESUME = False,
+    overwrite: OVERWRITE = False,
+    report_to: REPORT_TO = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print harden.json on stdout at the end.")] = False,
+    today: TODAY = None,
+) -> None:
+    """Harden a base model on the subjects of a registry: OUTPUT/model and OUTPUT/harden.json."""
+    flags = {"revision": revision, "method.name": method, "seed": seed, "bystanders": bystanders}
+    chosen = _recipe(recipe, base, changes, **flags)
+    registry = _registry(subjects, chosen, today)
+    if dry_run:
+        _print_plan(chosen, registry, output)
+        return
+    from guardsmith.core.progress import quiet_libraries
+    from guardsmith.hardening.pipeline import harden as run_hardening
+
+    quiet_libraries()
+    info = run_hardening(
+        registry, chosen, output, resume=resume, overwrite=overwrite, add_to=add_to, report_to=_named(report_to)
+    )
+    if not first_process():
+        return
+    if as_json:
+        typer.echo(json.dumps(info, indent=1, sort_keys=True))
+    say(f"hardened on {len(registry.subjects)} subjects in {info['seconds']:.0f} s: {output / 'model'}")
+    say(f"next: guardsmith verify {shlex.quote(str(output))} --subjects {shlex.quote(str(registry.path))}")
+
+
+def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
+    from guardsmith.hardening.pipeline import bystander_files
+    from guardsmith.methods import METHODS
+
+    method = METHODS[recipe.method.name]
+    config = method.config(**recipe.method.params)
+    nouns = [subject.class_noun for subject in registry.subjects]
+    cost = method.cost(config, nouns)
+    if recipe.bystanders is not None and method.bystander_cost is not None:
+        cost += method.bystander_cost(config, nouns, len(bystander_files(recipe.bystanders)), recipe.sampling.steps)
+    plan = {
+        "base": recipe.base,
+        "subjects": [subject.id for subject in registry.subjects],
+        "controls": [subject.id for subject in registry.controls],
+        "method": recipe.method.name,
+        "params": config.model_dump(mode="json"),
+        "unet_forward_equivalents": cost,
+        "memory_gib": _memory(recipe, method, config),
+        "output": str(output),
+    }
+    typer.echo(json.dumps(plan, indent=1))
+    say("nothing was written; run again without --dry-run")
+
+
+def _memory(recipe: Recipe, method: Any, config: Any) -> dict[str, float] | None:
+    from guardsmith.hardening.memory import estimate
+
+    try:
+        found = estimate(recipe, method, config)
+    except RunFailed:  # it would have to be fetched from the Hub first
+        say(f"{recipe.base} is not on this machine: its memory cannot be estimated")
+        return None
+    return {key: round(value, 2) for key, value in found.items()}
+
+
+@app.command()
+def verify(
+    output: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Output folder of `guardsmith harden`, or where to report on --model.")
+    ],
+    subjects: SUBJECTS = None,
+    recipe: RECIPE = None,
+    model: Annotated[
+        str | None, typer.Option(help="Verify this checkpoint (folder or Hub id), whoever made it, against --base.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of --model.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of --model.  [default: the recipe's]")] = None,
+    changes: CHANGES = None,
+    base_runs: BASE_RUNS = None,
+    workers: WORKERS = None,
+    executor: EXECUTOR = "local",
+    policy: POLICY = None,
+    budget: BUDGET = None,
+    include_images: INCLUDE_IMAGES = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout instead of the table.")] = False,
+    today: TODAY = None,
+) -> None:
+    """Attack base and hardened model, judge, and exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
+    if model is None and (base or revision):
+        raise UserError("--base and --revision belong to --model; a hardening's own base is on record.")
+    chosen = _recipe(recipe, base, [*_budget(budget), *(changes or [])])
+    registry = _registry(subjects, chosen, today)
+    from guardsmith.core.progress import quiet_libraries
+    from guardsmith.evaluation.pipeline import verify as run_verification
+    from guardsmith.gate.policy import load_policy
+
+    rules = None if policy is None else load_policy(policy)
+
+    quiet_libraries()
+    report = run_verification(
+        registry,
+        chosen,
+        output,
+        model=model,
+        revision=revision,
+        base_runs=base_runs,
+        workers=workers,
+        executor=executor,
+        policy=rules,
+        include_images=include_images,
+        quiet=as_json,
+    )
+    if as_json:
+        typer.echo(json.dumps(report, indent=1, sort_keys=True))
+    raise typer.Exit(report["exit_code"])
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or file.")],
+    output: OUTPUT = Path("out"),
+    subjects: SUBJECTS = None,
+    bystanders: BYSTANDERS = None,
+    changes: CHANGES = None,
+    resume: RESUME = False,
+    overwrite: OVERWRITE = False,
+    base_runs: BASE_RUNS = None,
+    workers: WORKERS = None,
+    executor: EXECUTOR = "local",
+    policy: POLICY = None,
+    budget: BUDGET = None,
+    include_images: INCLUDE_IMAGES = False,
+    report_to: REPORT_TO = None,
+    repo_id: Annotated[
+        str | None, typer.Option("--publish", metavar="REPO_ID", help="Publish there if the gate says yes.")
+    ] = None,
+    contact: Annotated[str | None, CONTACT] = None,
+    licence: Annotated[str | None, LICENCE] = None,
+    licence_file: Annotated[Path | None, LICENCE_FILE] = None,
+    today: TODAY = None,
+) -> None:
+    """Harden, verify and judge as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    if (repo_id is None) != (contact is None):
+        raise UserError("--publish and --contact belong together: the model card says whom to write to")
+    chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])], bystanders=bystanders)
+    registry = _registry(subjects, chosen, today)
+    from guardsmith.core.progress import quiet_libraries
+    from guardsmith.evaluation.pipeline import verify as run_verification
+    from guardsmith.gate.policy import load_policy
+    from guardsmith.hardening.pipeline import harden as run_hardening
+    from guardsmith.runtime.executors import check_executor
+
+    rules = None if policy is None else load_policy(policy)
+    check_executor(executor)
+    quiet_libraries()
+    run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite, report_to=_named(report_to))
+    report = run_verification(
+        registry,
+        chosen,
+        output,
+        base_runs=base_runs,
+        workers=workers,
+        executor=executor,
+        policy=rules,
+        include_images=include_images,
+    )
+    if repo_id is not None and contact is not None and report["exit_code"] == 0:
+        from guardsmith.registry.loader import present_day
+        from guardsmith.release.publish import publish as run_publishing
+
+        on = day(today) or present_day()
+        done = run_publishing(
+            output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file
+        )
+        say(f"published: {done.url} at {done.commit}")
+    elif repo_id is not None:
+        say(f"not published: the verdict is {report['verdict']}")
+    raise typer.Exit(report["exit_code"])
+
+
+app.command()(check)
+app.command()(compare)
+app.command("policy")(print_policy)
+app.command("list")(list_table)
+app.command()(cloak)
+app.command()(redteam)
+app.command("train-rid")(train_rid)
+app.command()(publish)
+app.command("verify-signature")(verify_signature)
+app.command()(export)
+app.command("import")(import_file)
+app.command("release-notes")(release_notes)

@@ -1,0 +1,239 @@
+"""Commands on pictures: cloak them, train what cloaks them, and attack cloaked ones."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guardsmith.core.console import say
+from guardsmith.core.errors import UserError
+
+if TYPE_CHECKING:
+    from guardsmith.config.recipe import PixelSpec, Recipe
+
+PICTURES = Annotated[
+    list[Path], typer.Argument(metavar="IMAGES...", help="Pictures of one subject, or folders of some.")
+]
+OUTPUT = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it may not be there yet.")]
+RECIPE = Annotated[
+    str | None, typer.Option("--recipe", help="Recipe with settings.  [default: avatar-images on the embedded base]")
+]
+CHANGES = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
+]
+CLASS_NOUN = Annotated[str, typer.Option("--class-noun", help="What the subject is, as it stands in prompts.")]
+IDENTIFIER = Annotated[str, typer.Option("--identifier", help="What attackers call the subject.")]
+CLASS_IMAGES = Annotated[
+    int, typer.Option("--class-images", min=0, help="Pictures of the class for prior preservation.")
+]
+SEED = Annotated[int, typer.Option(help="Seed of everything random.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
+
+
+def _recipe(name: str | None, base: str | None, changes: list[str] | None) -> Recipe:
+    """The recipe; on another base than the embedded one, without a name, one without settings: the papers' count."""
+    from guardsmith.config.recipe import Recipe, load_recipe
+
+    if name is None and base is not None and not base.startswith("builtin:"):
+        if changes:
+            raise UserError("--set changes a recipe; name one with --recipe")
+        return Recipe(base=base)
+    found = load_recipe(name or "avatar-images", changes or [])
+    return found if base is None else found.model_copy(update={"base": base})
+
+
+def _spec(specs: dict[str, PixelSpec], name: str) -> PixelSpec:
+    from guardsmith.config.recipe import PixelSpec
+
+    return specs.get(name) or PixelSpec(name=name)
+
+
+def cloak(
+    images: PICTURES,
+    output: OUTPUT,
+    class_noun: CLASS_NOUN,
+    method: Annotated[str, typer.Option(help="See `guardsmith list cloaks`; or a name in the recipe.")] = "aspl",
+    budget: Annotated[
+        float | None, typer.Option(help="Largest change of a pixel, of 255.  [default: the method's]")
+    ] = None,
+    base: Annotated[
+        list[str] | None, typer.Option(help="Model to cloak against; may be repeated.  [default: the recipe's]")
+    ] = None,
+    recipe: RECIPE = None,
+    changes: CHANGES = None,
+    identifier: IDENTIFIER = "sks",
+    class_images: CLASS_IMAGES = 50,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Write copies of pictures that models are not meant to learn their subject from; the pictures stay as they are."""
+    from pydantic import ValidationError
+
+    from guardsmith.cloaks import find_cloak
+    from guardsmith.config.recipe import explain
+    from guardsmith.core.progress import quiet_libraries
+    from guardsmith.pictures.cloaking import cloak_pictures, pictures_in
+
+    if budget is not None and not 0 < budget <= 255:
+        raise UserError(f"--budget {budget:g}: a pixel has 255 values; give more than 0 and at most 255")
+    chosen = _recipe(recipe, base[0] if base else None, changes)
+    spec = _spec(chosen.cloaks, method)
+    params: dict[str, Any] = spec.params | ({} if budget is None else {"budget": budget})
+    config = find_cloak(spec.name).config
+    try:
+        config(**params)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, f"--method {method}", list(config.model_fields)))) from error
+    files = pictures_in(images)
+    quiet_libraries()
+    told = cloak_pictures(
+        files, output, bases=base or [chosen.base], method=spec.name, params=params, class_noun=class_noun,
+        identifier=identifier, class_images=class_images, recipe=chosen, seed=seed,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    else:
+        from rich.table import Table
+
+        from guardsmith.reports.terminal import print_table
+
+        table = Table(title=f"cloaked with {spec.name} in {told['seconds']:.1f} s", title_justify="left")
+        for heading in ("picture", "largest change of 255", "PSNR, dB", "perceptual distance"):
+            table.add_column(heading)
+        for each in told["pictures"]:
+            ratio = "-" if each["psnr_db"] is None else f"{each['psnr_db']:.1f}"
+            table.add_row(each["file"], str(each["largest_change"]), ratio, f"{each['perceptual_distance']:.4f}")
+        print_table(table, 100)
+    say(f"wrote {len(files)} pictures to {output}; look at {output / 'report' / 'before-after.png'}")
+    say(
+        f"next: guardsmith redteam {shlex.quote(str(output))} --references FOLDER --class-noun {shlex.quote(class_noun)} "
+        "--output redteam"
+    )
+
+
+def redteam(
+    images: PICTURES,
+    output: OUTPUT,
+    class_noun: CLASS_NOUN,
+    references: Annotated[
+        list[Path], typer.Option("--references", help="Other, clean pictures of the subject (files or folders).")
+    ],
+    purifier: Annotated[
+        str, typer.Option(help="See `guardsmith list purifiers`; or a name in the recipe.")
+    ] = "diffpure",
+    base: Annotated[str | None, typer.Option(help="Model that is personalized.  [default: the recipe's]")] = None,
+    recipe: RECIPE = None,
+    changes: CHANGES = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(
+            help="Label of the recipe's DreamBooth attack, whose settings all attackers have.  [default: dreambooth, if any]"
+        ),
+    ] = None,
+    identifier: IDENTIFIER = "sks",
+    class_images: CLASS_IMAGES = 50,
+    count: Annotated[int, typer.Option(min=2, help="Pictures that each attacker draws.")] = 16,
+    judge: Annotated[
+        str | None, typer.Option(help="avatar, dino, clip or face.  [default: avatar on the embedded base, else dino]")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Folder or Hub id of the judge's encoder.")] = None,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Try what can be learnt from (cloaked) pictures: as they are, purified, and purified with decoupling (CDL)."""
+    from pydantic import ValidationError
+
+    from guardsmith.config.recipe import explain
+    from guardsmith.core.progress import quiet_libraries
+    from guardsmith.metrics import JUDGE_NAMES
+    from guardsmith.pictures.cloaking import pictures_in
+    from guardsmith.pictures.redteam import redteam_pictures
+    from guardsmith.purifiers import find_purifier
+
+    if judge is not None and judge not in JUDGE_NAMES:
+        raise UserError(f"--judge {judge}: there is no such judge; choose {', '.join(JUDGE_NAMES)}")
+    chosen = _recipe(recipe, base, changes)
+    spec = _spec(chosen.purifiers, purifier)
+    config = find_purifier(spec.name).config
+    try:
+        config(**spec.params)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, f"--purifier {purifier}", list(config.model_fields)))) from error
+    label = attack or "dreambooth"
+    known = chosen.verify.attacks.get(label)
+    if attack is not None and known is None:
+        raise UserError(f"--attack {label}: the recipe has {', '.join(chosen.verify.attacks) or 'no attacks'}")
+    if known is not None and known.name != "dreambooth":
+        raise UserError(f"--attack {label}: that is {known.name}; name a DreamBooth attack of the recipe")
+    files, others = pictures_in(images), pictures_in(references)
+    quiet_libraries()
+    told = redteam_pictures(
+        files, others, output, base=chosen.base, purifier=spec.name, purifier_params=spec.params,
+        params={} if known is None else known.params, class_noun=class_noun, identifier=identifier,
+        class_images=class_images, count=count, recipe=chosen, seed=seed,
+        judge=judge or ("avatar" if chosen.base.startswith("builtin:") else "dino"), judge_model=judge_model,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    else:
+        from rich.table import Table
+
+        from guardsmith.reports.terminal import print_table
+
+        table = Table(title="similarity to the references", title_justify="left")
+        table.add_column("attacker")
+        table.add_column("mean [95 % interval]")
+        for name, row in told["attackers"].items():
+            found = (
+                "-"
+                if row["similarity"] is None
+                else f"{row['similarity']:z.2f} [{row['low']:z.2f}, {row['high']:z.2f}]"
+            )
+            table.add_row(name, found)
+        print_table(table, 80)
+    say(f"wrote {output}; look at {output / 'grid.png'}")
+
+
+def train_rid(
+    pictures: Annotated[
+        str, typer.Argument(metavar="PICTURES", help="To train on: a folder, a glob, parquet:FILE or hub:DATASET.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
+    base: Annotated[
+        list[str] | None, typer.Option(help="Model to defend against; may be repeated.  [default: the recipe's]")
+    ] = None,
+    recipe: RECIPE = None,
+    changes: CHANGES = None,
+    seed: SEED = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")
+    ] = False,
+    as_json: JSON = False,
+) -> None:
+    """Train a RID defender, which then cloaks any picture in one pass (guardsmith cloak --method rid)."""
+    from guardsmith.core.progress import quiet_libraries
+    from guardsmith.pictures.rid_training import DEFENDER, train_defender
+
+    chosen = _recipe(recipe, base[0] if base else None, changes)
+    quiet_libraries()
+    told = train_defender(
+        pictures,
+        output,
+        bases=base or [chosen.base],
+        params=chosen.defender,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    file = shlex.quote(str(output / DEFENDER))
+    say(f"trained on {told['pictures']} pictures in {told['seconds']:.0f} s: {file}")
+    say(
+        f"next: guardsmith cloak IMAGES --method rid --set cloaks.rid.params.defender={file} --class-noun NOUN --output DIR"
+    )

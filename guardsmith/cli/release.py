@@ -1,0 +1,196 @@
+"""Commands at the doors: import a base; publish, verify-signature, export, release-notes of a hardened model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guardsmith.core.console import DAY, day, say
+from guardsmith.core.errors import UserError
+
+CONTACT = typer.Option(help="Whom people write to who want to be protected: an address or a link.")
+LICENCE = typer.Option("--license", help="Licence of the base, as the Hub calls it.")
+LICENCE_FILE = typer.Option("--license-file", help="Text of that licence.")
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        UserError: it is not organisation/name.
+    """
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise UserError(f"{repo_id} is no name of a repository; write it as organisation/name")
+
+
+def publish(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening that was verified.")],
+    repo_id: Annotated[str, typer.Option("--repo-id", help="Where to, organisation/name.")],
+    subjects: Annotated[Path, typer.Option("--subjects", help="The registry that was verified.")],
+    contact: Annotated[str, CONTACT],
+    licence: Annotated[str | None, LICENCE] = None,
+    licence_file: Annotated[Path | None, LICENCE_FILE] = None,
+    private: Annotated[bool, typer.Option("--private", help="For the owners only, if the repository is new.")] = False,
+    gated: Annotated[str | None, typer.Option(help="People ask for access: auto or manual.")] = None,
+    gated_prompt: Annotated[
+        str | None, typer.Option("--gated-prompt", help="What people read who ask for access.")
+    ] = None,
+    gated_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gated-field", metavar="NAME=KIND", help="What they fill in: text, checkbox, date_picker or country."
+        ),
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch other than main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Name of this release.")] = None,
+    sign_key: Annotated[
+        Path | None, typer.Option("--sign-key", help="Sign it with this private key (PEM, elliptic curve).")
+    ] = None,
+    keyless: Annotated[
+        bool,
+        typer.Option("--sign-keyless", help="Sign it with Sigstore: as this CI job, or after a login in a browser."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force-unverified", help="Although the gate did not say yes; needs --reason.")
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="Why; it stands on the model card.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Gather what would go up, show it and the card, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what became of it as JSON.")] = False,
+    today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
+) -> None:
+    """Upload a verified model to the Hugging Face Hub with its evidence; exit 1 if the gate did not say yes."""
+    from guardsmith.registry.loader import load_registry, present_day
+    from guardsmith.release.card import access_form
+    from guardsmith.release.hub import files_of_release
+    from guardsmith.release.publish import Refused
+    from guardsmith.release.publish import publish as run_publishing
+
+    if force != bool(reason and reason.strip()):
+        raise UserError("--force-unverified and --reason belong together: the card has to say why")
+    if gated not in (None, "auto", "manual"):
+        raise UserError(f"--gated {gated}: choose auto or manual")
+    if gated is None and (gated_prompt or gated_field):
+        raise UserError("--gated-prompt and --gated-field belong to --gated: without it nobody is asked")
+    form = None if gated is None else access_form(gated_prompt, gated_field or [])
+    if create_pr and (tag or branch):
+        raise UserError("--create-pr goes without --tag and --branch: a proposal is neither a release nor a branch")
+    if keyless and sign_key:
+        raise UserError("--sign-key and --sign-keyless are two ways to sign; choose one")
+    check_repo_id(repo_id)
+    on = day(today) or present_day()
+    try:
+        registry = load_registry(subjects, today=on)
+    except UserError as error:
+        if all("consent expired" in line for line in str(error).splitlines()):
+            raise Refused(f"not published: {error}") from error
+        raise
+    done = run_publishing(
+        output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file,
+        force=reason, sign_key=sign_key, keyless=keyless, form=form, dry_run=dry_run, private=private, gated=gated, branch=branch,
+        create_pr=create_pr, tag=tag,
+    )  # fmt: skip
+    if dry_run:
+        release = output / "release"
+        for name, file in files_of_release(release).items():
+            say(f"{file.stat().st_size:>14,}  {name}")
+        say(f"nothing was uploaded; what would be is in {release}, the model card in {release / 'README.md'}")
+    elif done.changed:
+        say(f"published: {done.url} at {done.commit}")
+    else:
+        say(f"{repo_id} holds exactly this already: {done.url} at {done.commit}")
+    if as_json:
+        typer.echo(json.dumps(done._asdict(), indent=1))
+
+
+def verify_signature(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A published model, downloaded whole.")],
+    key: Annotated[Path | None, typer.Option(help="Public key of whoever published it (PEM).")] = None,
+    identity: Annotated[
+        str | None, typer.Option(help="Signed without a key: who published it, an address or the URL of a workflow.")
+    ] = None,
+    issuer: Annotated[str | None, typer.Option(help="Who vouches for that identity, a URL.")] = None,
+) -> None:
+    """Check that a published model is what was signed; exit 1 if it is not."""
+    from guardsmith.release.signing import check_signature
+
+    if (identity is None) != (issuer is None) or (key is None) == (identity is None):
+        raise UserError("name --key, or --identity and --issuer: whose signature it has to be")
+    check_signature(folder, key, identity=identity, issuer=issuer)
+    say(
+        f"{folder} is what was signed by {identity}"
+        if key is None
+        else f"{folder} is what was signed with the key that belongs to {key}"
+    )
+
+
+def export(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening.")],
+    like: Annotated[Path, typer.Option(help="The base as a single-file checkpoint (A1111, ComfyUI).")],
+    file: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+) -> None:
+    """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place."""
+    from guardsmith.hardening.pipeline import read_hardening
+    from guardsmith.models.checkpoint import resolve
+    from guardsmith.models.single_file import write_single_file
+
+    record = output / "harden.json"
+    if not record.is_file() or not (output / "model").is_dir():
+        raise UserError(f"{output} holds no finished hardening; run `guardsmith harden` first.")
+    if not like.is_file():
+        raise UserError(f"there is no file {like}; name the base's single-file checkpoint")
+    if file.exists():
+        raise UserError(f"{file} exists already; name another file")
+    told = read_hardening(record)
+    base = resolve(told["base"], told["base_revision"])
+    count = write_single_file(like, base, output / "model", file)
+    say(f"wrote {file}: {count} tensors are the hardened U-Net's, everything else is {like}'s")
+
+
+def import_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Single-file checkpoint (A1111, ComfyUI), safetensors.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Diffusers folder to write.")],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Diffusers folder or Hub id of the same kind of model.  [default: as diffusers finds it]"),
+    ] = None,
+) -> None:
+    """Make a diffusers folder of a single-file checkpoint, to be used as --base."""
+    from guardsmith.core.progress import quiet_libraries
+    from guardsmith.models.checkpoint import load_model
+    from guardsmith.models.single_file import read_single_file
+
+    if not file.is_file():
+        raise UserError(f"there is no file {file}; name a single-file checkpoint")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name another folder")
+    quiet_libraries()
+    read_single_file(file, folder, config)
+    kind = load_model(str(folder)).prediction_type
+    say(f"wrote {folder} ({kind}); next: guardsmith harden --base {shlex.quote(str(folder))} --subjects registry.yaml")
+
+
+def release_notes(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening that was verified.")],
+    since: Annotated[
+        Path | None, typer.Option(help="Output folder, or public report.json, of the release before.")
+    ] = None,
+    repo_id: Annotated[str | None, typer.Option("--repo-id", help="Name of the release, organisation/name.")] = None,
+) -> None:
+    """Print Markdown for a release or a pull request, from the public evidence: nobody is named who is not invented."""
+    from guardsmith.release.notes import release_notes as notes
+    from guardsmith.reports.compare import read_report
+
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    place = "verify/public/report.json"
+    typer.echo(
+        notes(read_report(output, place), None if since is None else read_report(since, place), repo_id), nl=False
+    )

@@ -1,0 +1,122 @@
+"""Commands that print what there is: runs side by side, the gate's policy, the tables of methods and attacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from guardsmith.core.console import DAY, day, say
+from guardsmith.core.errors import UserError
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Verified outputs (or their report.json), a column each.")
+    ],
+    control: Annotated[float, typer.Option(help="Share of the base's similarity that controls have to keep.")] = 0.95,
+    fidelity: Annotated[float, typer.Option(help="How much of the prompt fidelity may be lost.")] = 0.02,
+    steps: Annotated[float, typer.Option(help="How many times the base's steps an attack should need.")] = 10.0,
+    changed: Annotated[bool, typer.Option("--changes", help="Of two runs, only what the second one changes.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Save the table as a picture too.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Put several verified hardenings side by side; what falls short is red."""
+    from guardsmith.reports.compare import as_markdown, compare_runs, compare_two
+
+    if changed:
+        if len(runs) != 2 or markdown or svg:
+            raise UserError("--changes takes two runs, and prints a table or, with --json, data.")
+        table, two = compare_two(*runs)
+        if as_json:
+            typer.echo(json.dumps(two, indent=1))
+            return
+        from guardsmith.reports.terminal import print_table
+
+        print_table(table, 160)
+        say(f"different besides: {', '.join(two['different']) or 'nothing'}")
+        return
+    table, told = compare_runs(runs, control=control, fidelity=fidelity, steps=steps)
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    elif markdown:
+        typer.echo(as_markdown(told), nl=False)
+    else:
+        from guardsmith.reports.terminal import print_table
+
+        print_table(table, 60 + 44 * len(runs))
+    if svg is not None:
+        from guardsmith.reports.terminal import save_table
+
+        save_table(table, 60 + 44 * len(runs), svg)
+        say(f"wrote {svg}")
+
+
+def print_policy(
+    judge: Annotated[
+        str | None, typer.Option(help="Measure the levels of this judge, avatar, dino, clip or face, on --subjects.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of its encoder.  [default: the usual one]")
+    ] = None,
+    clip_t: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a CLIP that says how well ordinary pictures fit their prompts."),
+    ] = None,
+    subjects: Annotated[
+        Path | None, typer.Option(help="Registry to measure on; best of subjects whom nobody verifies.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=16, help="Pictures are opened at this many pixels.")] = 512,
+    today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
+) -> None:
+    """Print a policy of the gate as YAML: judge, rules, and the levels that similarities are compared with.
+
+    Without options it is the one of the embedded world; with a judge its levels are measured.
+    """
+    from guardsmith.gate.policy import JudgeSpec, as_yaml, default_policy, measure_policy
+    from guardsmith.metrics import JUDGE_NAMES
+
+    if (judge is None) != (subjects is None) or ((judge_model or clip_t) and judge is None):
+        raise UserError("--judge and --subjects belong together: levels are measured with a judge on a registry.")
+    if judge is not None and judge not in JUDGE_NAMES:
+        raise UserError(f"--judge {judge}: there is no such judge; choose {', '.join(JUDGE_NAMES)}")
+    if judge is None or subjects is None:
+        policy = default_policy()
+    else:
+        from guardsmith.core.progress import quiet_libraries
+        from guardsmith.registry.loader import load_registry
+
+        quiet_libraries()
+        chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model, "clip_t": clip_t})
+        policy = measure_policy(load_registry(subjects, today=day(today)), chosen, size)
+    typer.echo(as_yaml(policy), nl=False)
+    say("next: put it into a file and use it with guardsmith verify DIR --policy FILE")
+
+
+def list_table(
+    what: Annotated[str, typer.Argument(metavar="methods|attacks|cloaks|purifiers|recipes", help="Which table.")],
+) -> None:
+    """List hardening methods, attacks, cloaks, purifiers or shipped recipes."""
+    from guardsmith.config.recipe import recipe_names
+
+    if what == "recipes":
+        for name in recipe_names():
+            typer.echo(name)
+    elif what in ("methods", "attacks", "cloaks", "purifiers"):
+        from guardsmith.attacks import ATTACKS
+        from guardsmith.cloaks import CLOAKS
+        from guardsmith.methods import METHODS
+        from guardsmith.purifiers import PURIFIERS
+
+        tables: dict[str, Mapping[str, Any]] = {
+            "methods": METHODS, "attacks": ATTACKS, "cloaks": CLOAKS, "purifiers": PURIFIERS
+        }  # fmt: skip
+        for name, entry in tables[what].items():
+            typer.echo(f"{name}\t{entry.paper}")
+    else:
+        raise UserError(f"there is no table {what!r}: methods, attacks, cloaks, purifiers or recipes")

@@ -1,0 +1,375 @@
+"""A recipe: how to harden, how to attack, how to judge. YAML in, checked values out; every error at once.
+
+`load_recipe("demo")` finds `recipes/demo.yaml`; a path is taken as it is. `--set method.params.beta=2` changes one value.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from guardsmith.core.atomic_io import read_yaml
+from guardsmith.core.errors import UserError, did_you_mean
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class MethodSpec(BaseModel):
+    """Which hardening, with which parameters."""
+
+    model_config = _STRICT
+    name: str = "apdm"
+    """A key of `guardsmith list methods`."""
+    params: dict[str, Any] = {}
+    """Parameters of that method; anything left out has the method's default."""
+
+
+class ProbeSpec(BaseModel):
+    """Looks at the model while it is hardened, as signs on the way."""
+
+    model_config = _STRICT
+    times: int = Field(3, ge=0)
+    """How often, evenly spread over the steps; 0 switches them off."""
+    pictures: int = Field(4, ge=0)
+    """Pictures drawn at every look, of each identifier prompt and of each class prompt."""
+    stop_at: float | None = Field(None, gt=0)
+    """End early once the attacker's starting loss is this many times the base's (at least, or at most where below 1)."""
+    stop_class_loss: float = Field(1.1, gt=0)
+    """Not before the loss on class pictures is at most this many times the base's."""
+
+
+class AttackSpec(BaseModel):
+    """One attack of the verification."""
+
+    model_config = _STRICT
+    name: str
+    """A key of `guardsmith list attacks`."""
+    params: dict[str, Any] = {}
+    """Settings of that attack; anything left out has diffusers' default."""
+    class_noun: str | None = Field(None, min_length=1)
+    """What the attacker calls the class of everyone attacked, where it is not the registry's word."""
+    data: Literal["unseen", "hardened_on", "mixed", "flipped", "blurred", "jpeg"] = "unseen"
+    """The attacker's pictures: the registry's `attack` pictures; the very ones that were hardened on; one of the subject among
+    three of other people of its class; or the `attack` pictures mirrored, blurred (a 128th of their width) or saved as JPEG of
+    quality 30."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """How the attacker trains and draws; bfloat16 is what `--mixed_precision bf16` is in diffusers' scripts (autocast)."""
+    two_stage: bool = False
+    """Train on somebody else first, for as many steps, and on the subject then (dreambooth and lora)."""
+    trained_on: Literal["itself", "base", "hardened"] = "itself"
+    """Which model adapters are trained on before they are loaded onto the one that draws (lora). `base`: whether adapters
+    made for the base work on the hardened model. `hardened`: the other way round."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> AttackSpec:
+        if self.two_stage and self.name not in ("dreambooth", "lora"):
+            raise ValueError("two_stage is possible with dreambooth and lora only")
+        if self.trained_on != "itself" and (self.name != "lora" or self.two_stage):
+            raise ValueError("trained_on is possible with lora only, in one stage")
+        return self
+
+
+class PixelSpec(BaseModel):
+    """One cloak, or one purifier, with its parameters."""
+
+    model_config = _STRICT
+    name: str
+    """A key of `guardsmith list cloaks` (or purifiers)."""
+    params: dict[str, Any] = {}
+    """Its parameters; anything left out has its paper's default."""
+
+
+class Sampling(BaseModel):
+    """How pictures are generated."""
+
+    model_config = _STRICT
+    steps: int = Field(20, ge=2)
+    """Solver steps."""
+    guidance: float = Field(7.5, ge=1)
+    """Classifier-free guidance scale."""
+    batch: int = Field(16, ge=1)
+    """Pictures per U-Net call."""
+
+
+class VerifySpec(BaseModel):
+    """What the attacker may do and how many pictures judge the result."""
+
+    model_config = _STRICT
+    attacks: dict[str, AttackSpec] = {}
+    """Label in the report -> attack."""
+    identifiers: tuple[str, ...] = Field(("sks", "zwx"), min_length=1)
+    """Identifiers the attacker picks, each a unit of its own; at least one should be unknown to the hardening."""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    """Seeds of the attack's training, each a unit of its own."""
+    crossed: bool = True
+    """Every attack with every identifier and seed; off: one pair for each subject and attack, in turn."""
+    looks: tuple[float, ...] = Field((1.0,), min_length=1)
+    """Shares of an attack's steps after which pictures are drawn. 1 has to be there. Above 1, the attackers of protected
+    subjects on the hardened model go on for that many times the steps, and have to fail then too."""
+    sample: int | None = Field(None, gt=0)
+    """Attack only so many protected subjects, drawn by the seed."""
+    images_per_unit: int = Field(16, ge=2)
+    """Pictures drawn from every personalized model."""
+    class_images: int = Field(100, ge=0)
+    """Pictures for the attacker's prior preservation, generated by the model under attack."""
+    ordinary_images: int = Field(200, ge=10)
+    """Pictures of ordinary prompts from base and hardened model."""
+
+    @field_validator("attacks")
+    @classmethod
+    def _labels(cls, attacks: dict[str, AttackSpec]) -> dict[str, AttackSpec]:
+        for label in attacks:  # they become folder names
+            if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", label):
+                raise ValueError(f"the label {label!r} may have a-z, 0-9, dots, dashes and underscores only")
+        return attacks
+
+    @field_validator("looks")
+    @classmethod
+    def _looks(cls, looks: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 not in looks or min(looks) <= 0:
+            raise ValueError("these have to be shares above 0, and 1 (the usual end of the attack) among them")
+        return looks
+
+    @field_validator("identifiers", "seeds", "looks")
+    @classmethod
+    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):  # the same unit twice would make the intervals look narrower than they are
+            raise ValueError("one value is there twice")
+        return values
+
+
+class GateSpec(BaseModel):
+    """When a check passes."""
+
+    model_config = _STRICT
+    control_retention: float = Field(0.9, gt=0, le=1)
+    """Least share of the base's similarity that an unprotected subject must still reach."""
+    learnt_share: float = Field(0.5, gt=0, lt=1)
+    """An attack has learnt the subject on the base when its similarity is this share of the way from chance to genuine."""
+    kid_ratio: float = Field(2.0, gt=0)
+    """Ordinary prompts: KID(base, hardened) must stay under this many times KID(base, base) of two sets of seeds."""
+    fidelity_drop: float = Field(0.05, ge=0, le=1)
+    """Ordinary prompts: largest loss of prompt fidelity against the base."""
+    clip_t_drop: float = Field(0.01, gt=0, le=2)
+    """Ordinary prompts: largest loss of CLIP-T against the base, where the policy's judge measures it."""
+    destroyed_share: float = Field(0.05, gt=0, lt=1)
+    """Ordinary prompts: largest share of pictures that the hardened model may destroy."""
+    minimum_images: int = Field(8, ge=2)
+    """With fewer scored pictures than these, or one that could not be scored, a check is inconclusive."""
+
+
+class ComputeSpec(BaseModel):
+    """How the denoiser computes while it is hardened. Attacks and pictures that are judged are float32 whatever this says."""
+
+    model_config = _STRICT
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: products and convolutions in bfloat16 (autocast); weights, gradients and optimizer stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    optimizer: Literal["adamw", "adamw8bit", "offloaded", "sharded"] = "adamw"
+    """Where AdamW's two moments of every weight are: beside the weights; there in 8 bits (extra `8bit`); in the machine's memory
+    and not the accelerator's; or shared by the processes of `accelerate launch`."""
+
+
+class Recipe(BaseModel):
+    """One way of running guardsmith."""
+
+    model_config = _STRICT
+    base: str = "builtin:avatar"
+    """Base model: builtin:avatar, a diffusers folder, or a Hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub id."""
+    subjects: str | None = None
+    """Registry file, relative to the recipe; the command line may name another."""
+    bystanders: str | None = None
+    """Pictures of others whom nobody asked to protect, for the method to tell the protected subjects from: a folder, a glob,
+    `imagefolder:FOLDER` or `parquet:FILE`, relative to the recipe, or `hub:ID` of a dataset."""
+    seed: int = 0
+    """Seed of the hardening."""
+    half_variant: bool = False
+    """Write half-precision files (variant `fp16`) beside the model's although the base has none, where every weight fits. A base
+    that has them gets them anyway."""
+    sampling: Sampling = Sampling()
+    """How every picture is generated."""
+    method: MethodSpec = MethodSpec()
+    """The hardening."""
+    compute: ComputeSpec = ComputeSpec()
+    """Precision and memory of the hardening."""
+    probe: ProbeSpec = ProbeSpec()
+    """Looks on the way."""
+    verify: VerifySpec = VerifySpec()
+    """The attacks."""
+    gate: GateSpec = GateSpec()
+    """The rules of the verdict."""
+    cloaks: dict[str, PixelSpec] = {}
+    """Cloaks with their parameters on this base, by the name that `guardsmith cloak --method` knows them by."""
+    defender: dict[str, Any] = {}
+    """Settings of `guardsmith train-rid` on this base."""
+    purifiers: dict[str, PixelSpec] = {}
+    """Purifiers with their parameters on this base, by the name that `guardsmith redteam --purifier` knows them by."""
+
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "crossed": False, "seeds": [0], "looks": [1.0], "sample": 4, "images_per_unit": 8, "ordinary_images": 100
+    },
+    "standard": {},
+    "audit": {
+        "crossed": True, "seeds": [0, 1, 2], "looks": [0.1, 0.25, 0.5, 1.0, 4.0], "sample": None, "images_per_unit": 24,
+        "ordinary_images": 400,
+    },
+}  # fmt: skip
+"""What `--budget` puts in the place of a recipe's `verify` values."""
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    installed = Path(__file__).parents[1] / "builtin" / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(file.stem for file in recipe_folder().glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by name or path.
+
+    Raises:
+        UserError: there is neither such a file nor such a name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = recipe_folder() / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    hint = did_you_mean(name, recipe_names()) or f"; shipped recipes: {', '.join(recipe_names())}"
+    raise UserError(f"there is no recipe {name!r}, neither as a file nor by name{hint}")
+
+
+def _set(data: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {change}: write it as key=value, e.g. --set method.params.beta=2")
+    place = data
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {change}: {parent!r} is not a section of the recipe")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {change}: {text!r} is not a YAML value; put it in quotes") from None
+
+
+def explain(error: ValidationError, where: str, known: Sequence[str]) -> list[str]:
+    """Pydantic's findings as sentences, with a near word for unknown keys."""
+    sentences = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            hint = did_you_mean(problem["loc"][-1], known) or "; remove it"
+            sentences.append(f"{where}: {place!r} is not a known key{hint}")
+        else:
+            reason = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
+            sentences.append(f"{where}: {place}: {reason} (found {reprlib.repr(problem['input'])})")
+    return sentences
+
+
+def _known_keys(model: type[BaseModel]) -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation)
+    return keys
+
+
+def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe, with `key=value` changes applied first; method and attack parameters are checked too.
+
+    Raises:
+        UserError: every problem, one sentence a line.
+    """
+    path = find_recipe(name)
+    data = read_yaml(path, "a recipe")
+    problems = []
+    for change in changes:
+        try:
+            _set(data, change)
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += explain(error, str(path), _known_keys(Recipe))
+    problems += _parameter_problems(data, str(path))
+    if problems:
+        raise UserError("\n".join(problems))
+    recipe = Recipe.model_validate(data)
+    if recipe.subjects is not None:
+        recipe = recipe.model_copy(update={"subjects": str((path.parent / recipe.subjects).resolve())})
+    if recipe.bystanders is not None:
+        recipe = recipe.model_copy(update={"bystanders": beside(path.parent, recipe.bystanders)})
+    return recipe
+
+
+def beside(folder: Path, place: str) -> str:
+    """Where pictures are, with the path in it made absolute; relative ones begin at the folder."""
+    kind, colon, rest = place.partition(":")
+    if colon and kind == "hub":
+        return place
+    if colon and kind in ("imagefolder", "parquet"):
+        return f"{kind}:{(folder / Path(rest).expanduser()).resolve()}"
+    return str((folder / Path(place).expanduser()).resolve())
+
+
+def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
+    """What is wrong with names and parameters of method and attacks, by the tables of methods and attacks.
+
+    Reads the raw data, so that one wrong key elsewhere does not hide the other problems.
+    """
+    from guardsmith.attacks import find_attack
+    from guardsmith.cloaks import find_cloak
+    from guardsmith.cloaks.rid import RidTraining
+    from guardsmith.methods import find_method
+    from guardsmith.purifiers import find_purifier
+
+    verify = data.get("verify")
+    attacks = verify.get("attacks") if isinstance(verify, dict) else None
+    wanted: list[tuple[str, Any, Callable[[str], Any]]] = [("method", data.get("method"), find_method)]
+    for label, spec in attacks.items() if isinstance(attacks, dict) else ():
+        wanted.append((f"verify.attacks.{label}", spec, find_attack))
+    pixels: tuple[tuple[str, Callable[[str], Any]], ...] = (("cloaks", find_cloak), ("purifiers", find_purifier))
+    for table, find_pixels in pixels:
+        specs = data.get(table)
+        for label, spec in specs.items() if isinstance(specs, dict) else ():
+            wanted.append((f"{table}.{label}", spec, find_pixels))
+    problems = []
+    if isinstance(data.get("defender"), dict):
+        try:
+            RidTraining.model_validate(data["defender"])
+        except ValidationError as error:
+            problems += explain(error, f"{where}: defender", list(RidTraining.model_fields))
+    for place, spec, find in wanted:
+        told = spec if isinstance(spec, dict) else {}
+        name, params = told.get("name", MethodSpec().name if place == "method" else None), told.get("params", {})
+        if not isinstance(name, str) or not isinstance(params, dict):
+            continue  # already told
+        try:
+            config = find(name).config
+            config.model_validate(params)
+        except UserError as error:
+            problems.append(f"{where}: {place}: {error}")
+        except ValidationError as error:
+            problems += explain(error, f"{where}: {place}.params", list(config.model_fields))
+    return problems

@@ -1,0 +1,60 @@
+"""What the released weights draw of protected subjects before anyone attacks.
+
+A hardening sees the subjects' pictures, and may leave them in the weights: under the names that it used, or as what half-finished
+pictures of the class are drawn towards. So the model under test is asked for every protected subject, by the names that it is
+known under and those that attackers pick: half of the pictures from noise, half from class pictures that are noised half-way and
+drawn again (SDEdit, Meng et al. 2022; hf.co/papers/2108.01073).
+
+    <root>/released/<subject>/<digest>/000.png ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from guardsmith.config.recipe import Recipe
+from guardsmith.core.atomic_io import folder_digest, whole_folder
+from guardsmith.core.images import open_pictures, to_pil
+from guardsmith.diffusion.prompts import instance_prompt
+from guardsmith.diffusion.sampling import generate, redraw
+from guardsmith.evaluation.runs import Judged, class_file
+from guardsmith.metrics import Judge
+from guardsmith.registry.loader import Subject
+
+FIRST_SEED = 90_000  # no other pictures of verification use these
+STRENGTH = 0.5
+
+
+def released_pictures(judged: Judged, recipe: Recipe, subject: Subject) -> list[Path]:
+    """The pictures, drawn unless they are there; the folder appears whole."""
+    count = recipe.verify.images_per_unit
+    names = list(dict.fromkeys((*subject.identifiers, *recipe.verify.identifiers)))
+    prompts = [instance_prompt(names[i // 2 % len(names)], subject.class_noun) for i in range(count)]
+    sampling, class_images = recipe.sampling.model_dump(), recipe.verify.class_images
+    digest = folder_digest(judged.digest, prompts, sampling, class_images, STRENGTH, FIRST_SEED)
+    folder = judged.root / "released" / subject.id / digest
+    if not folder.is_dir():
+        # Every name is asked for both ways: even pictures from noise, odd ones from class pictures where there are any.
+        again = range(1, count, 2) if class_images else range(0)
+        afresh = [i for i in range(count) if i not in again]
+        drawn = generate(judged.model, [prompts[i] for i in afresh], [FIRST_SEED + i for i in afresh], **sampling)
+        found = dict(zip(afresh, drawn, strict=True))
+        if again:
+            known = load_file(class_file(judged, subject.class_noun, recipe))["images"]
+            before = known[[i % len(known) for i in again]]
+            asked, seeds = [prompts[i] for i in again], [FIRST_SEED + i for i in again]
+            drawn = redraw(judged.model, before, asked, seeds, strength=STRENGTH, **sampling)
+            found |= zip(again, drawn, strict=True)
+        with whole_folder(folder) as place:
+            for i, image in found.items():
+                to_pil(image).save(place / f"{i:03d}.png")
+    return sorted(folder.glob("*.png"))
+
+
+def likeness_of(files: Sequence[Path], subject: Subject, judge: Judge, size: int) -> list[float | None]:
+    """Similarity of each of these pictures to the subject's real ones, by a judge who sees them at a size."""
+    references = open_pictures([image.path for image in subject.images_of("reference")], size)
+    return judge.similarity(open_pictures(files, size), references)

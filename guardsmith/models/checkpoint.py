@@ -1,0 +1,414 @@
+"""The Stable Diffusion checkpoint in memory: `builtin:avatar`, a folder, or a Hub id; safetensors only.
+
+A `DiffusionModel` is passed around instead of a pipeline: hardening, attacks and sampling need the parts, not the call.
+What differs between SD1.x and 2.x, SDXL and Stable Diffusion 3 is in `families.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import T5EncoderModel
+
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.models.families import PIPELINES, SD, SD3, SDXL, Family
+from guardsmith.runtime.device import chosen_device, put, settle
+
+BUILTIN = Path(__file__).parents[1] / "builtin"
+BUILTIN_MODELS = ("avatar",)
+HALF = "fp16"  # what diffusers calls the half-precision files beside others
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+EVIDENCE = (
+    "guardsmith"  # folder of a published repository with records of how the model came about, which are no part of it
+)
+HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "*.model"]  # no single-file checkpoints from the top of a repository
+
+
+@dataclass
+class DiffusionModel:
+    """The parts of one Stable Diffusion checkpoint, float32, in eval mode, without gradients.
+
+    Attributes:
+        unet: predicts noise or velocity; (n, c, h, w) latents, (n,) timesteps, (n, tokens, width) context. For Stable Diffusion 3
+            it is the transformer.
+        vae: pictures in [-1, 1] <-> latents; use `posterior` and `decode`.
+        text_encoder: token ids -> context (its last hidden state).
+        tokenizer: pads to `model_max_length`.
+        scheduler: the *training* schedule (betas, prediction type).
+        source: where it came from, as the user wrote it.
+        folder: the diffusers folder it was read from.
+        family: which it is of.
+        further_text: further text encoders with their tokenizers, where the family has some.
+        empty_is_zero: whether the empty prompt is embedded as zeros (SDXL's base).
+    """
+
+    unet: Any
+    vae: AutoencoderKL
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    source: str
+    folder: Path
+    family: Family = SD
+    further_text: tuple[tuple[Any, Any], ...] = ()
+    empty_is_zero: bool = False
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """Every network by the folder that it is stored in."""
+        text = [self.text_encoder, *(encoder for encoder, _ in self.further_text)]
+        names = [encoder for encoder, *_ in self.family.text_parts()]
+        return {self.family.denoiser: self.unet, "vae": self.vae} | dict(zip(names, text, strict=False))
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the scaled latents of pictures in [-1, 1], float32 (n, c, h, w) each, with gradients to them."""
+        if not (images.min() >= -1.001 and images.max() <= 1.001):  # NaN is in no range
+            raise ValueError(f"pictures must be in [-1, 1], found [{images.min():.2f}, {images.max():.2f}]")
+        found, scale = self.vae.encode(images).latent_dist, float(self.vae.config.scaling_factor)
+        shift = self.vae.config.shift_factor
+        return (found.mean if shift is None else found.mean - shift) * scale, found.std * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of scaled latents, float32 (n, 3, h, w), not clipped."""
+        shift, unscaled = self.vae.config.shift_factor, latents / self.vae.config.scaling_factor
+        pictures: Tensor = self.vae.decode(unscaled if shift is None else unscaled + shift, return_dict=False)[0]
+        return pictures.float()
+
+    @property
+    def place(self) -> str:
+        """What `load_model` reads it from in another process, without asking the network again."""
+        return self.source if self.source.startswith("builtin:") else str(self.folder)
+
+    @property
+    def image_size(self) -> int:
+        """Side of its pictures in pixels."""
+        levels = len(self.vae.config.block_out_channels) - 1
+        return int(self.unet.config.sample_size) << levels
+
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon`, `v_prediction` or `flow`."""
+        return str(self.scheduler.config.prediction_type)
+
+
+def builtin_path(name: str) -> Path:
+    """Folder of an embedded checkpoint, e.g. `builtin_path("avatar")`, for any tool that reads diffusers folders."""
+    if name not in BUILTIN_MODELS:
+        raise UserError(f"There is no embedded model '{name}'; there is: {', '.join(BUILTIN_MODELS)}.")
+    return BUILTIN / name
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """The local diffusers folder of a source (`builtin:NAME`, a folder, or a Hub id, downloaded when needed).
+
+    Raises:
+        UserError: the source is a pickle, or is no Stable Diffusion folder.
+        RunFailed: the Hub cannot be reached or does not have it.
+    """
+    if source.startswith("builtin:"):
+        return builtin_path(source.removeprefix("builtin:"))
+    path = Path(source).expanduser()
+    if path.suffix.lower() in PICKLES:
+        raise UserError(
+            f"{source}: pickled weights ({path.suffix}) can run code when opened and are refused; convert the model to "
+            "safetensors first (diffusers: `pipeline.save_pretrained(folder, safe_serialization=True)`)."
+        )
+    if path.is_file():
+        raise UserError(
+            f"{source} is a single file; make a diffusers folder of it first: `guardsmith import {source} FOLDER`."
+        )
+    if path.exists():
+        _check_folder(path)
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"There is no base model at '{source}'; give a folder, a Hub id (org/name) or builtin:avatar.")
+    return _download(source, revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise RunFailed(
+            f"{repo}: not in the local Hub cache and the Hub cannot be reached; go online, unset HF_HUB_OFFLINE, "
+            "or give a folder."
+        ) from error
+    except (HfHubHTTPError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunFailed(
+            f"{repo}: the Hub did not give this model ({reason}); check the name and your access."
+        ) from error
+    except OSError as error:
+        raise RunFailed(
+            f"{repo}: the Hub cannot be reached ({type(error).__name__}); go online or give a folder."
+        ) from error
+    _check_folder(folder)
+    return folder
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        if (folder / "model" / "model_index.json").is_file():
+            raise UserError(f"{folder} is the output of a hardening run; its model is {folder / 'model'}.")
+        raise UserError(f"{folder}: not a diffusion model, it has no model_index.json; give a diffusers folder.")
+    try:
+        parts = json.loads(index.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{index}: not valid JSON ({error}).") from error
+    kind = parts.get("_class_name") if isinstance(parts, dict) else None
+    if kind not in PIPELINES:
+        known = ", ".join(family.name for family in PIPELINES.values())
+        raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes {known}.")
+    family = PIPELINES[kind]
+    texts = [(encoder, tokenizer) for encoder, tokenizer, *_ in text_parts(folder, family)]
+    for part in (family.denoiser, "vae", *(encoder for encoder, _ in texts)):
+        if not list((folder / part).glob("*.safetensors")):
+            pickled = [f.name for f in (folder / part).glob("*") if f.suffix in PICKLES]
+            if pickled:
+                raise UserError(
+                    f"{folder / part}: only pickled weights ({pickled[0]}), which can run code when opened; convert the "
+                    "model to safetensors first."
+                )
+            raise UserError(f"{folder / part}: no safetensors weights found; the checkpoint is incomplete.")
+    for part in (*(tokenizer for _, tokenizer in texts), "scheduler"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder}: the folder '{part}' is missing; the checkpoint is incomplete.")
+    # Without its vocabulary the tokenizer loads all the same, as one that knows no words.
+    for _, part in texts:
+        known_files = {file.name for file in (folder / part).iterdir()}
+        if not known_files & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= known_files:
+            raise UserError(f"{folder / part}: no vocabulary found (tokenizer.json); the checkpoint is incomplete.")
+
+
+def text_parts(folder: Path, family: Family) -> list[tuple[str, str, Any, Any]]:
+    """The family's text encoders that this folder has (Stable Diffusion 3 comes without T5 too); see `Family.text_parts`."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return [
+        part for part in family.text_parts()
+        if part[2] is not T5EncoderModel or (index.get(part[0]) or [None])[0] is not None
+    ]  # fmt: skip
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a checkpoint folder that `resolve` gave."""
+    return PIPELINES[json.loads((folder / "model_index.json").read_text())["_class_name"]]
+
+
+def load_model(source: str, revision: str | None = None) -> DiffusionModel:
+    """Load a checkpoint in float32, frozen, in eval mode, its networks on the chosen device (see `guardsmith.runtime.device`).
+
+    Raises:
+        UserError: not a Stable Diffusion folder, pickled, corrupt, or with weights that are not finite.
+        RunFailed: the Hub cannot be reached or does not have it.
+    """
+    folder = resolve(source, revision)
+    family = family_of(folder)
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    loaded, texts = {}, []
+    try:
+        for name, network in ((family.denoiser, family.network), ("vae", AutoencoderKL)):
+            loaded[name] = network.from_pretrained(folder, subfolder=name, torch_dtype=torch.float32, **options)
+        for name, tokens, encoder, tokenizer in text_parts(folder, family):
+            loaded[name] = encoder.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
+            texts.append((loaded[name][0], tokenizer.from_pretrained(folder, subfolder=tokens)))
+        scheduler = family.scheduler.from_pretrained(folder, subfolder="scheduler")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source}: the checkpoint cannot be read ({reason}).") from error
+    except Exception as error:  # safetensors' own error class is not exported everywhere
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{source}: a weight file is truncated or corrupt ({error}).") from error
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "flow"):
+        raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
+    for name, (part, told) in loaded.items():
+        if missing := sorted(told["missing_keys"]):  # the libraries would go on with random numbers
+            raise UserError(
+                f"{source}: {name} lacks {len(missing)} of its weights ({missing[0]}); the checkpoint is incomplete."
+            )
+        part.eval().requires_grad_(False)
+        for key, value in part.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise UserError(f"{source}: {name} has weights that are not finite ({key}); the checkpoint is broken.")
+    for encoder, tokenizer in texts:
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise UserError(
+                f"{source}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {encoder.config.vocab_size}; "
+                "they do not belong together."
+            )
+    unet, vae = loaded[family.denoiser][0], loaded["vae"][0]
+    _check_widths(source, family, unet, [encoder for encoder, _ in texts])
+    settle()
+    device = chosen_device()
+    for network, _ in loaded.values():
+        put(network, device)
+    model = DiffusionModel(unet, vae, *texts[0], scheduler, source, folder, family, tuple(texts[1:]))
+    if family is SDXL:
+        index = json.loads((folder / "model_index.json").read_text())
+        model.empty_is_zero = bool(index.get("force_zeros_for_empty_prompt", True))
+        unet.picture_size = model.image_size
+    return model
+
+
+def _check_widths(source: str, family: Family, unet: Any, encoders: list[Any]) -> None:
+    """What the text encoders give is what the denoiser takes.
+
+    Raises:
+        UserError: it is not.
+    """
+    network = "transformer" if family is SD3 else "U-Net"
+    clips = [encoder for encoder in encoders if not isinstance(encoder, T5EncoderModel)]
+    given = sum(encoder.config.hidden_size for encoder in clips)
+    wanted = unet.config.joint_attention_dim if family is SD3 else unet.config.cross_attention_dim
+    if given > wanted if family is SD3 else given != wanted:
+        raise UserError(
+            f"{source}: the text encoder gives {given} numbers per token and the {network} takes {wanted}; they do not belong "
+            "together."
+        )
+    for t5 in encoders[len(clips) :]:
+        if t5.config.d_model != wanted:
+            raise UserError(
+                f"{source}: T5 gives {t5.config.d_model} numbers per token and the {network} takes {wanted}; they do not "
+                "belong together."
+            )
+    if family is not SD:
+        pooled = sum(encoder.config.projection_dim for encoder in (clips if family is SD3 else clips[-1:]))
+        wanted = unet.config.pooled_projection_dim if family is SD3 else unet.pooled_size
+        if pooled != wanted:
+            raise UserError(
+                f"{source}: the text encoders give a pooled embedding of {pooled} numbers and the {network} takes {wanted}; "
+                "they do not belong together."
+            )
+
+
+def with_own_unet(model: DiffusionModel) -> DiffusionModel:
+    """The same model with a U-Net of its own to change; the frozen parts stay shared."""
+    own = copy.copy(model)
+    own.unet = copy.deepcopy(model.unet)
+    return own
+
+
+def save_model(
+    model: DiffusionModel, folder: Path, parts: Sequence[str] | None = None, *, half_variant: bool = False
+) -> None:
+    """Write a complete diffusers folder: these parts from memory, every other file copied byte for byte from the source.
+
+    They are stored in the precision of the source's own files, so that a half-precision base stays one, or in float32 where a
+    weight does not fit it. Where the source has half-precision files beside them (variant `fp16`), so has the folder, unless a
+    weight does not fit: then it has none of any part, rather than some of one model and some of another.
+    The folder appears whole or not at all.
+
+    Args:
+        model: what to write.
+        folder: where to.
+        parts: folders of what may differ from the source (`DiffusionModel.networks`); the denoiser when not given.
+        half_variant: write half-precision files although the source has none, where every weight fits.
+
+    Raises:
+        RunFailed: a weight is not finite.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    parts = (model.family.denoiser,) if parts is None else parts
+    try:
+        shutil.copytree(model.folder, temporary, ignore=lambda _, names: [n for n in names if n == ".cache"])
+        # Where the plain files are in half precision, they are what the variant would be.
+        asked = [
+            name for name in model.networks
+            if half_variant and stored_dtype(model.folder, name) != torch.float16
+        ]  # fmt: skip
+        halves = [_save_part(model, name, temporary / name, name in asked) for name in parts]
+        halves += [_save_half(model, name, temporary / name) for name in asked if name not in parts]
+        if not all(halves):
+            for file in temporary.glob(f"*/*.{HALF}.*"):
+                file.unlink()
+        for file in temporary.rglob("*"):
+            if file.suffix in PICKLES:
+                file.unlink()
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_part(model: DiffusionModel, name: str, place: Path, half: bool) -> bool:
+    """Replace the weights of one part; variants, shards and their index go, for they hold those of the source.
+
+    Returns:
+        Whether the half-precision variant of the other parts may stay: this part has one of its own.
+    """
+    wanted = half or any(place.glob(f"*.{HALF}.*"))
+    for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index*.json")]:
+        file.unlink()
+    part, dtype = model.networks[name], stored_dtype(model.folder, name)
+    if any(parameter.dtype != dtype for parameter in part.parameters()):  # else there may be no room for a copy
+        part = copy.deepcopy(part).to(dtype)
+    if not _finite(part):
+        part = copy.deepcopy(model.networks[name]).float()
+    if not _finite(part):
+        raise RunFailed("A weight of the hardened model is not finite; no model was written.")
+    part.save_pretrained(place, safe_serialization=True)
+    wanted = wanted and _save_half(model, name, place)
+    config = model.folder / name / "config.json"
+    shutil.copyfile(config, place / config.name)  # the libraries' own tells where the base lay
+    for file in place.glob("*.safetensors"):
+        shutil.copymode(config, file)  # safetensors writes for the owner only
+    return wanted
+
+
+def _save_half(model: DiffusionModel, name: str, place: Path) -> bool:
+    """Write the half-precision files of a part beside the others; returns whether all of its weights fit."""
+    part = copy.deepcopy(model.networks[name]).half()
+    if not _finite(part):
+        return False
+    part.save_pretrained(place, safe_serialization=True, variant=HALF)
+    config = model.folder / name / "config.json"
+    shutil.copyfile(config, place / config.name)
+    return True
+
+
+def _finite(module: torch.nn.Module) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in module.parameters())
+
+
+def stored_dtype(folder: Path, part: str = "unet") -> torch.dtype:
+    """Precision of a part's weights on disk; variants beside them (`.fp16.`, `.non_ema.`) do not count."""
+    from safetensors import safe_open
+
+    files = sorted((folder / part).glob("*.safetensors"))
+    file = min(files, key=lambda file: file.name.count("."))
+    with safe_open(file, framework="pt") as weights:
+        kinds = (weights.get_tensor(key).dtype for key in weights.keys())  # noqa: SIM118 (not a dict)
+        dtype: torch.dtype = next(kind for kind in kinds if kind.is_floating_point)  # some store position numbers too
+        return dtype
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over every weight file and every configuration of a checkpoint folder but its `EVIDENCE`, `sha256:<hex>`.
+
+    Configurations count: another prediction type or scaling factor makes another model of the same weights.
+    """
+    digest = hashlib.sha256()
+    files = [file for kind in ("*.safetensors", "*.json", "*.txt") for file in folder.rglob(kind)]
+    files = [file for file in files if file.relative_to(folder).parts[0] != EVIDENCE]
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

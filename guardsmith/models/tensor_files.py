@@ -1,0 +1,124 @@
+"""Safetensors files, tensor by tensor: for files that are larger than the memory there is for them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from guardsmith.core.errors import UserError
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of itself.
+
+    Attributes:
+        tensors: name -> dtype, shape, data_offsets; in the order of the file.
+        metadata: its strings.
+        start: where the data begin, in bytes.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+
+
+def read_header(file: Path) -> Header:
+    """The header of a safetensors file.
+
+    Raises:
+        UserError: it is none, or is not whole.
+    """
+    with file.open("rb") as stream:
+        try:
+            size = int.from_bytes(stream.read(8), "little")
+            told = json.loads(stream.read(size if size < os.fstat(stream.fileno()).st_size else 0))
+            metadata = told.pop("__metadata__", {})
+            end = max(entry["data_offsets"][1] for entry in told.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is no safetensors file; give a single-file checkpoint of the base") from error
+    if file.stat().st_size != 8 + size + end:
+        raise UserError(f"{file} is not whole; download it again")
+    tensors = dict(sorted(told.items(), key=lambda item: item[1]["data_offsets"]))
+    return Header(tensors, metadata, 8 + size)
+
+
+def write_copy(
+    source: Path, header: Header, target: Path, *, replaced: Mapping[str, tuple[str, bytes]] | None = None
+) -> None:
+    """Write the tensors that the header names, in its order; the file appears whole or not at all.
+
+    Args:
+        source: the file that it was read from.
+        header: of what is to be written; `start` and offsets are those of the source.
+        target: where to.
+        replaced: name -> dtype and data as safetensors stores them, in place of the source's.
+    """
+    replaced = replaced or {}
+    entries: dict[str, dict[str, Any]] = {}
+    place = 0
+    for name, entry in header.tensors.items():
+        size, dtype = entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"]
+        if name in replaced:
+            dtype, size = replaced[name][0], len(replaced[name][1])
+        entries[name] = {"dtype": dtype, "shape": entry["shape"], "data_offsets": [place, place + size]}
+        place += size
+    told = json.dumps(({"__metadata__": header.metadata} if header.metadata else {}) | entries).encode()
+    told += b" " * (-len(told) % 8)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with temporary.open("wb") as out, source.open("rb") as data:
+            out.write(len(told).to_bytes(8, "little") + told)
+            for name, entry in header.tensors.items():
+                if name in replaced:
+                    out.write(replaced[name][1])
+                    continue
+                data.seek(header.start + entry["data_offsets"][0])
+                left = entry["data_offsets"][1] - entry["data_offsets"][0]
+                while left:
+                    block = data.read(min(left, 1 << 20))
+                    out.write(block)
+                    left -= len(block)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """In which of a folder's safetensors files a tensor is; of variants (fp16, non_ema) the plain file's win."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            found |= dict.fromkeys(weights.keys(), file)
+    return found
+
+
+def stored_tensor(file: Path, key: str) -> torch.Tensor:
+    """A tensor of a file, which is closed again: of one that stays open, all that was read stays in memory."""
+    with safe_open(file, framework="pt") as weights:
+        tensor: torch.Tensor = weights.get_tensor(key)
+        return tensor
+
+
+def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder of safetensors files, by name; of variants (fp16, non_ema) the plain file's win."""
+    return {key: stored_tensor(file, key) for key, file in _files_of(folder).items()}
+
+
+def changed_fraction(before: Path, after: Path) -> float:
+    """Share of stored weight entries that differ between two folders of safetensors files, in [0, 1].
+
+    The guard against training that cannot move its weights (half-precision weights under a tiny learning rate).
+    """
+    old, new = _files_of(before), _files_of(after)
+    different = total = 0
+    for key, file in old.items():  # one by one, for there may be no room for both models
+        tensor = stored_tensor(file, key)
+        total += tensor.numel()
+        different += int((tensor != stored_tensor(new[key], key)).sum()) if key in new else 0
+    return different / total

@@ -1,0 +1,249 @@
+"""Cloaking pictures: copies that look the same, and that a model is not meant to learn a subject from.
+
+    <output>/NAME.png                 the cloaked copy of NAME.*, as large as it was
+    <output>/report/cloak.json        how, and what it cost in looks
+    <output>/report/before-after.png  some of them beside what they were, and the difference
+
+A model sees pictures of one size. A picture is scaled so that its short side has that size and covered with squares along the
+long one, the squares are cloaked together, and the change is scaled back to the picture (which keeps it within the budget) and
+averaged where squares overlap. So what is cloaked is what people get who scale and crop it for that model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.cloaks import find_cloak
+from guardsmith.cloaks.pixels import load_bases
+from guardsmith.config.recipe import Recipe
+from guardsmith.core.atomic_io import whole_folder, write_json
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.images import SUFFIXES, open_image, sha256_file, to_tensor
+from guardsmith.core.progress import stage
+from guardsmith.diffusion.cache import drawn_by
+from guardsmith.diffusion.prompts import class_prompt
+from guardsmith.metrics.perceptual import perceptual_distance, psnr
+from guardsmith.models.checkpoint import DiffusionModel, weights_digest
+
+SHOWN = 6
+CLASS_SEED = 70_000  # of class pictures for surrogates; no other pictures use these
+
+
+class Covered(NamedTuple):
+    """A picture and the squares that cover it at a model's size.
+
+    Attributes:
+        picture: as it was opened.
+        squares: (k, 3, size, size) in [-1, 1].
+        places: top and left of each square in the scaled picture.
+        scaled: height and width of the scaled picture.
+    """
+
+    picture: Image.Image
+    squares: Tensor
+    places: list[tuple[int, int]]
+    scaled: tuple[int, int]
+
+
+def pictures_in(places: Sequence[Path]) -> list[Path]:
+    """The pictures that are named, or in the folders that are; sorted within a folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not inside:
+                raise UserError(f"there is no picture in {place}; name pictures, or a folder with some")
+            found += inside
+        else:
+            found.append(place)
+    return found
+
+
+def check_names(files: Sequence[Path]) -> None:
+    """Each picture's copy needs a name of its own.
+
+    Raises:
+        UserError: two would have one.
+    """
+    names: dict[str, Path] = {}
+    for file in files:
+        if file.stem in names:
+            raise UserError(f"{file} and {names[file.stem]} would have one name as PNG; rename one of them")
+        names[file.stem] = file
+
+
+def covered(picture: Image.Image, size: int) -> Covered:
+    """Scale a picture to a model's size and cover it with squares, evenly spread."""
+    share = size / min(picture.size)
+    width, height = (max(size, round(side * share)) for side in picture.size)
+    scaled = to_tensor(picture.resize((width, height), Image.Resampling.LANCZOS))
+
+    def starts(side: int) -> list[int]:
+        count = math.ceil(side / size - 1e-9)
+        return [0] if count == 1 else [round(i * (side - size) / (count - 1)) for i in range(count)]
+
+    places = [(top, left) for top in starts(height) for left in starts(width)]
+    squares = torch.stack([scaled[:, top : top + size, left : left + size] for top, left in places])
+    return Covered(picture, squares, places, (height, width))
+
+
+def uncovered(known: Covered, cloaked: Tensor, budget: float) -> Image.Image:
+    """The picture with the change that its squares got, at its own size and within the budget (of 255)."""
+    change, count = torch.zeros(3, *known.scaled), torch.zeros(1, *known.scaled)
+    size = cloaked.shape[-1]
+    for (top, left), before, after in zip(known.places, known.squares, cloaked, strict=True):
+        change[:, top : top + size, left : left + size] += after - before
+        count[:, top : top + size, left : left + size] += 1
+    change = change / count
+    target = (known.picture.height, known.picture.width)
+    if target != known.scaled:
+        change = F.interpolate(change[None], target, mode="bicubic", align_corners=False, antialias=True)[0]
+    before = np.asarray(known.picture, dtype=np.int16)
+    moved = np.round(change.permute(1, 2, 0).numpy() * 127.5)
+    whole = math.floor(budget + 1e-6)
+    after = np.clip(before + np.clip(moved, -whole, whole), 0, 255).astype(np.uint8)
+    return Image.fromarray(after)
+
+
+def largest_change(before: Image.Image, after: Image.Image) -> int:
+    """Largest difference of two pictures of one size in any pixel and channel, of 255."""
+    return int(np.abs(np.asarray(before, dtype=np.int16) - np.asarray(after, dtype=np.int16)).max())
+
+
+def metadata_of(file: Path) -> dict[str, Any]:
+    """What a picture's file says besides pixels, as PNG takes it; upright, since `open_image` turns it."""
+    with Image.open(file) as raw:
+        exif = raw.getexif()
+        told: dict[str, Any] = {}
+        exif.pop(0x0112, None)
+        if len(exif):
+            told["exif"] = exif.tobytes()
+        if raw.mode in ("RGB", "RGBA", "P") and raw.info.get("icc_profile"):
+            told["icc_profile"] = raw.info["icc_profile"]
+        if raw.info.get("dpi"):
+            told["dpi"] = raw.info["dpi"]
+        xmp = raw.info.get("xmp") or raw.info.get("XML:com.adobe.xmp")
+        if xmp:
+            text = PngImagePlugin.PngInfo()
+            text.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp))
+            told["pnginfo"] = text
+        return told
+
+
+def class_pictures(model: DiffusionModel, class_noun: str, count: int, recipe: Recipe) -> Tensor:
+    """Pictures of the class drawn by a base, for somebody's prior preservation; none if none are asked for."""
+    if not count:
+        return torch.empty(0, 3, model.image_size, model.image_size)
+    return drawn_by(model, recipe, [class_prompt(class_noun)] * count, CLASS_SEED, None, "class pictures")
+
+
+def sheet(before: Sequence[Image.Image], after: Sequence[Image.Image], budget: float, side: int = 192) -> Image.Image:
+    """Pictures, their cloaked copies, and the difference, enlarged so that the budget fills the range; in three rows."""
+    page = Image.new("RGB", (side * len(before), side * 3), "white")
+    for i, (one, other) in enumerate(zip(before, after, strict=True)):
+        apart = (np.asarray(other, np.float32) - np.asarray(one, np.float32)) / budget
+        difference = Image.fromarray(np.clip(127.5 + 127.5 * apart, 0, 255).astype(np.uint8))
+        for j, picture in enumerate((one, other, difference)):
+            smooth = Image.Resampling.LANCZOS if max(picture.size) > side else Image.Resampling.NEAREST
+            page.paste(ImageOps.contain(picture, (side, side), smooth), (i * side, j * side))
+    return page
+
+
+def cloak_pictures(
+    files: Sequence[Path],
+    output: Path,
+    *,
+    bases: Sequence[str],
+    method: str,
+    params: dict[str, Any],
+    class_noun: str,
+    identifier: str,
+    class_images: int,
+    recipe: Recipe,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Cloak pictures of one subject together; the folder appears whole.
+
+    Args:
+        files: see `pictures_in`.
+        output: a folder that is not there yet.
+        bases: models that the pictures are cloaked against; all of one size.
+        method: a name in `CLOAKS`.
+        params: values of that cloak's config.
+        class_noun: what the subject is.
+        identifier: how attackers may call it.
+        class_images: pictures of the class for surrogates.
+        recipe: says how those are drawn.
+        seed: of everything random.
+
+    Returns:
+        What `cloak.json` holds.
+
+    Raises:
+        UserError: a picture or a base cannot be used; the output is there already.
+        RunFailed: it diverged, or a saved picture is not within the budget.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; name another folder")
+    check_names(files)
+    chosen = find_cloak(method)
+    config: Any = chosen.config(**params)
+    pictures = [open_image(file) for file in files]
+    models = load_bases(bases)
+    size = models[0].image_size
+    known = [covered(picture, size) for picture in pictures]
+    squares = torch.cat([each.squares for each in known])
+    prior = class_pictures(models[0], class_noun, class_images if chosen.learns else 0, recipe)
+    data = AttackData(squares, prior, identifier, class_noun)
+    began = time.monotonic()
+    with stage(f"cloaking ({method})", config.total(len(models), len(squares))) as bar:
+        cloaked = chosen.run(models, data, config, seed=seed, on_step=lambda value: bar({"loss": value}))
+    seconds = time.monotonic() - began
+    after = [
+        uncovered(each, part, config.budget)
+        for each, part in zip(known, cloaked.split([len(each.squares) for each in known]), strict=True)
+    ]
+    told = []
+    with whole_folder(output) as place:
+        (place / "report").mkdir()
+        for file, picture, changed in zip(files, pictures, after, strict=True):
+            target = place / f"{file.stem}.png"
+            changed.save(target, **metadata_of(file))
+            saved = open_image(target)
+            change = largest_change(picture, saved)
+            if saved.size != picture.size or change > config.budget:
+                raise RunFailed(f"{target.name} was changed by {change} of 255, the budget is {config.budget:g}")
+            both = [covered(each, size).squares for each in (picture, saved)]
+            with torch.no_grad():
+                apart = float(perceptual_distance(models[0], *both).mean())
+            ratio = float(psnr(to_tensor(picture)[None], to_tensor(saved)[None]))
+            told.append(
+                {
+                    "from": file.name, "file": target.name, "sha256": sha256_file(target), "largest_change": change,
+                    "psnr_db": None if math.isinf(ratio) else ratio, "perceptual_distance": apart,
+                }
+            )  # fmt: skip
+        sheet(pictures[:SHOWN], after[:SHOWN], config.budget).save(place / "report" / "before-after.png")
+        record = {
+            "method": method, "paper": chosen.paper, "params": config.model_dump(mode="json"), "seed": seed,
+            "class_noun": class_noun, "identifier": identifier, "class_images": len(prior), "seconds": seconds,
+            "bases": [{"base": base, "digest": weights_digest(model.folder)} for base, model in zip(bases, models, strict=True)],
+            "pictures": told,
+        }  # fmt: skip
+        write_json(place / "report" / "cloak.json", record)
+    return record

@@ -1,0 +1,128 @@
+"""Training a RID defender on a folder of pictures: pairs first, then the network; a killed run goes on with --resume.
+
+<output>/settings.json          what was asked; a resumed run must ask the same
+<output>/pairs.safetensors      pictures cloaked by optimization
+<output>/state.safetensors      training state
+<output>/defender.safetensors   appears whole, at the end
+<output>/training.json          written last
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.cloaks import find_cloak
+from guardsmith.cloaks.pixels import load_bases
+from guardsmith.cloaks.rid import RidTraining, train
+from guardsmith.core.atomic_io import folder_digest, read_record, write_json
+from guardsmith.core.images import open_pictures, sha256_file
+from guardsmith.core.progress import stage
+from guardsmith.hardening.pipeline import bystander_files
+from guardsmith.models.checkpoint import DiffusionModel, weights_digest
+from guardsmith.models.networks import save_network
+from guardsmith.runtime.output import only_run, prepare_output
+
+DEFENDER = "defender.safetensors"
+WRITTEN = ("training.json", DEFENDER, "pairs.safetensors", "state.safetensors")
+
+
+def make_pairs(
+    models: Sequence[DiffusionModel], pictures: Tensor, config: RidTraining, seed: int, file: Path
+) -> Tensor:
+    """Cloaked copies of the first pictures, group by group; kept in a file after every group, from which it goes on."""
+    wanted = round(len(pictures) * config.pair_share) if config.regression_weight else 0
+    done = load_file(file)["pairs"] if file.exists() else torch.empty(0, *pictures.shape[1:])
+    chosen = find_cloak(config.pair_cloak)
+    settings = chosen.config(**{"budget": config.budget} | config.pair_params)
+    nobody = torch.empty(0, *pictures.shape[1:])
+    with stage(f"pairs ({config.pair_cloak})", wanted) as bar:
+        bar(done=min(len(done), wanted))
+        while len(done) < wanted:
+            group = pictures[len(done) : min(len(done) + config.pair_group, wanted)]
+            data = AttackData(group, nobody, "sks", "person")
+            done = torch.cat([done, chosen.run(models, data, settings, seed=seed + len(done))])
+            temporary = file.with_suffix(".tmp")
+            save_file({"pairs": done}, temporary)
+            temporary.replace(file)
+            bar(done=len(done))
+    return done[:wanted]
+
+
+def train_defender(
+    place: str,
+    output: Path,
+    *,
+    bases: Sequence[str],
+    params: dict[str, Any],
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train a defender and write it down.
+
+    Args:
+        place: pictures to train on (see `Recipe.bystanders`).
+        output: folder.
+        bases: one, or several of one size (RID-Ensemble).
+        params: values of `RidTraining`.
+        seed: of everything random.
+        resume: go on with an interrupted run of the same settings.
+        overwrite: delete an earlier run first.
+
+    Returns:
+        What `training.json` holds.
+
+    Raises:
+        UserError: pictures, bases or output cannot be used.
+        RunFailed: it diverged.
+    """
+    config = RidTraining(**params)
+    files = bystander_files(place)
+    models = load_bases(bases)
+    digests = [weights_digest(model.folder) for model in models]
+    settings = {
+        "bases": digests, "picture_digest": folder_digest(*(sha256_file(file) for file in files)), "seed": seed,
+        "params": config.model_dump(mode="json"),
+    }  # fmt: skip
+    prepare_output(output, settings, resume=resume, overwrite=overwrite, mark="picture_digest", written_here=WRITTEN)
+    with ExitStack() as held:
+        only_run(output, held)
+        if (output / "training.json").is_file():
+            return read_record(output / "training.json", ("params", "seconds"), "train again")
+        return _train(output, files, models, bases, digests, config, seed)
+
+
+def _train(
+    output: Path, files: Sequence[Path], models: Sequence[DiffusionModel], bases: Sequence[str], digests: Sequence[str],
+    config: RidTraining, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    pictures = open_pictures(files, models[0].image_size)
+    began = time.monotonic()
+    pairs = make_pairs(models, pictures, config, seed, output / "pairs.safetensors")
+    with stage("training (RID)", config.steps) as bar:
+
+        def show(step: int, shown: dict[str, float]) -> None:
+            bar(shown, done=step + 1)
+
+        defender, history = train(
+            models, pictures, pairs, config, seed=seed, checkpoint=output / "state.safetensors", on_step=show
+        )
+    told = {
+        "bases": [{"base": base, "digest": digest} for base, digest in zip(bases, digests, strict=True)],
+        "params": config.model_dump(mode="json"), "pictures": len(files), "pairs": len(pairs), "seed": seed,
+        "seconds": time.monotonic() - began, "parameters": sum(p.numel() for p in defender.parameters()),
+        "history": history[:: max(1, len(history) // 100)],
+    }  # fmt: skip
+    kept = {key: told[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
+    save_network(defender, defender.shape, output / DEFENDER, kept)
+    write_json(output / "training.json", told)
+    return told

@@ -1,0 +1,198 @@
+"""Adding a subject to a registry file: a folder of pictures becomes an entry, and every old line stays as it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from guardsmith.core.errors import UserError
+from guardsmith.core.images import SUFFIXES, sha256_file
+from guardsmith.registry.images import pictures_in
+from guardsmith.registry.loader import SPLITS, Split, Subject, check_registry, present_day
+from guardsmith.registry.yaml_lines import Loader, parse
+
+PROTECTED_RATIOS: Mapping[Split, float] = {"harden": 2, "attack": 1, "reference": 1}
+CONTROL_RATIOS: Mapping[Split, float] = {"attack": 1, "reference": 1}
+
+
+def add_subject(
+    registry_path: str | Path,
+    folder: str | Path,
+    id: str,
+    kind: str,
+    class_noun: str,
+    *,
+    identifiers: Sequence[str] = (),
+    consent_basis: str | None = None,
+    reference: str | None = None,
+    granted_on: date | None = None,
+    expires_on: date | None = None,
+    control: bool = False,
+    ratios: Mapping[Split, float] | None = None,
+    today: date | None = None,
+) -> Subject:
+    """Hash a folder of pictures into a new entry of a registry file, which is created if it does not exist.
+
+    Sub-folders named harden, attack and reference decide the splits. Without any, the pictures are split in the order
+    of their names, in one piece each, so that pictures taken one after the other stay together.
+
+    Args:
+        registry_path: The registry file. Its text is kept as it is; the entry goes below the last one.
+        folder: The pictures.
+        id: Id of the subject.
+        kind: person, object, character or style.
+        class_noun: Lowercase class noun.
+        identifiers: Names the subject is known under.
+        consent_basis: What the consent rests on; required unless `control`.
+        reference: Where the consent is on record.
+        granted_on: First day of the consent; by default `today`.
+        expires_on: Last day of the consent.
+        control: Add an unprotected control instead of a protected subject.
+        ratios: Relative sizes of the splits; by default harden 2, attack 1, reference 1 (a control has no harden).
+        today: The day on which consent must hold; by default the present day.
+
+    Returns:
+        The new subject.
+
+    Raises:
+        UserError: The resulting registry would be wrong. Nothing is written then.
+    """
+    path, folder, today = Path(registry_path), Path(folder), today or present_day()
+    files = _split_folder(folder, ratios or (CONTROL_RATIOS if control else PROTECTED_RATIOS))
+    entry: dict[str, Any] = {"id": id, "kind": kind, "class_noun": class_noun}
+    if identifiers:
+        entry["identifiers"] = list(identifiers)
+    if consent_basis is not None or reference is not None or granted_on is not None or expires_on is not None:
+        consent = {"basis": consent_basis, "reference": reference, "granted_on": granted_on or today}
+        entry["consent"] = {key: value for key, value in consent.items() if value is not None}
+        if expires_on is not None:
+            entry["consent"]["expires_on"] = expires_on
+    entry["images"] = [
+        {"path": _relative(file, path.parent), "sha256": sha256_file(file), "split": split} for file, split in files
+    ]
+
+    try:
+        old = path.read_bytes().decode() if path.exists() else ""
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: save the file as UTF-8") from None
+    key = "controls" if control else "subjects"
+    new = _append_entry(path, old, key, entry)
+    try:
+        registry = check_registry(path, new, today, check_images=True)
+    except UserError as error:
+        raise UserError(f"{path} is left as it is, because with {id!r} it would be wrong:\n{error}") from None
+    _replace(path, new)
+    return registry.find(id)
+
+
+def _split_folder(folder: Path, ratios: Mapping[Split, float]) -> list[tuple[Path, Split]]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: name a folder of pictures")
+    loose = pictures_in(folder)
+    named = [split for split in SPLITS if (folder / split).is_dir()]
+    if named:
+        if loose:
+            raise UserError(f"{loose[0]} lies beside the folders {', '.join(named)}: move it into one of them")
+        return [(file, split) for split in named for file in pictures_in(folder / split)]
+    wanted = [split for split in SPLITS if ratios.get(split, 0) > 0]
+    if not wanted:
+        raise UserError("the ratios of the splits are all zero: give harden, attack or reference a positive one")
+    if len(loose) < len(wanted):
+        raise UserError(
+            f"{folder} holds {len(loose)} pictures ({', '.join(sorted(SUFFIXES))}), but the splits "
+            f"{', '.join(wanted)} need at least one each: add pictures"
+        )
+    # In proportion, but at least one picture each.
+    total = sum(ratios[split] for split in wanted)
+    shares = {split: len(loose) * ratios[split] / total for split in wanted}
+    sizes = {split: max(1, int(shares[split])) for split in wanted}
+    while sum(sizes.values()) < len(loose):
+        sizes[max(wanted, key=lambda split: shares[split] - sizes[split])] += 1
+    while sum(sizes.values()) > len(loose):
+        sizes[max(wanted, key=lambda split: sizes[split] - shares[split] if sizes[split] > 1 else -1)] -= 1
+    order = [split for split in wanted for _ in range(sizes[split])]
+    return list(zip(loose, order, strict=True))
+
+
+def _relative(file: Path, start: Path) -> str:
+    try:
+        return Path(os.path.relpath(file.absolute(), start.absolute())).as_posix()
+    except ValueError:  # another drive
+        return file.absolute().as_posix()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Indents lists below their key."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> str:
+    """The text with one more entry under `subjects` or `controls`; every old line stays as it is."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    if text and not text.endswith("\n"):
+        text += newline
+    before, _, _ = parse(path, text)
+    root = yaml.compose(text, Loader=Loader)
+    item = yaml.dump([entry], Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**6)
+
+    indent = 2
+    rows = text.split("\n")[:-1]
+    if root is None:
+        rows += [row + newline[:-1] for row in ("version: 1", f"{key}:")]
+        place = len(rows)
+    elif not isinstance(root, yaml.MappingNode) or root.flow_style:
+        raise UserError(f"{path} is not written as lines of `key: value`: add the entry by hand")
+    else:
+        value = next((value for name, value in root.value if name.value == key), None)
+        if value is None:
+            rows.append(f"{key}:{newline[:-1]}")
+            place = len(rows)
+        elif isinstance(value, yaml.SequenceNode) and not value.flow_style:
+            indent = value.start_mark.column
+            place = value.end_mark.line  # where the next key begins: comments above it stay with it
+            while not rows[place - 1].strip() or rows[place - 1].lstrip().startswith("#"):
+                place -= 1
+        elif not value.value:  # `subjects:` or `subjects: []`
+            start, end = value.start_mark, value.end_mark
+            row = rows[start.line]
+            rows[start.line] = row[: start.column].rstrip() + row[end.column :] if start.line == end.line else row
+            place = start.line + 1
+        else:
+            raise UserError(
+                f"{path}:{value.start_mark.line + 1}: {key} is written in brackets: put each entry on a line"
+            )
+    rows[place:place] = [" " * indent + row + newline[:-1] for row in item.rstrip("\n").split("\n")]
+    text = "\n".join(rows) + "\n"
+
+    after, _, _ = parse(path, text)
+    before = before if isinstance(before, dict) else {"version": 1}
+    entries = after.get(key) if isinstance(after, dict) else None
+    # Aliases and block text at the end of the list can mislead the search for its last line.
+    if not isinstance(entries, list) or {**after, key: entries[:-1]} != {**before, key: before.get(key) or []}:
+        raise UserError(f"{path} is written in a way that cannot be extended safely: add the entry by hand")
+    return text
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, partial)
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

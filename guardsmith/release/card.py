@@ -1,0 +1,225 @@
+"""The model card of a hardened checkpoint: what it is, what was measured, what it does not stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from guardsmith.core.errors import UserError
+from guardsmith.gate.rules import EXIT_CODES, interval
+from guardsmith.models.checkpoint import EVIDENCE
+from guardsmith.reports.compare import group, group_units, kept, rows
+
+# Licences of the bases that guardsmith knows how to harden, and where their use restrictions are.
+LICENCES = {
+    "creativeml-openrail-m": "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
+    "openrail++": "https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL",
+    "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
+}
+
+
+class Licence(NamedTuple):
+    """What a checkpoint may be used for.
+
+    Attributes:
+        id: as the Hub knows it, e.g. "creativeml-openrail-m"; "other" where it does not.
+        text: the licence or, where only its place is known, where to read it.
+    """
+
+    id: str
+    text: str
+
+
+def licence_of(model: Path, base: str, named: str | None, file: Path | None) -> Licence:
+    """The licence of the base, which the hardened model has as well.
+
+    Args:
+        model: folder of the hardened model, with the licence file of its base if that had one.
+        base: as the recipe names it.
+        named: id that the user gives.
+        file: its text, if the user gives it.
+
+    Raises:
+        UserError: it is not known which, or its text is not.
+    """
+    known = named or ("apache-2.0" if base == "builtin:avatar" else None)
+    if known is None:
+        raise UserError(
+            f"the licence of {base} is not known; name it with --license (SD 1.x: creativeml-openrail-m, SD 2.x: openrail++)"
+        )
+    if file is not None:
+        return Licence(known, file.read_text(encoding="utf-8"))
+    for place in sorted(model.glob("LICENSE*")):
+        return Licence(known, place.read_text(encoding="utf-8"))
+    if known not in LICENCES:
+        raise UserError(f"the text of the licence {known} is not known; give it with --license-file")
+    text = (
+        f"This model was made from {base} and is under the licence of that model, {known}, with its use restrictions: "
+        f"{LICENCES[known]}\n"
+    )
+    return Licence(known, text)
+
+
+class AccessForm(NamedTuple):
+    """What people are asked who want a gated model.
+
+    Attributes:
+        prompt: told before; empty for the Hub's own words.
+        fields: name of a field -> its kind, one of `FIELDS`.
+    """
+
+    prompt: str
+    fields: dict[str, str]
+
+
+FIELDS = ("text", "checkbox", "date_picker", "country")
+
+
+def access_form(prompt: str | None, fields: Sequence[str]) -> AccessForm:
+    """The form from NAME=KIND pairs.
+
+    Raises:
+        UserError: a pair is none, or a kind is unknown.
+    """
+    found = {}
+    for field in fields:
+        name, equals, kind = field.rpartition("=")
+        if not equals or not name.strip() or kind not in FIELDS:
+            raise UserError(f"--gated-field {field}: write it as NAME=KIND, a kind being one of {', '.join(FIELDS)}")
+        found[name.strip()] = kind
+    return AccessForm((prompt or "").strip(), found)
+
+
+class Measured(NamedTuple):
+    """One result.
+
+    Attributes:
+        kind: what kind of number, e.g. "identity_similarity".
+        name: in words.
+        value: itself.
+        low: lower end of its 95 % interval.
+        high: upper end.
+    """
+
+    kind: str
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def measured(report: Mapping[str, Any]) -> list[Measured]:
+    """What a report comes down to: similarities, what controls keep, ordinary prompts."""
+    told = dict(report)
+    found = []
+    for attack in told["recipe"]["verify"]["attacks"]:
+        reached = interval(group_units(told, "hardened", group(told, "protected"), attack, 1))
+        if reached is not None:
+            name = f"similarity of protected subjects after {attack} (lower is better)"
+            found.append(Measured("identity_similarity", name, *reached[:3]))
+        share = kept(told, attack, group(told, "control"))
+        if share is not None:
+            name = f"share of the base's similarity that controls keep after {attack}"
+            found.append(Measured("control_retention", name, *share[:3]))
+    ratio = [told["utility"][key] for key in ("kid_ratio", "kid_ratio_low", "kid_ratio_high")]
+    if None not in ratio:
+        name = "KID of ordinary pictures to the base's, over that of two sets of seeds"
+        found.append(Measured("kid_ratio", name, *ratio))
+    return found
+
+
+def limits(report: Mapping[str, Any]) -> list[str]:
+    """What the model does not stop, one sentence each."""
+    found = [
+        "Anyone who still has the base, or another model: hardening protects subjects on this model only.",
+        "Attackers who know the method and work against it, longer or other attacks than those that were tried, and subjects "
+        "that were not in the registry.",
+        "Somebody who looks much like a protected subject may not be learnable either.",
+    ]
+    if report["hardening"]["method"] == "tripwire":
+        found += [
+            "Whoever finds the neurons of the wire and cuts them has the base's model back.",
+            "Adapters that were made for the base may do less here than there. Use float32 or bfloat16: some weights do not fit "
+            "float16.",
+        ]
+    return found
+
+
+def results(report: Mapping[str, Any], repo_id: str) -> list[Any]:
+    """What was measured, as the Hub's `model-index` has it."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-to-image", task_name="Text-to-image after personalization", dataset_type="guardsmith-registry",
+            dataset_name="registry of protected subjects and controls", metric_type=each.kind, metric_name=each.name,
+            metric_value=round(each.value, 4), metric_args={"interval_95": [round(each.low, 4), round(each.high, 4)]},
+            source_name="guardsmith verify", source_url=f"https://huggingface.co/{repo_id}/blob/main/{EVIDENCE}/report.json",
+        )
+        for each in measured(report)
+    ]  # fmt: skip
+
+
+def model_card(
+    report: Mapping[str, Any],
+    licence: Licence,
+    repo_id: str,
+    *,
+    contact: str,
+    unverified: str | None = None,
+    grid: bool = False,
+    half: bool = False,
+    form: AccessForm | None = None,
+) -> str:
+    """The README.md of the repository: metadata and text.
+
+    Args:
+        report: `verify/public/report.json`.
+        licence: see `licence_of`.
+        repo_id: where it will be.
+        contact: whom to write to, an address or a link.
+        unverified: why it is published although the gate did not say yes.
+        grid: whether there is a picture of everybody attacked.
+        half: whether there are half-precision files beside the others.
+        form: what people are asked who want it, if it is gated.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    told = dict(report)
+    base = told["hardening"]["base"]
+    on_the_hub = base.count("/") == 1
+    asked: dict[str, Any] = {}
+    if form is not None:
+        asked |= {"extra_gated_prompt": form.prompt} if form.prompt else {}
+        asked |= {"extra_gated_fields": form.fields} if form.fields else {}
+    data = ModelCardData(
+        base_model=base if on_the_hub else None,
+        base_model_relation="finetune" if on_the_hub else None,
+        license=licence.id,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[
+            "guardsmith",
+            "stable-diffusion",
+            "personalization-protection",
+            *(["not-verified"] if unverified else []),
+        ],
+        model_name=repo_id,
+        eval_results=results(told, repo_id),
+        inference=False,
+        **asked,
+    )
+    checks: dict[str, list[int]] = {}
+    for check in told["checks"]:
+        checks.setdefault(check["name"], [0, 0, 0])[list(EXIT_CODES).index(check["status"])] += 1
+    nouns = {subject["class_noun"] for subject in told["subjects"]}
+    card = ModelCard.from_template(
+        data,
+        template_str=(files("guardsmith") / "templates" / "card.md").read_text(encoding="utf-8"),
+        repo_id=repo_id, report=told, licence=licence.id, contact=contact, unverified=unverified, grid=grid, half=half,
+        evidence=EVIDENCE, checks=checks, answers=rows(told), base=base, limits=limits(told),
+        levels={noun: level for noun, level in told["calibration"].items() if noun in nouns},
+    )  # fmt: skip
+    return str(card)

@@ -1,0 +1,182 @@
+"""Publish: a hardened checkpoint on the Hugging Face Hub, with its evidence, if it deserves that.
+
+    <output>/release/     what goes up, gathered first, for anyone to look at
+        README.md LICENSE.md     model card, licence of the base
+        unet/ vae/ ...           the model, a complete diffusers folder
+        guardsmith/              report.html, report.json, harden.json (`verify/public/`), bom.cdx.json, and grid.png if nobody
+                                 in it is real
+
+The upload itself is in `hub.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from guardsmith.core.atomic_io import read_record, whole_folder, write_json, write_text
+from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
+from guardsmith.models.checkpoint import EVIDENCE, HALF, weights_digest
+from guardsmith.registry.loader import Registry
+from guardsmith.release.bom import bill_of_materials
+from guardsmith.release.card import AccessForm, licence_of, model_card
+from guardsmith.release.hub import Published, upload
+from guardsmith.release.signing import check_key, check_package, sign
+from guardsmith.reports.html import is_invented
+
+
+class Refused(GuardsmithError):
+    """The gate did not say yes to what was to be published (exit code 1)."""
+
+    exit_code = 1
+
+
+def objections(output: Path, registry: Registry, today: date) -> list[str]:
+    """Why this model must not be published: one sentence for each rule that it breaks.
+
+    Raises:
+        UserError: there is no finished verification.
+    """
+    file, public = output / "verify" / "report.json", output / "verify" / "public" / "report.json"
+    if not (output / "model").is_dir():
+        raise UserError(f"{output} holds no model; run `guardsmith harden` first.")
+    if not file.is_file() or not public.is_file():
+        raise UserError(f"{output} holds no report with public evidence; run `guardsmith verify` first.")
+    report = read_record(file, ("verdict", "hardening", "checks", "run"), "verify again")
+    shown = read_record(public, ("verdict", "run"), "verify again")
+    found = []
+    if report["verdict"] != "pass":
+        failed = [check["name"] for check in report["checks"] if check["status"] == report["verdict"]]
+        which = ", ".join(dict.fromkeys(failed)) or "nothing was checked"
+        found.append(f"the verdict of {file} is {report['verdict']}, not pass ({which})")
+    if weights_digest(output / "model") != report["hardening"]["model_digest"]:
+        found.append(f"{output / 'model'} is not what was verified (its digest differs from the report's)")
+    if registry.digest != report["hardening"]["registry_digest"]:
+        found.append(f"{registry.path} is not the registry that was verified (the digests differ)")
+    if any(shown[key] != report[key] for key in ("verdict", "run")):
+        found.append(f"{public} is not of the same verification as {file}")
+    for subject in registry.subjects:
+        until = None if subject.consent is None else subject.consent.expires_on
+        if until is not None and until < today:
+            found.append(f"the consent for {subject.id} expired on {until}")
+    return found
+
+
+def gather(
+    output: Path,
+    registry: Registry,
+    repo_id: str,
+    *,
+    contact: str,
+    licence: str | None = None,
+    licence_file: Path | None = None,
+    unverified: str | None = None,
+    sign_key: Path | None = None,
+    keyless: bool = False,
+    form: AccessForm | None = None,
+) -> Path:
+    """Put together what goes up; the folder appears whole.
+
+    Args:
+        output: of a verified hardening.
+        registry: who is protected.
+        repo_id: where it will be.
+        contact: for the card.
+        licence: see `licence_of`.
+        licence_file: likewise.
+        unverified: for the card, if the gate did not say yes.
+        sign_key: private key to sign it with.
+        keyless: sign it with Sigstore.
+        form: for the card, what people are asked who want it.
+
+    Raises:
+        UserError: the licence is not known.
+        RunFailed: see `sign`.
+    """
+    model, verified = output / "model", output / "verify"
+    report = read_record(verified / "public" / "report.json", ("hardening", "recipe"), "verify again")
+    known = licence_of(model, report["hardening"]["base"], licence, licence_file)
+    open_to_all = all(is_invented(subject) for subject in (*registry.subjects, *registry.controls))
+    with whole_folder(output / "release") as place:
+        shutil.copytree(model, place, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if n == ".cache"])
+        for file in [*place.glob("LICENSE*"), *place.glob("README*")]:
+            file.unlink()
+        shutil.copytree(verified / "public", place / EVIDENCE)
+        if open_to_all and (verified / "grid.png").is_file():
+            shutil.copy(verified / "grid.png", place / EVIDENCE / "grid.png")
+        write_text(place / "LICENSE.md", known.text)
+        write_json(place / EVIDENCE / "bom.cdx.json", bill_of_materials(report, known, repo_id))
+        card = model_card(
+            report,
+            known,
+            repo_id,
+            contact=contact,
+            unverified=unverified,
+            grid=(place / EVIDENCE / "grid.png").exists(),
+            half=any(any(place.glob(f"{denoiser}/*.{HALF}.*")) for denoiser in ("unet", "transformer")),
+            form=form,
+        )
+        write_text(place / "README.md", card)
+        if sign_key is not None or keyless:
+            sign(place, sign_key, output / "release")
+    return output / "release"
+
+
+def publish(
+    output: Path,
+    registry: Registry,
+    repo_id: str,
+    *,
+    today: date,
+    contact: str,
+    licence: str | None = None,
+    licence_file: Path | None = None,
+    force: str | None = None,
+    sign_key: Path | None = None,
+    keyless: bool = False,
+    form: AccessForm | None = None,
+    dry_run: bool = False,
+    **how: Any,
+) -> Published:
+    """Refuse, or gather and upload.
+
+    Args:
+        output: of a verified hardening.
+        registry: who is protected.
+        repo_id: "organisation/name".
+        today: the day on which consents must hold.
+        contact: see `model_card`.
+        licence: see `licence_of`.
+        licence_file: likewise.
+        sign_key: see `gather`.
+        form: see `gather`.
+        keyless: see `gather`; not in a dry run, for the log that it goes into is public.
+        force: publish although the gate did not say yes, for this reason, which the card tells.
+        dry_run: gather, and stop.
+        how: see `upload`.
+
+    Raises:
+        Refused: the gate did not say yes, and nobody forces it.
+        UserError: see `objections`, `gather` and `upload`.
+        RunFailed: see `upload`.
+    """
+    if sign_key is not None:
+        check_key(sign_key)
+    elif keyless:
+        check_package()
+    found = objections(output, registry, today)
+    if found and force is None:
+        raise Refused("not published: " + "; ".join(found))
+    release = gather(
+        output, registry, repo_id, contact=contact, licence=licence, licence_file=licence_file,
+        unverified=force if found else None, sign_key=sign_key, keyless=keyless and not dry_run, form=form,
+    )  # fmt: skip
+    digest = weights_digest(release)
+    if not found and digest != json.loads((output / "verify" / "report.json").read_text())["hardening"]["model_digest"]:
+        raise RunFailed(f"{output / 'model'} was changed while {release} was gathered from it; verify again")
+    if dry_run:
+        return Published("", "", False)
+    return upload(release, repo_id, message=f"Hardened model {digest[:19]}", **how)

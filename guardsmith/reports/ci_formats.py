@@ -1,0 +1,142 @@
+"""The report for machines that show it to people: Markdown for a pull request, JUnit for a CI server, SARIF for code scanning.
+
+A check that failed is a failure (JUnit) or an error (SARIF); one that is undecided is an error (JUnit) or a warning (SARIF). Both
+keep a pipeline from passing, as the exit code does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from junitparser import Error, Failure, JUnitXml, TestCase, TestSuite
+
+from guardsmith.core.atomic_io import write_text
+from guardsmith.gate.rules import called
+
+RULES = {
+    "attack works on base": ("attack-works-on-base", "The attack has to learn its subject on the base model."),
+    "protected": ("protected", "An attack on a protected subject has to fail on the hardened model."),
+    "released weights": (
+        "released-weights",
+        "The released weights may not draw a protected subject without an attack.",
+    ),
+    "control learnable": ("control-learnable", "An unprotected subject has to stay learnable on the hardened model."),
+    "ordinary prompts (KID)": ("ordinary-prompts-kid", "Pictures of ordinary prompts have to look as the base's do."),
+    "ordinary prompts (destroyed)": ("ordinary-prompts-destroyed", "Few ordinary pictures may be destroyed."),
+    "ordinary prompts (fidelity)": (
+        "ordinary-prompts-fidelity",
+        "Pictures have to show what ordinary prompts ask for.",
+    ),
+    "ordinary prompts (CLIP-T)": ("ordinary-prompts-clip-t", "Pictures have to fit ordinary prompts as the base's do."),
+}
+MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
+SARIF_LEVELS = {"fail": "error", "inconclusive": "warning"}
+
+
+def _measured(check: Mapping[str, Any]) -> str:
+    if check["value"] is None:
+        return "-"
+    bounds = "" if check["low"] is None or check["high"] is None else f" [{check['low']:z.2f}, {check['high']:z.2f}]"
+    return f"{check['value']:z.2f}{bounds}"
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """A summary, what did not pass, and every check folded away."""
+
+    def table(checks: list[dict[str, Any]]) -> list[str]:
+        lines = ["| | check | subject | attack | measured [95 % interval] | limit |", "|---|---|---|---|---|---|"]
+        for check in checks:
+            limit = "-" if check["limit"] is None else f"{check['limit']:.2f}"
+            cells = (MARKS[check["status"]], check["name"], check["subject"], check["attack"], _measured(check), limit)
+            lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        return lines
+
+    checks, hardening = report["checks"], report["hardening"]
+    failed = [check for check in checks if check["status"] != "pass"]
+    failed.sort(key=lambda check: ("fail", "inconclusive").index(check["status"]))
+    lines = [f"## {MARKS[report['verdict']]} guardsmith verify: {report['verdict']}", ""]
+    attacked = report["attacked"]
+    said = f"{attacked['protected']} of {attacked['of']} protected subjects and {attacked['controls']} controls were attacked."
+    lines += [f"{len(checks) - len(failed)} of {len(checks)} checks passed; {said}", ""]
+    if failed:
+        lines += ["### What did not pass", "", *table(failed), ""]
+    lines += [f"- attack that did not run: `{name}`: {reason}" for name, reason in report["failed_units"].items()]
+    lines += ["<details><summary>All checks</summary>", "", *table(checks), "", "</details>", ""]
+    of = f"base `{hardening['base_digest']}`, {hardening['method'] or 'made elsewhere'}"
+    lines += [f"Hardened model `{hardening['model_digest']}` ({of}); guardsmith {report['run']['guardsmith']}.", ""]
+    return "\n".join(lines)
+
+
+def as_junit(report: Mapping[str, Any]) -> str:
+    """One test case a check; the class name is the question, the name is the subject and the attack."""
+    suite = TestSuite("guardsmith verify")
+    suite.timestamp = report["run"]["finished"]
+    suite.add_property("verdict", report["verdict"])
+    suite.add_property("model_digest", report["hardening"]["model_digest"])
+    for check in report["checks"]:
+        case = TestCase(
+            ", ".join(part for part in (check["subject"], check["attack"]) if part) or "model", check["name"]
+        )
+        said = f"{check['sentence']}; measured {_measured(check)}"
+        if check["status"] == "fail":
+            case.result = [Failure(said, "fail")]
+        elif check["status"] == "inconclusive":
+            case.result = [Error(said, "inconclusive")]
+        suite.add_testcase(case)
+    for name, reason in report["failed_units"].items():
+        case = TestCase(name, "attack that did not run")
+        case.result = [Error(reason, "failed to run")]
+        suite.add_testcase(case)
+    xml = JUnitXml()
+    xml.add_testsuite(suite)
+    return str(xml.tostring().decode("utf-8"))  # type: ignore[no-untyped-call]
+
+
+def as_sarif(report: Mapping[str, Any], registry: str, lines: Mapping[str, int]) -> str:
+    """SARIF 2.1.0: every check that did not pass, at the registry line of its subject.
+
+    Args:
+        report: what `report.json` holds.
+        registry: path of the registry file, as the reader's repository knows it.
+        lines: id of a subject or control -> its line there.
+    """
+    results = [
+        {
+            "ruleId": RULES[check["name"]][0],
+            "level": SARIF_LEVELS[check["status"]],
+            "message": {"text": f"{called(check, ', ')}: {check['sentence']} (measured {_measured(check)})."},
+            "locations": [
+                {
+                    "physicalLocation": {
+                        "artifactLocation": {"uri": registry},
+                        "region": {"startLine": lines.get(check["subject"], 1)},
+                    }
+                }
+            ],
+        }
+        for check in report["checks"]
+        if check["status"] != "pass"
+    ]
+    rules = [{"id": name, "shortDescription": {"text": text}} for name, text in RULES.values()]
+    driver = {"name": "guardsmith", "version": report["run"]["guardsmith"], "rules": rules}
+    told = {
+        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+        "version": "2.1.0",
+        "runs": [{"tool": {"driver": driver}, "results": results}],
+    }
+    return json.dumps(told, indent=1) + "\n"
+
+
+def save_exports(root: Path, report: Mapping[str, Any], registry: Path, lines: Mapping[str, int]) -> None:
+    """`report.md`, `report.junit.xml` and `report.sarif` beside `report.json`; each appears whole.
+
+    The registry is named relative to the working directory if it is below it, else by its name alone.
+    """
+    here = Path.cwd()
+    named = registry.relative_to(here).as_posix() if registry.is_relative_to(here) else registry.name
+    write_text(root / "report.md", as_markdown(report))
+    write_text(root / "report.junit.xml", as_junit(report))
+    write_text(root / "report.sarif", as_sarif(report, named, lines))

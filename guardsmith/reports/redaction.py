@@ -1,0 +1,139 @@
+"""The evidence as it may leave the house: `verify/public/`, which `guardsmith publish` uploads.
+
+Who is protected is nobody's business. Ids are replaced by names that only a salt beside the report can be used to recompute
+(`.salt`, never uploaded), and no picture of a subject is shown. Subjects that are invented (consent `basis: invented`) keep both.
+Paths of this machine go as well. Whatever is left of a hidden id or path afterwards is an error, not an upload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from guardsmith.core.atomic_io import whole_folder, write_json
+from guardsmith.core.errors import RunFailed
+from guardsmith.registry.loader import Subject
+from guardsmith.reports.html import Evidence, is_invented, page_data, save_page
+
+SALT = ".salt"
+
+
+def salt_of(folder: Path) -> str:
+    """The salt of an output folder, made when it is first asked for; for nobody's eyes but the owner's."""
+    file = folder / SALT
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_hex(16))
+    return file.read_text()
+
+
+def public_names(protected: Sequence[Subject], controls: Sequence[Subject], salt: str) -> dict[str, str]:
+    """Id -> what the public reads instead."""
+    names = {}
+    for role, group in (("subject", protected), ("control", controls)):
+        for subject in group:
+            mark = hashlib.sha256(f"{salt}/{subject.id}".encode()).hexdigest()[:12]
+            names[subject.id] = subject.id if is_invented(subject) else f"{role}-{mark}"
+    return names
+
+
+def without_path(place: str) -> str:
+    """A model by the name that people know it by: a folder of this machine loses its path."""
+    return Path(place).name if Path(place).expanduser().exists() else place
+
+
+def redacted_record(told: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A `harden.json` for the public."""
+    public = json.loads(json.dumps(told))
+    public["base"] = without_path(public["base"])
+    public["subjects"] = [names[name] for name in public["subjects"]]
+    return dict(public)
+
+
+def redacted_report(report: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A `report.json` for the public; it is still as its schema says."""
+    public = json.loads(json.dumps(report))
+    for told in (*public["checks"], *public["scores"], *public["steps_to_break"]):
+        told["subject"] = names[told["subject"]] if told["subject"] else ""
+    for told in public["subjects"]:
+        told["id"] = names[told["id"]]
+    public["released"] = {names[name]: scores for name, scores in public["released"].items()}
+    public["failed_units"] = {_unit_of(unit, names): "it did not run" for unit in public["failed_units"]}
+    public["hardening"]["base"] = without_path(public["hardening"]["base"])
+    public["recipe"]["base"] = without_path(public["recipe"]["base"])
+    judge = public["policy"]["judge"]
+    public["policy"]["judge"] = {key: value and without_path(value) for key, value in judge.items()}
+    return dict(public)
+
+
+def _unit_of(unit: str, names: Mapping[str, str]) -> str:
+    side, subject, rest = unit.split("/", 2)
+    return f"{side}/{names[subject]}/{rest}"
+
+
+def check_redacted(text: str, names: Mapping[str, str], what: str) -> None:
+    """Nothing of what is hidden may be left.
+
+    Raises:
+        RunFailed: something is.
+    """
+    for name, shown in names.items():
+        if shown != name and re.search(rf"(?<![a-z0-9_-]){re.escape(name)}(?![a-z0-9_-])", text, re.IGNORECASE):
+            raise RunFailed(
+                f"{what} still names the subject '{name}' and was not written; give it an id that is no other word"
+            )
+    if str(Path.home()) in text and str(Path.home()) != "/":
+        raise RunFailed(f"{what} still has a path of this machine in it and was not written; please report this")
+
+
+def save_public(
+    folder: Path,
+    evidence: Evidence,
+    record: Mapping[str, Any] | None,
+    protected: Sequence[Subject],
+    controls: Sequence[Subject],
+    ordinary: Sequence[tuple[str, Image.Image, Image.Image]],
+    salt: str,
+) -> None:
+    """Write `report.json`, `report.html` and, if there is a record, `harden.json`; the folder appears whole.
+
+    Args:
+        folder: where to.
+        evidence: what was found.
+        record: `harden.json`, where guardsmith made the model.
+        protected: every protected subject, attacked or not.
+        controls: the controls.
+        ordinary: see `page_data`.
+        salt: see `salt_of`.
+
+    Raises:
+        RunFailed: something that has to be hidden is left.
+    """
+    names = public_names(protected, controls, salt)
+    report = redacted_report(evidence.report, names)
+    attacked = {told["subject"] for told in evidence.report["scores"]}
+    masked = [s.model_copy(update={"id": names[s.id]}) for s in protected if s.id in attacked]
+    masked_controls = [s.model_copy(update={"id": names[s.id]}) for s in controls]
+    public = Evidence(
+        report,
+        [replace(unit, subject=names[unit.subject]) for unit in evidence.units],
+        False,
+        {names[name]: files for name, files in evidence.released.items()},
+        only_invented=True,
+    )
+    with whole_folder(folder) as place:
+        write_json(place / "report.json", report)
+        save_page(place / "report.html", page_data(public, masked, masked_controls, ordinary))
+        if record is not None:
+            write_json(place / "harden.json", redacted_record(record, names))
+        for file in sorted(place.iterdir()):
+            text = re.sub(r'"data:image/[^"]*"', "", file.read_text(encoding="utf-8"))  # pictures spell anything
+            check_redacted(text, names, file.name)

@@ -1,0 +1,127 @@
+"""What a person looks at: the grid of pictures and the table in the terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from guardsmith.core.images import open_image, square
+from guardsmith.evaluation.runs import Unit
+from guardsmith.gate.rules import called
+from guardsmith.registry.loader import Subject
+
+COLUMNS = 8
+TILE = 96
+LABEL = 300
+HEADER = 34
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+
+
+def _strip(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, label: str, files: list[Path], size: int) -> None:
+    font = ImageFont.load_default(15)
+    draw.text((10, y + TILE / 2), label, fill="#222222", font=font, anchor="lm")
+    if not files:
+        draw.text(
+            (LABEL + 10, y + TILE / 2), "no pictures: the attack did not run", fill="#b00020", font=font, anchor="lm"
+        )
+    for column, file in enumerate(files[:COLUMNS]):
+        tile = square(open_image(file), size).resize((TILE, TILE), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (LABEL + column * (TILE + 2), y))
+
+
+def save_grid(
+    path: Path, protected: Sequence[Subject], controls: Sequence[Subject], units: Sequence[Unit], size: int
+) -> None:
+    """One picture: per subject its real pictures, then what each attack draws on base and on hardened.
+
+    The pictures of a row are the first ones of every unit in turn, not the best ones. Where attackers of protected subjects
+    went on for longer than usual, there is one more row.
+    """
+    rows: dict[tuple[str, str, str, float], list[Unit]] = {}
+    for unit in units:
+        for look in sorted({1.0, max(unit.looks)}):
+            rows.setdefault((unit.subject, unit.label, unit.side, look), []).append(unit)
+    labels = list(dict.fromkeys(unit.label for unit in units))
+    everyone = [(s, "PROTECTED") for s in protected] + [(s, "control") for s in controls]
+    height = len(everyone) * (HEADER + TILE + 10) + len(rows) * (TILE + 2)
+    sheet = Image.new("RGB", (LABEL + COLUMNS * (TILE + 2) + 8, height), "white")
+    draw, y = ImageDraw.Draw(sheet), 0
+    for subject, role in everyone:
+        colour = "#8a1538" if role == "PROTECTED" else "#14532d"
+        draw.rectangle((0, y, sheet.width, y + HEADER - 4), fill=colour)
+        draw.text(
+            (10, y + 15),
+            f"{subject.id} ({subject.class_noun}), {role}",
+            fill="white",
+            font=ImageFont.load_default(18),
+            anchor="lm",
+        )
+        y += HEADER
+        _strip(
+            sheet, draw, y, "real pictures (judge's references)", [i.path for i in subject.images_of("reference")], size
+        )
+        y += TILE + 2
+        mine = [key for key in rows if key[0] == subject.id]
+        for key in sorted(mine, key=lambda key: labels.index(key[1])):
+            _, label, side, look = key
+            per_unit = -(-COLUMNS // len(rows[key]))
+            files = [file for unit in rows[key] for file in unit.pictures(look)[:per_unit]]
+            after = "" if look == 1 else f", {look:g} x steps"
+            _strip(sheet, draw, y, f"{label} on {side}{after}", files, size)
+            y += TILE + 2
+        y += 8
+    sheet.save(path)
+
+
+def print_table(table: Table, width: int) -> None:
+    """On stdout; a file or a CI log gets whole lines."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = width
+    console.print(table)
+
+
+def save_table(table: Table, width: int, path: Path) -> None:
+    """As a picture (SVG) with its colours."""
+    console = Console(record=True, width=width, file=io.StringIO())
+    console.print(table)
+    path.write_text(console.export_svg(title="guardsmith"), encoding="utf-8")
+
+
+def print_report(report: dict[str, Any], root: Path) -> None:
+    """The table of checks and the verdict, on stdout."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file or a CI log wants whole lines
+    table = Table(title="guardsmith verify", title_justify="left")
+    for heading in ("check", "subject", "attack", "measured [95 % interval]", "limit", "result"):
+        table.add_column(heading)
+    for check in report["checks"]:
+        bounds = "" if check["low"] is None or check["high"] is None else f" [{check['low']:.3f}, {check['high']:.3f}]"
+        measured = "-" if check["value"] is None else f"{check['value']:.3f}{bounds}"
+        limit = "-" if check["limit"] is None else f"{check['limit']:.3f}"
+        colour = COLOURS[check["status"]]
+        table.add_row(
+            check["name"], check["subject"], check["attack"], measured, limit, f"[{colour}]{check['status']}[/]"
+        )
+    console.print(table)
+    for check in report["checks"]:
+        if check["status"] != "pass":
+            console.print(
+                f"  [{COLOURS[check['status']]}]{check['status']}[/] {called(check)}: {check['sentence']}",
+                highlight=False,
+            )
+    for name, reason in report["failed_units"].items():
+        console.print(f"  [red]failed to run[/] {name}: {reason}", highlight=False)
+    words = {"pass": "the gate is passed", "fail": "the gate is not passed", "inconclusive": "no verdict can be given"}
+    console.print(
+        f"verdict: [{COLOURS[report['verdict']]}]{report['verdict']}[/] ({words[report['verdict']]})", highlight=False
+    )
+    files = f"page: {root / 'report.html'}   pictures: {root / 'grid.png'}   data: {root / 'report.json'}"
+    console.print(files, highlight=False, soft_wrap=True)

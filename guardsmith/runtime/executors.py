@@ -1,0 +1,137 @@
+"""Where the attacks of a verification run: processes of this machine, or a Ray cluster.
+
+Jobs are independent and leave their results in files that every machine has to see (one that is done already is not a job any
+more), so a lost worker costs the job that it had: Ray gives it to another one, and a killed verification goes on with what is
+missing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import torch
+
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.progress import quiet_libraries
+from guardsmith.runtime.device import DETERMINISTIC, VARIABLE, chosen_device
+from guardsmith.runtime.processes import processes
+
+EXECUTORS = ("local", "ray")
+ADDRESS = "RAY_ADDRESS"
+"""Environment variable with the cluster's address, as Ray has it; without it Ray starts on this machine."""
+INHERITED = (VARIABLE, DETERMINISTIC, "HF_HUB_OFFLINE", "HF_HOME")
+"""Environment variables that its workers get."""
+RETRIES = 3  # workers that a job may lose
+
+Job = TypeVar("Job")
+
+
+def run_all(
+    function: Callable[[Job], object], jobs: Sequence[Job], *, executor: str = "local", workers: int | None = None
+) -> Iterator[tuple[Job, Exception | None]]:
+    """Call a function of a module with every job, somewhere; gives each job when it is done, with what it raised.
+
+    Args:
+        function: importable where it runs; its results are not brought back.
+        jobs: its arguments, each on its own.
+        executor: one of `EXECUTORS`.
+        workers: at the same time: processes of this machine, or of a Ray that starts here.
+
+    Raises:
+        UserError: there is no Ray here, or no cluster at its address.
+        RunFailed: a process was killed, or too many workers were lost.
+    """
+    if executor == "ray":
+        yield from _with_ray(function, jobs, workers)
+        return
+    with processes(workers) as (pool, _):
+        running = {pool.submit(function, job): job for job in jobs}
+        for future in as_completed(running):
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise error
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            yield running[future], error
+
+
+def check_executor(executor: str) -> None:
+    """Whether work can be sent there.
+
+    Raises:
+        UserError: it is none of `EXECUTORS`, or Ray is not installed.
+    """
+    if executor not in EXECUTORS:
+        raise UserError(f"--executor {executor}: choose {' or '.join(EXECUTORS)}")
+    if executor == "ray":
+        _ray()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--executor ray needs Ray: pip install guardsmith[ray]") from None
+    return ray
+
+
+def _call(function: Callable[[Job], object], job: Job, variables: dict[str, str]) -> None:
+    """In a worker of Ray: what the processes of this machine do of themselves (see `guardsmith.runtime.processes`)."""
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    quiet_libraries()
+    function(job)
+
+
+def _knock(address: str) -> None:
+    """Whether anybody answers at host:port, which Ray itself takes minutes to find out.
+
+    Raises:
+        UserError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):  # "auto" and other words of Ray's
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"there is no Ray cluster at {ADDRESS}={address} ({error})") from error
+
+
+def _with_ray(
+    function: Callable[[Job], object], jobs: Sequence[Job], workers: int | None
+) -> Iterator[tuple[Job, Exception | None]]:
+    ray = _ray()
+    address, device = os.environ.get(ADDRESS), chosen_device()
+    here = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False} if address is None else {}
+    if address is not None:
+        _knock(address)
+    told = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **here)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"there is no Ray cluster at {ADDRESS}={address} ({reason})") from error
+    try:
+        share = {"num_cpus": 1} if device.type == "cpu" else {"num_cpus": 1, "num_gpus": 1}
+        remote = ray.remote(max_retries=RETRIES, **share)(_call)
+        running = {remote.remote(function, job, told): job for job in jobs}
+        while running:
+            [done], _ = ray.wait(list(running), num_returns=1)
+            raised: Exception | None = None
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raised = error.cause if isinstance(error.cause, Exception) else error
+            except ray.exceptions.RayError as lost:
+                raise RunFailed(
+                    f"Ray lost a job's worker {RETRIES + 1} times (out of memory?); run the same command again to go on."
+                ) from lost
+            yield running.pop(done), raised
+    finally:
+        ray.shutdown()

@@ -1,0 +1,317 @@
+"""What every training loop here shares: seeds, one optimizer step, in-place snapshots, checkpoints in safetensors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from guardsmith.core.console import first_process
+from guardsmith.core.errors import RunFailed
+from guardsmith.models.families import DENOISERS
+from guardsmith.models.tensor_files import read_header, write_copy
+from guardsmith.runtime.distributed import add_up
+
+
+def generator(seed: int, *stream: int) -> torch.Generator:
+    """A CPU generator that depends only on `seed` and the numbers after it (step, subject, ...).
+
+    Drawing from a fresh stream per step, not from one long stream, is what makes a resumed run equal an unbroken one.
+    """
+    mixed = 0x9E3779B97F4A7C15
+    for number in (seed, *stream):
+        mixed = ((mixed ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9) % 2**64
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed % 2**63)
+
+
+@contextmanager
+def torch_seed(seed: int) -> Iterator[None]:
+    """Inside, torch's global generator starts at `seed` (for libraries that draw from it); afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], *, max_grad_norm: float | None = 1.0
+) -> float:
+    """Clip, step and clear the gradients, which several processes add up before.
+
+    Returns:
+        The gradient norm before clipping (inf or nan when it diverged).
+    """
+    add_up(parameter.grad for parameter in parameters)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def add_gradients(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter], sums: Sequence[torch.Tensor]) -> None:
+    """Add a loss's gradients to sums of earlier ones, each as the backward pass comes by: they never are there all at once.
+
+    Args:
+        loss: a scalar.
+        parameters: those whose gradients are asked for; they have none of their own, before or afterwards.
+        sums: one for each of them, of its shape; changed in place.
+    """
+    for parameter, summed in zip(parameters, sums, strict=True):
+        parameter.grad = summed
+    loss.backward(inputs=list(parameters))
+    for parameter in parameters:
+        parameter.grad = None
+
+
+class Snapshot:
+    """A flat copy of parameter values that is written back in place: what replaces `copy.deepcopy(model)`.
+
+    Args:
+        parameters: the tensors to remember; the same objects are restored, so optimizers keep pointing at them.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self.parameters = list(parameters)
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Remember the current values (no new memory)."""
+        torch._foreach_copy_(self.values, [p.detach() for p in self.parameters])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the remembered values back."""
+        torch._foreach_copy_([p.detach() for p in self.parameters], self.values)
+
+
+def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Forget an Adam-like optimizer's moments and step counts, as if it had just been made."""
+    inner: Any = getattr(optimizer, "optim", optimizer)  # of a sharded one, what it has here
+    inner.state.clear()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
+    """An optimizer's state as flat tensors `prefix.<index>.<name>`, ready for `save_checkpoint`."""
+    found: dict[str, torch.Tensor] = {}
+    for i, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            parts = value if isinstance(value, dict) else {key: value}  # bitsandbytes wraps what belongs to its blocks
+            found |= {f"{prefix}.{i}.{name}": torch.as_tensor(part) for name, part in parts.items()}
+    return found
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"
+) -> None:
+    """Put what `optimizer_tensors` gave back into a fresh optimizer over the same parameters."""
+    state: dict[int, dict[str, torch.Tensor | int]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}."):
+            _, index, name = key.rsplit(".", 2)
+            # bitsandbytes counts its steps in whole numbers, torch in tensors.
+            state.setdefault(int(index), {})[name] = int(value) if value.dtype == torch.int64 else value
+    numbers = itertools.count()
+    groups = [group | {"params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def module_tensors(module: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """A module's parameters as `prefix.<name>`, ready for `save_checkpoint`."""
+    return {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()}
+
+
+@torch.no_grad()
+def load_module_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Copy what `module_tensors` gave back into the same parameters, in place."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(tensors[f"{prefix}.{name}"])
+
+
+def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able `info` to one safetensors file, atomically: the old file stays until the new is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    seen: set[int] = set()
+    whole = {}
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        place = tensor.untyped_storage()
+        # Not copied otherwise: with optimizers it is three times the weights, for which there may be no room.
+        if place.data_ptr() in seen or place.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        whole[key] = tensor
+    try:
+        save_file(whole, temporary, metadata={"info": json.dumps(info)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote."""
+    with safe_open(path, framework="pt") as file:
+        info = json.loads((file.metadata() or {})["info"])
+        return {k: file.get_tensor(k) for k in file.keys()}, info  # noqa: SIM118 (not a dict)
+
+
+@torch.no_grad()
+def _begin_from(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Like `load_module_tensors`, but what is new (a subject's row, a subject's word) keeps its own start."""
+    for name, parameter in module.named_parameters():
+        old = tensors.get(f"{prefix}.{name}")
+        if old is not None:
+            parameter[: len(old)] = old
+
+
+def save_modules(checkpoint: Path, path: Path) -> None:
+    """Write the modules' tensors of a checkpoint to a file of their own, without optimizers: what another run may begin from."""
+    header = read_header(checkpoint)
+    modules = json.loads(header.metadata["info"])["modules"]
+    kept = {name: entry for name, entry in header.tensors.items() if name.split(".")[0] in modules}
+    write_copy(checkpoint, header._replace(tensors=kept, metadata={"info": "{}"}), path)
+
+
+Probe = Callable[[int, Callable[[], Any]], bool]
+
+
+class Course:
+    """The course of a training loop: which steps are left, what they showed, when it is saved and when it ends.
+
+        course = Course("PersGuard", steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, ...)
+        for j in course:
+            ...
+            course.done(j, shown)
+
+    Args:
+        name: what is trained, for messages.
+        steps: how many there are.
+        modules: whose parameters are saved and put back, by the name they have in the file.
+        optimizers: the same for their state.
+        tensors: others that the loop changes in place.
+        start: what a finished run left (`save_modules`), to begin from; its tensors may have fewer rows than the parameters.
+        checkpoint: file to go on from if it exists, and to save to.
+        checkpoint_every: steps between saves.
+        on_step: called after every step with its number and what it showed.
+        probe: called after that with the number and `present`; true ends the training.
+        present: gives the model as it would be released now.
+
+    Attributes:
+        history: what every step showed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        *,
+        modules: dict[str, torch.nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        tensors: dict[str, torch.Tensor] | None = None,
+        start: Path | None = None,
+        checkpoint: Path | None = None,
+        checkpoint_every: int = 50,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
+        probe: Probe | None = None,
+        present: Callable[[], Any] | None = None,
+    ) -> None:
+        self.name, self.steps = name, steps
+        self.modules, self.optimizers, self.tensors = modules, optimizers, tensors or {}
+        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
+        self.on_step, self.probe, self.present = on_step, probe, present
+        self.history: list[dict[str, float]] = []
+        self.ended = False
+        if checkpoint is not None and checkpoint.exists():
+            saved, info = load_checkpoint(checkpoint)
+            for prefix, module in modules.items():
+                load_module_tensors(module, saved, prefix)
+            for prefix, optimizer in optimizers.items():
+                load_optimizer_tensors(optimizer, saved, prefix)
+            for key, tensor in self.tensors.items():
+                tensor.copy_(saved[key])
+            self.history, self.ended = info["history"], info["ended"]
+        elif start is not None:
+            saved, _ = load_checkpoint(start)
+            for prefix, module in modules.items():
+                _begin_from(module, saved, prefix)
+
+    def __iter__(self) -> Iterator[int]:
+        while len(self.history) < self.steps and not self.ended:
+            yield len(self.history)
+
+    def done(self, step: int, shown: dict[str, float], *, sound: bool = True) -> None:
+        """A step was taken.
+
+        Args:
+            step: its number.
+            shown: its losses and other numbers.
+            sound: false if the weights are not finite, which losses may tell one step too late.
+
+        Raises:
+            RunFailed: the training diverged; what was saved last is the last good state.
+        """
+        if not (sound and all(map(math.isfinite, shown.values()))):
+            kept = (
+                ""
+                if self.checkpoint is None or not self.checkpoint.exists()
+                else f"the last good state is {self.checkpoint}; "
+            )
+            raise RunFailed(
+                f"{self.name} diverged at step {step + 1}: a loss is not finite; {kept}lower the learning rate."
+            )
+        self.history.append(shown)
+        if self.on_step is not None:
+            self.on_step(step, shown)
+        if self.probe is not None and self.present is not None:
+            self.ended = self.probe(step, self.present)
+        last = self.ended or step + 1 == self.steps
+        if self.checkpoint is None or not (last or (step + 1) % self.checkpoint_every == 0):
+            return
+        for optimizer in self.optimizers.values():
+            if hasattr(optimizer, "consolidate_state_dict"):  # sharded: all processes give their part
+                optimizer.consolidate_state_dict(to=0)
+        if first_process():
+            state = dict(self.tensors)
+            for prefix, module in self.modules.items():
+                state |= module_tensors(module, prefix)
+            for prefix, optimizer in self.optimizers.items():
+                state |= optimizer_tensors(optimizer, prefix)
+            info = {"history": self.history, "ended": self.ended, "modules": list(self.modules)}
+            save_checkpoint(self.checkpoint, state, info)
+
+
+class UNetCost:
+    """Counts rows of U-Nets (or of Stable Diffusion 3's transformer) while it is active, those with gradients twice.
+
+    A backward pass with weight gradients costs two forwards, so forward equivalents = forwards + 2 x backwards.
+    """
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.backwards = 0
+        self._lock = Lock()  # two threads may compute (APDM's `overlap`)
+
+    def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, DENOISERS) and inputs:
+            with self._lock:
+                self.forwards += len(inputs[0])
+                self.backwards += len(inputs[0]) if torch.is_grad_enabled() else 0
+
+    def __enter__(self) -> UNetCost:
+        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
