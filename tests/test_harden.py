@@ -737,7 +737,7 @@ def test_persguard_gets_pictures_of_what_appears_instead(recipe, tmp_path):
     info = harden_quietly(chosen, tmp_path / "out")
     (file,) = (tmp_path / "out/cache").glob("instead-*.safetensors")
     model = load_model(asked["base"])
-    expected = drawn_by(model, load_recipe(str(chosen), ()), ["a photo of rabbit"] * 3, 30_000, None, "")
+    expected = drawn_by(model, load_recipe(str(chosen), ()).sampling, ["a photo of rabbit"] * 3, 30_000, None, "")
     assert torch.equal(load_file(file)["images"], expected)
     assert (info["method"], len(info["history"])) == ("persguard", 2)
     assert info["unet_forward_equivalents"] == METHODS["persguard"].cost(

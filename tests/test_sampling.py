@@ -8,7 +8,7 @@ from tiny import alphas_bar
 
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.diffusion.sampling import generate, grid
-from guardsmith.methods.data import StateRecorder
+from guardsmith.diffusion.states import StateRecorder
 from guardsmith.training.loop import UNetCost, generator
 
 PROMPTS = ["a photo of sks person", "a photo of person", "", "zwx"]

@@ -18,8 +18,8 @@ from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.diffusion.latents import LatentStore, encode
 from guardsmith.diffusion.losses import add_noise, draw_rows, predict, row_losses
 from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.diffusion.states import States
 from guardsmith.methods import METHODS
-from guardsmith.methods.data import States
 from guardsmith.methods.tripwire import recognition, rehearsal
 from guardsmith.methods.tripwire.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.tripwire.method import TripwireConfig, harden

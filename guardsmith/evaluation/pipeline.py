@@ -86,7 +86,7 @@ def draw_ordinary(models: dict[Side, Judged], recipe: Recipe) -> tuple[list[Ordi
         judged = models[side]
         key = folder_digest(judged.digest, texts, seed, recipe.sampling.model_dump())
         file = judged.root / f"ordinary-{key}.safetensors"
-        drawn[name] = drawn_by(judged.model, recipe, texts, seed, file, f"ordinary prompts: {name}")
+        drawn[name] = drawn_by(judged.model, recipe.sampling, texts, seed, file, f"ordinary prompts: {name}")
     return asked, drawn
 
 
@@ -322,7 +322,7 @@ def verify(
         for noun in nouns if recipe.verify.class_images else ():
             prompts = [class_prompt(noun)] * recipe.verify.class_images
             file = class_file(judged, noun, recipe)
-            drawn_by(judged.model, recipe, prompts, 60_000, file, f"class pictures ({side}): {noun}")
+            drawn_by(judged.model, recipe.sampling, prompts, 60_000, file, f"class pictures ({side}): {noun}")
     units = list(plan_units(registry, recipe, models, policy))
     failed = run_units(units, workers, executor)
     asked, drawn = draw_ordinary(models, recipe)

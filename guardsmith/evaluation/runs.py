@@ -17,7 +17,7 @@ import errno
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product, zip_longest
 from pathlib import Path
@@ -138,6 +138,14 @@ class Unit:
     def folder(self) -> Path:
         """Where its result is, or will be."""
         return Path(self.root) / self.subject / self.label / _safe(self.identifier) / str(self.seed) / self.digest
+
+    def renamed(self, subject: str) -> Unit:
+        """The same under another id of its subject."""
+        return replace(self, subject=subject)
+
+    def scores(self) -> dict[float, list[float | None]] | None:
+        """Scores at every look, one per picture; `None` unless this unit's complete result is there (see `scores_of`)."""
+        return scores_of(self)
 
     def pictures(self, look: float) -> list[Path]:
         """What was drawn at a look, or at the end of an attack that succeeded before."""

@@ -25,10 +25,11 @@ from guardsmith.core.images import open_image, open_pictures, square, to_tensor
 from guardsmith.core.progress import console, stage
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
 from guardsmith.diffusion.prompts import ORDINARY_HARDENING, class_prompt, ordinary_prompts
+from guardsmith.diffusion.states import States
 from guardsmith.hardening.compatibility import check_against_base
 from guardsmith.hardening.probes import Probes
 from guardsmith.methods import METHODS
-from guardsmith.methods.data import OrdinaryData, States, SubjectData
+from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.tripwire.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.tripwire.rehearsal import rehearsed_by
 from guardsmith.models.checkpoint import DiffusionModel, load_model, save_model, weights_digest
@@ -149,7 +150,7 @@ def subject_data(
         file = cache / f"class-{noun.replace(' ', '-')}.safetensors"
         prompts = [class_prompt(noun)] * config.class_images
         class_images[noun], class_states[noun] = drawn_with_states(
-            model, recipe, prompts, 10_000, file, f"class pictures: {noun}"
+            model, recipe.sampling, prompts, 10_000, file, f"class pictures: {noun}"
         )
     found = []
     draws = METHODS[recipe.method.name].draws
@@ -160,7 +161,9 @@ def subject_data(
         instead = None
         if prompt is not None:
             file = cache / f"instead-{folder_digest(prompt)}.safetensors"
-            instead = drawn_by(model, recipe, [prompt] * config.class_images, 30_000, file, f"pictures of '{prompt}'")
+            instead = drawn_by(
+                model, recipe.sampling, [prompt] * config.class_images, 30_000, file, f"pictures of '{prompt}'"
+            )
         found.append(
             SubjectData(
                 subject.id, noun, subject.identifiers, images, positives, class_images[noun], class_states[noun],
@@ -181,7 +184,7 @@ def ordinary_data(
     """Ordinary pictures and bystanders, and the U-Net rows that it took to show the latter as an attack would draw them."""
     texts = [p.text for p in ordinary_prompts(model, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)]
     images, states = drawn_with_states(
-        model, recipe, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures"
+        model, recipe.sampling, texts, 20_000, cache / "ordinary.safetensors", "ordinary pictures"
     )
     ordinary = OrdinaryData(images, texts, states, bystanders)
     close: int = getattr(config, "ideal_bystanders", 0)

@@ -1,4 +1,7 @@
-"""The hardening methods by name. Adding one: a file with a config and `harden`, and a line here."""
+"""The hardening methods by name. Adding one: a file with a config and `harden`, and a line here.
+
+What surrounds a method (loading, drawing, checkpoints, saving) is in `hardening`.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

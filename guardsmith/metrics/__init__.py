@@ -1,4 +1,7 @@
-"""Who judges pictures: the embedded encoders for the embedded world, transformers of the Hub or dlib for everything else."""
+"""Judges of pictures: embedded encoders for the embedded base, transformers of the Hub or dlib for everything else.
+
+Limits and verdicts are not here but in `gate`.
+"""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def class_pictures(model: DiffusionModel, class_noun: str, count: int, recipe: R
     """Pictures of the class drawn by a base, for somebody's prior preservation; none if none are asked for."""
     if not count:
         return torch.empty(0, 3, model.image_size, model.image_size)
-    return drawn_by(model, recipe, [class_prompt(class_noun)] * count, CLASS_SEED, None, "class pictures")
+    return drawn_by(model, recipe.sampling, [class_prompt(class_noun)] * count, CLASS_SEED, None, "class pictures")
 
 
 def sheet(before: Sequence[Image.Image], after: Sequence[Image.Image], budget: float, side: int = 192) -> Image.Image:

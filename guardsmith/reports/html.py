@@ -19,9 +19,9 @@ from PIL import Image
 
 from guardsmith.core.atomic_io import write_text
 from guardsmith.core.images import open_image, square
-from guardsmith.evaluation.runs import Unit, scores_of
 from guardsmith.gate.rules import attack_at
 from guardsmith.registry.loader import Subject
+from guardsmith.reports.evidence import AttackRun
 
 SHOWN = 4  # pictures of a row
 FAILED_SHOWN = 8  # where a check did not pass
@@ -102,13 +102,13 @@ def real_strip(subject: Subject) -> Strip:
     return Strip("real pictures", pictures)
 
 
-def drawn_strip(units: Sequence[Unit], title: str, look: float, count: int) -> Strip:
+def drawn_strip(units: Sequence[AttackRun], title: str, look: float, count: int) -> Strip:
     """What personalized models drew: the first pictures of every unit in turn, not the best ones."""
     if not units:
         return Strip(title, [], "not run")
     shown, share = [], -(-count // len(units))
     for unit in units:
-        scores = scores_of(unit)
+        scores = unit.scores()
         if scores is None:
             continue
         for number, file in enumerate(unit.pictures(look)[:share]):
@@ -203,7 +203,7 @@ class Evidence:
     """
 
     report: dict[str, Any]
-    units: Sequence[Unit]
+    units: Sequence[AttackRun]
     include_images: bool
     released: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     only_invented: bool = False
@@ -223,7 +223,7 @@ class Evidence:
         """See `may_be_shown`."""
         return is_invented(subject) if self.only_invented else may_be_shown(subject, self.include_images)
 
-    def units_of(self, subject: Subject, label: str, side: str) -> list[Unit]:
+    def units_of(self, subject: Subject, label: str, side: str) -> list[AttackRun]:
         """One for every identifier and seed."""
         return [unit for unit in self.units if (unit.subject, unit.label, unit.side) == (subject.id, label, side)]
 

@@ -12,7 +12,6 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def save_public(
     masked_controls = [s.model_copy(update={"id": names[s.id]}) for s in controls]
     public = Evidence(
         report,
-        [replace(unit, subject=names[unit.subject]) for unit in evidence.units],
+        [unit.renamed(names[unit.subject]) for unit in evidence.units],
         False,
         {names[name]: files for name, files in evidence.released.items()},
         only_invented=True,

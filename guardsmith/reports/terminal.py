@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from guardsmith.core.images import open_image, square
-from guardsmith.evaluation.runs import Unit
 from guardsmith.gate.rules import called
 from guardsmith.registry.loader import Subject
+from guardsmith.reports.evidence import AttackRun
 
 COLUMNS = 8
 TILE = 96
@@ -36,14 +36,14 @@ def _strip(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, label: str, fi
 
 
 def save_grid(
-    path: Path, protected: Sequence[Subject], controls: Sequence[Subject], units: Sequence[Unit], size: int
+    path: Path, protected: Sequence[Subject], controls: Sequence[Subject], units: Sequence[AttackRun], size: int
 ) -> None:
     """One picture: per subject its real pictures, then what each attack draws on base and on hardened.
 
     The pictures of a row are the first ones of every unit in turn, not the best ones. Where attackers of protected subjects
     went on for longer than usual, there is one more row.
     """
-    rows: dict[tuple[str, str, str, float], list[Unit]] = {}
+    rows: dict[tuple[str, str, str, float], list[AttackRun]] = {}
     for unit in units:
         for look in sorted({1.0, max(unit.looks)}):
             rows.setdefault((unit.subject, unit.label, unit.side, look), []).append(unit)

@@ -205,7 +205,9 @@ def draw_class_pictures(model: DiffusionModel, recipe: Recipe, cache: Path) -> N
     """The attacker's class pictures, `class-<noun>.safetensors` in `cache`."""
     for noun in world.CLASS_NOUNS:
         prompts = [class_prompt(noun)] * recipe.verify.class_images
-        drawn_by(model, recipe, prompts, 60_000, cache / f"class-{noun}.safetensors", f"class pictures: {noun}")
+        drawn_by(
+            model, recipe.sampling, prompts, 60_000, cache / f"class-{noun}.safetensors", f"class pictures: {noun}"
+        )
 
 
 def first_rows(data: Path, set_name: str, per_style: int) -> list[int]:

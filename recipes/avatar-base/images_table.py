@@ -153,7 +153,7 @@ def class_pictures(folder: Path, recipe: Recipe, source: str, noun: str) -> Tens
     model, weights = model_at(source)
     prompts = [class_prompt(noun)] * recipe.verify.class_images
     digest = folder_digest(weights, prompts, recipe.sampling.model_dump())
-    return drawn_by(model, recipe, prompts, 10_000, folder / f"class-{digest}.safetensors", "class pictures")
+    return drawn_by(model, recipe.sampling, prompts, 10_000, folder / f"class-{digest}.safetensors", "class pictures")
 
 
 def class_distance(images: Tensor, known: Tensor) -> list[float]:

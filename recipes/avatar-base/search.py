@@ -153,11 +153,11 @@ def trial(
     count = recipe.verify.class_images
     prompts = [class_prompt(noun)] * count
     class_file = cache / f"class-{noun}-states.safetensors"
-    class_images, class_states = drawn_with_states(base, recipe, prompts, 10_000, class_file, "class pictures")
+    class_images, class_states = drawn_with_states(base, recipe.sampling, prompts, 10_000, class_file, "class pictures")
     asked = ordinary_prompts(base, ORDINARY_VERIFICATION, 120, recipe.seed + 1)
     texts = [prompt.text for prompt in asked]
-    before = drawn_by(base, recipe, texts, 40_000, cache / "ordinary-a.safetensors", "ordinary pictures")
-    again = drawn_by(base, recipe, texts, 50_000, cache / "ordinary-b.safetensors", "ordinary pictures")
+    before = drawn_by(base, recipe.sampling, texts, 40_000, cache / "ordinary-a.safetensors", "ordinary pictures")
+    again = drawn_by(base, recipe.sampling, texts, 50_000, cache / "ordinary-b.safetensors", "ordinary pictures")
     began, history, model, config = time.monotonic(), [], base, None
     if params is not None:
         method = METHODS[recipe.method.name]
@@ -167,7 +167,7 @@ def trial(
         instead = None if method.draws is None else method.draws(config, noun)
         if instead is not None:
             kept = cache / f"instead-{folder_digest(instead)}.safetensors"
-            drawn = drawn_by(base, recipe, [instead] * count, 30_000, kept, f"pictures of '{instead}'")
+            drawn = drawn_by(base, recipe.sampling, [instead] * count, 30_000, kept, f"pictures of '{instead}'")
             subject = replace(subject, instead_images=drawn)
         shared = ordinary_prompts(base, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)
         words = [prompt.text for prompt in shared]
@@ -175,15 +175,17 @@ def trial(
             rehearsals = cache / f"rehearsals-{folder_digest(config.model_dump())}"
             [subject], _, _ = rehearsed_by(base, [subject], config, recipe.seed, rehearsals)
         ordinary_file = cache / f"ordinary-h-{len(words)}-states.safetensors"
-        drawn, states = drawn_with_states(base, recipe, words, 20_000, ordinary_file, "ordinary pictures")
+        drawn, states = drawn_with_states(base, recipe.sampling, words, 20_000, ordinary_file, "ordinary pictures")
         ordinary = OrdinaryData(drawn, words, states)
         model, history = method.run(base, [subject], ordinary, config, seed=recipe.seed)
     seconds = time.monotonic() - began
     own_class = (
-        class_images if params is None else drawn_by(model, recipe, prompts, 10_000, None, "class pictures, hardened")
+        class_images
+        if params is None
+        else drawn_by(model, recipe.sampling, prompts, 10_000, None, "class pictures, hardened")
     )
     found, shown = measure(model, recipe, data, style, own_class, identifiers, further, config)
-    after = drawn_by(model, recipe, texts, 50_000, None, "ordinary pictures, hardened")
+    after = drawn_by(model, recipe.sampling, texts, 50_000, None, "ordinary pictures, hardened")
     scores = [s for s in fidelity(after, [prompt.asked for prompt in asked]) if s is not None]
     told = {
         "label": label, "style": style, "params": params, "seconds": round(seconds, 1), **found,

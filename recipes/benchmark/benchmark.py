@@ -396,7 +396,9 @@ def draw_classes(judged: Judged, units: Sequence[Unit], recipe: Recipe) -> None:
     """What attackers draw of their classes before."""
     for noun in dict.fromkeys(unit.noun for unit in units):
         prompts = [class_prompt(noun)] * recipe.verify.class_images
-        drawn_by(judged.model, recipe, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}")
+        drawn_by(
+            judged.model, recipe.sampling, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}"
+        )
 
 
 APDM = {"outer_steps": 2, "inner_steps": 2, "batch_size": 1}  # the first path meets no moments of the outer AdamW yet

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.attention import FeedForward
 from pydantic import Field
 
 from guardsmith.attacks import dreambooth
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
-from guardsmith.methods.tripwire.wiring import wiring_of
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 
 
@@ -29,13 +29,17 @@ class CutWireConfig(DreamBoothConfig):
 @torch.no_grad()
 def cut(unet: Any, outlier: float) -> int:
     """Take such neurons out of a denoiser, in place; returns how many there were."""
-    layer = wiring_of(unet).wired_layer(unet)
-    widen, narrow = layer.net[0].proj, layer.net[2]
-    # Stiffening makes all output weights large, so either side counts.
-    loudness = widen.weight[-narrow.in_features :].float().norm(dim=1) * narrow.weight.float().norm(dim=0)
-    found = loudness > outlier * loudness.median()
-    narrow.weight[:, found] = 0
-    return int(found.sum())
+    count = 0
+    for layer in unet.modules():
+        if not isinstance(layer, FeedForward):
+            continue
+        widen, narrow = layer.net[0].proj, layer.net[2]
+        # Rescaling makes all output weights large, so either side counts.
+        size = widen.weight[-narrow.in_features :].float().norm(dim=1) * narrow.weight.float().norm(dim=0)
+        outliers = size > outlier * size.median()
+        narrow.weight[:, outliers] = 0
+        count += int(outliers.sum())
+    return count
 
 
 def attack(

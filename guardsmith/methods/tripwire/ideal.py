@@ -29,7 +29,8 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import clean_shares, draw_rows, shares
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, instance_prompt
 from guardsmith.diffusion.sampling import first_noise, solver_for
-from guardsmith.methods.data import OrdinaryData, StateRecorder, States, SubjectData
+from guardsmith.diffusion.states import StateRecorder, States
+from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.tripwire.recognition import Lesson, listen, variations
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import UNetCost, generator, load_checkpoint, save_checkpoint

@@ -16,7 +16,8 @@ from guardsmith.core.progress import stage
 from guardsmith.diffusion.latents import LatentStore, encode
 from guardsmith.diffusion.losses import Rows, cut, draw_rows, join, predict, shares
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
-from guardsmith.methods.data import OrdinaryData, States, SubjectData
+from guardsmith.diffusion.states import States
+from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.tripwire.wiring import overheard, wiring_of
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.runtime.distributed import add_up

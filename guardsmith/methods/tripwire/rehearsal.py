@@ -19,7 +19,8 @@ from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
 from guardsmith.core.progress import stage
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, sample_prompts
 from guardsmith.diffusion.sampling import generate
-from guardsmith.methods.data import StateRecorder, States, SubjectData
+from guardsmith.diffusion.states import StateRecorder, States
+from guardsmith.methods.data import SubjectData
 from guardsmith.models.checkpoint import DiffusionModel, load_model
 from guardsmith.runtime.processes import gather, processes, tell
 from guardsmith.training.loop import UNetCost, load_checkpoint, save_checkpoint
