@@ -14,7 +14,7 @@ from tiny import assert_one_sentence
 from guardsmith.cli import app as cli
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.errors import RunFailed, UserError
-from guardsmith.models.checkpoint import weights_digest
+from guardsmith.models.checkpoint import file_digests, weights_digest
 from guardsmith.registry.loader import load_registry
 from guardsmith.release import publish
 from guardsmith.release.card import licence_of
@@ -33,6 +33,7 @@ def make_output(folder, model, registry, **changes):
     shutil.copytree(model, folder / "model")
     report = json.loads((RESULTS / "demo-report.json").read_text()) | changes
     report["hardening"] |= {"model_digest": weights_digest(folder / "model"), "registry_digest": registry.digest}
+    report["hardening"]["files"] = file_digests(folder / "model")
     names = public_names(registry.subjects, registry.controls, "salt")
     public = folder / "verify" / "public"
     public.mkdir(parents=True)
@@ -157,7 +158,8 @@ def test_what_goes_up(output, capsys):
 def edit_digest(output):
     """The report is of the model as it is now."""
     for file in (output / "verify" / "report.json", output / "verify" / "public" / "report.json"):
-        edit(file, lambda told: told["hardening"].update(model_digest=weights_digest(output / "model")))
+        digests = {"model_digest": weights_digest(output / "model"), "files": file_digests(output / "model")}
+        edit(file, lambda told: told["hardening"].update(digests))  # noqa: B023
 
 
 def card_of(output, registry, **given):
@@ -208,6 +210,7 @@ def test_what_people_are_asked_who_want_a_gated_model(output, capsys):
 def test_the_card_tells_of_half_precision_files(output, registry):
     assert "fp16" not in card_of(output, registry)[1].partition("## Use it")[2]
     (output / "model" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
+    edit_digest(output)
     assert "The files of variant `fp16` are the same weights rounded" in card_of(output, registry)[1]
 
 

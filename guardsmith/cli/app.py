@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guardsmith import __version__
+from guardsmith.cli.audit import audit_release
 from guardsmith.cli.images import cloak, redteam, train_rid
 from guardsmith.cli.registry import check, registry_app
 from guardsmith.cli.release import (
@@ -474,6 +475,7 @@ app.command()(redteam)
 app.command("train-rid")(train_rid)
 app.command()(publish)
 app.command("verify-signature")(verify_signature)
+app.command("audit-release")(audit_release)
 app.command()(export)
 app.command("import")(import_file)
 app.command("release-notes")(release_notes)

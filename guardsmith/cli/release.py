@@ -135,10 +135,14 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a hardening.")],
     like: Annotated[Path, typer.Option(help="The base as a single-file checkpoint (A1111, ComfyUI).")],
     file: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    keep_unknown: Annotated[
+        bool, typer.Option("--keep-unknown", help="Copy tensors of no known part too; they may be the base's weights.")
+    ] = False,
 ) -> None:
     """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place."""
     from guardsmith.hardening.pipeline import read_hardening
-    from guardsmith.models.checkpoint import resolve
+    from guardsmith.models.checkpoint import resolve, weights_digest
+    from guardsmith.models.contents import in_words
     from guardsmith.models.single_file import write_single_file
 
     record = output / "harden.json"
@@ -148,10 +152,22 @@ def export(
         raise UserError(f"there is no file {like}; name the base's single-file checkpoint")
     if file.exists():
         raise UserError(f"{file} exists already; name another file")
+    if not file.parent.is_dir():
+        raise UserError(f"there is no folder {file.parent}; make it, or name another file")
     told = read_hardening(record)
+    if weights_digest(output / "model") != told["model_digest"]:
+        raise UserError(
+            f"{output / 'model'} was changed after hardening (its digest differs from {record}); harden again"
+        )
     base = resolve(told["base"], told["base_revision"])
-    count = write_single_file(like, base, output / "model", file)
-    say(f"wrote {file}: {count} tensors are the hardened U-Net's, everything else is {like}'s")
+    done = write_single_file(like, base, output / "model", file, keep_unknown=keep_unknown)
+    say(f"wrote {file}: {done.replaced} tensors are the hardened model's, everything else is {like}'s")
+    if done.left_out:
+        say(
+            f"left out, for they are copies of a hardened part: {len(done.left_out)} tensors ({in_words(done.left_out)})"
+        )
+    if done.widened:
+        say("the hardened tensors are stored in float32: a weight does not fit the precision of the file")
 
 
 def import_file(

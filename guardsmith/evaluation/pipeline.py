@@ -60,7 +60,9 @@ from guardsmith.metrics import Judge, load_judge
 from guardsmith.metrics.collapse import destroyed
 from guardsmith.metrics.identity import SIZE
 from guardsmith.metrics.kid import kid, kid_ratio_interval
-from guardsmith.models.checkpoint import DiffusionModel, load_model, weights_digest
+from guardsmith.models.checkpoint import DiffusionModel, file_digests, load_model, weights_digest
+from guardsmith.models.contents import in_words
+from guardsmith.models.release_files import check_hardened_files, known_in, surplus_of
 from guardsmith.registry.loader import Registry
 from guardsmith.reports.ci_formats import save_exports
 from guardsmith.reports.html import Evidence, page_data, save_page
@@ -70,7 +72,7 @@ from guardsmith.runtime.executors import check_executor
 
 ORDINARY_SHOWN = 12  # pairs of pictures on the page
 RECORDED = ("base", "base_digest", "model_digest", "registry_digest", "method", "params", "seed", "seconds",
-            "unet_forward_equivalents")  # fmt: skip
+            "unet_forward_equivalents", "files", "carries")  # fmt: skip
 
 
 def draw_ordinary(models: dict[Side, Judged], recipe: Recipe) -> tuple[list[OrdinaryPrompt], dict[str, Tensor]]:
@@ -223,6 +225,7 @@ def hardened_here(output: Path, registry: Registry) -> tuple[DiffusionModel, Dif
     base = load_model(told["base"], told["base_revision"])
     if weights_digest(base.folder) != told["base_digest"]:
         raise UserError(f"{told['base']} is not the base that {output} was hardened from (the digests differ).")
+    told["files"], told["carries"] = check_hardened_files(output / "model", told, base), []
     return base, load_model(str(output / "model")), told
 
 
@@ -248,8 +251,15 @@ def made_elsewhere(
             )
     told: dict[str, Any] = dict.fromkeys(RECORDED) | {
         "base": recipe.base, "base_digest": weights_digest(base.folder), "model_digest": weights_digest(model.folder),
-        "registry_digest": registry.digest,
+        "registry_digest": registry.digest, "carries": surplus_of(model.folder, base),
+        "files": file_digests(model.folder, known_in(model.folder)),
     }  # fmt: skip
+    if told["carries"]:
+        console.print(
+            f"warning: {source} carries what is no part of the model: {in_words(told['carries'])}",
+            markup=False,
+            soft_wrap=True,
+        )
     return base, model, told
 
 

@@ -20,7 +20,7 @@ from guardsmith import __version__
 from guardsmith.config.recipe import ComputeSpec, Recipe
 from guardsmith.core.atomic_io import folder_digest, read_record, write_json
 from guardsmith.core.console import first_process, launched
-from guardsmith.core.errors import UserError
+from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import open_image, open_pictures, square, to_tensor
 from guardsmith.core.progress import console, stage
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
@@ -32,7 +32,17 @@ from guardsmith.methods import METHODS
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.tripwire.ideal import imagined_by, with_ideal_states
 from guardsmith.methods.tripwire.rehearsal import rehearsed_by
-from guardsmith.models.checkpoint import DiffusionModel, load_model, save_model, weights_digest
+from guardsmith.models.building import remove_folder
+from guardsmith.models.checkpoint import (
+    DiffusionModel,
+    file_digests,
+    load_model,
+    save_model,
+    stored_dtype,
+    weights_digest,
+)
+from guardsmith.models.contents import in_words
+from guardsmith.models.saved import base_weights_in, say_what_changed, try_saving
 from guardsmith.models.tensor_files import changed_fraction
 from guardsmith.registry.images import files_of
 from guardsmith.registry.loader import Registry, Split, Subject
@@ -280,6 +290,9 @@ def _harden(
         return done
 
     began = time.monotonic()
+    with first_alone():
+        if first_process():
+            try_saving(model, output, half_variant=recipe.half_variant)
     cache = output / "cache"
     with first_alone():  # the others find the pictures in the cache
         subjects = subject_data(model, recipe, wanted, config, cache)
@@ -332,7 +345,7 @@ def _harden(
     parts = [name for name, network in hardened.networks.items() if network is not model.networks[name]]
     for network in hardened.networks.values():
         network.zero_grad(set_to_none=True)  # room for the copy that saving in another precision takes
-    save_model(hardened, output / "model", parts, half_variant=recipe.half_variant)
+    built = save_model(hardened, output / "model", parts, half_variant=recipe.half_variant)
     denoiser = model.family.denoiser
     changed = changed_fraction(model.folder / denoiser, output / "model" / denoiser)
     if changed == 0:
@@ -340,6 +353,10 @@ def _harden(
         raise UserError(
             "Hardening changed no stored weight: the learning rate is too small for the precision of the base."
         )
+    leaks = [f"{file}: {what}" for file, what in base_weights_in(model.folder, output / "model", parts)]
+    if leaks:
+        remove_folder(output / "model")
+        raise RunFailed(f"the hardened model would hold weights of the base ({in_words(leaks)}); it was not kept.")
     trained = _spent(spent, len(history))
     forwards += trained[0] + counter.forwards * world()  # what came after the last step is in the counter still
     backwards += trained[1] + counter.backwards * world()
@@ -348,6 +365,12 @@ def _harden(
         **settings,
         "base_revision": recipe.revision,
         "model_digest": weights_digest(output / "model"),
+        "files": file_digests(output / "model"),
+        "left_out": built.left_out,
+        "nulled": built.nulled,
+        "precision": {
+            name: str(stored_dtype(output / "model", name)).removeprefix("torch.") for name in model.networks
+        },
         "subjects": [subject.id for subject in wanted],
         "paper": method.paper,
         "resumed_after": len(history)
@@ -363,6 +386,7 @@ def _harden(
         "probes": probes.found(),
         "run": run_info(),
     }
+    say_what_changed(built, info["precision"], model)
     save_modules(last, output / "state.safetensors")
     write_json(record, info)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,15 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.images import sha256_file
+from guardsmith.models.building import Built, build_folder, open_once, remove_folder
+from guardsmith.models.contents import EVIDENCE, HALF, list_files, weight_files
 from guardsmith.models.families import PIPELINES, SD, SD3, SDXL, Family
 from guardsmith.runtime.device import chosen_device, put, settle
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 BUILTIN_MODELS = ("avatar",)
-HALF = "fp16"  # what diffusers calls the half-precision files beside others
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-EVIDENCE = (
-    "guardsmith"  # folder of a published repository with records of how the model came about, which are no part of it
-)
 HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "*.model"]  # no single-file checkpoints from the top of a repository
 
 
@@ -304,13 +303,13 @@ def with_own_unet(model: DiffusionModel) -> DiffusionModel:
 
 def save_model(
     model: DiffusionModel, folder: Path, parts: Sequence[str] | None = None, *, half_variant: bool = False
-) -> None:
-    """Write a complete diffusers folder: these parts from memory, every other file copied byte for byte from the source.
+) -> Built:
+    """Write a complete diffusers folder: these parts from memory, of the source what `guardsmith.models.building` takes.
 
     They are stored in the precision of the source's own files, so that a half-precision base stays one, or in float32 where a
-    weight does not fit it. Where the source has half-precision files beside them (variant `fp16`), so has the folder, unless a
-    weight does not fit: then it has none of any part, rather than some of one model and some of another.
-    The folder appears whole or not at all.
+    weight does not fit it. Where the source has half-precision files beside them (variant `fp16`), so has the folder, written
+    anew, unless a weight does not fit: then it has none of any part, rather than some of one model and some of another.
+    The folder appears whole or not at all, once diffusers has opened it.
 
     Args:
         model: what to write.
@@ -318,43 +317,39 @@ def save_model(
         parts: folders of what may differ from the source (`DiffusionModel.networks`); the denoiser when not given.
         half_variant: write half-precision files although the source has none, where every weight fits.
 
+    Returns:
+        What of the source is not in it.
+
     Raises:
-        RunFailed: a weight is not finite.
+        UserError: the source has what cannot be released, see `build_folder`.
+        RunFailed: a weight is not finite; diffusers cannot open what was written.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_folder(temporary)
     parts = (model.family.denoiser,) if parts is None else parts
     try:
-        shutil.copytree(model.folder, temporary, ignore=lambda _, names: [n for n in names if n == ".cache"])
-        # Where the plain files are in half precision, they are what the variant would be.
-        asked = [
-            name for name in model.networks
-            if half_variant and stored_dtype(model.folder, name) != torch.float16
-        ]  # fmt: skip
-        halves = [_save_part(model, name, temporary / name, name in asked) for name in parts]
-        halves += [_save_half(model, name, temporary / name) for name in asked if name not in parts]
-        if not all(halves):
-            for file in temporary.glob(f"*/*.{HALF}.*"):
+        temporary.mkdir(parents=True)
+        built = build_folder(model.folder, model.networks, parts, temporary)
+        for name in parts:
+            _save_part(model, name, temporary / name)
+        stored = {name: stored_dtype(temporary, name) for name in model.networks}
+        halves = [name for name in model.networks if any((model.folder / name).glob(f"*.{HALF}.*safetensors"))]
+        if half_variant:  # where the plain files are in half precision, they are what the variant would be
+            halves += [name for name in model.networks if name not in halves and stored[name] != torch.float16]
+        whole = all(name in halves or stored[name] == torch.float16 for name in parts)
+        if halves and not (whole and all(_save_half(model, name, temporary / name) for name in halves)):
+            for file in temporary.glob(f"*/*.{HALF}*"):
                 file.unlink()
-        for file in temporary.rglob("*"):
-            if file.suffix in PICKLES:
-                file.unlink()
-        if folder.exists():
-            shutil.rmtree(folder)
+        open_once(temporary, list(model.networks))
+        remove_folder(folder)
         temporary.replace(folder)
+        return built
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
 
 
-def _save_part(model: DiffusionModel, name: str, place: Path, half: bool) -> bool:
-    """Replace the weights of one part; variants, shards and their index go, for they hold those of the source.
-
-    Returns:
-        Whether the half-precision variant of the other parts may stay: this part has one of its own.
-    """
-    wanted = half or any(place.glob(f"*.{HALF}.*"))
-    for file in [*place.glob("*.safetensors"), *place.glob("*.safetensors.index*.json")]:
-        file.unlink()
+def _save_part(model: DiffusionModel, name: str, place: Path) -> None:
+    """Write the weights of one part."""
     part, dtype = model.networks[name], stored_dtype(model.folder, name)
     if any(parameter.dtype != dtype for parameter in part.parameters()):  # else there may be no room for a copy
         part = copy.deepcopy(part).to(dtype)
@@ -362,13 +357,7 @@ def _save_part(model: DiffusionModel, name: str, place: Path, half: bool) -> boo
         part = copy.deepcopy(model.networks[name]).float()
     if not _finite(part):
         raise RunFailed("A weight of the hardened model is not finite; no model was written.")
-    part.save_pretrained(place, safe_serialization=True)
-    wanted = wanted and _save_half(model, name, place)
-    config = model.folder / name / "config.json"
-    shutil.copyfile(config, place / config.name)  # the libraries' own tells where the base lay
-    for file in place.glob("*.safetensors"):
-        shutil.copymode(config, file)  # safetensors writes for the owner only
-    return wanted
+    _save_weights(model, part, name, place)
 
 
 def _save_half(model: DiffusionModel, name: str, place: Path) -> bool:
@@ -376,10 +365,18 @@ def _save_half(model: DiffusionModel, name: str, place: Path) -> bool:
     part = copy.deepcopy(model.networks[name]).half()
     if not _finite(part):
         return False
-    part.save_pretrained(place, safe_serialization=True, variant=HALF)
-    config = model.folder / name / "config.json"
-    shutil.copyfile(config, place / config.name)
+    _save_weights(model, part, name, place, variant=HALF)
     return True
+
+
+def _save_weights(model: DiffusionModel, part: Any, name: str, place: Path, **options: Any) -> None:
+    part.save_pretrained(place, safe_serialization=True, **options)
+    config = place / "config.json"
+    config.unlink()
+    shutil.copyfile(model.folder / name / "config.json", config)  # the libraries' own tells where the base lay
+    for file in place.iterdir():
+        shutil.copymode(config, file)  # safetensors writes for the owner only
+    (place / "generation_config.json").unlink(missing_ok=True)
 
 
 def _finite(module: torch.nn.Module) -> bool:
@@ -390,9 +387,7 @@ def stored_dtype(folder: Path, part: str = "unet") -> torch.dtype:
     """Precision of a part's weights on disk; variants beside them (`.fp16.`, `.non_ema.`) do not count."""
     from safetensors import safe_open
 
-    files = sorted((folder / part).glob("*.safetensors"))
-    file = min(files, key=lambda file: file.name.count("."))
-    with safe_open(file, framework="pt") as weights:
+    with safe_open(weight_files(folder / part)[0], framework="pt") as weights:
         kinds = (weights.get_tensor(key).dtype for key in weights.keys())  # noqa: SIM118 (not a dict)
         dtype: torch.dtype = next(kind for kind in kinds if kind.is_floating_point)  # some store position numbers too
         return dtype
@@ -412,3 +407,10 @@ def weights_digest(folder: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"
+
+
+def file_digests(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files (all of them if none are named), by name relative to the folder, `sha256:<hex>` each."""
+    return {
+        name: f"sha256:{sha256_file(folder / name)}" for name in sorted(list_files(folder) if names is None else names)
+    }

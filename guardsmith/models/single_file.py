@@ -1,8 +1,8 @@
 """Single-file checkpoints (the layout of A1111 and ComfyUI): read as a base, and written with a hardened U-Net.
 
-Reading is diffusers' own conversion. In writing, only the U-Net's tensors are replaced; everything else is copied byte for byte,
-in its order, with the file's metadata. Which tensor is which is read off diffusers' converter, so that there is no second table
-of names here.
+Reading is diffusers' own conversion. In writing, the tensors of hardened parts are replaced, copies of them under other names are
+left out, and other known parts are copied byte for byte, in their order, with the file's metadata. Which tensor of the U-Net is
+which is read off diffusers' converter, so that there is no second table of names here.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from guardsmith.core.atomic_io import whole_folder
+from guardsmith.core.credentials import credential_in
 from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.models.base_weights import ChangedWeights
+from guardsmith.models.building import plain_name
 from guardsmith.models.checkpoint import PICKLES, load_model
+from guardsmith.models.contents import in_words
 from guardsmith.models.families import SD
+from guardsmith.models.single_file_tensors import sort_tensors
 from guardsmith.models.tensor_files import Header, read_header, stored_tensor, stored_weights, write_copy
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -98,22 +103,36 @@ def read_single_file(file: Path, folder: Path, config: str | None = None) -> Non
         load_model(str(place))  # incomplete parts, or weights that are not finite, are told now
 
 
-def write_single_file(like: Path, base: Path, hardened: Path, file: Path) -> int:
-    """The single-file checkpoint of a base with a hardened U-Net; it appears whole.
+class Exported(NamedTuple):
+    """What was written.
 
-    A tensor keeps the precision that it has in the file, or becomes float32 where a weight does not fit that.
+    Attributes:
+        replaced: how many tensors are the hardened model's.
+        left_out: tensors of the base's file that are copies of a hardened part, metadata with a credential.
+        widened: whether the hardened tensors are float32 where the file had less, for a weight does not fit.
+    """
+
+    replaced: int
+    left_out: list[str]
+    widened: bool
+
+
+def write_single_file(like: Path, base: Path, hardened: Path, file: Path, *, keep_unknown: bool = False) -> Exported:
+    """The single-file checkpoint of a base with the hardened parts; it appears whole.
+
+    Hardened tensors keep the precision that they have in the file, or all become float32 where a weight does not fit that. Of
+    the others, those of known parts are copied, and copies of a hardened part are left out (EMA weights, a second U-Net,
+    adapters; by their names, and by their values).
 
     Args:
         like: the base's single-file checkpoint.
         base: the base's diffusers folder, to make sure that this is the same model.
         hardened: the hardened model's diffusers folder.
         file: where to.
-
-    Returns:
-        How many tensors were replaced.
+        keep_unknown: copy tensors of which nobody knows what they are, unless they have values of the base's hardened parts.
 
     Raises:
-        UserError: `like` cannot be read, or holds another model.
+        UserError: `like` cannot be read, or holds another model, weights that are not finite, or unknown tensors.
     """
     header = read_header(like)
     config = json.loads((hardened / "unet" / "config.json").read_text(encoding="utf-8"))
@@ -123,19 +142,79 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path) -> int
     if missing:
         raise UserError(f"{like} is not laid out as this model (it has no {sorted(missing)[0]}); give one of its base")
     for there, here in names.items():
-        entry = header.tensors[there]
-        if here not in after or entry["dtype"] not in DTYPES or list(after[here].shape) != entry["shape"]:
-            raise UserError(f"{like} is not laid out as this model ({there}); give one of its base")
-        apart = (stored_tensor(like, there).float() - before[here].float()).abs()
-        if float(apart.max()) > CLOSE * max(1.0, float(before[here].abs().max())):
-            raise UserError(f"{like} holds another model than the base that was hardened (they differ in {here})")
+        _check_same(like, header, there, here, before, after)
+    replaced = _stored({there: after[here] for there, here in names.items()}, header)
+    changed = ChangedWeights()
+    changed.add(before.items(), after.get, "unet")
+    replaced |= _other_parts(like, header, base, hardened, changed)
 
+    sorted_out = sort_tensors(header.tensors, replaced)
+    stored = ((name, stored_tensor(like, name)) for name in (*sorted_out.copied, *sorted_out.unknown))
+    left_out = {*sorted_out.copies}
+    for name, values in stored:
+        if values.is_floating_point() and not torch.isfinite(values.float()).all():
+            raise UserError(f"{like} has weights that are not finite ({name}); give another file of the base")
+        left_out |= {found for found, _ in changed.found_in([(name, values)])}
+    unknown = [name for name in sorted_out.unknown if name not in left_out]
+    if unknown and not keep_unknown:
+        raise UserError(
+            f"{like} has {len(unknown)} tensors of no known part ({in_words(unknown)}), which may be copies of the base's "
+            "weights; take them out, or keep them with --keep-unknown"
+        )
+    tensors = {name: entry for name, entry in header.tensors.items() if name not in left_out}
+    metadata = {key: text for key, text in header.metadata.items() if credential_in(f"{key}={text}") is None}
+    write_copy(like, header._replace(tensors=tensors, metadata=metadata), file, replaced=replaced)
+    secrets = [f"metadata {key}" for key in header.metadata.keys() - metadata.keys()]
+    widened = any(dtype == "F32" != header.tensors[name]["dtype"] for name, (dtype, _) in replaced.items())
+    return Exported(len(replaced), [name for name in header.tensors if name in left_out] + sorted(secrets), widened)
+
+
+def _check_same(
+    like: Path, header: Header, there: str, here: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Raises UserError unless a tensor of the file is the base's."""
+    entry = header.tensors[there]
+    if (
+        here not in after
+        or here not in before
+        or entry["dtype"] not in DTYPES
+        or list(after[here].shape) != entry["shape"]
+    ):
+        raise UserError(f"{like} is not laid out as this model ({there}); give one of its base")
+    apart = float((stored_tensor(like, there).float() - before[here].float()).abs().max())
+    if not apart <= CLOSE * max(1.0, float(before[here].abs().max())):  # NaN is in no range
+        raise UserError(f"{like} holds another model than the base that was hardened (they differ in {here})")
+
+
+def _stored(tensors: Mapping[str, Tensor], header: Header) -> dict[str, tuple[str, bytes]]:
+    """Hardened tensors as the file stores them: all in float32 if one does not fit, for readers take one precision for all."""
+    dtypes = {name: header.tensors[name]["dtype"] for name in tensors}
+    fits = all(bool(torch.isfinite(value.to(DTYPES[dtypes[name]])).all()) for name, value in tensors.items())
+    kept = {name: dtype if fits else "F32" for name, dtype in dtypes.items()}
+    return {name: (kept[name], _bytes(value.to(DTYPES[kept[name]]))) for name, value in tensors.items()}
+
+
+def _other_parts(
+    like: Path, header: Header, base: Path, hardened: Path, changed: ChangedWeights
+) -> dict[str, tuple[str, bytes]]:
+    """Tensors of other hardened parts in the place of the base's: the text encoder of Stable Diffusion 1.x.
+
+    Raises:
+        UserError: a part was hardened that cannot be replaced in this layout.
+    """
     replaced: dict[str, tuple[str, bytes]] = {}
-    for there, here in names.items():
-        dtype = header.tensors[there]["dtype"]
-        fits = after[here].to(DTYPES[dtype])
-        if not torch.isfinite(fits).all():
-            fits, dtype = after[here].float(), "F32"
-        replaced[there] = (dtype, _bytes(fits))
-    write_copy(like, header, file, replaced=replaced)
-    return len(replaced)
+    for place in sorted(path.parent for path in hardened.glob("*/config.json") if path.parent.name != "unet"):
+        before, after = (stored_weights(folder / place.name) for folder in (base, hardened))
+        if not changed.add(before.items(), after.get, place.name):
+            continue
+        there = {
+            name: [f"cond_stage_model.transformer.{prefix}{plain_name(name)}" for prefix in ("text_model.", "")]
+            for name in after
+        }
+        found = {name: next((each for each in names if each in header.tensors), "") for name, names in there.items()}
+        if place.name != "text_encoder" or not all(found.values()):
+            raise UserError(f"the {place.name} was hardened too, which cannot be written in the layout of {like}")
+        for name, where in found.items():
+            _check_same(like, header, where, name, before, after)
+        replaced |= _stored({where: after[name] for name, where in found.items()}, header)
+    return replaced

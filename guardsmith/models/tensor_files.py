@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from guardsmith.core.errors import UserError
+from guardsmith.models.contents import weight_files
 
 
 class Header(NamedTuple):
@@ -90,9 +91,9 @@ def write_copy(
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
-    """In which of a folder's safetensors files a tensor is; of variants (fp16, non_ema) the plain file's win."""
+    """In which of a folder's safetensors files a tensor is; only those count that the libraries read, not variants."""
     found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             found |= dict.fromkeys(weights.keys(), file)
     return found
@@ -106,8 +107,14 @@ def stored_tensor(file: Path, key: str) -> torch.Tensor:
 
 
 def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder of safetensors files, by name; of variants (fp16, non_ema) the plain file's win."""
+    """All tensors of a folder of safetensors files, by name; variants (fp16, non_ema) do not count."""
     return {key: stored_tensor(file, key) for key, file in _files_of(folder).items()}
+
+
+def weights_reader(folder: Path) -> Callable[[str], torch.Tensor | None]:
+    """Gives a tensor of a folder of safetensors files by its name, read when it is wanted; `None` where there is none."""
+    files = _files_of(folder)
+    return lambda key: stored_tensor(files[key], key) if key in files else None
 
 
 def changed_fraction(before: Path, after: Path) -> float:

@@ -50,6 +50,11 @@ def bill_of_materials(report: Mapping[str, Any], licence: Licence, repo_id: str)
                 "bom-ref": model,
                 "name": repo_id,
                 "hashes": [_sha256(hardening["model_digest"])],
+                "components": [
+                    {"type": "file", "bom-ref": f"file:{name}", "name": name, "hashes": [_sha256(digest)]}
+                    for name, digest in sorted((hardening.get("files") or {}).items())
+                    if name.endswith(".safetensors")
+                ],
                 "licenses": [{"license": {"name": licence.id}}],
                 "pedigree": {
                     "ancestors": [

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from guardsmith.core.errors import UserError
 from guardsmith.gate.rules import EXIT_CODES, interval
-from guardsmith.models.checkpoint import EVIDENCE
+from guardsmith.models.contents import EVIDENCE
 from guardsmith.reports.compare import group, group_units, kept, rows
 
 # Licences of the bases that guardsmith knows how to harden, and where their use restrictions are.

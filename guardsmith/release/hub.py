@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import sha256_file
 from guardsmith.core.progress import console
+from guardsmith.models.contents import in_words
 
 ATTEMPTS = 5
 LONGEST_WAIT = 300.0  # seconds between two attempts
@@ -30,11 +31,13 @@ class Published(NamedTuple):
         commit: id of the commit that the repository is at; empty after a dry run.
         url: to look at.
         changed: whether anything was uploaded.
+        deleted: files that the repository had and the release has not; earlier commits still hold them.
     """
 
     commit: str
     url: str
     changed: bool
+    deleted: tuple[str, ...] = ()
 
 
 def files_of_release(folder: Path) -> dict[str, Path]:
@@ -156,7 +159,7 @@ def upload(
         patiently(repo_id, lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
     refs = patiently(repo_id, lambda: api.list_repo_refs(repo_id))
     tags = {each.name: each.target_commit for each in refs.tags}
-    files = files_of_release(release)
+    files, gone = files_of_release(release), list[str]()
 
     def there() -> tuple[str, dict[str, Any]]:
         head = str(api.repo_info(repo_id, revision=revision).sha)
@@ -177,6 +180,7 @@ def upload(
         # Asked anew at every attempt: an answer that was lost on the way may have been a yes.
         head, remote = there()
         operations = differences(remote)
+        gone[:] = gone or [path for path in remote if path not in files]
         if not operations:
             return head, url, False
         made = api.create_commit(
@@ -199,4 +203,10 @@ def upload(
                 f"{repo_id} has a tag {tag} at another commit already; everything is uploaded, choose another tag"
             )
         patiently(repo_id, lambda: api.create_tag(repo_id, tag=tag, revision=oid))
-    return Published(oid, where, changed)
+    if gone:
+        console.print(
+            f"deleted from {repo_id}: {in_words(gone)}; earlier commits still hold them: see "
+            f"`guardsmith audit-release {repo_id}`",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    return Published(oid, where, changed, tuple(gone))

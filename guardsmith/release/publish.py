@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from guardsmith.core.atomic_io import read_record, whole_folder, write_json, write_text
+from guardsmith.core.credentials import credential_in_file
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
-from guardsmith.models.checkpoint import EVIDENCE, HALF, weights_digest
+from guardsmith.models.checkpoint import weights_digest
+from guardsmith.models.contents import EVIDENCE, EVIDENCE_FILES, HALF, LICENCE, README, in_words, list_files
+from guardsmith.models.release_files import changed_files, surplus_files
 from guardsmith.registry.loader import Registry
 from guardsmith.release.bom import bill_of_materials
 from guardsmith.release.card import AccessForm, licence_of, model_card
@@ -34,11 +38,24 @@ class Refused(GuardsmithError):
     exit_code = 1
 
 
+def _digests(report: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Digest of every file of the model that a report is about.
+
+    Raises:
+        UserError: it is of an earlier guardsmith, which did not record them.
+    """
+    digests = report["hardening"].get("files")
+    if not digests:
+        raise UserError(f"{file} does not say which files were verified; verify again.")
+    return dict(digests)
+
+
 def objections(output: Path, registry: Registry, today: date) -> list[str]:
     """Why this model must not be published: one sentence for each rule that it breaks.
 
     Raises:
-        UserError: there is no finished verification.
+        UserError: there is no finished verification, or one without a digest of every file.
+        Refused: the folder holds what was not verified; that is never published, whatever the reason.
     """
     file, public = output / "verify" / "report.json", output / "verify" / "public" / "report.json"
     if not (output / "model").is_dir():
@@ -52,8 +69,17 @@ def objections(output: Path, registry: Registry, today: date) -> list[str]:
         failed = [check["name"] for check in report["checks"] if check["status"] == report["verdict"]]
         which = ", ".join(dict.fromkeys(failed)) or "nothing was checked"
         found.append(f"the verdict of {file} is {report['verdict']}, not pass ({which})")
-    if weights_digest(output / "model") != report["hardening"]["model_digest"]:
-        found.append(f"{output / 'model'} is not what was verified (its digest differs from the report's)")
+    digests = _digests(report, file)
+    if surplus := surplus_files(output / "model", digests):
+        raise Refused(
+            f"not published: {output / 'model'} holds what was not verified ({in_words(surplus)}); delete it, or harden and "
+            "verify again"
+        )
+    wrong = changed_files(output / "model", digests)
+    if wrong or weights_digest(output / "model") != report["hardening"]["model_digest"]:
+        found.append(
+            f"{output / 'model'} is not what was verified (the digests differ from the report's: {in_words(wrong)})"
+        )
     if registry.digest != report["hardening"]["registry_digest"]:
         found.append(f"{registry.path} is not the registry that was verified (the digests differ)")
     if any(shown[key] != report[key] for key in ("verdict", "run")):
@@ -100,13 +126,18 @@ def gather(
     report = read_record(verified / "public" / "report.json", ("hardening", "recipe"), "verify again")
     known = licence_of(model, report["hardening"]["base"], licence, licence_file)
     open_to_all = all(is_invented(subject) for subject in (*registry.subjects, *registry.controls))
+    digests = _digests(report, verified / "public" / "report.json")
     with whole_folder(output / "release") as place:
-        shutil.copytree(model, place, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if n == ".cache"])
-        for file in [*place.glob("LICENSE*"), *place.glob("README*")]:
-            file.unlink()
-        shutil.copytree(verified / "public", place / EVIDENCE)
+        for name in digests:
+            if name != README and not LICENCE.fullmatch(name) and (model / name).is_file():
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(model / name, place / name)
+        (place / EVIDENCE).mkdir()
+        for name in ("report.json", "report.html", "harden.json"):
+            if (verified / "public" / name).is_file():
+                shutil.copyfile(verified / "public" / name, place / EVIDENCE / name)
         if open_to_all and (verified / "grid.png").is_file():
-            shutil.copy(verified / "grid.png", place / EVIDENCE / "grid.png")
+            shutil.copyfile(verified / "grid.png", place / EVIDENCE / "grid.png")
         write_text(place / "LICENSE.md", known.text)
         write_json(place / EVIDENCE / "bom.cdx.json", bill_of_materials(report, known, repo_id))
         card = model_card(
@@ -120,9 +151,28 @@ def gather(
             form=form,
         )
         write_text(place / "README.md", card)
+        check_release(place, digests)
         if sign_key is not None or keyless:
             sign(place, sign_key, output / "release")
     return output / "release"
+
+
+def check_release(release: Path, model_files: Collection[str]) -> None:
+    """What goes up is on the list, and nothing in it looks like a credential.
+
+    Args:
+        release: the folder.
+        model_files: those of the model, relative to it.
+
+    Raises:
+        Refused: it is not.
+    """
+    known = {*model_files, README, "LICENSE.md", *(f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES)}
+    if surplus := surplus_files(release, known):
+        raise Refused(f"not published: nobody knows what these files are for: {in_words(surplus)}")
+    for name, file in list_files(release).items():
+        if kind := credential_in_file(file):
+            raise Refused(f"not published: {name} seems to hold {kind}; take it out of the model or of the evidence")
 
 
 def publish(
@@ -177,6 +227,11 @@ def publish(
     digest = weights_digest(release)
     if not found and digest != json.loads((output / "verify" / "report.json").read_text())["hardening"]["model_digest"]:
         raise RunFailed(f"{output / 'model'} was changed while {release} was gathered from it; verify again")
+    digests = _digests(json.loads((output / "verify" / "report.json").read_text(encoding="utf-8")), output)
+    if not found and (wrong := [name for name in changed_files(release, digests) if (release / name).is_file()
+                                and name != README and not LICENCE.fullmatch(name)]):  # fmt: skip
+        raise RunFailed(f"{release} is not what was verified ({in_words(wrong)}); verify again")
+    check_release(release, digests)
     if dry_run:
         return Published("", "", False)
     return upload(release, repo_id, message=f"Hardened model {digest[:19]}", **how)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
-from guardsmith.models.checkpoint import EVIDENCE
+from guardsmith.models.contents import EVIDENCE
 
 SIGNATURE = f"{EVIDENCE}/model.sig"
 UNSIGNED = ("README.md", ".cache", ".gitattributes", SIGNATURE)

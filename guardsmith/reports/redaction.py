@@ -54,6 +54,7 @@ def redacted_record(told: Mapping[str, Any], names: Mapping[str, str]) -> dict[s
     public = json.loads(json.dumps(told))
     public["base"] = without_path(public["base"])
     public["subjects"] = [names[name] for name in public["subjects"]]
+    public.pop("left_out", None)  # names of files that were not released are nobody's business either
     return dict(public)
 
 
@@ -67,6 +68,8 @@ def redacted_report(report: Mapping[str, Any], names: Mapping[str, str]) -> dict
     public["released"] = {names[name]: scores for name, scores in public["released"].items()}
     public["failed_units"] = {_unit_of(unit, names): "it did not run" for unit in public["failed_units"]}
     public["hardening"]["base"] = without_path(public["hardening"]["base"])
+    if "carries" in public["hardening"]:
+        public["hardening"]["carries"] = None
     public["recipe"]["base"] = without_path(public["recipe"]["base"])
     judge = public["policy"]["judge"]
     public["policy"]["judge"] = {key: value and without_path(value) for key, value in judge.items()}

@@ -190,6 +190,10 @@ class Hardening(BaseModel):
     """How long it took."""
     unet_forward_equivalents: int | None
     """What it cost."""
+    files: dict[str, str] | None = None
+    """File of the model that was judged -> its SHA-256; reports from before this was recorded have none."""
+    carries: list[str] | None = None
+    """Files and tensors that a checkpoint holds and that are no part of the model; null where it is not told."""
 
 
 class Report(BaseModel):

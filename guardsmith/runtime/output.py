@@ -32,6 +32,8 @@ WRITTEN = (
     "state.safetensors",
     "model",
     ".model.tmp",
+    "model.trial",
+    ".model.trial.tmp",
     "checkpoints",
     "cache",
     "probes",
