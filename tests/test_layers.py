@@ -41,7 +41,9 @@ def test_every_package_has_its_place():
 
 def test_imports_run_downwards_only():
     place = {package: number for number, package in enumerate(ORDER)}
-    wrong = [f"{where} imports {imported}" for where, package, imported in imports() if place[imported] > place[package]]
+    wrong = [
+        f"{where} imports {imported}" for where, package, imported in imports() if place[imported] > place[package]
+    ]
     assert not wrong
     assert len(list(imports())) > 300, "the walk itself has to see something"
 
@@ -55,7 +57,9 @@ def test_packages_say_what_lives_there_and_what_does_not():
 @pytest.mark.parametrize("package", ["core", "registry", "metrics", "methods", "attacks"])
 def test_no_module_imports_itself_round_a_circle(package):
     graph = defaultdict(set)
-    files = {".".join(("guardsmith", *f.relative_to(ROOT).with_suffix("").parts)): f for f in (ROOT / package).rglob("*.py")}
+    files = {
+        ".".join(("guardsmith", *f.relative_to(ROOT).with_suffix("").parts)): f for f in (ROOT / package).rglob("*.py")
+    }
     for name, file in files.items():
         for node in ast.parse(file.read_text(encoding="utf-8")).body:  # at the top: those are the ones that fail
             if isinstance(node, ast.ImportFrom) and node.module:

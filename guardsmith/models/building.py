@@ -1,7 +1,7 @@
 """The folder of a hardened model but for its hardened weights: built from the base, file by file, not copied.
 
-Only what `guardsmith.models.contents` names is taken, contents without file modes (a read-only base gives a folder that can be written
-to), of every weight file only the tensors that its network has. What is left out is on record.
+Only what `guardsmith.models.contents` names is taken, contents without file modes (a read-only base gives a folder that can be
+written to), of every weight file only the tensors that its network has. What is left out is on record.
 """
 
 from __future__ import annotations

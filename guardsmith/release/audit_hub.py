@@ -1,4 +1,4 @@
-"""`guardsmith.release.audit` for a repository on the Hub: the present commit as a folder, earlier ones by their lists of files."""
+"""`guardsmith.release.audit` for a repository on the Hub: the present commit as a folder, earlier ones by file lists."""
 
 from __future__ import annotations
 
