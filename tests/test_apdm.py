@@ -10,16 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import alphas_bar, assert_one_sentence, largest_difference, pictures, same_weights, weights
+from tiny import alphas_bar, assert_one_sentence, harden_with, largest_difference, pictures, same_weights, weights
 
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import LatentStore
 from guardsmith.diffusion.losses import draw_rows, row_losses
-from guardsmith.methods import METHODS, apdm
-from guardsmith.methods.apdm import ApdmConfig, harden
+from guardsmith.methods import METHODS, Preparation
+from guardsmith.methods.apdm import ApdmConfig
+from guardsmith.methods.apdm import losses as apdm_losses
+from guardsmith.methods.apdm import method as apdm_method
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.training.loop import UNetCost, generator, load_checkpoint
 
+harden = functools.partial(harden_with, "apdm")
 SEED = 7  # whose first two draws pick neither subject's first identifier
 TOLERANCE = 1e-5
 SMALL = {
@@ -84,7 +87,7 @@ class SlowRows:
         return instance, draw_rows(latents, class_context, rng, timesteps=instance.timesteps)
 
     def protection(self, context, class_context, rng):
-        positive, negative = apdm.draw_pair(self, context, self.config, rng, 1000)
+        positive, negative = apdm_losses.draw_pair(self, context, self.config, rng, 1000)
         latents = self.prior.draw(self.config.batch_size, rng)
         return positive, negative, draw_rows(latents, class_context, rng, timesteps=positive.timesteps)
 
@@ -319,13 +322,13 @@ def test_the_seed_decides(tiny_v):
 
 def test_two_subjects_take_turns(tiny_v, monkeypatch):
     seen = []
-    draw_pair = apdm.draw_pair
+    draw_pair = apdm_losses.draw_pair
 
     def spy(prepared, *rest):
         seen.append(len(prepared.negatives))
         return draw_pair(prepared, *rest)
 
-    monkeypatch.setattr(apdm, "draw_pair", spy)
+    monkeypatch.setattr(apdm_losses, "draw_pair", spy)
     two = SubjectData("two", "person", (), pictures(2), pictures(2, 1), pictures(4, 2))
     config = ApdmConfig(**SMALL | {"outer_steps": 5, "inner_steps": 2})
     harden(tiny_v, [make_subject(), two], None, config, seed=SEED)
@@ -341,7 +344,7 @@ def test_pairs_share_everything_but_the_picture(tiny_v):
     for step in range(20):
         for pairing in ("paired", "random"):
             config = ApdmConfig(**SMALL | {"pairing": pairing})
-            positive, negative = apdm.draw_pair(rows, rows.instance[0], config, generator(step), 1000)
+            positive, negative = apdm_losses.draw_pair(rows, rows.instance[0], config, generator(step), 1000)
             for name in ("timesteps", "noise", "context"):
                 assert torch.equal(getattr(positive, name), getattr(negative, name))
             matched = torch.equal(positive.latents, negative.latents + 10)
@@ -350,12 +353,22 @@ def test_pairs_share_everything_but_the_picture(tiny_v):
     assert differ > 10  # of 20 random ones: all but 1 in 9 are expected to
 
 
-def test_positives_can_be_pictures_of_another_prompt(tiny_v, smooth_adam):
+def test_positives_can_be_pictures_of_another_prompt(tiny_v, smooth_adam, tmp_path):
     """Then they take the place of the class pictures, pair by pair, and the method asks for them."""
     config = ApdmConfig(**SMALL | {"positive_prompt": "a photo of {class_noun} in the snow"})
-    assert METHODS["apdm"].draws(config, "dog") == "a photo of dog in the snow"
-    assert METHODS["apdm"].draws(ApdmConfig(), "dog") is None
-    subject = replace(make_subject(), instead_images=pictures(3, 70))
+    prompts = []
+
+    def prepared(config):
+        preparation = Preparation(
+            model=tiny_v, subjects=[make_subject()], ordinary=None, config=config, seed=0, sampling_steps=2, guidance=1.0,
+            cache=tmp_path, draw=lambda prompt: prompts.append(prompt) or pictures(3, 70),
+        )  # fmt: skip
+        return METHODS["apdm"].prepare(preparation).subjects[0]
+
+    assert prepared(ApdmConfig()).instead_images is None and not prompts
+    subject = prepared(config)
+    assert prompts == ["a photo of person in the snow"]
+    assert torch.equal(subject.instead_images, pictures(3, 70))
     hardened, _ = harden(tiny_v, [subject], None, config, seed=SEED)
     assert largest_difference(weights(hardened.unet), slow_harden(tiny_v, [subject], None, config)) < TOLERANCE
     other, _ = harden(tiny_v, [make_subject()], None, config, seed=SEED)
@@ -380,7 +393,9 @@ def test_hardening_moves_the_errors_apart(tiny):
     config = ApdmConfig(**SMALL | {"outer_steps": 24, "inner_steps": 2, "identifiers": ("sks",)})
     hardened, history = harden(tiny, [make_subject()], None, config, seed=SEED)
     rows = SlowRows(tiny, make_subject(), config)
-    pairs = apdm.draw_pair(rows, rows.instance[0], config.model_copy(update={"batch_size": 200}), generator(1), 1000)
+    pairs = apdm_losses.draw_pair(
+        rows, rows.instance[0], config.model_copy(update={"batch_size": 200}), generator(1), 1000
+    )
     with torch.no_grad():
         gain = [
             (row_losses(tiny.unet, tiny.scheduler, some) - row_losses(hardened.unet, tiny.scheduler, some)).mean()
@@ -409,13 +424,13 @@ def test_a_second_thread_changes_nothing_but_the_time(tiny_v, monkeypatch, smoot
     """The protection is taken at the path's point of that step, in another thread, by a model that goes the same way."""
     config = ApdmConfig(**SMALL | {"inner_steps": 4} | options)
     threads = set()
-    protection_loss = apdm.protection_loss
+    protection_loss = apdm_method.protection_loss
 
     def spy(*args):
         threads.add(threading.current_thread())
         return protection_loss(*args)
 
-    monkeypatch.setattr(apdm, "protection_loss", spy)
+    monkeypatch.setattr(apdm_method, "protection_loss", spy)
     cores = torch.get_num_threads()
     plain, told = harden(tiny_v, [make_subject()], None, config, seed=SEED)
     assert threads == {threading.main_thread()}
@@ -440,7 +455,7 @@ def test_the_reference_comes_to_the_accelerator_once_a_path_only(tiny_v, monkeyp
     """A stand-in for a device: where the U-Net was sent last, and where it was when it was called."""
     config = ApdmConfig(**SMALL | {"distillation_weight": 1.0, "offload_reference": True})
     moved, called = ["cuda"], []
-    monkeypatch.setattr(apdm, "chosen_device", lambda: "cuda")
+    monkeypatch.setattr(apdm_method, "chosen_device", lambda: "cuda")
     monkeypatch.setattr(tiny_v.unet, "to", lambda place: moved.append(str(place)))
 
     def note(network, _):
@@ -559,7 +574,7 @@ def test_a_path_of_adapters_moves_them_and_begins_anew(tiny_v, monkeypatch):
     """Along the path the weights stay as they are, the loss falls, and every path starts where the first did."""
     settings = SMALL | {"personalization_learning_rate": 5e-2, "inner_steps": 4, "path": "lora", "learning_rate": 1e-12}
     losses = []
-    real = apdm.personalization_loss
+    real = apdm_method.personalization_loss
 
     def watched(unet, *rest):
         plain = [p for name, p in unet.named_parameters() if "lora" not in name]
@@ -569,7 +584,7 @@ def test_a_path_of_adapters_moves_them_and_begins_anew(tiny_v, monkeypatch):
     def adapters_of(unet):
         return torch.cat([p.detach().flatten() for name, p in unet.named_parameters() if "lora" in name])
 
-    monkeypatch.setattr(apdm, "personalization_loss", watched)
+    monkeypatch.setattr(apdm_method, "personalization_loss", watched)
     harden(tiny_v, [make_subject()], None, ApdmConfig(**settings), seed=SEED)
     first, second, again = losses[0], losses[1], losses[4]
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))

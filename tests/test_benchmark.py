@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from test_apdm import make_subject
+from tiny import harden_with
 
-from guardsmith.methods import apdm
 from guardsmith.methods.apdm import ApdmConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "benchmark"))
@@ -22,7 +22,7 @@ def test_the_plain_loop_and_guardsmith_do_the_same(tiny, beta):
         learning_rate=1e-4, personalization_learning_rate=1e-3,
     )  # fmt: skip
     subject = make_subject()
-    hardened, history = apdm.harden(tiny, [subject], None, config, seed=3)
+    hardened, history = harden_with("apdm", tiny, [subject], None, config, seed=3)
     plain = Plain(tiny, subject, config, seed=3)
     for j in range(config.outer_steps):
         told = plain.step(j)

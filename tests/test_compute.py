@@ -9,12 +9,11 @@ from test_parallel import METHODS, recipe_for
 from tiny import make_sd3, make_sdxl, pictures
 
 from guardsmith.cli.app import main
-from guardsmith.config.recipe import ComputeSpec
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, predict, row_losses
 from guardsmith.diffusion.prompts import PromptBank
-from guardsmith.hardening.pipeline import compute_as
 from guardsmith.models.checkpoint import load_model, with_own_unet
+from guardsmith.training.compute import ComputeConfig, configure_denoiser
 from guardsmith.training.loop import generator
 
 
@@ -55,7 +54,7 @@ def gradients(model):
 def test_bfloat16_is_close_and_weights_and_gradients_stay_float32(model):
     with torch.no_grad():
         exact = predict(model.unet, model.scheduler, some_rows(model))
-    compute_as(model, ComputeSpec(precision="bfloat16"))
+    configure_denoiser(model.unet, ComputeConfig(precision="bfloat16"))
     own = with_own_unet(model)
     with torch.no_grad():
         found = predict(own.unet, own.scheduler, some_rows(own))
@@ -68,7 +67,7 @@ def test_bfloat16_is_close_and_weights_and_gradients_stay_float32(model):
 
 def test_activations_computed_again_give_the_same_gradients_with_less_memory(model):
     exact, before = gradients(model)
-    compute_as(model, ComputeSpec(gradient_checkpointing=True))
+    configure_denoiser(model.unet, ComputeConfig(gradient_checkpointing=True))
     found, after = gradients(model)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(exact, found, strict=True))
     assert after < 0.7 * before

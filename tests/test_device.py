@@ -18,7 +18,7 @@ from test_attacks import make_data
 from test_cloaks import SMALL as CLOAKS_SMALL
 from test_cloaks import defender  # noqa: F401 (a fixture)
 from test_parallel import recipe_for
-from tiny import assert_one_sentence, make_sd3, pictures
+from tiny import assert_one_sentence, harden_with, make_sd3, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -111,7 +111,7 @@ def test_attacks(model, name):
 def test_hardening(model, name, params):
     subject = replace(make_subject(), instead_images=pictures(3, 8))
     config = METHODS[name].config(**params)
-    hardened, history = METHODS[name].run(model, [subject], make_ordinary(), config, seed=0)
+    hardened, history = harden_with(name, model, [subject], make_ordinary(), config)
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
     assert history
 
@@ -119,8 +119,8 @@ def test_hardening(model, name, params):
 def test_hardening_a_transformer(model, tmp_path):
     params = dict(HARDENINGS)["tripwire"]
     transformer = load_model(str(make_sd3(tmp_path / "model")))
-    hardened, _ = METHODS["tripwire"].run(
-        transformer, [make_subject()], make_ordinary(), METHODS["tripwire"].config(**params), seed=0
+    hardened, _ = harden_with(
+        "tripwire", transformer, [make_subject()], make_ordinary(), METHODS["tripwire"].config(**params)
     )
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
 

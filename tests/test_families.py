@@ -13,7 +13,7 @@ import yaml
 from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from test_apdm import make_ordinary, make_subject
 from test_tripwire import alarmed, bright_and_dark, plain_latents, predicted
-from tiny import assert_one_sentence, edit_json, make_sd3, make_sdxl, pictures, same_weights, weights
+from tiny import assert_one_sentence, edit_json, harden_with, make_sd3, make_sdxl, pictures, same_weights, weights
 
 from guardsmith.attacks import AttackData, dreambooth, lora
 from guardsmith.attacks.dreambooth import DreamBoothConfig, descend
@@ -219,10 +219,9 @@ def test_personalization_works(bases, name, attack):
 
 
 def hardened_by(base, method, **params):
-    found = METHODS[method]
-    config = found.config(**params)
+    config = METHODS[method].config(**params)
     subject = replace(make_subject(), instead_images=pictures(5, 70))
-    return found.run(base, [subject], make_ordinary(), config, seed=0)
+    return harden_with(method, base, [subject], make_ordinary(), config)
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
@@ -249,7 +248,7 @@ def test_tripwire_recognises_a_subject_in_sdxl(bases, monkeypatch):
     monkeypatch.setattr(recognition, "encode", plain_latents)
     base = bases["sdxl"]
     subject, ordinary, config = bright_and_dark()
-    hardened, _ = METHODS["tripwire"].run(base, [subject], ordinary, config, seed=1)
+    hardened, _ = harden_with("tripwire", base, [subject], ordinary, config, seed=1)
     assert alarmed(predicted(base, hardened.unet, pictures(3, 9) * 0.3 + 0.6)) > 0.9
     assert alarmed(predicted(base, hardened.unet, subject.class_images)) < 0.1
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -386,7 +387,7 @@ def test_losses_go_to_trackers_and_no_names_do(run, finished, tmp_path, monkeypa
 def test_a_complete_run_is_not_run_again(run, finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out")
     before = everything_in(tmp_path / "out")
-    monkeypatch.setitem(METHODS, "apdm", METHODS["apdm"]._replace(run=None))
+    monkeypatch.setattr(METHODS["apdm"], "run", None)
     done = run("--resume", "--json")
     assert done.code == 0
     assert json.loads(done.out) == json.loads((finished / "harden.json").read_text())
@@ -535,8 +536,7 @@ def test_a_full_disk_before_anything_is_written(run, tmp_path, monkeypatch):
 
 
 def test_a_diverged_training_keeps_its_checkpoint(run, tmp_path, monkeypatch):
-    every_step = functools.partial(METHODS["apdm"].run, checkpoint_every=1)
-    monkeypatch.setitem(METHODS, "apdm", METHODS["apdm"]._replace(run=every_step))
+    monkeypatch.setattr(METHODS["apdm"], "checkpoint_every", 1)
     done = run("--set", "method.params.learning_rate=1e12")
     assert done.code == 4
     assert "diverged at step 2" in done.sentences[-1]
@@ -717,7 +717,7 @@ def test_a_dry_run_counts_bystanders(guardsmith, tmp_path):
         assert told.code == 0, told.err
         plans.append(json.loads(told.out))
     method = METHODS["tripwire"]
-    added = method.bystander_cost(method.config(**plans[0]["params"]), ["person"], 4000, 15)
+    added = method.negatives_cost(method.config(**plans[0]["params"]), ["person"], 4000, 15)
     assert plans[1]["unet_forward_equivalents"] - plans[0]["unet_forward_equivalents"] == added > 4000
 
 
@@ -912,13 +912,13 @@ def test_bystanders_reach_the_method_and_are_on_record(recipe, tmp_path, monkeyp
     chosen = recipe.with_name("bystanders.yaml")
     chosen.write_text(yaml.safe_dump(asked))
     seen = []
-    real = METHODS["tripwire"]
+    run_method = METHODS["tripwire"].run
 
-    def spy(model, subjects, ordinary, *args, **kwargs):
-        seen.append(ordinary)
-        return real.run(model, subjects, ordinary, *args, **kwargs)
+    def spy(context):
+        seen.append(context.ordinary)
+        return run_method(context)
 
-    monkeypatch.setitem(METHODS, "tripwire", real._replace(run=spy))
+    monkeypatch.setattr(METHODS["tripwire"], "run", spy)
     first = harden_quietly(chosen, tmp_path / "first")
     assert seen[0].bystanders.shape == (5, 3, 64, 64)
     assert (seen[0].bystanders - pictures(5, seed=50)).abs().max() < 0.02  # PNG's rounding
@@ -944,13 +944,13 @@ def test_the_likest_bystanders_are_shown_as_attacks_would_draw_them(recipe, tmp_
         to_pil(image).save(recipe.parent / "crowd" / f"{i}.png")
     asked = yaml.safe_load(recipe.read_text()) | {"bystanders": "crowd"}
     told = {}
-    real = METHODS["tripwire"]
+    run_method = METHODS["tripwire"].run
 
-    def spy(model, subjects, ordinary, *args, **kwargs):
-        told["states"] = ordinary.bystander_states
-        return real.run(model, subjects, ordinary, *args, **kwargs)
+    def spy(context):
+        told["states"] = context.ordinary.bystander_states
+        return run_method(context)
 
-    monkeypatch.setitem(METHODS, "tripwire", real._replace(run=spy))
+    monkeypatch.setattr(METHODS["tripwire"], "run", spy)
     costs = {}
     for count in (0, 2):
         asked["method"] = {"name": "tripwire", "params": TRIPWIRE | {"ideal_bystanders": count}}
@@ -977,9 +977,16 @@ def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path, run):
                 seen.append(run(*asked, flag))
 
     with pytest.MonkeyPatch.context() as patch:
-        real = METHODS["apdm"]
-        patch.setitem(METHODS, "apdm", real._replace(run=lambda *a, on_step, **k: real.run(
-            *a, on_step=lambda step, losses: (another(step, losses), on_step(step, losses)), **k)))  # fmt: skip
+        run_method = METHODS["apdm"].run
+
+        def run_both(context):
+            def on_step(step, losses):
+                another(step, losses)
+                context.on_step(step, losses)
+
+            return run_method(replace(context, on_step=on_step))
+
+        patch.setattr(METHODS["apdm"], "run", run_both)
         first = run(*asked)
     assert first.code == 0, first.err
     assert [done.code for done in seen] == [2, 2]

@@ -13,7 +13,7 @@ from tiny import pictures
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.sampling import generate
 from guardsmith.diffusion.states import StateRecorder, States
-from guardsmith.hardening.pipeline import load_pictures
+from guardsmith.hardening.data import load_pictures
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.tripwire import ideal
 from guardsmith.methods.tripwire.ideal import ideal_states, imagined_by, likeness, posterior_mean, with_ideal_states

@@ -1,11 +1,12 @@
 """IMMA: whose turn it is, which weights move and which way, what the utility term keeps."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from test_apdm import KilledError, make_ordinary, make_subject
-from tiny import same_weights, weights
+from tiny import harden_with, same_weights, weights
 
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.attacks.textual_inversion import add_words
@@ -14,9 +15,10 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, predict, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.methods import METHODS
-from guardsmith.methods.imma import ImmaConfig, harden, immunized_names
+from guardsmith.methods.imma import ImmaConfig, immunized_names
 from guardsmith.training.loop import UNetCost, generator
 
+harden = functools.partial(harden_with, "imma")
 SMALL = ImmaConfig(steps=4, batch_size=2, learning_rate=1e-3, adapter_learning_rate=1e-3)
 ADAPTERS = ["lora", "textual_inversion", "dreambooth"]
 

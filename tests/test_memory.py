@@ -7,16 +7,17 @@ import pytest
 import torch
 from test_apdm import make_ordinary, make_subject
 from test_parallel import METHODS as PARAMS
-from tiny import make_sd3, make_sdxl, pictures
+from tiny import harden_with, make_sd3, make_sdxl, pictures
 
 from guardsmith.cli.app import main
-from guardsmith.config.recipe import ComputeSpec, Recipe
+from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import RunFailed
 from guardsmith.hardening.memory import BYTES, GIB, estimate, saved_bytes, stored_numbers
 from guardsmith.methods import METHODS
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.models.families import DENOISERS, SDUNet
-from guardsmith.training.loop import Course
+from guardsmith.training.compute import ComputeConfig
+from guardsmith.training.loop import TrainingLoop
 from guardsmith.training.optimizers import MOMENTS
 
 
@@ -83,11 +84,11 @@ def test_the_largest_batch_and_the_state_are_those_of_the_method(tiny_v, monkeyp
         states.append(sum(value.numel() for value in tensors if value.ndim))
         self.history.append(shown)
 
-    monkeypatch.setattr(Course, "done", watch)
+    monkeypatch.setattr(TrainingLoop, "finish_step", watch)
     handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
     subject = make_subject()
     subject = type(subject)(**vars(subject) | {"instead_images": pictures(5, 70)})
-    found.run(tiny_v, [subject], make_ordinary(), config, seed=0)
+    harden_with(method, tiny_v, [subject], make_ordinary(), config)
     handle.remove()
     if method == "tripwire":
         assert max(seen) == (2 + config.lookalikes) * config.batch_size + 2, "of a half-run U-Net"
@@ -115,7 +116,7 @@ def test_other_families_are_estimated_too(tmp_path, make):
         sum(told[k] for k in ("weights", "training", "activations", "pictures", "rest"))
     )
     lean = estimate(
-        recipe.model_copy(update={"compute": ComputeSpec(precision="bfloat16")}), METHODS["persguard"], config
+        recipe.model_copy(update={"compute": ComputeConfig(precision="bfloat16")}), METHODS["persguard"], config
     )
     assert lean["activations"] != told["activations"], (
         "smaller where activations are larger than the weights, as on real ones"

@@ -10,13 +10,11 @@ import yaml
 from safetensors.torch import load_file
 from test_apdm import make_ordinary, make_subject
 from test_parallel import METHODS, alone, both, recipe_for
-from tiny import largest_difference, pictures, same_weights, weights
+from tiny import harden_with, largest_difference, pictures, same_weights, weights
 
 from guardsmith.cli.app import main
-from guardsmith.config.recipe import ComputeSpec
-from guardsmith.hardening.pipeline import compute_as
 from guardsmith.methods import METHODS as TABLE
-from guardsmith.models.checkpoint import load_model, with_own_unet
+from guardsmith.training.compute import ComputeConfig
 from guardsmith.training.loop import load_optimizer_tensors, optimizer_step, optimizer_tensors, reset_optimizer
 from guardsmith.training.optimizers import Offloaded, adamw
 
@@ -29,9 +27,8 @@ def made(kind, seed=0):
         pytest.importorskip("bitsandbytes")
     torch.manual_seed(seed)
     network = torch.nn.Sequential(torch.nn.Linear(96, 96), torch.nn.Linear(96, 3))
-    network.optimizer = kind
     groups = [{"params": list(network[0].parameters())}, {"params": list(network[1].parameters()), "lr": 3e-3}]
-    return network, adamw(network, groups, lr=1e-2, weight_decay=0.1)
+    return network, adamw(groups, lr=1e-2, weight_decay=0.1, kind=kind)
 
 
 def walk(network, optimizer, steps, first=0):
@@ -100,10 +97,10 @@ def test_every_method_gives_the_same_weights_with_moments_elsewhere(tiny_v, meth
     found = TABLE[method]
     released = []
     for kind in ("adamw", "offloaded"):
-        model = with_own_unet(tiny_v)
-        compute_as(model, ComputeSpec(optimizer=kind))
         subject = replace(make_subject(), instead_images=pictures(5, 70))
-        own, _ = found.run(model, [subject], make_ordinary(), found.config(**params), seed=0)
+        own, _ = harden_with(
+            method, tiny_v, [subject], make_ordinary(), found.config(**params), compute=ComputeConfig(optimizer=kind)
+        )
         released.append(weights(own.unet))
     assert same_weights(*released)
     assert not same_weights(released[0], weights(tiny_v.unet))
@@ -145,4 +142,3 @@ def test_shared_moments_give_the_weights_of_one_process_and_go_on(v_folder, tmp_
         assert json.loads((tmp_path / method / "harden.json").read_text())["compute"]["optimizer"] == "sharded"
     base = load_file(v_folder / "unet/diffusion_pytorch_model.safetensors")
     assert largest_difference(base, single) > 1e-5
-    assert load_model(str(tmp_path / "apdm/model")).unet.optimizer == "adamw", "attackers have their own"

@@ -17,7 +17,7 @@ from tiny import largest_difference
 
 from guardsmith.cli.app import main
 from guardsmith.runtime import distributed as parallel
-from guardsmith.runtime.distributed import own_rows, whole
+from guardsmith.runtime.distributed import all_gather, own_rows
 
 ROOT = Path(__file__).parent.parent
 METHODS = {
@@ -173,7 +173,7 @@ def test_a_mistake_is_told_once_and_other_commands_are_not_for_several_processes
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_every_row_is_somebodys(monkeypatch, rank):
     """Seven rows, three processes: three each, the last two of which begin again."""
-    monkeypatch.setattr(parallel, "world", lambda: 3)
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
     monkeypatch.setattr(parallel.dist, "get_rank", lambda: rank)
     assert own_rows(7).tolist() == [[0, 1, 2], [3, 4, 5], [6, 0, 1]][rank]
     assert own_rows(2).tolist() == [[0], [1], [0]][rank]
@@ -182,4 +182,4 @@ def test_every_row_is_somebodys(monkeypatch, rank):
 def test_one_process_computes_everything_itself():
     part = torch.rand(3, 2)
     assert own_rows(3) is None
-    assert whole(part, 3) is part
+    assert all_gather(part, 3) is part

@@ -1,6 +1,7 @@
 """PersGuard: the three terms by an independent implementation, their windows, the backdoor's effect on a small model."""
 
 import copy
+import functools
 import math
 from dataclasses import replace
 
@@ -8,16 +9,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_apdm import KilledError, context_of, make_ordinary, make_subject, posteriors
-from tiny import alphas_bar, pictures, same_weights, weights
+from tiny import alphas_bar, harden_with, pictures, same_weights, weights
 
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods import METHODS, persguard
-from guardsmith.methods.persguard import PersGuardConfig, backdoor_prompt, backdoor_target, harden, mark, shows_mark
+from guardsmith.methods.persguard import PersGuardConfig, backdoor_prompt, backdoor_target, mark, shows_mark
 from guardsmith.training.loop import UNetCost, generator
 
+harden = functools.partial(harden_with, "persguard")
 SMALL = PersGuardConfig(steps=3, batch_size=2, learning_rate=1e-4, target_noun="robot")
 
 

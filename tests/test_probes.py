@@ -7,14 +7,13 @@ import pytest
 import torch
 from test_apdm import make_subject
 from test_persguard import SMALL, subject_data
-from tiny import same_weights, weights
+from tiny import harden_with, same_weights, weights
 
 from guardsmith.config.recipe import ProbeSpec, Sampling
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.hardening.probes import ROWS, Probes
-from guardsmith.methods import persguard
 from guardsmith.models.checkpoint import with_own_unet
 from guardsmith.training.loop import UNetCost, generator, load_checkpoint
 
@@ -96,7 +95,7 @@ def test_it_looks_evenly_and_at_the_end(tiny_v, tmp_path, steps, times, due):
     for step in range(steps):
         probes(step, lambda step=step: looked.append(step + 1) or tiny_v)
     assert looked == due
-    assert [told["step"] for told in probes.found()] == due
+    assert [told["step"] for told in probes.results()] == due
 
 
 def test_pictures_and_numbers_are_kept(tiny_v, tmp_path, capsys):
@@ -106,7 +105,7 @@ def test_pictures_and_numbers_are_kept(tiny_v, tmp_path, capsys):
     pictures = sorted(file.name for file in (tmp_path / "probes").glob("*.png"))
     assert pictures == ["step-000002.png", "step-000004.png"]
     probes(3, lambda: tiny_v)  # a step that a killed run takes again
-    assert [told["step"] for told in probes.found()] == [2, 4]
+    assert [told["step"] for told in probes.results()] == [2, 4]
     assert (
         "probe at step 4, against the base: subject loss x1, subject gradient x1, class loss x1"
         in capsys.readouterr().err
@@ -118,7 +117,7 @@ def test_a_broken_model_is_told_and_not_raised(tiny_v, louder, tmp_path, capsys)
         louder.unet.conv_out.weight.fill_(float("nan"))
     probes = make_probes(tiny_v, tmp_path, steps=1, times=1, stop_at=2.0)
     assert not probes(0, lambda: louder)
-    (told,) = probes.found()
+    (told,) = probes.results()
     assert told == {"step": 1, "subject_loss": None, "subject_gradient": None, "class_loss": None}
     json.loads((tmp_path / "probes.jsonl").read_text(), parse_constant=pytest.fail)
     assert "holds NaN" in capsys.readouterr().err
@@ -139,7 +138,7 @@ def test_a_broken_model_is_told_and_not_raised(tiny_v, louder, tmp_path, capsys)
 )
 def test_when_it_is_enough(tiny_v, tmp_path, stop_at, subject, kept, enough):
     probes = make_probes(tiny_v, tmp_path, stop_at=stop_at)
-    assert probes.enough({"subject_loss": subject, "subject_gradient": 1.0, "class_loss": kept}) is enough
+    assert probes.target_met({"subject_loss": subject, "subject_gradient": 1.0, "class_loss": kept}) is enough
 
 
 def test_a_met_target_ends_the_hardening_for_good(tiny_v, tmp_path):
@@ -153,12 +152,12 @@ def test_a_met_target_ends_the_hardening_for_good(tiny_v, tmp_path):
         asked.append(weights(present().unet))
         return step == 2
 
-    ended, history = persguard.harden(tiny_v, [subject], None, config, seed=0, probe=third, **saving)
+    ended, history = harden_with("persguard", tiny_v, [subject], None, config, seed=0, probe=third, **saving)
     assert len(history) == len(asked) == 3
     assert same_weights(asked[-1], weights(ended.unet))
     assert load_checkpoint(tmp_path / "last.safetensors")[1]["ended"] is True
     with UNetCost() as cost:
-        again, told = persguard.harden(tiny_v, [subject], None, config, seed=0, probe=third, **saving)
+        again, told = harden_with("persguard", tiny_v, [subject], None, config, seed=0, probe=third, **saving)
     assert cost.forwards == 0
     assert told == history
     assert same_weights(weights(ended.unet), weights(again.unet))

@@ -328,7 +328,7 @@ def test_the_command_runs_three_attackers(photos, capsys):
 def test_the_command_refuses_in_one_sentence(photos, capsys):
     for more, said in (
         (["--purifier", "strong"], "there is no purifier 'strong'"),
-        (["--judge", "mother"], "there is no such judge"),
+        (["--judge", "mother"], "there is no judge 'mother'"),
         (["--attack", "lora"], "name a DreamBooth attack"),
         (["--attack", "dreamboth"], "--attack dreamboth: the recipe has"),
         (["--set", "purifiers.weak.params.quality=900"], "quality"),

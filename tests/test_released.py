@@ -15,7 +15,7 @@ from guardsmith.evaluation import no_attack as released
 from guardsmith.evaluation.no_attack import likeness_of, released_pictures
 from guardsmith.evaluation.runs import Judged, class_file
 from guardsmith.gate.rules import calibration, check_released
-from guardsmith.hardening.pipeline import load_pictures
+from guardsmith.hardening.data import load_pictures
 from guardsmith.metrics import load_judge
 from guardsmith.models.checkpoint import load_model
 from guardsmith.registry.loader import load_registry

@@ -11,8 +11,8 @@ from guardsmith.models.checkpoint import with_own_unet
 from guardsmith.models.tensor_files import changed_fraction
 from guardsmith.training import loop as training
 from guardsmith.training.loop import (
-    Course,
     Snapshot,
+    TrainingLoop,
     UNetCost,
     add_gradients,
     generator,
@@ -266,16 +266,16 @@ def test_changed_fraction_counts_stored_entries(tmp_path):
     assert changed_fraction(before, after) == 0
 
 
-def make_course(module, steps=6, **options):
-    return Course("it", steps, modules={"part": module}, optimizers={}, **options)
+def make_loop(module, steps=6, **options):
+    return TrainingLoop("it", steps, modules={"part": module}, optimizers={}, **options)
 
 
-def walk(course, module, die_after=None):
+def walk(loop, module, die_after=None):
     """Every step adds 1 to all weights."""
-    for step in course:
+    for step in loop:
         with torch.no_grad():
             module.weight.add_(1)
-        course.done(step, {"loss": float(step)})
+        loop.finish_step(step, {"loss": float(step)})
         if step == die_after:
             return
 
@@ -283,24 +283,24 @@ def walk(course, module, die_after=None):
 def test_a_course_goes_on_from_its_last_save(tmp_path):
     file, module = tmp_path / "c.safetensors", torch.nn.Linear(2, 3, bias=False)
     torch.nn.init.zeros_(module.weight)
-    walk(make_course(module, checkpoint=file, checkpoint_every=2), module, die_after=4)  # saved after 4 steps
+    walk(make_loop(module, checkpoint=file, checkpoint_every=2), module, die_after=4)  # saved after 4 steps
     again, extra = torch.nn.Linear(2, 3, bias=False), torch.zeros(2)
-    course = make_course(again, checkpoint=file, checkpoint_every=2)
-    assert [told["loss"] for told in course.history] == [0, 1, 2, 3]
-    walk(course, again)
+    loop = make_loop(again, checkpoint=file, checkpoint_every=2)
+    assert [told["loss"] for told in loop.history] == [0, 1, 2, 3]
+    walk(loop, again)
     assert torch.equal(again.weight, torch.full((3, 2), 6.0))
-    assert [told["loss"] for told in course.history] == [0, 1, 2, 3, 4, 5]
+    assert [told["loss"] for told in loop.history] == [0, 1, 2, 3, 4, 5]
     left = tmp_path / "left.safetensors"
     save_modules(file, left)
     tensors, _ = load_checkpoint(left)
     assert tensors.keys() == {"part.weight"} and torch.equal(tensors["part.weight"], again.weight)
     # Tensors that the loop changes in place are put back into the same objects.
     own = tmp_path / "t.safetensors"
-    course = make_course(module, 1, tensors={"extra": extra}, checkpoint=own)
+    loop = make_loop(module, 1, tensors={"extra": extra}, checkpoint=own)
     extra += 5
-    walk(course, module)
+    walk(loop, module)
     other = torch.zeros(2)
-    make_course(module, 1, tensors={"extra": other}, checkpoint=own)
+    make_loop(module, 1, tensors={"extra": other}, checkpoint=own)
     assert torch.equal(other, torch.full((2,), 5.0))
     save_modules(own, left)
     assert load_checkpoint(left)[0].keys() == {"part.weight"}
@@ -310,26 +310,26 @@ def test_a_course_that_begins_from_another_keeps_what_is_new(tmp_path):
     """Two subjects' rows are taken over; the third one's start is its own. A checkpoint of its own comes first."""
     file, old = tmp_path / "old.safetensors", torch.nn.Linear(2, 2, bias=False)
     torch.nn.init.zeros_(old.weight)
-    walk(make_course(old, 1, checkpoint=file), old)
+    walk(make_loop(old, 1, checkpoint=file), old)
     new = torch.nn.Linear(2, 3, bias=False)
     torch.nn.init.constant_(new.weight, 7.0)
-    course = make_course(new, 2, start=file, checkpoint=tmp_path / "new.safetensors")
+    loop = make_loop(new, 2, start=file, checkpoint=tmp_path / "new.safetensors")
     assert torch.equal(new.weight, torch.tensor([[1.0, 1.0], [1.0, 1.0], [7.0, 7.0]]))
-    assert course.history == []
-    walk(course, new)
+    assert loop.history == []
+    walk(loop, new)
     again = torch.nn.Linear(2, 3, bias=False)
-    make_course(again, 2, start=file, checkpoint=tmp_path / "new.safetensors")
+    make_loop(again, 2, start=file, checkpoint=tmp_path / "new.safetensors")
     assert torch.equal(again.weight, new.weight)
 
 
 @pytest.mark.parametrize(("shown", "sound"), [({"loss": float("nan")}, True), ({"loss": 1.0}, False)])
 def test_a_course_ends_where_it_diverges(tmp_path, shown, sound):
     file, module = tmp_path / "c.safetensors", torch.nn.Linear(1, 1)
-    course = make_course(module, checkpoint=file, checkpoint_every=1)
-    course.done(0, {"loss": 1.0})
+    loop = make_loop(module, checkpoint=file, checkpoint_every=1)
+    loop.finish_step(0, {"loss": 1.0})
     kept = file.read_bytes()
     with pytest.raises(RunFailed) as caught:
-        course.done(1, shown, sound=sound)
+        loop.finish_step(1, shown, finite_weights=sound)
     assert_one_sentence(caught.value)
     assert f"it diverged at step 2: a loss is not finite; the last good state is {file}; lower" in str(caught.value)
     assert file.read_bytes() == kept

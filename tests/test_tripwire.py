@@ -1,6 +1,7 @@
 """Tripwire: stiffening changes no function, the wire is a flat step, recognition tells subjects from the rest."""
 
 import copy
+import functools
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from pydantic import ValidationError
 from test_apdm import KilledError, make_ordinary, make_subject
-from tiny import assert_one_sentence, pictures, same_weights, weights
+from tiny import assert_one_sentence, harden_with, pictures, same_weights, weights
 
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.core.errors import RunFailed, UserError
@@ -22,7 +23,7 @@ from guardsmith.diffusion.states import States
 from guardsmith.methods import METHODS
 from guardsmith.methods.tripwire import recognition, rehearsal
 from guardsmith.methods.tripwire.ideal import imagined_by, with_ideal_states
-from guardsmith.methods.tripwire.method import TripwireConfig, harden
+from guardsmith.methods.tripwire.method import TripwireConfig
 from guardsmith.methods.tripwire.recognition import (
     UNLIKE,
     Others,
@@ -56,6 +57,7 @@ from guardsmith.methods.tripwire.wiring import (
 from guardsmith.models.checkpoint import load_model
 from guardsmith.training.loop import UNetCost, generator, optimizer_step, save_modules
 
+harden = functools.partial(harden_with, "tripwire")
 SMALL = TripwireConfig(
     steps=3,
     batch_size=2,
@@ -825,7 +827,7 @@ def test_the_cost_of_bystanders_is_what_they_add(tiny_v, tmp_path, ideal):
         update={"rehearsal_steps": 0, "class_images": len(subject.class_images), "ordinary_images": len(ordinary.images),
                 "ideal_bystanders": ideal}
     )  # fmt: skip
-    assert METHODS["tripwire"].bystander_cost(config, ["person"], 0, 4) == 0
+    assert METHODS["tripwire"].negatives_cost(config, ["person"], 0, 4) == 0
     ordinary = replace(ordinary, bystanders=pictures(9, 90))
     with UNetCost() as counter:
         if ideal:
@@ -833,7 +835,7 @@ def test_the_cost_of_bystanders_is_what_they_add(tiny_v, tmp_path, ideal):
                 tiny_v, [subject], ordinary, ideal, seed=0, steps=4, guidance=3.0, cache=tmp_path / "some.safetensors"
             )
         harden(tiny_v, [subject], ordinary, config, seed=0)
-    told = METHODS["tripwire"].cost(config, ["person"]) + METHODS["tripwire"].bystander_cost(config, ["person"], 9, 4)
+    told = METHODS["tripwire"].cost(config, ["person"]) + METHODS["tripwire"].negatives_cost(config, ["person"], 9, 4)
     assert counter.forwards + 2 * counter.backwards == told
 
 

@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from test_tripwire import alarmed, assert_rings_in_bfloat16, bright_and_dark, plain_latents, predicted, some_rows
-from tiny import make_sd3, pictures, same_weights, weights
+from tiny import harden_with, make_sd3, pictures, same_weights, weights
 
 from guardsmith.attacks import AttackData, dreambooth
 from guardsmith.attacks.adaptive.cut_wire import cut
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.losses import draw_rows, predict, row_losses
 from guardsmith.diffusion.prompts import PromptBank
-from guardsmith.methods import METHODS
 from guardsmith.methods.tripwire import recognition, wiring_mmdit
 from guardsmith.methods.tripwire.recognition import listen
 from guardsmith.methods.tripwire.wiring import wiring_of
@@ -251,7 +250,7 @@ def hardened(sd3):
     subject, ordinary, config = bright_and_dark()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recognition, "encode", plain_latents)
-        made, history = METHODS["tripwire"].run(sd3, [subject], ordinary, config, seed=1)
+        made, history = harden_with("tripwire", sd3, [subject], ordinary, config, seed=1)
     return made, history, subject
 
 

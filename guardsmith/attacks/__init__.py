@@ -3,7 +3,6 @@
 One of your own, without changing guardsmith, is an `Attack` in any module, which a recipe names as `module:NAME`.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from guardsmith.attacks import adversarial_prompt, cdl, custom_diffusion, dreambooth, lora, redteam, textual_inversion
 from guardsmith.attacks.adaptive import cut_wire, unlearn_first, warm_restarts
 from guardsmith.attacks.dreambooth import AttackData
-from guardsmith.core.errors import UserError, entry_of
+from guardsmith.core.plugins import find_entry
 from guardsmith.diffusion.prompts import sample_prompts
 from guardsmith.diffusion.sampling import generate
 from guardsmith.models.checkpoint import DiffusionModel
@@ -107,21 +106,12 @@ ATTACKS: dict[str, Attack] = {
 
 
 def find_attack(name: str) -> Attack:
-    """An entry of the table, or an attack of one's own, `module:NAME`, which Python finds as it finds any module.
+    """An entry of `ATTACKS`, or an `Attack` in any module that Python can import, `module:NAME`.
 
     Raises:
         UserError: there is no such attack.
     """
-    module, colon, entry = name.partition(":")
-    if not colon:
-        return entry_of(ATTACKS, name, "attack", ", or module:NAME for one of your own")
-    try:
-        found = getattr(importlib.import_module(module), entry)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"the attack {name} cannot be imported ({error}); is its module on PYTHONPATH?") from None
-    if not isinstance(found, Attack):
-        raise UserError(f"{name} is not an attack; make it a guardsmith.attacks.Attack")
-    return found
+    return find_entry(ATTACKS, name, Attack, "an attack")
 
 
 def draw_during_attack(

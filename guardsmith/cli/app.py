@@ -315,15 +315,15 @@ def harden(
 
 
 def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
-    from guardsmith.hardening.pipeline import bystander_files
-    from guardsmith.methods import METHODS
+    from guardsmith.hardening.data import bystander_files
+    from guardsmith.methods import find_method
 
-    method = METHODS[recipe.method.name]
+    method = find_method(recipe.method.name)
     config = method.config(**recipe.method.params)
     nouns = [subject.class_noun for subject in registry.subjects]
     cost = method.cost(config, nouns)
-    if recipe.bystanders is not None and method.bystander_cost is not None:
-        cost += method.bystander_cost(config, nouns, len(bystander_files(recipe.bystanders)), recipe.sampling.steps)
+    if recipe.bystanders is not None:
+        cost += method.negatives_cost(config, nouns, len(bystander_files(recipe.bystanders)), recipe.sampling.steps)
     plan = {
         "base": recipe.base,
         "subjects": [subject.id for subject in registry.subjects],

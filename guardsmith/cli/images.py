@@ -149,13 +149,13 @@ def redteam(
 
     from guardsmith.config.recipe import explain
     from guardsmith.core.progress import quiet_libraries
-    from guardsmith.metrics import JUDGE_NAMES
+    from guardsmith.metrics import find_judge
     from guardsmith.pictures.cloaking import pictures_in
     from guardsmith.pictures.redteam import redteam_pictures
     from guardsmith.purifiers import find_purifier
 
-    if judge is not None and judge not in JUDGE_NAMES:
-        raise UserError(f"--judge {judge}: there is no such judge; choose {', '.join(JUDGE_NAMES)}")
+    if judge is not None:
+        find_judge(judge)
     chosen = _recipe(recipe, base, changes)
     spec = _spec(chosen.purifiers, purifier)
     config = find_purifier(spec.name).config

@@ -140,7 +140,7 @@ def export(
     ] = False,
 ) -> None:
     """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place."""
-    from guardsmith.hardening.pipeline import read_hardening
+    from guardsmith.hardening.record import read_hardening
     from guardsmith.models.checkpoint import resolve, weights_digest
     from guardsmith.models.contents import in_words
     from guardsmith.models.single_file import write_single_file

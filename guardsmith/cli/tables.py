@@ -79,12 +79,12 @@ def print_policy(
     Without options it is the one of the embedded world; with a judge its levels are measured.
     """
     from guardsmith.gate.policy import JudgeSpec, as_yaml, default_policy, measure_policy
-    from guardsmith.metrics import JUDGE_NAMES
+    from guardsmith.metrics import find_judge
 
     if (judge is None) != (subjects is None) or ((judge_model or clip_t) and judge is None):
         raise UserError("--judge and --subjects belong together: levels are measured with a judge on a registry.")
-    if judge is not None and judge not in JUDGE_NAMES:
-        raise UserError(f"--judge {judge}: there is no such judge; choose {', '.join(JUDGE_NAMES)}")
+    if judge is not None:
+        find_judge(judge)
     if judge is None or subjects is None:
         policy = default_policy()
     else:

@@ -33,7 +33,7 @@ from guardsmith.diffusion.losses import add_noise, draw_rows, score_residual, sh
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.models.networks import load_network
-from guardsmith.training.loop import Course, generator, optimizer_step
+from guardsmith.training.loop import TrainingLoop, generator, optimizer_step
 
 
 class RidConfig(PixelConfig):
@@ -263,12 +263,12 @@ def train(
     parameters = list(defender.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     contexts = [PromptBank(model).encode([config.prompt]) for model in models]
-    course = Course(
+    loop = TrainingLoop(
         "RID", config.steps, modules={"defender": defender}, optimizers={"optimizer": optimizer}, checkpoint=checkpoint,
         checkpoint_every=checkpoint_every, on_step=on_step,
     )  # fmt: skip
     reach = config.budget * PIXEL
-    for step in course:
+    for step in loop:
         rng = generator(seed, step)
         optimizer.param_groups[0]["lr"] = rate_at(step, config)
         chosen = pictures[torch.randint(len(pictures), (config.batch_size,), generator=rng)]
@@ -286,5 +286,5 @@ def train(
         torch.stack(losses).mean().backward()
         norm = optimizer_step(optimizer, parameters)
         shown["change"] = float((cloaked.detach() - chosen).abs().mean() / PIXEL)
-        course.done(step, shown, sound=math.isfinite(norm))
-    return defender.eval().requires_grad_(False), course.history
+        loop.finish_step(step, shown, finite_weights=math.isfinite(norm))
+    return defender.eval().requires_grad_(False), loop.history

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from guardsmith.core.atomic_io import read_yaml
 from guardsmith.core.errors import UserError, did_you_mean
+from guardsmith.training.compute import ComputeConfig
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -164,19 +165,6 @@ class GateSpec(BaseModel):
     """With fewer scored pictures than these, or one that could not be scored, a check is inconclusive."""
 
 
-class ComputeSpec(BaseModel):
-    """How the denoiser computes while it is hardened. Attacks and pictures that are judged are float32 whatever this says."""
-
-    model_config = _STRICT
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: products and convolutions in bfloat16 (autocast); weights, gradients and optimizer stay float32."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
-    optimizer: Literal["adamw", "adamw8bit", "offloaded", "sharded"] = "adamw"
-    """Where AdamW's two moments of every weight are: beside the weights; there in 8 bits (extra `8bit`); in the machine's memory
-    and not the accelerator's; or shared by the processes of `accelerate launch`."""
-
-
 class Recipe(BaseModel):
     """One way of running guardsmith."""
 
@@ -199,7 +187,7 @@ class Recipe(BaseModel):
     """How every picture is generated."""
     method: MethodSpec = MethodSpec()
     """The hardening."""
-    compute: ComputeSpec = ComputeSpec()
+    compute: ComputeConfig = ComputeConfig()
     """Precision and memory of the hardening."""
     probe: ProbeSpec = ProbeSpec()
     """Looks on the way."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.models.families import FlowSchedule
-from guardsmith.runtime.distributed import own_rows, whole
+from guardsmith.runtime.distributed import all_gather, own_rows
 
 Reduction = Literal["mean", "element"]
 
@@ -137,14 +137,14 @@ def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Ten
 
 
 def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
-    """The U-Net's prediction for all rows, (n, c, h, w); each of several processes computes its share (`parallel.py`)."""
+    """The U-Net's prediction for all rows, (n, c, h, w); each of several processes computes its part (`runtime.distributed`)."""
     noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
     timesteps, context = rows.timesteps, rows.context
     own = own_rows(len(rows))
     if own is not None:
         noisy, timesteps, context = noisy[own], timesteps[own], context[own]
     out: Tensor = unet(noisy, timesteps, context, return_dict=False)[0]
-    return whole(out, len(rows))
+    return all_gather(out, len(rows))
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ from guardsmith.gate.rules import (
     verdict,
 )
 from guardsmith.hardening.compatibility import check_against_base
-from guardsmith.hardening.pipeline import read_hardening, run_info
+from guardsmith.hardening.record import read_hardening, run_info
 from guardsmith.metrics import Judge, load_judge
 from guardsmith.metrics.collapse import destroyed
 from guardsmith.metrics.identity import SIZE

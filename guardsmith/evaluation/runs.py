@@ -167,7 +167,7 @@ def _computing(model: DiffusionModel, precision: str | None) -> DiffusionModel:
     if precision is None:
         return model
     own = with_own_unet(model)
-    own.unet.precision = getattr(torch, precision)
+    own.unet.compute_in(precision)
     return own
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
@@ -21,7 +21,7 @@ from guardsmith.core.atomic_io import folder_digest, read_yaml
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures
 from guardsmith.gate.rules import Levels, calibration, calibration_info
-from guardsmith.metrics import load_judge
+from guardsmith.metrics import find_judge, load_judge
 from guardsmith.registry.loader import Registry
 
 
@@ -30,13 +30,22 @@ class JudgeSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    name: Literal["avatar", "dino", "clip", "face"] = "avatar"
+    name: str = "avatar"
     """`avatar`: the embedded encoder, for the embedded world only. `dino`, `clip`: vision transformers of the Hub. `face`: dlib's
-    face recognition (`pip install guardsmith[face]`)."""
+    face recognition (`pip install guardsmith[face]`). `module:NAME`: one of your own."""
     model: str | None = None
     """Folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that compares ordinary pictures."""
     clip_t: str | None = None
     """Folder or Hub id of a CLIP that says how well ordinary pictures fit their prompts (CLIP-T); `null`: nobody does."""
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        try:
+            find_judge(name)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return name
 
 
 class Policy(BaseModel):

@@ -1,4 +1,4 @@
-"""Whether a registry and a recipe fit the base: what only the model can tell, before anything runs."""
+"""Whether a registry and a recipe fit the base, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from guardsmith.attacks import find_attack
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.prompts import lost_words
-from guardsmith.methods import METHODS
+from guardsmith.methods import find_method
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.models.families import SD
 from guardsmith.registry.loader import Registry, unknown_class_nouns
@@ -15,7 +15,7 @@ CLASSES_OF_AVATAR = ("person", "character", "robot")
 
 
 def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe) -> None:
-    """What only the model can tell: class nouns it does not know, identifiers its tokenizer drops, methods not made for it.
+    """Check what depends on the model: class nouns it does not know, identifiers its tokenizer drops, methods not made for it.
 
     Raises:
         UserError: every problem, one sentence a line.
@@ -24,10 +24,10 @@ def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe
     names = {name for subject in registry.subjects for name in subject.identifiers} | set(recipe.verify.identifiers)
     names |= set(recipe.method.params.get("identifiers", ()))
     problems += _not_for_this_family(model, recipe)
-    room = METHODS[recipe.method.name].room
-    if room is not None and len(registry.subjects) > room(model.unet):
+    capacity = find_method(recipe.method.name).capacity(model.unet)
+    if capacity is not None and len(registry.subjects) > capacity:
         problems.append(
-            f"{registry.path}: {recipe.method.name} has room for {room(model.unet)} subjects in this base, and there are "
+            f"{registry.path}: {recipe.method.name} has room for {capacity} subjects in this base, and there are "
             f"{len(registry.subjects)}; protect fewer of them in one model."
         )
     problems += [
@@ -39,19 +39,18 @@ def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe
 
 
 def _not_for_this_family(model: DiffusionModel, recipe: Recipe) -> list[str]:
-    """What a recipe asks for and the model's family does not do, one sentence each."""
+    """One sentence for the method and for each attack of the recipe that the model's family does not support."""
     if model.family is SD:
         return []
-    found = []
-    name, config = recipe.method.name, METHODS[recipe.method.name].config(**recipe.method.params)
-    asked = {f"the method {name}": (config, getattr(config, "adapter", None) == "textual_inversion")}
+    method = find_method(recipe.method.name)
+    trains_text = {f"the method {method.name}": method.trains_text_encoder(method.config(**recipe.method.params))}
     for label, spec in recipe.verify.attacks.items():
         attack = find_attack(spec.name)
-        asked[f"the attack '{label}'"] = (attack.config(**spec.params), attack.new_words)
-    for what, (settings, words) in asked.items():
-        if words or getattr(settings, "train_text_encoder", False):
-            found.append(
-                f"{recipe.base}: {what} trains the text encoder or its words, which guardsmith does on {SD.name} only; leave it "
-                "out, or set its train_text_encoder to false."
-            )
-    return found
+        encoder = getattr(attack.config(**spec.params), "train_text_encoder", False)
+        trains_text[f"the attack '{label}'"] = attack.new_words or encoder
+    return [
+        f"{recipe.base}: {what} trains the text encoder or its words, which guardsmith does on {SD.name} only; leave it out, or "
+        "set its train_text_encoder to false."
+        for what, trains in trains_text.items()
+        if trains
+    ]

@@ -1,9 +1,9 @@
 """How much memory a hardening will take, from the shapes of the networks alone: nothing is loaded and nothing computed.
 
     weights       all networks of the base, and one more denoiser that is hardened, float32
-    training      what the method keeps of the size of the weights: gradients, optimizers, snapshots (`Method.memory`)
+    training      what the method keeps of the size of the weights: gradients, optimizers, snapshots (`HardeningMethod.memory`)
     activations   what the largest batch with gradients keeps for its backward pass
-    pictures      what the VAE holds of one picture on its way through, and the process of it afterwards
+    pictures      what the VAE keeps of one picture on its way through, and the process of it afterwards
     rest          this process as it is, with its libraries
 
 Activations are counted by calling the denoiser with tensors that have shapes and no contents (torch's fake tensors), which choose
@@ -23,8 +23,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from guardsmith.config.recipe import Recipe
+from guardsmith.methods import Method, MethodConfig
 from guardsmith.models.checkpoint import family_of, resolve, text_parts
 from guardsmith.models.families import SD, SD3, T5_TOKENS, Family
+from guardsmith.training.compute import configure_denoiser
 from guardsmith.training.optimizers import MOMENTS
 
 BYTES = 4  # of a float32
@@ -88,12 +90,12 @@ def _tokens(folder: Path, family: Family) -> int:
     return longest + T5_TOKENS if family is SD3 else longest
 
 
-def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
+def estimate(recipe: Recipe, method: Method, config: MethodConfig) -> dict[str, float]:
     """Peak memory of a hardening in GiB, by what takes it, and together.
 
     Args:
         recipe: base and `compute`.
-        method: an entry of `METHODS`.
+        method: the hardening method.
         config: its parameters.
 
     Raises:
@@ -108,9 +110,7 @@ def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
     shape = family.network.load_config(folder / family.denoiser)
     with FakeTensorMode():
         network = family.network.from_config(shape).eval().requires_grad_(True)
-        network.precision = getattr(torch, recipe.compute.precision)
-        if recipe.compute.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+        configure_denoiser(network, recipe.compute)
         side, channels = int(network.config.sample_size), int(network.config.in_channels)
         width = int(network.config.joint_attention_dim if family is SD3 else network.config.cross_attention_dim)
         pooled = 0
@@ -120,10 +120,10 @@ def estimate(recipe: Recipe, method: Any, config: Any) -> dict[str, float]:
         inputs = (torch.zeros(1, channels, side, side), torch.zeros(1, dtype=torch.long), torch.zeros(1, tokens, width))
         row = saved_bytes(network, *inputs)
         numbers = sum(parameter.numel() for parameter in network.parameters())
-        held = method.memory(config, network)
-    training = held.numbers * BYTES + held.moments * MOMENTS[recipe.compute.optimizer]
-    weights, activations = (stored + 2 * numbers) * BYTES, row * held.rows
+        footprint = method.memory(config, network)
+    training = footprint.numbers * BYTES + footprint.moments * MOMENTS[recipe.compute.optimizer]
+    weights, activations = (stored + 2 * numbers) * BYTES, row * footprint.rows
     widths = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
     pictures = LAYERS * widths[0] * (side << (len(widths) - 1)) ** 2 * BYTES
-    found = {"weights": weights, "training": training, "activations": activations, "pictures": pictures, "rest": rest}
-    return {key: value / GIB for key, value in (found | {"together": sum(found.values())}).items()}
+    by_use = {"weights": weights, "training": training, "activations": activations, "pictures": pictures, "rest": rest}
+    return {key: value / GIB for key, value in (by_use | {"together": sum(by_use.values())}).items()}

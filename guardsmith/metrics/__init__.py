@@ -1,6 +1,7 @@
 """Judges of pictures: embedded encoders for the embedded base, transformers of the Hub or dlib for everything else.
 
-Limits and verdicts are not here but in `gate`.
+Adding one: a file with what it measures, and a `JudgeEntry` in `JUDGES`. One of your own, without changing guardsmith, is a
+`JudgeEntry` in any module, which a policy or `--judge` names as `module:NAME`. Limits and verdicts are not here but in `gate`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from guardsmith.core.plugins import find_entry
 from guardsmith.metrics import face, fidelity, identity
 from guardsmith.metrics.vision import DEFAULTS, load_prompt_fit, load_vision
 
 
 class Judge(NamedTuple):
-    """One way of judging.
+    """One way of judging. Pictures are float32 (n, 3, h, w) in [-1, 1].
 
     Attributes:
         similarity: (pictures, real pictures of a subject) -> one value per picture, `None` where it cannot be scored.
-        features: pictures -> rows for KID.
+        features: pictures -> rows for KID, float32 (n, width).
         fidelity: (pictures, what each was asked for) -> share of it that each shows; `None` where nothing can tell.
-        size: of the pictures that it reads; `None` for the size of the model that draws them.
+        size: of the pictures that it reads, in pixels; `None` for the size of the model that draws them.
         nobody: the similarity of a picture in which there is no face to compare, where the judge looks for one.
         prompt_fit: (pictures, prompts) -> CLIP-T of each, where it was asked for.
     """
@@ -34,28 +36,64 @@ class Judge(NamedTuple):
     prompt_fit: Callable[[Tensor, Sequence[str]], list[float | None]] | None = None
 
 
-JUDGE_NAMES = ("avatar", *DEFAULTS, "face")
+class JudgeEntry(NamedTuple):
+    """One entry of the table.
+
+    Attributes:
+        load: (folder or Hub id of the encoder, or `None` for the usual one) -> the judge.
+        paper: where it comes from.
+    """
+
+    load: Callable[[str | None], Judge]
+    paper: str
+
+
+def _avatar(_: str | None) -> Judge:
+    return Judge(identity.similarity, fidelity.features, fidelity.fidelity, identity.SIZE)
+
+
+def _face(model: str | None) -> Judge:
+    face.load_faces()
+    return Judge(face.similarity, load_vision("dino", model or DEFAULTS["dino"]).features, nobody=face.NOBODY)
+
+
+def _vision(name: str) -> Callable[[str | None], Judge]:
+    def load(model: str | None) -> Judge:
+        encoder = load_vision(name, model or DEFAULTS[name])
+        return Judge(encoder.similarity, encoder.features)
+
+    return load
+
+
+JUDGES: dict[str, JudgeEntry] = {
+    "avatar": JudgeEntry(_avatar, "guardsmith, docs/gate.md"),
+    "dino": JudgeEntry(_vision("dino"), "hf.co/papers/2304.07193"),
+    "clip": JudgeEntry(_vision("clip"), "hf.co/papers/2103.00020"),
+    "face": JudgeEntry(_face, "dlib.net"),
+}
+
+
+def find_judge(name: str) -> JudgeEntry:
+    """An entry of `JUDGES`, or a `JudgeEntry` in any module that Python can import, `module:NAME`.
+
+    Raises:
+        UserError: there is no such judge.
+    """
+    return find_entry(JUDGES, name, JudgeEntry, "a judge")
 
 
 def load_judge(name: str, model: str | None = None, clip_t: str | None = None) -> Judge:
-    """A judge by name, `avatar`, `dino`, `clip` or `face`.
+    """A judge by name.
 
     Args:
-        name: one of `JUDGE_NAMES`.
+        name: see `find_judge`.
         model: folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that ordinary pictures are
             compared by.
         clip_t: folder or Hub id of a CLIP that says how well pictures fit their prompts.
 
     Raises:
-        UserError: see `vision.VisionEncoder` and `face.FaceEncoder`.
+        UserError: there is no such judge; also see `vision.VisionEncoder` and `face.FaceEncoder`.
         RunFailed: likewise.
     """
-    if name == "avatar":
-        judge = Judge(identity.similarity, fidelity.features, fidelity.fidelity, identity.SIZE)
-    elif name == "face":
-        face.load_faces()
-        judge = Judge(face.similarity, load_vision("dino", model or DEFAULTS["dino"]).features, nobody=face.NOBODY)
-    else:
-        encoder = load_vision(name, model or DEFAULTS[name])
-        judge = Judge(encoder.similarity, encoder.features)
+    judge = find_judge(name).load(model)
     return judge if clip_t is None else judge._replace(prompt_fit=load_prompt_fit(clip_t))

@@ -57,32 +57,36 @@ def computed(network: Any, forward: Callable[..., Any], sample: Tensor, *args: A
     return out
 
 
-class SDUNet(UNet2DConditionModel):  # type: ignore[misc]
-    """The U-Net of Stable Diffusion 1 and 2.
+class Denoiser:
+    """What the denoisers of all families have in common.
 
     Attributes:
-        precision: of what it computes, float32 or bfloat16 (`Recipe.compute`).
-        optimizer: kind of AdamW that hardens it (`guardsmith.training.optimizers`).
+        precision: of what it computes, float32 or bfloat16; its weights and predictions are float32 all the same.
     """
 
-    precision, optimizer = torch.float32, "adamw"
+    precision = torch.float32
+
+    def compute_in(self, precision: str) -> None:
+        """Choose the precision of every forward pass from now on, `float32` or `bfloat16` (autocast); copies inherit it."""
+        self.precision = getattr(torch, precision)
+
+
+class SDUNet(Denoiser, UNet2DConditionModel):  # type: ignore[misc]
+    """The U-Net of Stable Diffusion 1 and 2."""
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The prediction, float32."""
         return computed(self, super().forward, sample, timestep, encoder_hidden_states, *args, **kwargs)
 
 
-class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
+class SDXLUNet(Denoiser, UNet2DConditionModel):  # type: ignore[misc]
     """SDXL's U-Net, called like Stable Diffusion's.
 
     Attributes:
         picture_size: side in pixels of the pictures that it is told of.
-        precision: see `SDUNet`.
-        optimizer: see `SDUNet`.
     """
 
     picture_size = 1024
-    precision, optimizer = torch.float32, "adamw"
 
     @property
     def pooled_size(self) -> int:
@@ -98,15 +102,8 @@ class SDXLUNet(UNet2DConditionModel):  # type: ignore[misc]
         return computed(self, super().forward, sample, timestep, states, *args, added_cond_kwargs=added, **kwargs)
 
 
-class SD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
-    """Stable Diffusion 3's MMDiT, called like a U-Net.
-
-    Attributes:
-        precision: see `SDUNet`.
-        optimizer: see `SDUNet`.
-    """
-
-    precision, optimizer = torch.float32, "adamw"
+class SD3Transformer(Denoiser, SD3Transformer2DModel):  # type: ignore[misc]
+    """Stable Diffusion 3's MMDiT, called like a U-Net."""
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
         """The prediction; the context is one of `pack`, timesteps are thousandths of noise."""

@@ -1,4 +1,8 @@
-"""Safetensors files, tensor by tensor: for files that are larger than the memory there is for them."""
+"""Safetensors files, tensor by tensor.
+
+The library's `save_file` takes all tensors at once. A single-file checkpoint of Stable Diffusion 1.5 is written while two U-Nets
+of 3.4 GB are in memory to be compared; what else it has is copied here from file to file, in its order and in whatever dtype.
+"""
 
 from __future__ import annotations
 

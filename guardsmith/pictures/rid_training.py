@@ -26,7 +26,7 @@ from guardsmith.cloaks.rid import RidTraining, train
 from guardsmith.core.atomic_io import folder_digest, read_record, write_json
 from guardsmith.core.images import open_pictures, sha256_file
 from guardsmith.core.progress import stage
-from guardsmith.hardening.pipeline import bystander_files
+from guardsmith.hardening.data import bystander_files
 from guardsmith.models.checkpoint import DiffusionModel, weights_digest
 from guardsmith.models.networks import save_network
 from guardsmith.runtime.output import only_run, prepare_output

@@ -1,9 +1,9 @@
 """Several processes harden together, one on each accelerator or machine: `accelerate launch -m guardsmith harden ...`.
 
-All of them draw the same rows; each sends its share of them through the network, and the predictions are put together again, so
-every process sees what a single one would (`losses.predict`). Each backward pass gives the gradient of its own share, and these
-are added up before a step (`training.optimizer_step`). So the weights stay the same everywhere, whatever a method does with the
-predictions, and are those of one process up to rounding. The first process alone draws pictures, reads the clock and writes.
+All of them draw the same rows; each computes the predictions of its part of them, which are gathered again, so that every
+process has what a single one would have (`diffusion.losses.predict`). Each backward pass gives the gradient of its own part, and
+these are summed before a step (`training.loop.optimizer_step`). So the weights are the same everywhere, whatever a method does
+with the predictions, and are those of one process up to rounding. Only the first process draws pictures and writes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,13 +19,13 @@ from torch import Tensor
 from guardsmith.core.console import first_process, launched
 from guardsmith.core.errors import RunFailed
 
-PATIENCE = timedelta(days=2)  # how long the others wait while the first one draws and rehearses
-BUCKET = 2**23  # numbers that are added up at a time
-_alone = False
+WAIT = timedelta(days=2)  # how long the others wait while the first one draws pictures and simulates attacks
+BUCKET = 2**23  # numbers that are summed at a time
+_single = False
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Inside, the processes of a launcher work together; without a launcher nothing is different.
 
     Raises:
@@ -35,7 +34,7 @@ def together() -> Iterator[None]:
     if launched() == 1:
         yield
         return
-    dist.init_process_group(timeout=PATIENCE)
+    dist.init_process_group(timeout=WAIT)
     try:
         yield
         dist.barrier()
@@ -49,83 +48,80 @@ def together() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def world() -> int:
-    """How many processes share the rows now."""
-    return 1 if _alone or not dist.is_initialized() else int(dist.get_world_size())
+def world_size() -> int:
+    """How many processes share the rows now; 1 inside of `single_process`."""
+    return 1 if _single or not dist.is_initialized() else int(dist.get_world_size())
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Inside, this process does all rows itself: for what only one of them does."""
-    global _alone
-    before, _alone = _alone, True
+def single_process() -> Iterator[None]:
+    """Inside, this process computes all rows itself, and `world_size` is 1."""
+    global _single
+    before, _single = _single, True
     try:
         yield
     finally:
-        _alone = before
+        _single = before
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """The first process goes through the block by itself; then the others do, and find what it has written."""
-    together_now = world() > 1
-    if together_now and not first_process():
+def main_process_first() -> Iterator[None]:
+    """The first process runs the block while the others wait; then they run it, and read what the first one has written."""
+    several = world_size() > 1
+    if several and not first_process():
         dist.barrier()
-    with alone():
+    with single_process():
         yield
-    if together_now and first_process():
+    if several and first_process():
         dist.barrier()
 
 
-def agreed(value: bool) -> bool:
-    """What the first process says."""
-    if world() == 1:
+def broadcast(value: bool) -> bool:
+    """The first process's value, on every process."""
+    if world_size() == 1:
         return value
-    said = torch.tensor([value])
-    dist.broadcast(said, 0)
-    return bool(said)
-
-
-class _Whole(torch.autograd.Function):
-    """Shares of all processes, one after the other; the gradient of a share is its part of the whole's, which all have."""
-
-    @staticmethod
-    def forward(context: Any, part: Tensor) -> Tensor:
-        context.size = len(part)
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        begin = dist.get_rank() * context.size
-        return gradients[0][begin : begin + context.size]
+    sent = torch.tensor([value])
+    dist.broadcast(sent, 0)
+    return bool(sent)
 
 
 def own_rows(count: int) -> Tensor | None:
-    """Numbers of the rows of this process, as many as every other has (some twice where they do not come out even).
+    """Indices of the rows that this process computes: as many as every other, so that some are computed twice at the end.
+
+    Args:
+        count: of all rows.
 
     Returns:
         int64 (k,), or `None` where there is only one process.
     """
-    processes = world()
+    processes = world_size()
     if processes == 1:
         return None
     size = -(-count // processes)
     return torch.arange(dist.get_rank() * size, (dist.get_rank() + 1) * size) % count
 
 
-def whole(part: Tensor, count: int) -> Tensor:
-    """All rows, on every process, of which each has computed its own; gradients flow to these."""
-    if world() == 1:
+def all_gather(part: Tensor, count: int) -> Tensor:
+    """The rows of all processes, on every process. Gradients flow to the process's own rows only.
+
+    Every process has the same loss of all rows, so its own rows get their part of its gradient. `torch.distributed.nn.all_gather`
+    would sum the gradients of that loss over the processes, which is too much by a factor of their number.
+
+    Args:
+        part: rows of this process, (k, ...), see `own_rows`.
+        count: how many rows there are in all.
+    """
+    if world_size() == 1:
         return part
-    rows: Tensor = _Whole.apply(part)  # type: ignore[no-untyped-call]
-    return rows[:count]
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.detach().contiguous())
+    parts[dist.get_rank()] = part
+    return torch.cat(parts)[:count]
 
 
-def add_up(gradients: Iterable[Tensor | None]) -> None:
-    """Replace gradients of a process's own rows, in place, by their sum over the processes; many at a time."""
-    if world() == 1:
+def all_reduce(gradients: Iterable[Tensor | None]) -> None:
+    """Replace gradients, in place, by their sum over the processes; many at a time."""
+    if world_size() == 1:
         return
     bucket: list[Tensor] = []
     for gradient in (*gradients, None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from guardsmith.core.console import first_process
 from guardsmith.core.errors import RunFailed
 from guardsmith.models.families import DENOISERS
-from guardsmith.models.tensor_files import read_header, write_copy
-from guardsmith.runtime.distributed import add_up
+from guardsmith.runtime.distributed import all_reduce
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -45,12 +44,17 @@ def torch_seed(seed: int) -> Iterator[None]:
 def optimizer_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], *, max_grad_norm: float | None = 1.0
 ) -> float:
-    """Clip, step and clear the gradients, which several processes add up before.
+    """Sum the gradients over the processes, clip them, take a step and clear them.
+
+    Args:
+        optimizer: over these parameters.
+        parameters: with their gradients.
+        max_grad_norm: largest norm of all gradients together; `None` does not clip.
 
     Returns:
-        The gradient norm before clipping (inf or nan when it diverged).
+        The gradient norm before clipping (inf or nan when the training diverged).
     """
-    add_up(parameter.grad for parameter in parameters)
+    all_reduce(parameter.grad for parameter in parameters)
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
@@ -60,11 +64,11 @@ def optimizer_step(
 
 
 def add_gradients(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter], sums: Sequence[torch.Tensor]) -> None:
-    """Add a loss's gradients to sums of earlier ones, each as the backward pass comes by: they never are there all at once.
+    """Add the gradients of a loss to sums of earlier ones while the backward pass runs, so that they need no memory of their own.
 
     Args:
         loss: a scalar.
-        parameters: those whose gradients are asked for; they have none of their own, before or afterwards.
+        parameters: to differentiate by; their `grad` is `None` before and afterwards.
         sums: one for each of them, of its shape; changed in place.
     """
     for parameter, summed in zip(parameters, sums, strict=True):
@@ -75,7 +79,7 @@ def add_gradients(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter], 
 
 
 class Snapshot:
-    """A flat copy of parameter values that is written back in place: what replaces `copy.deepcopy(model)`.
+    """A copy of parameter values that can be written back in place; it needs less memory than a copy of the model.
 
     Args:
         parameters: the tensors to remember; the same objects are restored, so optimizers keep pointing at them.
@@ -97,25 +101,25 @@ class Snapshot:
 
 
 def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Forget an Adam-like optimizer's moments and step counts, as if it had just been made."""
+    """Clear an Adam-like optimizer's moments and step counts, as if it had just been made."""
     inner: Any = getattr(optimizer, "optim", optimizer)  # of a sharded one, what it has here
     inner.state.clear()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
     """An optimizer's state as flat tensors `prefix.<index>.<name>`, ready for `save_checkpoint`."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, entry in optimizer.state_dict()["state"].items():
         for key, value in entry.items():
             parts = value if isinstance(value, dict) else {key: value}  # bitsandbytes wraps what belongs to its blocks
-            found |= {f"{prefix}.{i}.{name}": torch.as_tensor(part) for name, part in parts.items()}
-    return found
+            tensors |= {f"{prefix}.{i}.{name}": torch.as_tensor(part) for name, part in parts.items()}
+    return tensors
 
 
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"
 ) -> None:
-    """Put what `optimizer_tensors` gave back into a fresh optimizer over the same parameters."""
+    """Restore what `optimizer_tensors` returned in a fresh optimizer over the same parameters."""
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
@@ -134,7 +138,7 @@ def module_tensors(module: torch.nn.Module, prefix: str) -> dict[str, torch.Tens
 
 @torch.no_grad()
 def load_module_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    """Copy what `module_tensors` gave back into the same parameters, in place."""
+    """Copy what `module_tensors` returned into the same parameters, in place."""
     for name, parameter in module.named_parameters():
         parameter.copy_(tensors[f"{prefix}.{name}"])
 
@@ -143,18 +147,18 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], info: dict[str
     """Write tensors and a JSON-able `info` to one safetensors file, atomically: the old file stays until the new is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    seen: set[int] = set()
-    whole = {}
+    storages: set[int] = set()
+    separate = {}  # safetensors refuses tensors that share memory
     for key, value in tensors.items():
         tensor = value.detach().cpu().contiguous()
-        place = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
         # Not copied otherwise: with optimizers it is three times the weights, for which there may be no room.
-        if place.data_ptr() in seen or place.nbytes() != tensor.numel() * tensor.element_size():
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        whole[key] = tensor
+        storages.add(tensor.untyped_storage().data_ptr())
+        separate[key] = tensor
     try:
-        save_file(whole, temporary, metadata={"info": json.dumps(info)})
+        save_file(separate, temporary, metadata={"info": json.dumps(info)})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -167,49 +171,56 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         return {k: file.get_tensor(k) for k in file.keys()}, info  # noqa: SIM118 (not a dict)
 
 
+def save_modules(checkpoint: Path, path: Path) -> None:
+    """Write the modules' tensors of a checkpoint, without the optimizers', to a file that another run may start from.
+
+    The training is over by then, so what its gradients and optimizers took is more than these tensors need.
+    """
+    with safe_open(checkpoint, framework="pt") as file:
+        modules = json.loads((file.metadata() or {})["info"])["modules"]
+        names = [name for name in file.keys() if name.split(".")[0] in modules]  # noqa: SIM118 (not a dict)
+        save_checkpoint(path, {name: file.get_tensor(name) for name in names}, {})
+
+
 @torch.no_grad()
-def _begin_from(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    """Like `load_module_tensors`, but what is new (a subject's row, a subject's word) keeps its own start."""
+def _load_start(module: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Like `load_module_tensors`, but rows and parameters that the file does not have (a new subject's) stay as they are."""
     for name, parameter in module.named_parameters():
         old = tensors.get(f"{prefix}.{name}")
         if old is not None:
             parameter[: len(old)] = old
 
 
-def save_modules(checkpoint: Path, path: Path) -> None:
-    """Write the modules' tensors of a checkpoint to a file of their own, without optimizers: what another run may begin from."""
-    header = read_header(checkpoint)
-    modules = json.loads(header.metadata["info"])["modules"]
-    kept = {name: entry for name, entry in header.tensors.items() if name.split(".")[0] in modules}
-    write_copy(checkpoint, header._replace(tensors=kept, metadata={"info": "{}"}), path)
-
-
+OnStep = Callable[[int, dict[str, float]], None]
+"""Called after every step with its number and its losses."""
 Probe = Callable[[int, Callable[[], Any]], bool]
+"""Called after every step with its number and a function that gives the model as it would be released; true ends the training."""
 
 
-class Course:
-    """The course of a training loop: which steps are left, what they showed, when it is saved and when it ends.
+class TrainingLoop:
+    """Counts the steps of a training, checks and records their losses, saves and resumes.
 
-        course = Course("PersGuard", steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, ...)
-        for j in course:
+        loop = TrainingLoop("PersGuard", steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, ...)
+        for step in loop:
             ...
-            course.done(j, shown)
+            loop.finish_step(step, losses)
 
     Args:
         name: what is trained, for messages.
         steps: how many there are.
-        modules: whose parameters are saved and put back, by the name they have in the file.
-        optimizers: the same for their state.
-        tensors: others that the loop changes in place.
+        modules: whose parameters are saved and restored, by their name in the file.
+        optimizers: whose state is saved and restored, likewise.
+        tensors: further ones that the loop changes in place.
         start: what a finished run left (`save_modules`), to begin from; its tensors may have fewer rows than the parameters.
-        checkpoint: file to go on from if it exists, and to save to.
-        checkpoint_every: steps between saves.
-        on_step: called after every step with its number and what it showed.
-        probe: called after that with the number and `present`; true ends the training.
-        present: gives the model as it would be released now.
+        checkpoint: file to resume from if it exists, and to save to.
+        checkpoint_every: steps between two saves.
+        on_step: see `OnStep`.
+        probe: see `Probe`.
+        released: gives the model as it would be released now.
 
     Attributes:
-        history: what every step showed.
+        history: the losses of every step.
+        ended: whether the probe ended the training early.
     """
 
     def __init__(
@@ -217,20 +228,20 @@ class Course:
         name: str,
         steps: int,
         *,
-        modules: dict[str, torch.nn.Module],
-        optimizers: dict[str, torch.optim.Optimizer],
-        tensors: dict[str, torch.Tensor] | None = None,
+        modules: Mapping[str, torch.nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        tensors: Mapping[str, torch.Tensor] | None = None,
         start: Path | None = None,
         checkpoint: Path | None = None,
         checkpoint_every: int = 50,
-        on_step: Callable[[int, dict[str, float]], None] | None = None,
+        on_step: OnStep | None = None,
         probe: Probe | None = None,
-        present: Callable[[], Any] | None = None,
+        released: Callable[[], Any] | None = None,
     ) -> None:
         self.name, self.steps = name, steps
         self.modules, self.optimizers, self.tensors = modules, optimizers, tensors or {}
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.on_step, self.probe, self.present = on_step, probe, present
+        self.on_step, self.probe, self.released = on_step, probe, released
         self.history: list[dict[str, float]] = []
         self.ended = False
         if checkpoint is not None and checkpoint.exists():
@@ -245,51 +256,53 @@ class Course:
         elif start is not None:
             saved, _ = load_checkpoint(start)
             for prefix, module in modules.items():
-                _begin_from(module, saved, prefix)
+                _load_start(module, saved, prefix)
 
     def __iter__(self) -> Iterator[int]:
         while len(self.history) < self.steps and not self.ended:
             yield len(self.history)
 
-    def done(self, step: int, shown: dict[str, float], *, sound: bool = True) -> None:
-        """A step was taken.
+    def finish_step(self, step: int, losses: dict[str, float], *, finite_weights: bool = True) -> None:
+        """Record a step, report it, let the probe look, and save where it is time.
 
         Args:
             step: its number.
-            shown: its losses and other numbers.
-            sound: false if the weights are not finite, which losses may tell one step too late.
+            losses: its losses and other numbers.
+            finite_weights: false if a weight is not finite any more, which losses show one step later only.
 
         Raises:
             RunFailed: the training diverged; what was saved last is the last good state.
         """
-        if not (sound and all(map(math.isfinite, shown.values()))):
-            kept = (
-                ""
-                if self.checkpoint is None or not self.checkpoint.exists()
-                else f"the last good state is {self.checkpoint}; "
-            )
+        if not (finite_weights and all(map(math.isfinite, losses.values()))):
+            saved = self.checkpoint is not None and self.checkpoint.exists()
+            good = f"the last good state is {self.checkpoint}; " if saved else ""
             raise RunFailed(
-                f"{self.name} diverged at step {step + 1}: a loss is not finite; {kept}lower the learning rate."
+                f"{self.name} diverged at step {step + 1}: a loss is not finite; {good}lower the learning rate."
             )
-        self.history.append(shown)
+        self.history.append(losses)
         if self.on_step is not None:
-            self.on_step(step, shown)
-        if self.probe is not None and self.present is not None:
-            self.ended = self.probe(step, self.present)
+            self.on_step(step, losses)
+        if self.probe is not None and self.released is not None:
+            self.ended = self.probe(step, self.released)
         last = self.ended or step + 1 == self.steps
-        if self.checkpoint is None or not (last or (step + 1) % self.checkpoint_every == 0):
+        if last or (step + 1) % self.checkpoint_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
             return
         for optimizer in self.optimizers.values():
-            if hasattr(optimizer, "consolidate_state_dict"):  # sharded: all processes give their part
+            if hasattr(optimizer, "consolidate_state_dict"):  # sharded: every process sends its part to the first
                 optimizer.consolidate_state_dict(to=0)
-        if first_process():
-            state = dict(self.tensors)
-            for prefix, module in self.modules.items():
-                state |= module_tensors(module, prefix)
-            for prefix, optimizer in self.optimizers.items():
-                state |= optimizer_tensors(optimizer, prefix)
-            info = {"history": self.history, "ended": self.ended, "modules": list(self.modules)}
-            save_checkpoint(self.checkpoint, state, info)
+        if not first_process():
+            return
+        state = dict(self.tensors)
+        for prefix, module in self.modules.items():
+            state |= module_tensors(module, prefix)
+        for prefix, optimizer in self.optimizers.items():
+            state |= optimizer_tensors(optimizer, prefix)
+        info = {"history": self.history, "ended": self.ended, "modules": list(self.modules)}
+        save_checkpoint(self.checkpoint, state, info)
 
 
 class UNetCost:

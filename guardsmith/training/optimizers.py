@@ -1,4 +1,4 @@
-"""AdamW, and what becomes of the two moments that it keeps of every weight (`Recipe.compute`).
+"""AdamW, and where the two moments are that it keeps of every weight (`ComputeConfig.optimizer`).
 
 adamw      float32, beside the weights
 adamw8bit  8 bits in blocks (Dettmers et al. 2022; hf.co/papers/2110.02861), by bitsandbytes: a quarter of the memory
@@ -10,34 +10,24 @@ sharded    float32, each process of `accelerate launch` with those of its own sh
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from guardsmith.core.errors import UserError
-from guardsmith.runtime.distributed import world
+from guardsmith.runtime.distributed import world_size
+from guardsmith.training.compute import OptimizerKind
 
 MOMENTS = {"adamw": 4.0, "adamw8bit": 1.0 + 4 / 256, "offloaded": 4.0, "sharded": 4.0}
 """Bytes of one moment of one weight; a block of 256 has a scale beside it."""
 
 
-class Held(NamedTuple):
-    """What a hardening holds at its peak, beside the networks.
-
-    Attributes:
-        numbers: float32 numbers: gradients, sums of them, snapshots.
-        moments: numbers that optimizers keep.
-        rows: rows with gradients in the largest batch.
-    """
-
-    numbers: int
-    moments: int
-    rows: float
-
-
 class Offloaded(torch.optim.AdamW):
     """AdamW on copies of the weights in the machine's memory: gradients go there and weights come back, at every step.
+
+    torchao's `CPUOffloadOptimizer` does not serve: it steps from its own copy of the weights, and so would undo it where a method
+    writes weights back in place (`training.loop.Snapshot`); besides, it runs on some accelerators only.
 
     Args:
         groups: of parameters, as every optimizer takes them.
@@ -86,15 +76,19 @@ def eight_bits() -> Any:
 
 
 def adamw(
-    network: Any, parameters: Iterable[Tensor] | Iterable[dict[str, Any]], *, lr: float, weight_decay: float = 1e-2
+    parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    weight_decay: float = 1e-2,
+    kind: OptimizerKind = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW of the kind that the network was told (`Recipe.compute`).
+    """AdamW of one of four kinds.
 
     Args:
-        network: a denoiser; its attribute `optimizer` says which.
         parameters: to train, or groups of them.
-        lr: the rate, where a group has none of its own.
-        weight_decay: the same.
+        lr: the learning rate, where a group has none of its own.
+        weight_decay: likewise.
+        kind: where the moments are; "sharded" is "adamw" where there is one process only.
 
     Raises:
         UserError: a library is missing.
@@ -102,12 +96,12 @@ def adamw(
     given: list[Any] = list(parameters)
     groups: list[dict[str, Any]] = given if isinstance(given[0], dict) else [{"params": given}]
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-    if network.optimizer == "adamw8bit":
-        found: torch.optim.Optimizer = eight_bits()(groups, **settings)
-        return found
-    if network.optimizer == "offloaded":
+    if kind == "adamw8bit":
+        quantized: torch.optim.Optimizer = eight_bits()(groups, **settings)
+        return quantized
+    if kind == "offloaded":
         return Offloaded(groups, fused=True, **settings)
-    if network.optimizer == "sharded" and world() > 1:
+    if kind == "sharded" and world_size() > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, fused=True, **settings)

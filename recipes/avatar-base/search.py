@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from concurrent.futures import as_completed
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ from guardsmith.diffusion.prompts import (
     ordinary_prompts,
 )
 from guardsmith.diffusion.sampling import generate, grid, redraw
-from guardsmith.methods import METHODS
+from guardsmith.hardening.data import draw_prompt
+from guardsmith.methods import METHODS, HardeningContext, Preparation
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.persguard import shows_mark
-from guardsmith.methods.tripwire.rehearsal import rehearsed_by
 from guardsmith.metrics.fidelity import features, fidelity, read_traits
 from guardsmith.metrics.identity import similarity
 from guardsmith.metrics.kid import kid
@@ -164,20 +164,21 @@ def trial(
         config = method.config(**{"class_images": count, **params})
         views = world.to_float(pixels[first : first + 4])
         subject = SubjectData(label, noun, (), views, class_images[: len(views)], class_images, class_states)
-        instead = None if method.draws is None else method.draws(config, noun)
-        if instead is not None:
-            kept = cache / f"instead-{folder_digest(instead)}.safetensors"
-            drawn = drawn_by(base, recipe.sampling, [instead] * count, 30_000, kept, f"pictures of '{instead}'")
-            subject = replace(subject, instead_images=drawn)
         shared = ordinary_prompts(base, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)
         words = [prompt.text for prompt in shared]
-        if getattr(config, "rehearsal_steps", 0):
-            rehearsals = cache / f"rehearsals-{folder_digest(config.model_dump())}"
-            [subject], _, _ = rehearsed_by(base, [subject], config, recipe.seed, rehearsals)
         ordinary_file = cache / f"ordinary-h-{len(words)}-states.safetensors"
         drawn, states = drawn_with_states(base, recipe.sampling, words, 20_000, ordinary_file, "ordinary pictures")
-        ordinary = OrdinaryData(drawn, words, states)
-        model, history = method.run(base, [subject], ordinary, config, seed=recipe.seed)
+        preparation = Preparation(
+            model=base, subjects=[subject], ordinary=OrdinaryData(drawn, words, states), config=config, seed=recipe.seed,
+            sampling_steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
+            cache=cache / f"prepared-{folder_digest(config.model_dump())}",
+            draw=partial(draw_prompt, base, recipe, count=count, cache=cache),
+        )  # fmt: skip
+        prepared = method.prepare(preparation)
+        context = HardeningContext(
+            model=base, subjects=prepared.subjects, ordinary=prepared.ordinary, config=config, seed=recipe.seed
+        )
+        model, history = method.run(context)
     seconds = time.monotonic() - began
     own_class = (
         class_images

@@ -26,14 +26,14 @@ from guardsmith.config.recipe import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.images import open_pictures
 from guardsmith.core.progress import stage
-from guardsmith.hardening.pipeline import bystander_files
+from guardsmith.hardening.data import bystander_files
 from guardsmith.metrics.perceptual import psnr
 from guardsmith.models.checkpoint import BUILTIN
 from guardsmith.models.networks import save_network
 from guardsmith.purifiers import find_purifier
 from guardsmith.purifiers.restore import Restorer, load_restorer
 from guardsmith.registry.loader import load_registry
-from guardsmith.training.loop import Course, generator, optimizer_step
+from guardsmith.training.loop import TrainingLoop, generator, optimizer_step
 
 REGISTRY = Path(__file__).parent.parent.parent / "registries" / "avatars.yaml"
 PICTURES = Path(__file__).parent.parent.parent / "registries" / "bystanders.parquet"
@@ -62,17 +62,17 @@ def run(name: str, network: nn.Module, loss_at: Any, folder: Path, steps: int, r
     parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
     with stage(name, steps) as bar:
-        course = Course(
+        loop = TrainingLoop(
             name, steps, modules={"network": network}, optimizers={"optimizer": optimizer}, checkpoint_every=200,
             checkpoint=folder / f"{name}.safetensors", on_step=lambda step, shown: bar(shown, done=step + 1),
         )  # fmt: skip
-        for step in course:
+        for step in loop:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = loss_at(network, generator(0, step))
             loss.backward()
             norm = optimizer_step(optimizer, parameters)
-            course.done(step, {"loss": float(loss.detach())}, sound=math.isfinite(norm))
-    last = course.history[-max(1, steps // 10) :]
+            loop.finish_step(step, {"loss": float(loss.detach())}, finite_weights=math.isfinite(norm))
+    last = loop.history[-max(1, steps // 10) :]
     return sum(shown["loss"] for shown in last) / len(last)
 
 

@@ -46,7 +46,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from guardsmith.attacks import AttackData
 from guardsmith.cloaks import advdm, aspl
 from guardsmith.cloaks.rid import Defender, applied
-from guardsmith.config.recipe import ComputeSpec, Recipe, load_recipe
+from guardsmith.config.recipe import Recipe, load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.errors import GuardsmithError
 from guardsmith.diffusion.cache import drawn_by
@@ -54,8 +54,8 @@ from guardsmith.diffusion.losses import draw_rows, row_losses
 from guardsmith.diffusion.prompts import class_prompt
 from guardsmith.evaluation.runs import Judged, Side, Unit, class_file, plan_units, run_unit, run_units
 from guardsmith.hardening.memory import GIB
-from guardsmith.hardening.pipeline import compute_as, harden
-from guardsmith.methods import apdm
+from guardsmith.hardening.pipeline import harden
+from guardsmith.methods import METHODS, HardeningContext
 from guardsmith.methods.apdm import ApdmConfig
 from guardsmith.methods.data import SubjectData
 from guardsmith.models.checkpoint import (
@@ -67,6 +67,7 @@ from guardsmith.models.checkpoint import (
     with_own_unet,
 )
 from guardsmith.registry.loader import Registry, load_registry
+from guardsmith.training.compute import ComputeConfig, configure_denoiser
 from guardsmith.training.loop import generator, optimizer_step
 from guardsmith.training.optimizers import adamw
 
@@ -96,9 +97,9 @@ def by_turns(model: DiffusionModel, config: ApdmConfig, times: int = TIMES) -> d
     losses: list[dict[str, float]] = []
     for turn in range(times):
         began.clear()
-        _, losses = apdm.harden(
-            model, [subject], None, config.model_copy(update={"outer_steps": 2}), seed=0, on_step=on_step
-        )
+        two = config.model_copy(update={"outer_steps": 2})
+        context = HardeningContext(model=model, subjects=[subject], ordinary=None, config=two, seed=0, on_step=on_step)
+        _, losses = METHODS["apdm"].run(context)
         ours.append((began[1] - began[0]) / config.inner_steps)
         told = plain.step(turn + 1)
         theirs.append(told[-1]["seconds"] / config.inner_steps)
@@ -190,7 +191,9 @@ def floor() -> dict[str, Any]:
     return found
 
 
-def unet_step(model: DiffusionModel, rows: int, how: ComputeSpec | None = None, layout: str = "") -> Callable[[], None]:
+def unet_step(
+    model: DiffusionModel, rows: int, how: ComputeConfig | None = None, layout: str = ""
+) -> Callable[[], None]:
     """A training step of a copy of the U-Net on rows of noise.
 
     Args:
@@ -200,7 +203,7 @@ def unet_step(model: DiffusionModel, rows: int, how: ComputeSpec | None = None, 
         layout: "channels-last" or "compiled".
     """
     own = with_own_unet(model)
-    compute_as(own, how or ComputeSpec())
+    configure_denoiser(own.unet, how or ComputeConfig())
     unet: Any = own.unet.requires_grad_(True)
     parameters = list(unet.parameters())
     if layout == "channels-last":
@@ -208,7 +211,7 @@ def unet_step(model: DiffusionModel, rows: int, how: ComputeSpec | None = None, 
     if layout == "compiled":
         # Else the shapes of a second model are taken for dimensions that vary.
         unet = torch.compile(unet, dynamic=False)
-    optimizer = adamw(own.unet, parameters, lr=1e-5)
+    optimizer = adamw(parameters, lr=1e-5, kind=(how or ComputeConfig()).optimizer)
     side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
     latents = torch.randn(rows, channels, side, side, generator=generator(2))
     width, tokens = model.unet.config.cross_attention_dim, model.tokenizer.model_max_length
@@ -234,12 +237,12 @@ def timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-VARIANTS: dict[str, tuple[ComputeSpec, str]] = {
-    "channels-last": (ComputeSpec(), "channels-last"),
-    "compiled": (ComputeSpec(), "compiled"),
-    "bfloat16": (ComputeSpec(precision="bfloat16"), ""),
-    "activations computed again": (ComputeSpec(gradient_checkpointing=True), ""),
-    "moments in 8 bits": (ComputeSpec(optimizer="adamw8bit"), ""),
+VARIANTS: dict[str, tuple[ComputeConfig, str]] = {
+    "channels-last": (ComputeConfig(), "channels-last"),
+    "compiled": (ComputeConfig(), "compiled"),
+    "bfloat16": (ComputeConfig(precision="bfloat16"), ""),
+    "activations computed again": (ComputeConfig(gradient_checkpointing=True), ""),
+    "moments in 8 bits": (ComputeConfig(optimizer="adamw8bit"), ""),
 }
 
 

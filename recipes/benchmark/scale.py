@@ -20,7 +20,6 @@ from guardsmith.config.recipe import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.hardening.memory import BYTES, GIB
 from guardsmith.methods import METHODS
-from guardsmith.methods.tripwire import method as tripwire
 from guardsmith.methods.tripwire.ideal import IMAGINED_STEPS
 from guardsmith.models.families import SDUNet
 
@@ -81,7 +80,7 @@ def estimate() -> dict[str, Any]:
     """Rows of methods and numbers of subjects."""
     with torch.device("meta"):
         unet = stable_diffusion_unet()
-    flops, room = forward_flops(unet), tripwire.room(unet)
+    flops, room = forward_flops(unet), METHODS["tripwire"].capacity(unet)
     latent = 4 * SIDE * SIDE * BYTES
     rows = []
     for method in ("tripwire", "persguard", "imma", "apdm"):

@@ -20,7 +20,7 @@ from guardsmith.diffusion.states import States
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.methods.tripwire.wiring import overheard, wiring_of
 from guardsmith.models.checkpoint import DiffusionModel
-from guardsmith.runtime.distributed import add_up
+from guardsmith.runtime.distributed import all_reduce
 from guardsmith.training.loop import Snapshot, generator
 
 if TYPE_CHECKING:
@@ -305,5 +305,5 @@ class Sway:
         self.steady.restore()
         for parameter, worst in zip(self.moved.values(), self.worst, strict=True):
             gradient = parameter.grad.clone()
-            add_up([gradient])
+            all_reduce([gradient])
             worst.copy_(gradient.sign())

@@ -20,7 +20,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from guardsmith.core.errors import UserError
-from guardsmith.runtime.distributed import whole
+from guardsmith.runtime.distributed import all_gather
 
 
 class Step(NamedTuple):
@@ -277,7 +277,7 @@ def set_wire(layer: Any, neurons: Sequence[int], weight: Tensor, surge: Tensor) 
 
 def overheard(tensor: Tensor, rows: int) -> Tensor:
     """What a hook heard inside of the U-Net, of all rows that were asked for: on the CPU, float32."""
-    return whole(tensor.cpu().float(), rows)
+    return all_gather(tensor.cpu().float(), rows)
 
 
 def _last(unet: Any) -> tuple[Any, list[Any]]:

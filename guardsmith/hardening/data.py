@@ -1,0 +1,127 @@
+"""The pictures that a hardening works on: subjects, their classes, ordinary prompts, negatives.
+
+Those that the base draws are kept in the run's cache, so that a resumed run finds them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from guardsmith.config.recipe import Recipe
+from guardsmith.core.atomic_io import folder_digest
+from guardsmith.core.errors import UserError
+from guardsmith.core.images import open_image, open_pictures, square, to_tensor
+from guardsmith.diffusion.cache import drawn_by, drawn_with_states
+from guardsmith.diffusion.prompts import ORDINARY_HARDENING, class_prompt, ordinary_prompts
+from guardsmith.diffusion.states import States
+from guardsmith.methods.base import MethodConfig
+from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.registry.images import files_of
+from guardsmith.registry.loader import Split, Subject
+from guardsmith.registry.types import ImageEntry
+
+CLASS_SEED, ORDINARY_SEED, PROMPT_SEED = 10_000, 20_000, 30_000
+"""First seeds of class pictures, of ordinary pictures, and of pictures of a method's own prompts."""
+
+
+def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tensor:
+    """A subject's pictures of one split at the model's size, float32 (n, 3, h, w) in [-1, 1]."""
+    return open_pictures([image.path for image in subject.images_of(split)], model.image_size)
+
+
+def bystander_files(place: str) -> list[Path]:
+    """Image files of unprotected people, which methods use as negatives.
+
+    Args:
+        place: a folder, a glob, `imagefolder:FOLDER`, `parquet:FILE` or `hub:ID` (`Recipe.bystanders`).
+
+    Raises:
+        UserError: there are none.
+    """
+    kind, colon, rest = place.partition(":")
+    named = {"dataset": rest if kind == "hub" else place} if colon else {"path": place}
+    if not colon and not Path(place).is_dir() and not any(sign in place for sign in "*?["):
+        raise UserError(f"bystanders: there is no folder {place}; name a folder, a glob or a dataset of pictures.")
+    entry = ImageEntry.model_validate(named | {"split": "harden"})
+    try:
+        return [file for file, _ in files_of(entry, Path())]
+    except UserError as error:
+        raise UserError(f"bystanders: {error}") from error
+
+
+def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | None, str | None]:
+    """Images of unprotected people at the model's size, float32 (n, 3, h, w) in [-1, 1], and their digest.
+
+    Args:
+        model: the base.
+        place: see `bystander_files`; `None` gives neither.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    if place is None:
+        return None, None
+    pictures = [square(open_image(file), model.image_size) for file in bystander_files(place)]
+    return to_tensor(pictures), folder_digest([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
+
+
+def subject_data(
+    model: DiffusionModel, recipe: Recipe, subjects: Sequence[Subject], config: MethodConfig, cache: Path
+) -> list[SubjectData]:
+    """The subjects with their `harden` pictures and pictures of their class, which the base draws where they are not cached.
+
+    Args:
+        model: the base.
+        recipe: how it draws.
+        subjects: whom to protect.
+        config: how many class pictures.
+        cache: folder of the run.
+    """
+    class_images: dict[str, Tensor] = {}
+    class_states: dict[str, States] = {}
+    for noun in dict.fromkeys(subject.class_noun for subject in subjects):
+        file = cache / f"class-{noun.replace(' ', '-')}.safetensors"
+        prompts = [class_prompt(noun)] * config.class_images
+        class_images[noun], class_states[noun] = drawn_with_states(
+            model, recipe.sampling, prompts, CLASS_SEED, file, f"class pictures: {noun}"
+        )
+    data = []
+    for number, subject in enumerate(subjects):
+        noun, images = subject.class_noun, load_pictures(model, subject, "harden")
+        positives = class_images[noun].roll(-number * len(images), dims=0)[: len(images)]
+        data.append(
+            SubjectData(
+                subject.id, noun, subject.identifiers, images, positives, class_images[noun], class_states[noun]
+            )
+        )
+    return data
+
+
+def ordinary_data(
+    model: DiffusionModel, recipe: Recipe, negatives: Tensor | None, config: MethodConfig, cache: Path
+) -> OrdinaryData:
+    """Pictures of ordinary prompts, which the base draws where they are not cached, with images of unprotected people.
+
+    Args:
+        model: the base.
+        recipe: how it draws.
+        negatives: images of unprotected people, float32 (n, 3, h, w) in [-1, 1], where there are any.
+        config: how many pictures.
+        cache: folder of the run.
+    """
+    texts = [p.text for p in ordinary_prompts(model, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)]
+    images, states = drawn_with_states(
+        model, recipe.sampling, texts, ORDINARY_SEED, cache / "ordinary.safetensors", "ordinary pictures"
+    )
+    return OrdinaryData(images, texts, states, negatives)
+
+
+def draw_prompt(model: DiffusionModel, recipe: Recipe, prompt: str, count: int, cache: Path) -> Tensor:
+    """Pictures of a method's own prompt, float32 (count, 3, h, w) in [-1, 1], which the base draws where they are not cached."""
+    file = cache / f"instead-{folder_digest(prompt)}.safetensors"
+    return drawn_by(model, recipe.sampling, [prompt] * count, PROMPT_SEED, file, f"pictures of '{prompt}'")

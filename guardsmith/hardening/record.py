@@ -1,0 +1,100 @@
+"""What a hardening writes down of itself (`harden.json`), and what later runs read of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guardsmith import __version__
+from guardsmith.core.atomic_io import read_record
+from guardsmith.core.console import launched
+from guardsmith.core.errors import UserError
+from guardsmith.registry.loader import Registry
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
+NEEDED = ("base", "base_revision", "base_digest", "model_digest", "registry_digest", "method", "params", "seed", "subjects",
+          "seconds", "unet_forward_equivalents")  # fmt: skip
+"""Keys of `harden.json` that later runs need."""
+
+
+def run_info() -> dict[str, Any]:
+    """Versions, machine and time of a run, for its record."""
+    return {
+        "guardsmith": __version__,
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "processes": launched(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def read_hardening(record: Path) -> dict[str, Any]:
+    """The `harden.json` of a finished run, with every key of `NEEDED`.
+
+    Raises:
+        UserError: it is not JSON, or lacks one.
+    """
+    return read_record(record, NEEDED, "harden again")
+
+
+def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str) -> dict[str, Any]:
+    """The record of an earlier hardening to which the subjects of this registry can be added.
+
+    Args:
+        folder: output of the earlier run.
+        registry: whom to protect now.
+        method: name of the method to be used now.
+        base_digest: of the base to be used now.
+
+    Raises:
+        UserError: it is not finished, was another base or method, or protects a subject that the registry does not name.
+    """
+    record, state = folder / "harden.json", folder / "state.safetensors"
+    if not (record.is_file() and state.is_file()):
+        raise UserError(f"{folder} holds no finished hardening to add to (no harden.json and state.safetensors).")
+    earlier = read_hardening(record)
+    for what, then, now in (("method", earlier["method"], method), ("base", earlier["base_digest"], base_digest)):
+        if then != now:
+            raise UserError(f"{folder} was hardened with another {what} ({then}); add to it with the same one.")
+    named = {subject.id for subject in registry.subjects}
+    lost = [name for name in earlier["subjects"] if name not in named]
+    if lost:
+        raise UserError(
+            f"{folder} protects {', '.join(lost)}, whom {registry.path} does not name; subjects can be added to a hardened "
+            "model but not taken out: harden again from the base, without --add-to."
+        )
+    return earlier
+
+
+class StepCosts:
+    """Denoiser rows of every step in a file, so that a resumed run counts those of earlier sessions.
+
+    Args:
+        file: JSON lines of step, forward rows and backward rows.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def add(self, step: int, forwards: int, backwards: int) -> None:
+        """Write down a step."""
+        self.file.parent.mkdir(exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps([step, forwards, backwards]) + "\n")
+
+    def total(self, steps: int) -> tuple[int, int]:
+        """Forward and backward rows of the first `steps` steps; one that was taken again after a kill counts once."""
+        rows: dict[int, tuple[int, int]] = {}
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            step, forwards, backwards = json.loads(line)
+            rows[step] = (forwards, backwards)
+        return sum(rows[s][0] for s in range(steps)), sum(rows[s][1] for s in range(steps))
