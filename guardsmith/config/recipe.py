@@ -26,7 +26,7 @@ class MethodSpec(BaseModel):
 
     model_config = _STRICT
     name: str = "apdm"
-    """A key of `guardsmith list methods`."""
+    """A key of `guardsmith list methods`, or `module:NAME` for one of your own."""
     params: dict[str, Any] = {}
     """Parameters of that method; anything left out has the method's default."""
 
@@ -50,7 +50,7 @@ class AttackSpec(BaseModel):
 
     model_config = _STRICT
     name: str
-    """A key of `guardsmith list attacks`."""
+    """A key of `guardsmith list attacks`, or `module:NAME` for one of your own."""
     params: dict[str, Any] = {}
     """Settings of that attack; anything left out has diffusers' default."""
     class_noun: str | None = Field(None, min_length=1)
@@ -259,6 +259,14 @@ def _set(data: dict[str, Any], change: str) -> None:
         raise UserError(f"--set {change}: {text!r} is not a YAML value; put it in quotes") from None
 
 
+def _leave_out_params_of_another_method(data: dict[str, Any], changes: Sequence[str]) -> None:
+    """Where a change names another method than the file, the file's parameters are not that method's."""
+    names = [text for key, _, text in (change.partition("=") for change in changes) if key.strip() == "method.name"]
+    method = data.get("method")
+    if names and isinstance(method, dict) and method.get("name", MethodSpec().name) != names[-1].strip().strip("\"'"):
+        data["method"] = {key: value for key, value in method.items() if key != "params"}
+
+
 def explain(error: ValidationError, where: str, known: Sequence[str]) -> list[str]:
     """Pydantic's findings as sentences, with a near word for unknown keys."""
     sentences = []
@@ -291,6 +299,7 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     data = read_yaml(path, "a recipe")
     problems = []
+    _leave_out_params_of_another_method(data, changes)
     for change in changes:
         try:
             _set(data, change)
