@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
         lambda c: c.steps,
         tripwire.cost,
         tripwire.memory,
-        "guardsmith, docs/methods.md",
+        "guardsmith, docs/explanation/methods.md",
         bystander_cost=tripwire.bystander_cost,
         room=tripwire.room,
     ),
