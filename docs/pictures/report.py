@@ -22,13 +22,14 @@ STYLE = """<style>
 </style>"""
 
 
-def main() -> int:
-    """Write the picture; 1 if there is no Chromium."""
+def main() -> None:
+    """Write the picture."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        print("there is no Chromium on this machine: install it first", file=sys.stderr)
-        return 1
-    text = PAGE.read_text(encoding="utf-8").replace("<details", "<details open", 1).replace("</head>", f"{STYLE}</head>")
+        sys.exit("there is no Chromium on this machine: install it first")
+    text = (
+        PAGE.read_text(encoding="utf-8").replace("<details", "<details open", 1).replace("</head>", f"{STYLE}</head>")
+    )
     with tempfile.TemporaryDirectory() as scratch:
         page, shot = Path(scratch) / "page.html", Path(scratch) / "shot.png"
         page.write_text(text, encoding="utf-8")
@@ -40,8 +41,7 @@ def main() -> int:
     box = ImageChops.difference(picture, white).getbbox() or (0, 0, *picture.size)
     picture = picture.crop((0, 0, picture.width, min(picture.height, box[3] + 24)))
     picture.quantize(256).save(HERE / "report.png", optimize=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
