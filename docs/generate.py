@@ -105,9 +105,14 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, below in itertools.pairwise(body.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-                if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                    found[field.target.id] = below.value.value
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if (
+                isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+                and isinstance(below.value.value, str)
+            ):
+                found[field.target.id] = below.value.value
     return found
 
 
@@ -174,8 +179,8 @@ def recipe_keys() -> str:
 
     shipped = "\n".join(f"| `{name}` | {line} |" for name, line in recipe_lines())
     parts = [
-        "# Recipes\n\nA recipe is a YAML file that says how to harden, how to attack and how to judge. `guardsmith run RECIPE` runs "
-        "one by name or file, and `--set KEY=VALUE` changes a value: `--set method.params.steps=100`. The file is checked "
+        "# Recipes\n\nA recipe is a YAML file that says how to harden, how to attack and how to judge. `guardsmith run RECIPE` "
+        "runs one by name or file, and `--set KEY=VALUE` changes a value: `--set method.params.steps=100`. The file is checked "
         "completely before anything runs, and all problems are reported at once.\n",
         f"## Shipped recipes\n\n| name | what |\n| --- | --- |\n{shipped}\n",
         _sections(nested(Recipe)),
@@ -192,8 +197,8 @@ def registry_keys() -> str:
     from guardsmith.registry.types import RegistryFile
 
     intro = (
-        "# Registry keys\n\nHow to write a registry is in [a guide](../how-to/registry.md). `guardsmith registry schema` prints the "
-        "JSON schema (`registries/schema.json`), with which an editor completes keys.\n"
+        "# Registry keys\n\nHow to write a registry is in [a guide](../how-to/registry.md). `guardsmith registry schema` prints "
+        "the JSON schema (`registries/schema.json`), with which an editor completes keys.\n"
     )
     return f"{intro}\n{_sections(nested(RegistryFile))}"
 
@@ -222,9 +227,10 @@ def python_api() -> str:
         thing = getattr(guardsmith, name)
         if hasattr(thing, "__qualname__"):
             own.append(_directive(f"{thing.__module__}.{thing.__qualname__}"))
-    intro = "# Python API\n\nErrors are those of the command line, so `except gs.UserError` catches what `guardsmith` answers with 2.\n"
-    if not own:
-        intro = "# Python API\n\nThe package itself has `guardsmith.__version__` only; below is what attacks of your own need.\n"
+    sentence = "The package itself has `guardsmith.__version__` only; below is what attacks of your own need."
+    if own:
+        sentence = "Errors are those of the command line: `UserError` is what `guardsmith` answers with exit code 2."
+    intro = f"# Python API\n\n{sentence}\n"
     extend = ["guardsmith.attacks.Attack", "guardsmith.attacks.dreambooth.AttackData"]
     errors = ["GuardsmithError", "UserError", "RunFailed"]
     public = {line.strip().removeprefix("::: ") for line in own}

@@ -1,6 +1,7 @@
 """The documentation: its links, its generated pages, and the commands and outputs that it shows."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -44,7 +45,7 @@ def links(page):
 def anchors(page):
     """Names that a link to a page can end in, as GitHub and MkDocs make them of headings."""
     tokens = MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
-    for before, token in zip(tokens, tokens[1:], strict=False):
+    for before, token in itertools.pairwise(tokens):
         if before.type == "heading_open":
             text = "".join(child.content for child in token.children or [] if child.type in ("text", "code_inline"))
             yield re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text.lower()).strip())
@@ -243,8 +244,9 @@ def test_python_examples_are_python():
 
 
 def test_the_attack_of_ones_own_is_found_and_runs(tmp_path, monkeypatch, tiny_epsilon):
-    from guardsmith.attacks import AttackData, find_attack
     from test_attacks import make_data
+
+    from guardsmith.attacks import AttackData, find_attack
 
     code = re.search(r"```python\n# my_attacks.py\n(.*?)```", (DOCS / "how-to/extend.md").read_text(), flags=re.DOTALL)
     assert code
