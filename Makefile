@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint benchmark clean
+.PHONY: setup demo test lint docs benchmark clean
 
 setup: $(VENV)/.ready
 
@@ -26,9 +26,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation's site, in build/site; a broken link is an error.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 # Minutes to hours, with nothing else running; writes docs/results/benchmark.json.
 benchmark: setup
 	$(BIN)/python recipes/benchmark/benchmark.py
 
 clean:
-	rm -rf $(VENV) out dist
+	rm -rf $(VENV) out dist build

@@ -140,7 +140,7 @@ def test_a_dry_run_tells_it_and_does_without_a_base_that_is_not_here(capsys, mon
 
 
 def test_what_the_documentation_says_of_stable_diffusion():
-    """docs/gpu.md: networks and training state of APDM on Stable Diffusion 1.5, from its shapes."""
+    """docs/how-to/gpu.md: networks and training state of APDM on Stable Diffusion 1.5, from its shapes."""
     from diffusers import AutoencoderKL
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -159,7 +159,7 @@ def test_what_the_documentation_says_of_stable_diffusion():
         rows.append(saved_bytes(unet, *inputs) / GIB)
     count = {network: sum(p.numel() for p in network.parameters()) for network in (unet, vae, text)}
     networks = (2 * count[unet] + count[vae] + count[text]) * BYTES
-    page = (Path(__file__).parent.parent / "docs/gpu.md").read_text()
+    page = (Path(__file__).parent.parent / "docs/how-to/gpu.md").read_text()
     said = "{:.1f} GiB for each of three rows at 64 x 64 latents, {:.1f} GiB with gradient checkpointing"
     assert said.format(*rows) in page
     for label, params in (

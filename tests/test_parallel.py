@@ -135,7 +135,7 @@ def test_accelerate_launches_it(v_folder, tmp_path):
 def test_the_shipped_configuration_is_one_of_accelerates():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    told = load_config_from_file(str(ROOT / "docs" / "accelerate.yaml"))
+    told = load_config_from_file(str(ROOT / "docs" / "how-to" / "accelerate.yaml"))
     assert (told.num_processes, told.num_machines, told.mixed_precision) == (4, 1, "no")
     assert told.distributed_type == "MULTI_GPU" and not told.use_cpu
 

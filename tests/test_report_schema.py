@@ -18,8 +18,8 @@ def test_the_published_schema_is_current(capsys):
     assert cli.main(["report", "schema"]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed) == json_schema()
-    assert (DOCS / "report.schema.json").read_text() == printed, (
-        "run: guardsmith report schema --output docs/report.schema.json"
+    assert (DOCS / "reference/report.schema.json").read_text() == printed, (
+        "run: guardsmith report schema --output docs/reference/report.schema.json"
     )
 
 

@@ -32,7 +32,7 @@ from guardsmith.cli.release import (
     release_notes,
     verify_signature,
 )
-from guardsmith.cli.tables import compare, list_table, print_policy
+from guardsmith.cli.tables import compare, complete_recipe, list_table, print_policy
 from guardsmith.core.console import DAY, day, first_process, launched, print_schema, say
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError, out_of_memory, system_errno
 
@@ -42,14 +42,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="guardsmith",
-    help="Harden a Stable Diffusion checkpoint so that it cannot be personalized on protected subjects, and prove it.",
+    help=(
+        "Harden a Stable Diffusion checkpoint against personalization on protected subjects, attack the result, and let "
+        "the release depend on what was measured."
+    ),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.add_typer(registry_app, name="registry")
-report_app = typer.Typer(help="About reports of verifications.", no_args_is_help=True)
+report_app = typer.Typer(help="The format of report.json.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
 
 
@@ -140,17 +143,17 @@ def _options(
     ] = False,
     progress: Annotated[
         str,
-        typer.Option(help="How progress is shown on stderr: auto (bars on a terminal, else lines), lines, or json."),
+        typer.Option(help="Progress on stderr: auto (bars on a terminal, lines elsewhere), lines, or json."),
     ] = "auto",
     device: Annotated[
         str | None,
         typer.Option(
-            help="Where networks run: cpu, cuda, cuda:1, mps, xpu.  [default: an accelerator if there is one]"
+            help="Device for the networks: cpu, cuda, cuda:1, mps, xpu.  [default: an accelerator if there is one]"
         ),
     ] = None,
     deterministic: Annotated[
         bool,
-        typer.Option("--deterministic", help="The same bits on any number of cores: one thread, slower."),
+        typer.Option("--deterministic", help="Bit-identical results on any number of cores: one thread, slower."),
     ] = False,
 ) -> None:
     from guardsmith.core.progress import STYLES, show_as
@@ -173,7 +176,7 @@ def _options(
 def report_schema(
     output: Annotated[Path | None, typer.Option(help="File to write; by default stdout.")] = None,
 ) -> None:
-    """Print the JSON schema of report.json, for other tools."""
+    """Print the JSON schema of report.json."""
     from guardsmith.reports.schema import json_schema
 
     print_schema(json_schema(), output)
@@ -182,42 +185,56 @@ def report_schema(
 # Words shared by harden, verify and run. Underscore spellings are those of diffusers' scripts.
 SUBJECTS = Annotated[Path | None, typer.Option("--subjects", help="Registry file; by default the recipe's.")]
 OUTPUT = Annotated[Path, typer.Option("--output", "--output_dir", "-o", help="Output folder.")]
-RECIPE = Annotated[str | None, typer.Option("--recipe", help="Recipe name or file (see `guardsmith list recipes`).")]
+RECIPE = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="Recipe name or file (see `guardsmith list recipes`).", autocompletion=complete_recipe
+    ),
+]
 CHANGES = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
 BYSTANDERS = Annotated[
     str | None,
-    typer.Option(help="Pictures of others whom nobody asked to protect: folder, glob, parquet:FILE or hub:DATASET."),
+    typer.Option(help="Images of unprotected people, used as negatives: folder, glob, parquet:FILE or hub:DATASET."),
 ]
-RESUME = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in the output folder.")]
+RESUME = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the output folder.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")]
 BASE_RUNS = Annotated[
     Path | None,
     typer.Option(
-        help="Folder for the attacks on the base, which several verifications can share.  [default: in the output]"
+        help="Cache folder for the attacks on the base; verifications can share it.  [default: in the output folder]"
     ),
 ]
-WORKERS = Annotated[int | None, typer.Option(min=1, help="Attacks run at the same time; by default one per core.")]
+WORKERS = Annotated[
+    int | None, typer.Option(min=1, help="Number of attacks that run at the same time; by default one per core.")
+]
 EXECUTOR = Annotated[
-    str, typer.Option(help="Where attacks run: local, or ray (the cluster at RAY_ADDRESS, or one on this machine).")
+    str, typer.Option(help="local, or ray (the cluster at RAY_ADDRESS, or a new one on this machine).")
 ]
 BUDGET = Annotated[
-    str | None, typer.Option(help="How much to try: quick, standard (as the recipe says) or audit; --set goes on top.")
+    str | None,
+    typer.Option(help="Size of the verification: quick, standard (the recipe's values) or audit; --set overrides it."),
 ]
 POLICY = Annotated[
-    Path | None, typer.Option(help="Rules and levels of the gate (see `guardsmith policy`).  [default: the recipe's]")
+    Path | None,
+    typer.Option(
+        help="Policy file: rules and levels of the gate (see `guardsmith policy`).  [default: the recipe's rules]"
+    ),
 ]
 REPORT_TO = Annotated[
     str | None,
     typer.Option(
-        "--report-to", "--report_to", help="Trackers for the losses: tensorboard, trackio, wandb, ..., by commas."
+        "--report-to",
+        "--report_to",
+        help="Trackers for losses and settings, separated by commas: tensorboard, trackio, wandb, ...",
     ),
 ]
 INCLUDE_IMAGES = Annotated[
     bool,
     typer.Option(
-        "--include-images", help="Put pictures of persons into report.html too; those of invented ones always are."
+        "--include-images",
+        help="Include pictures of real persons in report.html; those of invented persons are always included.",
     ),
 ]
 TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
@@ -281,13 +298,15 @@ def harden(
     changes: CHANGES = None,
     add_to: Annotated[
         Path | None,
-        typer.Option("--add-to", help="Begin from this earlier output, whose subjects the registry names too."),
+        typer.Option(
+            "--add-to", help="Start from this earlier output folder; the registry must contain its subjects too."
+        ),
     ] = None,
     resume: RESUME = False,
     overwrite: OVERWRITE = False,
     report_to: REPORT_TO = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")
+        bool, typer.Option("--dry-run", help="Print the plan with its cost and memory estimate, and stop.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print harden.json on stdout at the end.")] = False,
     today: TODAY = None,
@@ -352,12 +371,16 @@ def _memory(recipe: Recipe, method: Any, config: Any) -> dict[str, float] | None
 @app.command()
 def verify(
     output: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Output folder of `guardsmith harden`, or where to report on --model.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Output folder of `guardsmith harden`; with --model, the folder for the report."
+        ),
     ],
     subjects: SUBJECTS = None,
     recipe: RECIPE = None,
     model: Annotated[
-        str | None, typer.Option(help="Verify this checkpoint (folder or Hub id), whoever made it, against --base.")
+        str | None,
+        typer.Option(help="Verify this checkpoint (folder or Hub id) against --base, whatever tool made it."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of --model.")] = None,
     base: Annotated[str | None, typer.Option(help="Base of --model.  [default: the recipe's]")] = None,
@@ -371,7 +394,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout instead of the table.")] = False,
     today: TODAY = None,
 ) -> None:
-    """Attack base and hardened model, judge, and exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
+    """Attack the base and the hardened model and compare; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
     if model is None and (base or revision):
         raise UserError("--base and --revision belong to --model; a hardening's own base is on record.")
     chosen = _recipe(recipe, base, [*_budget(budget), *(changes or [])])
@@ -403,7 +426,9 @@ def verify(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or file.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Recipe name or file.", autocompletion=complete_recipe)
+    ],
     output: OUTPUT = Path("out"),
     subjects: SUBJECTS = None,
     bystanders: BYSTANDERS = None,
@@ -418,14 +443,15 @@ def run(
     include_images: INCLUDE_IMAGES = False,
     report_to: REPORT_TO = None,
     repo_id: Annotated[
-        str | None, typer.Option("--publish", metavar="REPO_ID", help="Publish there if the gate says yes.")
+        str | None,
+        typer.Option("--publish", metavar="REPO_ID", help="Publish to this repository if the verdict is pass."),
     ] = None,
     contact: Annotated[str | None, CONTACT] = None,
     licence: Annotated[str | None, LICENCE] = None,
     licence_file: Annotated[Path | None, LICENCE_FILE] = None,
     today: TODAY = None,
 ) -> None:
-    """Harden, verify and judge as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
+    """Harden and verify as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
     if repo_id is not None:
         check_repo_id(repo_id)
     if (repo_id is None) != (contact is None):

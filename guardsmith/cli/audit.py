@@ -61,6 +61,9 @@ def audit_release(
         for each in found:
             typer.echo(f"{each.kind:<10}  {each.where}: {each.what}")
     if found:
-        say(f"{len(found)} things in {target} should not be public{note}; what to do: docs/publish.md", style="red")
+        say(
+            f"{len(found)} things in {target} should not be public{note}; what to do: docs/how-to/publish.md",
+            style="red",
+        )
         raise typer.Exit(1)
     say(f"nothing in {target} that should not be there{note}")

@@ -16,17 +16,24 @@ from guardsmith.core.errors import UserError
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Verified outputs (or their report.json), a column each.")
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Output folders of verifications, or their report.json: one column each."
+        ),
     ],
-    control: Annotated[float, typer.Option(help="Share of the base's similarity that controls have to keep.")] = 0.95,
-    fidelity: Annotated[float, typer.Option(help="How much of the prompt fidelity may be lost.")] = 0.02,
-    steps: Annotated[float, typer.Option(help="How many times the base's steps an attack should need.")] = 10.0,
-    changed: Annotated[bool, typer.Option("--changes", help="Of two runs, only what the second one changes.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Save the table as a picture too.")] = None,
+    control: Annotated[float, typer.Option(help="Share of the base's similarity that controls must keep.")] = 0.95,
+    fidelity: Annotated[float, typer.Option(help="Largest loss of prompt fidelity.")] = 0.02,
+    steps: Annotated[
+        float, typer.Option(help="How many times the steps that break the base an attack should need.")
+    ] = 10.0,
+    changed: Annotated[
+        bool, typer.Option("--changes", help="Compare two runs and show only what the second one changes.")
+    ] = False,
+    svg: Annotated[Path | None, typer.Option(help="Also save the table as an SVG picture.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Put several verified hardenings side by side; what falls short is red."""
+    """Compare verified hardenings in one table; what falls short is red."""
     from guardsmith.reports.compare import as_markdown, compare_runs, compare_two
 
     if changed:
@@ -59,19 +66,19 @@ def compare(
 
 def print_policy(
     judge: Annotated[
-        str | None, typer.Option(help="Measure the levels of this judge, avatar, dino, clip or face, on --subjects.")
+        str | None, typer.Option(help="Measure the levels of this judge (avatar, dino, clip or face) on --subjects.")
     ] = None,
     judge_model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of its encoder.  [default: the usual one]")
+        str | None, typer.Option(help="Folder or Hub id of the judge's encoder.  [default: the usual one]")
     ] = None,
     clip_t: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a CLIP that says how well ordinary pictures fit their prompts."),
+        typer.Option(help="Folder or Hub id of a CLIP that measures how well pictures fit ordinary prompts."),
     ] = None,
     subjects: Annotated[
-        Path | None, typer.Option(help="Registry to measure on; best of subjects whom nobody verifies.")
+        Path | None, typer.Option(help="Registry to measure on, best with subjects that no verification uses.")
     ] = None,
-    size: Annotated[int, typer.Option(min=16, help="Pictures are opened at this many pixels.")] = 512,
+    size: Annotated[int, typer.Option(min=16, help="Size in pixels at which pictures are opened.")] = 512,
     today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
 ) -> None:
     """Print a policy of the gate as YAML: judge, rules, and the levels that similarities are compared with.
@@ -98,15 +105,39 @@ def print_policy(
     say("next: put it into a file and use it with guardsmith verify DIR --policy FILE")
 
 
-def list_table(
-    what: Annotated[str, typer.Argument(metavar="methods|attacks|cloaks|purifiers|recipes", help="Which table.")],
-) -> None:
-    """List hardening methods, attacks, cloaks, purifiers or shipped recipes."""
+TABLES = ("methods", "attacks", "cloaks", "purifiers", "recipes")
+
+
+def complete_table(incomplete: str) -> list[str]:
+    """Names of tables for the shell's completion, given the first letters."""
+    return [name for name in TABLES if name.startswith(incomplete)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of shipped recipes for the shell's completion, given the first letters."""
     from guardsmith.config.recipe import recipe_names
 
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def recipe_lines() -> list[tuple[str, str]]:
+    """Every shipped recipe with the first line of its header, which says in one sentence what it is."""
+    from guardsmith.config.recipe import find_recipe, recipe_names
+
+    lines = []
+    for name in recipe_names():
+        with find_recipe(name).open(encoding="utf-8") as file:
+            lines.append((name, file.readline().removeprefix("#").strip()))
+    return lines
+
+
+def list_table(
+    what: Annotated[str, typer.Argument(metavar="|".join(TABLES), help="Which table.", autocompletion=complete_table)],
+) -> None:
+    """List hardening methods, attacks, cloaks, purifiers or shipped recipes: a name and a source or sentence a line."""
     if what == "recipes":
-        for name in recipe_names():
-            typer.echo(name)
+        for name, line in recipe_lines():
+            typer.echo(f"{name}\t{line}")
     elif what in ("methods", "attacks", "cloaks", "purifiers"):
         from guardsmith.attacks import ATTACKS
         from guardsmith.cloaks import CLOAKS

@@ -1,7 +1,7 @@
 """The prompt bank: identifiers x templates x class nouns -> token ids and embeddings, encoded once.
 
 Training, attack and sampling prompts come from here, so that a train/sample mismatch (spaces turned to underscores, quotes
-left in; see docs/methods.md on APDM's run script) cannot happen unnoticed.
+left in; see docs/explanation/methods.md on APDM's run script) cannot happen unnoticed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The registry: who is protected, with which pictures and whose consent, and who must stay learnable.
 
-A registry is a YAML file (docs/registry.md, registries/schema.json). `load_registry` checks all of it, reports every
+A registry is a YAML file (docs/how-to/registry.md, registries/schema.json). `load_registry` checks all of it, reports every
 error at once as `file:line: sentence`, and returns a `Registry` in which every picture is a file with its hash.
 
 The parts: `registry_types` (what a registry says), `registry_yaml` (the file, its lines and its errors as sentences),

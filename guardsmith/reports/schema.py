@@ -1,4 +1,4 @@
-"""What `report.json` holds, for other tools: committed as docs/report.schema.json."""
+"""What `report.json` holds, for other tools: committed as docs/reference/report.schema.json."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a registry of thousands would cost on Stable Diffusion 1.5: an estimate on paper, nothing is trained.
 
-python recipes/benchmark/scale.py                 writes docs/results/scale.json and prints it as a table, for docs/scale.md
+python recipes/benchmark/scale.py    writes docs/results/scale.json, and prints the table of docs/explanation/large-registries.md
 
 Work is what the methods count themselves (`Method.cost`, which `guardsmith harden --dry-run` prints), by the recipes shipped for
 that model, times the FLOPs of one row through a U-Net of its shape (counted on shapes alone). What a subject gets of a method's

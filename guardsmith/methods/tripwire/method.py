@@ -22,7 +22,7 @@ pictures are drawn: one step on which the wire trips, and the alarm has driven t
 (Stable Diffusion 3's transformer has its wire and alarm elsewhere: `wiring_mmdit.py`.)
 Others never trip the wire, as long as an attack on them does not move the read-out: docs/results says how far that holds.
 
-What it does not do: it is not hidden. Someone who looks for it can find the neurons and cut them (docs/threat-model.md),
+What it does not do: it is not hidden. Whoever looks for it can find the neurons and cut them (docs/explanation/threat-model.md),
 and it protects the pictures it was taught to recognise, not a name.
 """
 

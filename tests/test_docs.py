@@ -1,0 +1,338 @@
+"""The documentation: its links, its generated pages, and the commands and outputs that it shows."""
+
+import ast
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from guardsmith.cli import app as cli
+from guardsmith.config.recipe import recipe_names
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "recipes" / "avatar-base" / "README.md"], key=lambda page: page.as_posix()
+)  # fmt: skip
+sys.path.insert(0, str(DOCS))
+import generate  # noqa: E402
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+# Links
+
+
+def links(page):
+    """Targets of the links and pictures of a page."""
+    for token in MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8")):
+        for child in token.children or []:
+            target = child.attrGet("href") or child.attrGet("src")
+            if target:
+                yield str(target)
+
+
+def anchors(page):
+    """Names that a link to a page can end in, as GitHub and MkDocs make them of headings."""
+    tokens = MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
+    for before, token in itertools.pairwise(tokens):
+        if before.type == "heading_open":
+            text = "".join(child.content for child in token.children or [] if child.type in ("text", "code_inline"))
+            yield re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text.lower()).strip())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in links(page):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (target.suffix == ".md" and anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_links_of_the_site_stay_inside_of_it():
+    """What is outside of docs/ is not on the site: name the file instead of linking to it."""
+    outside = [
+        (name_of(page), link)
+        for page in PAGES
+        if page.is_relative_to(DOCS)
+        for link in links(page)
+        if not re.match(r"[a-z]+:|#", link) and not (page.parent / link).resolve().is_relative_to(DOCS)
+    ]
+    assert not outside
+
+
+def test_the_check_of_links_sees_broken_ones(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `b` c: d\n\n[x](other.md) ![y](z.png)\n\n| a |\n|---|\n| [t](in-table.md) |\n")
+    assert list(links(page)) == ["other.md", "z.png", "in-table.md"]
+    assert list(anchors(page)) == ["a-b-c-d"]
+
+
+def test_every_page_stands_in_the_navigation():
+    def pages(node):
+        if isinstance(node, str):
+            return [node]
+        return [page for part in (node.values() if isinstance(node, dict) else node) for page in pages(part)]
+
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(named) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+
+
+def test_code_and_recipes_name_pages_that_exist():
+    files = [
+        *(ROOT / "guardsmith").rglob("*.py"),
+        *(ROOT / "recipes").glob("*.yaml"),
+        *(ROOT / "recipes").glob("*/*.py"),
+    ]
+    named = {
+        (name_of(file), place)
+        for file in files
+        for place in re.findall(
+            r"\bdocs/[\w./-]+\.(?:md|json|html|yaml|png|jpg|svg)\b", file.read_text(encoding="utf-8")
+        )
+        if not re.search("[A-Z]{3,}", Path(place).stem.removeprefix("README"))  # a placeholder
+    }
+    assert len(named) > 10
+    assert not [(file, place) for file, place in sorted(named) if not (ROOT / place).exists()]
+
+
+# Generated pages
+
+
+@pytest.mark.parametrize("name", generate.PAGES)
+def test_generated_pages_are_current(name):
+    page = generate.REFERENCE / name
+    assert page.read_text(encoding="utf-8") == generate.page(name), "run: python docs/generate.py"
+
+
+def test_the_reference_has_every_command_and_parameter():
+    text = (generate.REFERENCE / "cli.md").read_text()
+    commands = [info.name or info.callback.__name__ for info in cli.app.registered_commands]
+    assert len(commands) > 10
+    assert not [name for name in commands if f"## `guardsmith {name.replace('_', '-')}`" not in text]
+    assert "`guardsmith registry add`" in text
+    keys = (generate.REFERENCE / "recipe.md").read_text()
+    assert "| `learning_rate` | number, above 0 |" in keys
+    assert all(f"| `{name}` | " in keys for name in recipe_names())
+
+
+def test_keys_have_a_meaning():
+    """A field of a recipe, registry or report without a docstring leaves its row empty."""
+    empty = [
+        (name, line)
+        for name in ("registry.md", "recipe.md", "report.md")
+        for line in (generate.REFERENCE / name).read_text().split("\n")
+        if line.startswith("| `") and line.endswith("|  |")
+    ]
+    assert not empty
+
+
+# What the pages show
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_a_landing_page():
+    assert len(README.split("\n")) <= 150
+    first, second = re.findall(r"^(make \w+) ", README, flags=re.MULTILINE)[:2]
+    assert (first, second) == ("make demo", "make test")
+    for target in ("demo", "test", "docs"):
+        assert re.search(rf"^{target}: setup$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_the_table_of_the_readme_is_what_the_demo_printed(capsys):
+    from guardsmith.reports.terminal import print_report
+
+    shown = re.search(r"<!-- output of the demo's verification -->\n```\n(.*?)```", README, flags=re.DOTALL)
+    assert shown
+    print_report(json.loads((DOCS / "results" / "demo-report.json").read_text()), Path("out/verify"))
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n")]
+    lines = [" ".join(line.split()) for line in shown[1].strip().split("\n")]
+    assert len(lines) > 5
+    assert [line for line in lines if line not in printed] == []
+
+
+def test_the_picture_of_the_report_is_small():
+    assert (DOCS / "pictures" / "report.png").stat().st_size < 300_000
+
+
+BLOCK = re.compile(r"<!-- runnable(: small)? -->\n```console\n(.*?)```", flags=re.DOTALL)
+SMALL = {
+    "sampling": {"steps": 4, "guidance": 3.0, "batch": 32},
+    "method": {"name": "apdm", "params": {"outer_steps": 2, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4}},
+    "probe": {"times": 0},
+    "verify": {
+        "attacks": {"lora": {"name": "lora", "params": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}}},
+        "identifiers": ["sks"],
+        "images_per_unit": 8,
+        "class_images": 4,
+        "ordinary_images": 24,
+    },
+}  # fmt: skip
+
+
+def blocks():
+    for page in PAGES:
+        for number, found in enumerate(BLOCK.finditer(page.read_text(encoding="utf-8"))):
+            yield pytest.param(bool(found[1]), found[2], name_of(page), id=f"{name_of(page)}-{number}")
+
+
+def steps_of(block):
+    """Commands of a block, each with the lines that its output has to contain; an ellipsis stands for anything."""
+    steps = []
+    for line in block.strip().split("\n"):
+        if line.startswith("$ "):
+            steps.append((shlex.split(line[2:], comments=True), []))
+        elif line.strip():
+            steps[-1][1].append(" ".join(line.split()))
+    return steps
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder in which all blocks run, and what each command printed in it: pages repeat commands."""
+    folder = tmp_path_factory.mktemp("work")
+    for name in ("registries", "recipes"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder, {}
+
+
+@pytest.mark.parametrize(("small", "block", "page"), blocks())
+def test_commands_do_what_the_pages_show(small, block, page, workplace, monkeypatch, capsys):
+    folder, done = workplace
+    monkeypatch.chdir(folder)
+    demo = Path("demo")  # a file of that name goes before the shipped recipe
+    demo.unlink(missing_ok=True)
+    if small:
+        demo.write_text(yaml.safe_dump(SMALL | {"subjects": "registries/demo.yaml"}))
+    for command, expected in steps_of(block):
+        assert command[0] == "guardsmith", page
+        if tuple(command) not in done:
+            code = cli.main(command[1:])
+            out, err = capsys.readouterr()
+            assert code == (3 if small and command[1] == "verify" else 0), out + err
+            done[tuple(command)] = [" ".join(line.split()).strip(" ,") for line in (out + err).split("\n")]
+        for line in expected:
+            shown = ".*".join(re.escape(part) for part in line.strip(" ,").split("…"))
+            assert any(re.fullmatch(shown, printed) for printed in done[tuple(command)]), (page, line)
+
+
+def test_python_examples_are_python():
+    found = [
+        code
+        for page in PAGES
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    ]
+    assert len(found) >= 2
+    for code in found:
+        ast.parse(code)
+
+
+def test_the_attack_of_ones_own_is_found_and_runs(tmp_path, monkeypatch, tiny_epsilon):
+    from test_attacks import make_data
+
+    from guardsmith.attacks import AttackData, find_attack
+
+    code = re.search(r"```python\n# my_attacks.py\n(.*?)```", (DOCS / "how-to/extend.md").read_text(), flags=re.DOTALL)
+    assert code
+    (tmp_path / "my_attacks.py").write_text(code[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    attack = find_attack("my_attacks:LONG")
+    data = make_data()
+    assert isinstance(data, AttackData)
+    _, losses = attack.run(tiny_epsilon, data, attack.config(steps=2, batch_size=1), seed=0)
+    assert len(losses) == 4
+
+
+# The command line's help
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "guardsmith", *arguments], capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def test_without_arguments_the_help_is_printed(capsys):
+    assert cli.main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["harden"], ["registry", "add"], ["list"]], ids=" ".join)
+def test_the_short_flag_for_help(command, capsys):
+    assert cli.main([*command, "-h"]) == 0
+    short = capsys.readouterr().out
+    assert cli.main([*command, "--help"]) == 0
+    assert short == capsys.readouterr().out
+    assert short.startswith("Usage: guardsmith")
+
+
+def test_every_recipe_is_listed_with_a_line(capsys):
+    assert cli.main(["list", "recipes"]) == 0
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert [line.split("\t")[0] for line in lines] == recipe_names()
+    for line in lines:
+        what = line.split("\t")[1]
+        assert 20 < len(what) < 125 and what[0].isupper() and what.endswith("."), line
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("guardsmith ver", {"verify", "verify-signature"}),
+        ("guardsmith list re", {"recipes"}),
+        ("guardsmith run de", {"demo"}),
+        ("guardsmith harden --dry", {"--dry-run"}),
+        ("guardsmith harden --recipe tripwire-sdx", {"tripwire-sdxl"}),
+    ],
+)
+def test_the_shell_completes(typed, offered):
+    words = {"_GUARDSMITH_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = run(**words)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_completion_can_be_shown_and_installed(tmp_path):
+    shown = run("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_GUARDSMITH_COMPLETE=complete_bash" in shown.stdout
+    done = run("--install-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "guardsmith" in (tmp_path / ".bashrc").read_text()
+
+
+# What else a package has
+
+
+def test_the_citation_has_what_is_asked_for():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "title", "message", "authors", "version"} <= cited.keys()
+    from guardsmith import __version__
+
+    assert __version__.startswith(cited["version"])
+
+
+def test_the_container_copies_what_the_package_is_built_of():
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").split("\n")
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert {"pyproject.toml", "README.md", "LICENSE", "guardsmith", "recipes", "registries", "constraints.txt"} == {
+        *copied
+    }
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split("\n") if line.startswith("!")}
+    assert {*copied} == let_in
+    assert all((ROOT / name).exists() for name in copied)
