@@ -66,7 +66,7 @@ def _vision(name: str) -> Callable[[str | None], Judge]:
 
 
 JUDGES: dict[str, JudgeEntry] = {
-    "avatar": JudgeEntry(_avatar, "guardsmith, docs/gate.md"),
+    "avatar": JudgeEntry(_avatar, "guardsmith, docs/explanation/gate.md"),
     "dino": JudgeEntry(_vision("dino"), "hf.co/papers/2304.07193"),
     "clip": JudgeEntry(_vision("clip"), "hf.co/papers/2103.00020"),
     "face": JudgeEntry(_face, "dlib.net"),

@@ -137,7 +137,7 @@ class Tripwire(HardeningMethod[TripwireConfig]):
 
     name = "tripwire"
     title = "Tripwire"
-    paper = "guardsmith, docs/methods.md"
+    paper = "guardsmith, docs/explanation/methods.md"
     config = TripwireConfig
 
     def steps(self, config: TripwireConfig) -> int:
