@@ -96,11 +96,17 @@ def _one_line(text: str | None) -> str:
     return " ".join((text or "").split()).replace("|", "\\|")
 
 
-def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+def _fields(model: type[Any]) -> dict[str, FieldInfo]:
+    """The fields of a pydantic model or dataclass; none of anything else."""
+    fields: dict[str, FieldInfo] = getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", {})
+    return fields
+
+
+def _docstrings(model: type[Any]) -> dict[str, str]:
     """Field -> the string under it, of a model and of those that it extends; not every model hands them to pydantic."""
     found: dict[str, str] = {}
     for part in reversed(model.__mro__):
-        if not issubclass(part, BaseModel) or part is BaseModel:
+        if not _fields(part):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
         assert isinstance(body, ast.ClassDef)
@@ -116,12 +122,12 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def keys(model: type[BaseModel], *, defaults: bool = True) -> str:
+def keys(model: type[Any], *, defaults: bool = True) -> str:
     """The fields of a model as a table: key, type with its bounds, default, meaning."""
     head = ["key", "type", "default", "meaning"] if defaults else ["key", "type", "meaning"]
     rows = [head, ["---"] * len(head)]
     told = _docstrings(model)
-    for name, field in model.model_fields.items():
+    for name, field in _fields(model).items():
         kind = ", ".join(part for part in (_type(field.annotation), _bounds(field)) if part)
         row = [
             f"`{field.alias or name}`",
@@ -133,18 +139,18 @@ def keys(model: type[BaseModel], *, defaults: bool = True) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _models_in(annotation: Any) -> list[type[Any]]:
     if isinstance(annotation, type) and not typing.get_args(annotation):
-        return [annotation] if issubclass(annotation, BaseModel) else []
+        return [annotation] if _fields(annotation) else []
     return [model for part in typing.get_args(annotation) for model in _models_in(part)]
 
 
-def nested(model: type[BaseModel]) -> list[type[BaseModel]]:
+def nested(model: type[Any]) -> list[type[Any]]:
     """The models that a model is made of, itself first, in the order in which a reader meets them."""
-    seen: dict[type[BaseModel], None] = {model: None}
+    seen: dict[type[Any], None] = {model: None}
     queue = [model]
     while queue:
-        for field in queue.pop(0).model_fields.values():
+        for field in _fields(queue.pop(0)).values():
             for part in _models_in(field.annotation):
                 if part not in seen:
                     seen[part] = None
@@ -152,7 +158,7 @@ def nested(model: type[BaseModel]) -> list[type[BaseModel]]:
     return list(seen)
 
 
-def _sections(models: Iterable[type[BaseModel]], level: int = 2, *, defaults: bool = True) -> str:
+def _sections(models: Iterable[type[Any]], level: int = 2, *, defaults: bool = True) -> str:
     parts = []
     for model in models:
         parts.append(
@@ -205,7 +211,7 @@ def registry_keys() -> str:
 
 def report_keys() -> str:
     """Keys of report.json."""
-    from guardsmith.reports.schema import Report
+    from guardsmith.reports.report import Report
 
     intro = (
         "# Report keys\n\nWhat `guardsmith verify` writes into `report.json`, for other tools. [report.schema.json]"

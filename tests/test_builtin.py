@@ -12,7 +12,7 @@ from guardsmith.core.images import open_image, to_tensor
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.prompts import UNSEEN_IDENTIFIERS, lost_words, ordinary_prompts
 from guardsmith.diffusion.sampling import generate
-from guardsmith.gate.rules import calibration
+from guardsmith.gate.calibration import calibration
 from guardsmith.metrics import fidelity, identity
 from guardsmith.metrics.kid import kid
 from guardsmith.models.checkpoint import BUILTIN, builtin_path, load_model

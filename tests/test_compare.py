@@ -4,31 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+from reports import check, report_data, score
 
 from guardsmith.cli import app as cli
 from guardsmith.core.errors import UserError
-from guardsmith.reports.compare import (
-    as_markdown,
-    changes,
-    circumstances,
-    compare,
-    compare_runs,
-    kept,
-    read_report,
-    rows,
-)
+from guardsmith.gate.rules import RULES, Rule
+from guardsmith.reports import compare as compare_module
+from guardsmith.reports.changes import changes, circumstances
+from guardsmith.reports.compare import Demands, as_markdown, compare, compare_runs, retention, rows
+from guardsmith.reports.report import Report
 
 
-def score(side, subject, attack, look, value, n=8):
-    return {"side": side, "subject": subject, "attack": attack, "look": look, "units": [[value] * n], "interval": None}
-
-
-def check(name, subject, attack, status):
-    return {"name": name, "subject": subject, "attack": attack, "status": status}
-
-
-def make_report(**changed):
-    """Two protected persons, a person and a robot as controls, one attack that goes on to twice its steps."""
+def data(**changed):
+    """Two protected persons, a person and a robot as controls, one attack that goes on to twice its steps; as a file has it."""
     told = {
         "verdict": "fail",
         "subjects": [
@@ -62,32 +50,23 @@ def make_report(**changed):
             "robot": {"chance": 0.3, "chance_high": 0.4, "genuine": 0.6},
         },
         "recipe": {
-            "verify": {"attacks": {"lora": {"name": "lora"}}, "looks": [1, 2], "identifiers": ["sks"], "seeds": [0],
-                       "crossed": True, "sample": None, "images_per_unit": 8, "class_images": 4},
+            "verify": {"attacks": {"lora": {"name": "lora"}}, "evaluation_points": [1, 2], "identifiers": ["sks"], "seeds": [0],
+                       "full_factorial": True, "sample": None, "images_per_unit": 8, "class_images": 4},
             "gate": {"kid_ratio": 2.0},
         },
     }  # fmt: skip
-    return told | changed
+    return report_data(**told) | changed
+
+
+def made(**changed):
+    return Report.parse(data(**changed))
 
 
 DEMO = Path(__file__).parent.parent / "docs" / "results" / "demo-report.json"
 
 
-def whole(told):
-    """The same as a file has it: with everything else that a report must have, from the demo's."""
-    demo = json.loads(DEMO.read_text())
-    unmeasured = {"value": None, "low": None, "high": None}
-    return demo | told | {
-        "checks": [demo["checks"][0] | unmeasured | each for each in told["checks"]],
-        "scores": [demo["scores"][0] | each for each in told["scores"]],
-        "utility": demo["utility"] | told["utility"],
-        "hardening": demo["hardening"] | told["hardening"],
-        "recipe": demo["recipe"] | {key: demo["recipe"][key] | part for key, part in told["recipe"].items()},
-    }  # fmt: skip
-
-
 def test_every_answer_by_hand():
-    found = rows(make_report())
+    found = rows(made())
     assert {question: tuple(cell) for question, cell in found.items()} == {
         "method": ("tripwire", None),
         "cost, U-Net forward equivalents": ("12,345", None),
@@ -105,21 +84,24 @@ def test_every_answer_by_hand():
 
 
 def test_what_is_asked_for_can_be_changed():
-    found = rows(make_report(), control=0.9, fidelity=0.03, steps=4.0)
+    found = rows(made(), Demands(control=0.9, fidelity=0.03, steps=4.0))
     assert found["lora: control keeps, same class"].reached
     assert found["ordinary prompts: fidelity (base)"].reached
     assert found["lora: steps to break over the base's"].reached  # 200 / 50 is enough
 
 
 def test_nobody_broken_within_too_few_steps_shows_nothing():
-    told = make_report()
+    told = data()
     told["steps_to_break"][1]["hardened"] = None
-    assert tuple(rows(told)["lora: steps to break over the base's"]) == ("at least 12.0 x; 0 of 2 broken", None)
+    assert tuple(rows(Report.parse(told))["lora: steps to break over the base's"]) == (
+        "at least 12.0 x; 0 of 2 broken",
+        None,
+    )
 
 
 def test_what_was_not_measured_is_neither_reached_nor_missed():
-    told = make_report(scores=[], steps_to_break=[], utility=dict.fromkeys(make_report()["utility"]))
-    found = rows(told)
+    unmeasured = dict.fromkeys(data()["utility"]) | {"n": 24}
+    found = rows(made(scores=[], steps_to_break=[], utility=unmeasured))
     for question, cell in found.items():
         if question not in ("method", "cost, U-Net forward equivalents", "verdict of the gate"):
             assert tuple(cell) == ("-", None), question
@@ -127,53 +109,52 @@ def test_what_was_not_measured_is_neither_reached_nor_missed():
 
 def test_an_attack_that_only_asks_has_no_share_of_the_base():
     """It need not work there, and a ratio to next to nothing is no number for anybody."""
-    told = make_report()
-    told["checks"] = [check for check in told["checks"] if check["name"] != "attack works on base"]
+    told = made(checks=[check for check in data()["checks"] if check["name"] != "attack works on base"])
     found = rows(told)
     assert "lora: protected" in found
     assert not any("control keeps" in question or question == "lora: base" for question in found)
-    assert kept(told, "lora", {"cid"}) is None and kept(make_report(), "lora", {"cid"}) is not None
+    assert retention(told, "lora", {"cid"}) is None and retention(made(), "lora", {"cid"}) is not None
 
 
 def test_pictures_that_could_not_be_scored_are_left_out_of_means_but_the_gate_decides():
-    told = make_report()
+    told = data()
     told["scores"][2]["units"] = [[0.1, None]]
     told["checks"][3]["status"] = "inconclusive"
-    cell = rows(told)["lora: protected"]
+    cell = rows(Report.parse(told))["lora: protected"]
     assert (cell.text.split(";")[1], cell.reached) == (" 1 of 2", False)
 
 
+def verified_with(**changes):
+    """The recipe of such a report with other attacks or conditions."""
+    recipe = data()["recipe"]
+    return made(recipe=recipe | {"verify": recipe["verify"] | changes})
+
+
+LORA = {"name": "lora"}
+
+
 def test_only_what_all_reports_have_is_compared():
-    """Other looks and further attacks of one report do not keep the rest from being compared."""
-    more = make_report()
-    more["recipe"] = more["recipe"] | {
-        "verify": more["recipe"]["verify"]
-        | {"attacks": {"lora": {"name": "lora"}, "cdl": {"name": "cdl"}}, "looks": [1, 4]}
-    }
-    table, told = compare({"first": make_report(), "second": more})
+    """Other evaluation points and further attacks of one report do not keep the rest from being compared."""
+    more = verified_with(attacks={"lora": LORA, "cdl": {"name": "cdl"}}, evaluation_points=[1, 4])
+    table, told = compare({"first": made(), "second": more})
     assert "lora: protected" in told and not any("cdl" in question or "x steps" in question for question in told)
     assert table.caption == "not in all of them, and left out: cdl, 2 x steps, 4 x steps"
     assert told["lora: protected"]["first"] == told["lora: protected"]["second"]
-    table, told = compare({"first": make_report(), "second": make_report()})
+    table, told = compare({"first": made(), "second": made()})
     assert "lora: protected, 2 x steps" in told and table.caption is None
-    other = make_report()
-    other["recipe"] = other["recipe"] | {"verify": other["recipe"]["verify"] | {"identifiers": ["zwx"]}}
     with pytest.raises(UserError, match="second was verified with other identifiers than first"):
-        compare({"first": make_report(), "second": other})
+        compare({"first": made(), "second": verified_with(identifiers=["zwx"])})
 
 
 @pytest.mark.parametrize("what", ["attacks", "subjects", "base"])
 def test_runs_that_were_judged_differently_are_not_compared(what):
-    other = make_report()
-    if what == "attacks":
-        told = other["recipe"]["verify"] | {"attacks": {"lora": {"name": "lora", "params": {"rank": 8}}}}
-        other["recipe"] = other["recipe"] | {"verify": told}
-    elif what == "subjects":
-        other["subjects"] = other["subjects"][:3]
-    else:
-        other["hardening"] = other["hardening"] | {"base_digest": "sha256:1"}
+    other = {
+        "attacks": verified_with(attacks={"lora": LORA | {"params": {"rank": 8}}}),
+        "subjects": made(subjects=data()["subjects"][:3]),
+        "base": made(hardening=data()["hardening"] | {"base_digest": "sha256:1"}),
+    }[what]
     with pytest.raises(UserError, match=f"second was verified with other {what} than first"):
-        compare({"first": make_report(), "second": other})
+        compare({"first": made(), "second": other})
 
 
 @pytest.fixture
@@ -181,8 +162,8 @@ def runs(tmp_path):
     for name, method in (("a", "tripwire"), ("b", "imma")):
         folder = tmp_path / name / "verify"
         folder.mkdir(parents=True)
-        hardening = make_report()["hardening"] | {"method": method}
-        (folder / "report.json").write_text(json.dumps(whole(make_report(hardening=hardening))))
+        hardening = data()["hardening"] | {"method": method}
+        (folder / "report.json").write_text(json.dumps(data(hardening=hardening)))
     return tmp_path
 
 
@@ -211,47 +192,45 @@ def test_bad_runs_are_one_sentence(runs, capsys):
     older = json.loads(DEMO.read_text())
     del older["scores"][0]["look"]
     (runs / "older.json").write_text(json.dumps(older))
+    (runs / "later.json").write_text(json.dumps(data(schema=3)))
     for name, word in (
         ("empty", "run `guardsmith verify` first"),
         ("broken.json", "not valid"),
         ("old.json", "lacks schema"),
-        ("older.json", "is not a report of this version of guardsmith (scores.0.look)"),
+        ("older.json", "is not a report of this version of guardsmith (scores.0.evaluation_point)"),
+        ("later.json", "its schema is 3, the latest known 2); update guardsmith"),
     ):
         assert cli.main(["compare", str(runs / name)]) == 2
         assert word in capsys.readouterr().err
     (runs / "c").mkdir()
     (runs / "c" / "a").mkdir()
     (runs / "c" / "a" / "verify").mkdir()
-    (runs / "c" / "a" / "verify" / "report.json").write_text(json.dumps(whole(make_report())))
+    (runs / "c" / "a" / "verify" / "report.json").write_text(json.dumps(data()))
     with pytest.raises(UserError, match="same name"):
         compare_runs([runs / "a", runs / "c" / "a"])
-    assert read_report(runs / "a" / "verify" / "report.json")["verdict"] == "fail"
-
-
-def measured(name, subject, attack, status, value=None, low=None, high=None):
-    return check(name, subject, attack, status) | {"value": value, "low": low, "high": high}
+    assert Report.load(runs / "a" / "verify" / "report.json") == Report.load(runs / "a")
 
 
 BEFORE = [
-    measured("protected", "ann", "lora", "pass", 0.1, 0.05, 0.15),
-    measured("protected", "bob", "lora", "fail", 0.5, 0.4, 0.6),
-    measured("protected", "cid", "lora", "pass", 0.1, 0.0, 0.2),
-    measured("protected", "dan", "lora", "pass", -0.1, -0.12, -0.08),
-    measured("protected", "eve", "lora", "inconclusive"),
-    measured("ordinary prompts (fidelity)", "", "", "pass", 0.99),
+    check("protected", "ann", "lora", "pass", 0.1, 0.05, 0.15),
+    check("protected", "bob", "lora", "fail", 0.5, 0.4, 0.6),
+    check("protected", "cid", "lora", "pass", 0.1, 0.0, 0.2),
+    check("protected", "dan", "lora", "pass", -0.1, -0.12, -0.08),
+    check("protected", "eve", "lora", "inconclusive"),
+    check("ordinary prompts (fidelity)", "", "", "pass", 0.99),
 ]
 AFTER = [
-    measured("protected", "ann", "lora", "inconclusive", 0.14, 0.05, 0.2),
-    measured("protected", "bob", "lora", "pass", 0.1, 0.05, 0.14),
-    measured("protected", "cid", "lora", "pass", 0.12, 0.1, 0.14),
-    measured("protected", "dan", "lora", "pass", 0.0, -0.07, 0.07),
-    measured("ordinary prompts (fidelity)", "", "", "pass", 0.98),
-    measured("ordinary prompts (KID)", "", "", "pass", 1.2, 1.0, 1.4),
+    check("protected", "ann", "lora", "inconclusive", 0.14, 0.05, 0.2),
+    check("protected", "bob", "lora", "pass", 0.1, 0.05, 0.14),
+    check("protected", "cid", "lora", "pass", 0.12, 0.1, 0.14),
+    check("protected", "dan", "lora", "pass", 0.0, -0.07, 0.07),
+    check("ordinary prompts (fidelity)", "", "", "pass", 0.98),
+    check("ordinary prompts (KID)", "", "", "pass", 1.2, 1.0, 1.4),
 ]
 
 
 def test_what_changed_between_two_reports_the_worst_first():
-    found = changes(make_report(checks=BEFORE), make_report(checks=AFTER))
+    found = changes(made(checks=BEFORE), made(checks=AFTER))
     assert [tuple(change) for change in found] == [
         ("protected ann lora", "pass, 0.100", "inconclusive, 0.140", "worse"),
         ("protected eve lora", "inconclusive", "", "gone"),
@@ -259,24 +238,61 @@ def test_what_changed_between_two_reports_the_worst_first():
         ("ordinary prompts (KID)", "", "pass, 1.200", "new"),
         ("protected bob lora", "fail, 0.500", "pass, 0.100", "better"),
     ]
-    assert changes(make_report(checks=BEFORE), make_report(checks=BEFORE)) == []
-    undecided = [measured("protected", "ann", "lora", status) for status in ("fail", "inconclusive")]
-    [found] = changes(make_report(checks=undecided[:1]), make_report(checks=undecided[1:]))
+    assert changes(made(checks=BEFORE), made(checks=BEFORE)) == []
+    undecided = [check("protected", "ann", "lora", status) for status in ("fail", "inconclusive")]
+    [found] = changes(made(checks=undecided[:1]), made(checks=undecided[1:]))
     assert found.kind == "better"
 
 
 def test_what_else_differs_is_named():
-    other = make_report(calibration={"person": {"chance": 0.0}})
-    other["hardening"] = other["hardening"] | {"method": "apdm"}
-    other["recipe"] = other["recipe"] | {"gate": {"kid_ratio": 3.0}}
-    assert circumstances(make_report(), make_report()) == []
-    assert circumstances(make_report(), other) == ["method", "rules of the gate", "levels of similarity"]
+    told = data(calibration=data()["calibration"] | {"robot": {"chance": 0.1, "chance_high": 0.2, "genuine": 0.3}})
+    told["hardening"] |= {"method": "apdm"}
+    told["recipe"] |= {"gate": {"kid_ratio": 3.0}}
+    assert circumstances(made(), made()) == []
+    assert circumstances(made(), Report.parse(told)) == ["method", "rules of the gate", "levels of similarity"]
+
+
+def test_a_rule_that_was_added_has_a_row_without_another_line_here(monkeypatch):
+    """Of the whole model, of subjects, and of attacks."""
+    rule = Rule("held-in-video", "held in video", "subjects are protected in videos", lambda _: [])
+    monkeypatch.setattr(compare_module, "RULES", (*RULES, rule))
+    whole = made(checks=[*data()["checks"], check(rule.title, "", "", "pass", 0.25, 0.2, 0.3)])
+    assert tuple(rows(whole)["held in video"]) == ("0.25 [0.20, 0.30]", True)
+    each = [check(rule.title, "ann", "", "pass"), check(rule.title, "bob", "", "fail")]
+    assert tuple(rows(made(checks=[*data()["checks"], *each]))["held in video"]) == ("1 of 2", False)
+    attacked = [check(rule.title, "ann", "lora", "pass")]
+    assert tuple(rows(made(checks=[*data()["checks"], *attacked]))["lora: held in video"]) == ("1 of 1", True)
+
+
+def test_every_rule_without_a_question_of_its_own_is_compared():
+    checks = [
+        check("released weights", "ann", "", "pass", 0.1),
+        check("ordinary prompts (CLIP-T)", "", "", "fail", 0.02),
+    ]
+    found = rows(made(checks=[*data()["checks"], *checks]))
+    assert tuple(found["released weights"]) == ("1 of 1", True)
+    assert tuple(found["ordinary prompts (CLIP-T)"]) == ("0.02", False)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-longer", "matrix-tripwire", "several-tuning", "adaptive"])
+def test_reports_of_the_first_schema_are_compared_by_their_old_keys(name, capsys):
+    """Committed results, written before keys got other names; the warning says the new ones."""
+    assert cli.main(["compare", str(DEMO.with_name(f"{name}-report.json")), "--json"]) == 0
+    output = capsys.readouterr()
+    answers = json.loads(output.out)
+    assert any(
+        "protected" in question and cells[f"{name}-report"]["text"] != "-" for question, cells in answers.items()
+    )
+    warnings = [line for line in output.err.splitlines() if line.startswith("warning: ")]
+    assert (
+        len(warnings) == 1 and "look (evaluation_point)" in warnings[0] and "looks (evaluation_points)" in warnings[0]
+    )
 
 
 def test_changes_on_the_command_line(tmp_path, capsys):
     files = [tmp_path / "old.json", tmp_path / "new.json"]
     for file, checks, verdict in zip(files, (BEFORE, AFTER), ("fail", "inconclusive"), strict=True):
-        file.write_text(json.dumps(whole(make_report(checks=checks, verdict=verdict))))
+        file.write_text(json.dumps(data(checks=checks, verdict=verdict)))
     names = [str(file) for file in files]
     assert cli.main(["compare", *names, "--changes"]) == 0
     told = capsys.readouterr()

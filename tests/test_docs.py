@@ -2,7 +2,6 @@
 
 import ast
 import itertools
-import json
 import os
 import re
 import shlex
@@ -156,11 +155,12 @@ def test_the_readme_is_a_landing_page():
 
 
 def test_the_table_of_the_readme_is_what_the_demo_printed(capsys):
+    from guardsmith.reports.report import Report
     from guardsmith.reports.terminal import print_report
 
     shown = re.search(r"<!-- output of the demo's verification -->\n```\n(.*?)```", README, flags=re.DOTALL)
     assert shown
-    print_report(json.loads((DOCS / "results" / "demo-report.json").read_text()), Path("out/verify"))
+    print_report(Report.load(DOCS / "results" / "demo-report.json"), Path("out/verify"))
     printed = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n")]
     lines = [" ".join(line.split()) for line in shown[1].strip().split("\n")]
     assert len(lines) > 5

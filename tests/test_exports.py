@@ -5,9 +5,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from reports import make_report
 
+from guardsmith.gate.rules import RULES
 from guardsmith.registry.loader import load_registry
-from guardsmith.reports.ci_formats import RULES, as_junit, as_markdown, as_sarif, save_exports
+from guardsmith.reports.ci_formats import as_junit, as_markdown, as_sarif, save_exports
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,26 +22,51 @@ def check(name, subject, attack, status, value=0.5):
 
 @pytest.fixture
 def report():
-    return {
-        "verdict": "fail",
-        "checks": [
+    return make_report(
+        checks=[
             check("attack works on base", "mira", "lora", "pass"),
             check("protected", "mira", "lora", "inconclusive", None),
             check("protected", "mira", "lora, 4 x steps", "fail"),
             check("control learnable", "nora", "lora", "pass"),
             check("ordinary prompts (KID)", "", "", "fail"),
         ],
-        "failed_units": {"hardened/mira/lora/zwx/0": "no <memory>"},
-        "attacked": {"protected": 1, "of": 3, "controls": 1},
-        "hardening": {"model_digest": "sha256:2", "base_digest": "sha256:1", "method": "tripwire"},
-        "run": {"guardsmith": "1.2.3", "finished": "2026-01-01T00:00:00+00:00"},
+        failed_units={"hardened/mira/lora/zwx/0": "no <memory>"},
+        attacked={"protected": 1, "of": 3, "controls": 1},
+    )
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+@pytest.mark.parametrize("status", ["fail", "inconclusive"])
+def test_every_rule_of_the_gate_is_in_sarif_when_its_check_does_not_pass(rule, status):
+    """Whoever adds a rule adds nothing here; a rule that SARIF did not know would end a run after hours."""
+    document = json.loads(as_sarif(make_report(checks=[check(rule.title, "", "", status)]), "r.yaml", {}))
+    (run,) = document["runs"]
+    (result,) = run["results"]
+    assert result["ruleId"] == rule.id
+    [described] = [each for each in run["tool"]["driver"]["rules"] if each["id"] == rule.id]
+    assert described["shortDescription"]["text"].lower() == f"{rule.explanation}.".lower()
+
+
+def test_ids_and_titles_stay_what_earlier_reports_have():
+    """Whoever suppresses a finding by its id, or compares with an earlier report, relies on them."""
+    assert {rule.title: rule.id for rule in RULES} == {
+        "released weights": "released-weights",
+        "attack works on base": "attack-works-on-base",
+        "protected": "protected",
+        "control learnable": "control-learnable",
+        "ordinary prompts (KID)": "ordinary-prompts-kid",
+        "ordinary prompts (destroyed)": "ordinary-prompts-destroyed",
+        "ordinary prompts (fidelity)": "ordinary-prompts-fidelity",
+        "ordinary prompts (CLIP-T)": "ordinary-prompts-clip-t",
     }
 
 
-def test_every_check_that_the_gate_makes_has_a_rule(report):
-    text = (ROOT / "guardsmith" / "gate.py").read_text()
-    assert {name for name in RULES if f'"{name}"' not in text} == set()
-    assert len({rule for rule, _ in RULES.values()}) == len(RULES)
+def test_a_check_of_a_rule_that_this_version_does_not_have_is_exported_too():
+    later = make_report(checks=[check("held in video (4 s)", "mira", "", "fail")])
+    (run,) = json.loads(as_sarif(later, "r.yaml", {"mira": 7}))["runs"]
+    assert run["results"][0]["ruleId"] == "held-in-video-4-s"
+    assert "held-in-video-4-s" in {rule["id"] for rule in run["tool"]["driver"]["rules"]}
+    assert "held in video (4 s)" in as_junit(later) and "held in video (4 s)" in as_markdown(later)
 
 
 def test_markdown_says_what_failed_first(report):

@@ -11,7 +11,7 @@ from test_page import case, made  # noqa: F401 (a fixture)
 from tiny import assert_one_sentence
 
 from guardsmith.core.errors import UserError
-from guardsmith.evaluation.pipeline import faceless
+from guardsmith.evaluation.judging import face_detection_failure
 from guardsmith.gate import policy
 from guardsmith.gate.policy import JudgeSpec, measure_policy
 from guardsmith.metrics import Judge, face, load_judge
@@ -54,15 +54,15 @@ def test_references_without_any_face_are_refused(eyes):
 
 def test_the_detector_failure_rate_counts_scored_pictures():
     judge = Judge(face.similarity, None, nobody=face.NOBODY)
-    assert faceless([[0.0, 0.9, None], [0.0, 0.8, 0.7]], judge) == {"faceless": 0.4}
-    assert faceless([[None]], judge) == {}
-    assert faceless([[0.0, 0.9]], Judge(face.similarity, None)) == {}
+    assert face_detection_failure([[0.0, 0.9, None], [0.0, 0.8, 0.7]], judge) == 0.4
+    assert face_detection_failure([[None]], judge) is None
+    assert face_detection_failure([[0.0, 0.9]], Judge(face.similarity, None)) is None
 
 
 def test_the_page_says_in_how_many_pictures_no_face_was_found(case, tmp_path):  # noqa: F811
     assert "No face was found" not in made(case, tmp_path)
     for told in case[0]["scores"]:
-        told["faceless"] = {"base": 0.0, "hardened": 0.5}[told["side"]]
+        told["fdfr"] = {"base": 0.0, "hardened": 0.5}[told["side"]]
     text = made(case, tmp_path)
     assert "50 % of the pictures of protected subjects on the hardened model" in text
     assert "0 % of the pictures of controls on the base model" in text

@@ -723,8 +723,8 @@ def test_a_dry_run_counts_bystanders(guardsmith, tmp_path):
 
 @pytest.mark.parametrize("command", [["harden", "--recipe", "demo"], ["run", "demo"]])
 def test_bystanders_that_are_not_there_are_refused(guardsmith, tmp_path, command):
-    done = guardsmith(*command, "--output", tmp_path / "out", "--bystanders", "nobody")
-    refused(done, "bystanders: there is no folder", "nobody")
+    done = guardsmith(*command, "--output", tmp_path / "out", "--negatives", "nobody")
+    refused(done, "negatives: there is no folder", "nobody")
     assert not (tmp_path / "out").exists()
 
 
@@ -933,7 +933,7 @@ def test_bystanders_reach_the_method_and_are_on_record(recipe, tmp_path, monkeyp
     for place in ("nowhere", "parquet:nowhere.parquet"):
         done = run("--recipe", str(chosen), "--bystanders", place, "--output", str(tmp_path / "third"))
         assert done.code == 2
-        assert "bystanders: " in done.err and "nowhere" in done.err
+        assert "negatives: " in done.err and "nowhere" in done.err
         assert not (tmp_path / "third").exists()
 
 

@@ -7,18 +7,24 @@ import io
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from PIL import Image
+from reports import check as plain_check
+from reports import demo_report, report_data
 
 from guardsmith.evaluation.runs import Unit
+from guardsmith.gate.calibration import Levels
+from guardsmith.gate.statistics import Interval
 from guardsmith.registry.loader import Subject
 from guardsmith.registry.types import Consent
 from guardsmith.registry.types import Image as Photo
 from guardsmith.reports.html import CURVE, Evidence, curve, drawn_strip, heat, may_be_shown, page_data, save_page
+from guardsmith.reports.report import Report
 
-LEVELS = {"chance": 0.0, "chance_high": 0.15, "genuine": 0.6}
+LEVELS = Levels(chance=0.0, chance_high=0.15, genuine=0.6)
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
@@ -38,29 +44,27 @@ def make_subject(folder, name="mira", kind="character", basis=None):
     return Subject(id=name, kind=kind, class_noun="person", consent=given, images=photos)
 
 
-def make_unit(folder, subject="mira", side="base", identifier="zwx", scores=(0.5, 0.4, 0.3), looks=None, colour=RED):
-    looks = {1.0: 10, 4.0: 40} if looks is None else looks
+def make_unit(folder, subject="mira", side="base", identifier="zwx", scores=(0.5, 0.4, 0.3), points=None, colour=RED):
+    points = {1.0: 10, 4.0: 40} if points is None else points
     unit = Unit(
         side=side, root=str(folder / side), model="m", model_digest="0", subject=subject, class_noun="person",
-        attack_images=(), reference_images=(), images_digest="0", attack="lora", params={"steps": 40}, looks=looks,
+        attack_images=(), reference_images=(), images_digest="0", attack="lora", params={"steps": 40}, evaluation_points=points,
         label="lora-4", identifier=identifier, seed=0, images=len(scores), class_pictures="", class_images=0, sampling={},
     )  # fmt: skip
-    for steps in looks.values():
+    for steps in points.values():
         for number in range(len(scores)):
             plain(unit.folder / "images" / str(steps) / f"{number:03d}.png", colour)
-    told = {"identity": {str(steps): list(scores) for steps in looks.values()}, "digest": unit.digest}
+    told = {"identity": {str(steps): list(scores) for steps in points.values()}, "digest": unit.digest}
     (unit.folder / "scores.json").write_text(json.dumps(told))
     return unit
 
 
 def level(mean):
-    return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "n": 3, "unscored": 0}
+    return Interval(mean, mean - 0.05, mean + 0.05, 3, 0)
 
 
-def check(name, subject, attack, status, value, limit, sentence="said"):
-    return {"name": name, "subject": subject, "attack": attack, "status": status, "sentence": sentence, "value": value,
-            "low": None if value is None else value - 0.05, "high": None if value is None else value + 0.05,
-            "limit": limit}  # fmt: skip
+def check(name, subject, attack, status, value, limit, sentence="a sentence"):
+    return plain_check(name, subject, attack, status, value, value - 0.05, value + 0.05, limit, sentence)
 
 
 @pytest.fixture
@@ -68,36 +72,29 @@ def case(tmp_path):
     """One protected subject that came back after four times the steps, and one control."""
     mira, nora = make_subject(tmp_path), make_subject(tmp_path, "nora")
     units = [
-        make_unit(tmp_path, "mira", "base", looks={1.0: 10}),
+        make_unit(tmp_path, "mira", "base", points={1.0: 10}),
         make_unit(tmp_path, "mira", "hardened", scores=(0.1, None, 0.2), colour=GREEN),
-        make_unit(tmp_path, "nora", "base", looks={1.0: 10}),
-        make_unit(tmp_path, "nora", "hardened", looks={1.0: 10}),
+        make_unit(tmp_path, "nora", "base", points={1.0: 10}),
+        make_unit(tmp_path, "nora", "hardened", points={1.0: 10}),
     ]
     scores = [
-        {"side": unit.side, "subject": unit.subject, "attack": "lora-4", "look": look, "units": [],
-         "interval": level(0.5 if (unit.side, look) == ("base", 1.0) else 0.1 * look)}
-        for unit in units for look in unit.looks
+        {"side": unit.side, "subject": unit.subject, "attack": "lora-4", "evaluation_point": point, "units": [],
+         "interval": asdict(level(0.5 if (unit.side, point) == ("base", 1.0) else 0.1 * point))}
+        for unit in units for point in unit.evaluation_points
     ]  # fmt: skip
-    report = {
-        "verdict": "fail",
-        "checks": [
+    report = report_data(
+        checks=[
             check("attack works on base", "mira", "lora-4", "pass", 0.5, 0.3),
             check("protected", "mira", "lora-4", "inconclusive", 0.1, 0.15),
             check("protected", "mira", "lora-4, 4 x steps", "fail", 0.4, 0.15, "it <script>came</script> back"),
             check("control learnable", "nora", "lora-4", "pass", 1.0, 0.9),
             check("ordinary prompts (KID)", "", "", "pass", 1.1, 2.0),
         ],
-        "scores": scores,
-        "attacked": {"protected": 1, "of": 1, "controls": 1},
-        "failed_units": {"base/mira/lora-4/zwx/0": "RuntimeError: no <b>memory</b>"},
-        "calibration": {"person": LEVELS},
-        "hardening": {"base": "b", "base_digest": "sha256:1", "model_digest": "sha256:2", "registry_digest": "3",
-                      "method": "tripwire", "params": {"steps": 3}, "seed": 0, "seconds": 1.0,
-                      "unet_forward_equivalents": 1234},
-        "recipe": {"verify": {"attacks": {"lora-4": {"name": "lora", "params": {"steps": 10}}}, "looks": [1.0, 4.0],
-                              "identifiers": ["zwx"], "seeds": [0], "images_per_unit": 3}},
-        "run": {"guardsmith": "0", "python": "3", "machine": "m", "finished": "now", "packages": {"torch": "2"}},
-    }  # fmt: skip
+        scores=scores,
+        failed_units={"base/mira/lora-4/zwx/0": "RuntimeError: no <b>memory</b>"},
+        recipe={"verify": {"attacks": {"lora-4": {"name": "lora", "params": {"steps": 10}}}, "identifiers": ["zwx"],
+                           "evaluation_points": [1.0, 4.0], "seeds": [0], "images_per_unit": 3}},
+    )  # fmt: skip
     return report, units, [mira], [nora]
 
 
@@ -105,7 +102,8 @@ def made(case, tmp_path, include_images=False):
     report, units, protected, controls = case
     pair = ("a photo of <a> dog", Image.new("RGB", (64, 64), RED), Image.new("RGB", (64, 64), GREEN))
     file = tmp_path / "report.html"
-    save_page(file, page_data(Evidence(report, units, include_images), protected, controls, [pair]))
+    evidence = Evidence(Report.parse(report), units, include_images)
+    save_page(file, page_data(evidence, protected, controls, [pair]))
     return file.read_text()
 
 
@@ -136,7 +134,7 @@ def test_the_verdict_comes_first_and_then_what_failed_worst_first(case, tmp_path
     text = made(case, tmp_path)
     places = [text.index(part) for part in (
         "must not be released", "What did not pass", "protected: mira, lora-4, 4 x steps", "protected: mira, lora-4<",
-        "How much of a protected subject comes back", "Subject by subject", "Ordinary prompts", "How it was measured",
+        "How much of a protected subject comes back", "Subject by subject", ">Ordinary prompts", "How it was measured",
     )]  # fmt: skip
     assert places == sorted(places)
     assert (
@@ -245,3 +243,31 @@ def test_the_page_in_a_browser(case, tmp_path):
             assert [url for url in asked if not url.startswith(("data:", "file:"))] == []
             assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
         browser.close()
+
+
+def test_a_check_of_a_rule_that_was_added_is_on_the_page(case, tmp_path):
+    """Of the whole model, of a subject, and of a subject under an attack; whether or not this version has the rule."""
+    case[0]["checks"] += [
+        plain_check("held in video", "", "", "fail", sentence="moves too much"),
+        plain_check("held in video", "mira", "", "fail", sentence="mira moves"),
+        plain_check("held in video", "mira", "lora-4", "pass", sentence="it is a still picture"),
+    ]
+    text = made(case, tmp_path)
+    assert "held in video: 1 of 3 checks passed, 2 failed" in text
+    assert "moves too much" in text and text.count("mira moves") == 2 and "it is a still picture" in text
+
+
+def test_a_rule_that_failed_to_run_does_not_end_the_page(case, tmp_path):
+    case[0]["checks"] = [plain_check("protected", "", "", "inconclusive", sentence="the rule failed to run (KeyError)")]
+    text = made(case, tmp_path)
+    assert "the rule failed to run (KeyError)" in text
+    assert text.count('<span class="badge inconclusive">') >= 2, "and the cells of the matrix are undecided"
+
+
+def test_the_page_of_a_report_of_the_first_schema(tmp_path):
+    """Reports of earlier versions can be shown again."""
+    report = demo_report()
+    mira, nora = make_subject(tmp_path), make_subject(tmp_path, "nora")
+    save_page(tmp_path / "report.html", page_data(Evidence(report, [], False), [mira], [nora], []))
+    text = (tmp_path / "report.html").read_text()
+    assert "attacks on protected subjects fail on the hardened model: 2 of 2 checks passed" in text

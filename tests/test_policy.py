@@ -1,5 +1,8 @@
 """The gate's policy as a file: what it stands for and what is refused (what it changes is tested in test_verify)."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 from tiny import assert_one_sentence
@@ -7,8 +10,8 @@ from tiny import assert_one_sentence
 from guardsmith.cli import app as cli
 from guardsmith.config.recipe import GateSpec
 from guardsmith.core.errors import UserError
+from guardsmith.gate.calibration import calibration
 from guardsmith.gate.policy import as_yaml, default_policy, load_policy
-from guardsmith.gate.rules import calibration
 
 
 def written(tmp_path, **changes):
@@ -67,3 +70,21 @@ def test_a_policy_that_is_not_there_is_a_sentence(tmp_path, capsys):
     assert cli.main(["run", "demo", "--policy", str(tmp_path / "none.yaml"), "--output", str(tmp_path / "out")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rules_of_earlier_versions_are_read_by_their_old_names(tmp_path, capsys):
+    """A policy that was signed off under the old names stays the same policy: its digest does not change."""
+    old = load_policy(written(tmp_path, rules={"learnt_share": 0.4, "destroyed_share": 0.1}))
+    warnings = capsys.readouterr().err
+    assert "'rules.learnt_share' is called 'rules.personalized_share' now" in warnings
+    assert "'rules.destroyed_share' is called 'rules.collapsed_share' now" in warnings
+    assert old.rules == GateSpec(personalized_share=0.4, collapsed_share=0.1)
+    assert (
+        old.digest == load_policy(written(tmp_path, rules={"personalized_share": 0.4, "collapsed_share": 0.1})).digest
+    )
+
+
+def test_the_digest_is_that_of_reports_written_before():
+    """Of the demo's report, made by an earlier version with the same levels and rules."""
+    report = json.loads((Path(__file__).parent.parent / "docs/results/demo-report.json").read_text())
+    assert default_policy().digest == report["policy"]["digest"]

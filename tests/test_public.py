@@ -3,14 +3,21 @@
 import json
 import re
 import stat
+from typing import Annotated, Any
 
 import pytest
+from pydantic import BaseModel
 from test_page import case, made, make_subject  # noqa: F401 (a fixture)
 from tiny import assert_one_sentence
 
 from guardsmith.core.errors import RunFailed
+from guardsmith.core.redaction import Place, Private, Reason, SubjectId, UnitName, redacted
+from guardsmith.gate import checks as checks_module
+from guardsmith.gate.checks import Check
+from guardsmith.reports import report as report_module
 from guardsmith.reports.html import Evidence
 from guardsmith.reports.redaction import check_redacted, public_names, salt_of, save_public
+from guardsmith.reports.report import Report
 
 RECORD = {"base": "b", "subjects": ["mira"], "method": "tripwire", "history": [{"loss": 1.0}]}
 
@@ -20,17 +27,15 @@ def told(case):  # noqa: F811
     """The case of the page's tests with what a whole report has besides."""
     report, units, protected, controls = case
     report |= {
-        "released": {"mira": [0.1, 0.2]}, "steps_to_break": [{"subject": "mira", "attack": "lora-4"}],
-        "subjects": [{"id": "mira", "role": "protected"}, {"id": "nora", "role": "control"}],
-        "policy": {"name": "p", "dated": "2026-01-01", "measured_on": "", "judge": {"name": "avatar"}, "digest": "0"},
+        "released": {"mira": [0.1, 0.2]},
+        "steps_to_break": [{"subject": "mira", "attack": "lora-4", "base": 1, "hardened": None, "tried": 2}],
     }  # fmt: skip
-    report["recipe"]["base"] = "b"
     return report, units, protected, controls
 
 
 def saved(told, folder, salt="salt", record=RECORD):
     report, units, protected, controls = told
-    save_public(folder / "public", Evidence(report, units, True), record, protected, controls, [], salt)
+    save_public(folder / "public", Evidence(Report.parse(report), units, True), record, protected, controls, [], salt)
     return {file.name: file.read_text() for file in (folder / "public").iterdir()}
 
 
@@ -50,8 +55,9 @@ def test_nobody_is_named_and_nobody_is_shown(told, tmp_path):
     assert list(public["failed_units"]) == [f"base/{name}/lora-4/zwx/0"]
     assert json.loads(files["harden.json"])["subjects"] == [name]
     assert name in files["report.html"] and "is a person" not in files["report.html"]
-    for kept in ("verdict", "calibration", "run"):
-        assert public[kept] == told[0][kept]
+    whole = Report.parse(told[0]).as_json()
+    for kept in ("verdict", "calibration", "run", "utility"):
+        assert public[kept] == whole[kept]
     assert told[0]["subjects"][0]["id"] == "mira", "the report itself stays as it is"
 
 
@@ -104,3 +110,82 @@ def test_an_older_folder_is_replaced_whole(told, tmp_path):
 
 def test_units_find_their_curves_under_the_new_name(told, tmp_path):
     assert saved(told, tmp_path)["report.html"].count("<svg") == made(told, tmp_path).count("<svg") > 0
+
+
+class Note(BaseModel):
+    author: SubjectId | None
+    places: tuple[Place, int]
+    by: dict[SubjectId, list[dict[UnitName, Reason]]]
+    text: str
+    params: Annotated[dict[str, Any], Private.PLACE] = {}
+    inner: "Note | None" = None
+    check: Check | None = None
+
+
+def test_annotations_are_found_wherever_they_stand():
+    """In unions, tuples, keys and values, in further models and dataclasses; and a mark on a mapping counts for all in it."""
+    rules = {mark: lambda text, mark=mark: f"{mark.name}({text})" for mark in Private}
+    note = Note(
+        author="ann", places=("/p", 3), by={"bob": [{"u": "why"}]}, text="free", params={"a": ["/q", 1, {"b": "/r"}]},
+        inner=Note(author=None, places=("/s", 0), by={}, text="ann"), check=Check("n", "cid", "a", "pass", "s", value=1.0),
+    )  # fmt: skip
+    public = redacted(note, rules)
+    assert (public.author, public.places, public.text) == ("SUBJECT(ann)", ("PLACE(/p)", 3), "free")
+    assert public.by == {"SUBJECT(bob)": [{"UNIT(u)": "REASON(why)"}]}
+    assert public.params == {"PLACE(a)": ["PLACE(/q)", 1, {"PLACE(b)": "PLACE(/r)"}]}
+    assert (public.inner.author, public.inner.places[0], public.inner.text) == (None, "PLACE(/s)", "ann")
+    assert (public.check.subject, public.check.name, public.check.value) == ("SUBJECT(cid)", "n", 1.0)
+    assert note.author == "ann" and note.inner.places == ("/s", 0), "the note itself stays as it is"
+
+
+def strings_named_like_a_subject(model, seen=None):
+    """Fields of a model, and of those in it, whose name says that they hold a subject, with whether they are marked."""
+    seen = set() if seen is None else seen
+    if model in seen:
+        return
+    seen.add(model)
+    for name, info in (getattr(model, "model_fields", None) or model.__pydantic_fields__).items():
+        text = f"{info.annotation!r} {info.metadata!r}"
+        if name in ("subject", "subjects", "id", "released", "failed_units"):
+            yield f"{model.__name__}.{name}", "Private." in text or "AttackedSubject" in text
+        for part in re.findall(r"guardsmith\.[a-z_.]+\.([A-Za-z]+)", repr(info.annotation)):
+            found = next((each for each in PARTS if each.__name__ == part), None)
+            if found is not None:
+                yield from strings_named_like_a_subject(found, seen)
+
+
+PARTS = [kind for module in (report_module, checks_module) for kind in vars(module).values() if isinstance(kind, type)]
+
+
+def test_no_field_of_a_report_that_holds_a_subject_is_without_a_mark():
+    fields = dict(strings_named_like_a_subject(Report))
+    assert {"Check.subject", "Score.subject", "StepsToBreak.subject", "AttackedSubject.id", "Report.released"} <= set(
+        fields
+    )
+    assert all(fields.values()), fields
+
+
+def test_a_subject_without_a_public_name_is_an_error(told):
+    with pytest.raises(RunFailed, match="'mira', who has no public name"):
+        Report.parse(told[0]).redacted({"nora": "control-1"})
+
+
+def test_paths_in_parameters_of_attacks_go_too(told, tmp_path):
+    (tmp_path / "secret").mkdir()
+    told[0]["recipe"]["verify"]["attacks"]["lora-4"]["params"] = {"adapter": str(tmp_path / "secret"), "rank": 4}
+    public = Report.parse(told[0]).redacted({"mira": "a", "nora": "b"})
+    assert public.recipe.verify.attacks["lora-4"].params == {"adapter": "secret", "rank": 4}
+
+
+def test_what_a_checkpoint_carries_besides_is_nobodys_business(told):
+    told[0]["hardening"] |= {"carries": ["mira.txt"], "files": {"unet/x.safetensors": "sha256:1"}}
+    public = Report.parse(told[0]).redacted({"mira": "a", "nora": "b"})
+    assert public.hardening.carries is None and public.hardening.files == {"unet/x.safetensors": "sha256:1"}
+
+
+def test_a_field_of_a_later_version_is_not_handed_on(told, tmp_path):
+    """What this version does not know it cannot redact."""
+    told[0]["visits"] = {"mira": 3}
+    told[0]["scores"][0]["who"] = "mira"
+    files = saved(told, tmp_path)
+    assert "visits" not in files["report.json"] and "who" not in files["report.json"]

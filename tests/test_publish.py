@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from reports import make_report
 from tiny import assert_one_sentence
 
 from guardsmith.cli import app as cli
@@ -20,7 +21,8 @@ from guardsmith.release import publish
 from guardsmith.release.card import licence_of
 from guardsmith.release.hub import Published, files_of_release, patiently
 from guardsmith.release.publish import Refused, gather, objections
-from guardsmith.reports.redaction import public_names, redacted_record, redacted_report
+from guardsmith.reports.redaction import public_names, redacted_record
+from guardsmith.reports.report import Report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -38,7 +40,7 @@ def make_output(folder, model, registry, **changes):
     public = folder / "verify" / "public"
     public.mkdir(parents=True)
     write_json(folder / "verify" / "report.json", report)
-    write_json(public / "report.json", redacted_report(report, names))
+    Report.parse(report).redacted(names).save(public / "report.json")
     record = json.loads((RESULTS / "demo-harden.json").read_text())
     write_json(public / "harden.json", redacted_record(record, names))
     (public / "report.html").write_text("<!doctype html><title>report</title>")
@@ -316,7 +318,9 @@ def ran(monkeypatch, verdict):
     codes = {"pass": 0, "fail": 1, "inconclusive": 3}
     monkeypatch.setattr(guardsmith.hardening.pipeline, "harden", lambda *_, **__: None)
     monkeypatch.setattr(
-        guardsmith.evaluation.pipeline, "verify", lambda *_, **__: {"exit_code": codes[verdict], "verdict": verdict}
+        guardsmith.evaluation.pipeline,
+        "verify",
+        lambda *_, **__: make_report(exit_code=codes[verdict], verdict=verdict),
     )
     monkeypatch.setattr(
         publish, "publish", lambda *what, **how: asked.append((what, how)) or Published("abc", "https://hub/x", True)

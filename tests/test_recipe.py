@@ -5,6 +5,7 @@ import yaml
 from tiny import assert_one_sentence
 
 from guardsmith.config.recipe import BUDGETS, Recipe, find_recipe, load_recipe, recipe_names
+from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
 from guardsmith.core.errors import UserError
 
 FULL = """
@@ -146,12 +147,12 @@ gate: {control_retention: 2}
         ("verify: {seeds: []}", ("verify.seeds",)),
         ("verify: {seeds: [1, 2, 1]}", ("verify.seeds", "twice")),
         ("verify: {identifiers: [sks, sks]}", ("verify.identifiers", "twice")),
-        ("verify: {looks: [0.5, 4]}", ("verify.looks", "usual end")),
-        ("verify: {looks: [0, 1]}", ("verify.looks", "above 0")),
-        ("verify: {looks: [1, 4, 4]}", ("verify.looks", "twice")),
+        ("verify: {evaluation_points: [0.5, 4]}", ("verify.evaluation_points", "usual end")),
+        ("verify: {evaluation_points: [0, 1]}", ("verify.evaluation_points", "above 0")),
+        ("verify: {evaluation_points: [1, 4, 4]}", ("verify.evaluation_points", "twice")),
         ("verify: {sample: 0}", ("verify.sample",)),
         ("verify: {identifiers: [sks, 123]}", ("verify.identifiers", "123")),
-        ("gate: {learnt_share: 1}", ("gate.learnt_share",)),
+        ("gate: {personalized_share: 1}", ("gate.personalized_share",)),
         ("sampling: {guidance: 0.5}", ("sampling.guidance",)),
         ("seed: many", ("seed", "many")),
     ],
@@ -219,11 +220,11 @@ def test_a_budget_changes_what_is_tried_and_single_values_go_on_top(capsys):
     from guardsmith.cli import app as cli
 
     recipe = load_recipe("several-avatars", cli._budget("quick"))
-    assert (recipe.verify.sample, recipe.verify.looks, recipe.verify.crossed) == (4, (1.0,), False)
+    assert (recipe.verify.sample, recipe.verify.evaluation_points, recipe.verify.full_factorial) == (4, (1.0,), False)
     assert recipe.verify.attacks == load_recipe("several-avatars").verify.attacks
     assert load_recipe("several-avatars", cli._budget("standard")) == load_recipe("several-avatars")
     audit = load_recipe("demo", [*cli._budget("audit"), "verify.images_per_unit=30"])
-    assert (audit.verify.seeds, audit.verify.images_per_unit, max(audit.verify.looks)) == ((0, 1, 2), 30, 4)
+    assert (audit.verify.seeds, audit.verify.images_per_unit, max(audit.verify.evaluation_points)) == ((0, 1, 2), 30, 4)
     assert cli._budget(None) == []
     assert cli.main(["run", "demo", "--budget", "lavish"]) == 2
     assert "choose quick, standard, audit" in capsys.readouterr().err
@@ -234,3 +235,70 @@ def test_every_budget_has_enough_pictures_for_the_gate():
         for changes in ([], BUDGETS[name]):
             recipe = load_recipe("demo", [f"verify.{key}={json.dumps(changes[key])}" for key in changes])
             assert recipe.verify.images_per_unit >= recipe.gate.minimum_images
+
+
+OLD = """
+bystanders: faces
+verify: {looks: [1, 4], crossed: false, ordinary_images: 50, sample: 3}
+gate: {learnt_share: 0.4, destroyed_share: 0.1}
+"""
+
+
+def test_keys_of_earlier_versions_are_read_with_a_warning_that_names_the_new_one(tmp_path, capsys):
+    (tmp_path / "old.yaml").write_text(OLD)
+    new = OLD
+    for old, name in RECIPE_KEYS.items():
+        new = new.replace(f"{old.split('.')[-1]}:", f"{name.split('.')[-1]}:")
+    (tmp_path / "new.yaml").write_text(new)
+    recipe = load_recipe(str(tmp_path / "old.yaml"))
+    warnings = capsys.readouterr().err
+    assert recipe == load_recipe(str(tmp_path / "new.yaml"))
+    assert capsys.readouterr().err == ""
+    assert (recipe.verify.evaluation_points, recipe.verify.full_factorial, recipe.verify.benign_images) == (
+        (1, 4),
+        False,
+        50,
+    )
+    assert (recipe.gate.personalized_share, recipe.gate.collapsed_share, recipe.verify.sample) == (0.4, 0.1, 3)
+    assert recipe.negatives == str(tmp_path / "faces")
+    for old, name in RECIPE_KEYS.items():
+        assert f"'{old}' is called '{name}' now" in warnings
+    assert len(warnings.splitlines()) == len(RECIPE_KEYS)
+
+
+def test_changes_may_use_keys_of_earlier_versions_too(tmp_path, capsys):
+    (tmp_path / "new.yaml").write_text("verify: {evaluation_points: [1, 2]}")
+    recipe = load_recipe(str(tmp_path / "new.yaml"), ["verify.looks=[1, 4]", "bystanders=x", "verify.crossed=false"])
+    assert recipe.verify.evaluation_points == (1, 4) and not recipe.verify.full_factorial
+    assert "'verify.looks' is called 'verify.evaluation_points' now" in capsys.readouterr().err
+    recipe = load_recipe("demo", ["verify={looks: [1, 3]}"])
+    assert recipe.verify.evaluation_points == (1, 3)
+    assert "'verify.looks' is called" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["bystanders: a\nnegatives: b\n", "verify: {looks: [1], evaluation_points: [1, 2]}"])
+def test_a_key_under_both_names_is_refused(tmp_path, text):
+    (tmp_path / "both.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"is the old name of .* both are there; remove") as caught:
+        load_recipe(str(tmp_path / "both.yaml"))
+    assert_one_sentence(caught.value)
+
+
+def test_what_is_no_section_is_refused_as_before(tmp_path):
+    for text in ("verify: [looks]", "verify: 3", "gate: learnt_share"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"bad\.yaml: (verify|gate)"):
+            load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_shipped_recipes_use_no_old_key(capsys):
+    for name in recipe_names():
+        load_recipe(name)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_of_renamed_keys_leaves_the_data_as_it_is():
+    data = {"a": {"old": 1, "other": 2}, "b": 3}
+    renamed, warnings = with_new_keys(data, {"a.old": "a.new", "b.old": "b.new", "c": "d"}, "f")
+    assert renamed == {"a": {"new": 1, "other": 2}, "b": 3} and list(renamed["a"]) == ["new", "other"]
+    assert data["a"] == {"old": 1, "other": 2} and warnings == ["f: 'a.old' is called 'a.new' now; please rename it"]

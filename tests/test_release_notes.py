@@ -8,7 +8,7 @@ import pytest
 
 from guardsmith.cli import app as cli
 from guardsmith.release.notes import release_notes
-from guardsmith.reports.redaction import redacted_report
+from guardsmith.reports.report import Report
 
 REPORT = json.loads((Path(__file__).parent.parent / "docs" / "results" / "demo-report.json").read_text())
 
@@ -19,7 +19,7 @@ def checked(attack):
 
 
 def test_figures_limits_and_digests():
-    text = release_notes(REPORT, name="acme/avatar")
+    text = release_notes(Report.parse(REPORT), name="acme/avatar")
     assert text.startswith("## acme/avatar: pass\n")
     assert "builtin:avatar, hardened with tripwire. Protected subjects: 1, of whom 1 were attacked" in text
     assert "| question | now |\n|---|---|\n" in text
@@ -36,7 +36,7 @@ def test_the_release_before_has_a_column_and_what_changed_is_told():
     earlier["verdict"] = "fail"
     [check] = [c for c in earlier["checks"] if (c["name"], c["attack"]) == ("protected", "lora")]
     check |= {"status": "fail", "value": 0.4, "low": 0.3, "high": 0.5}
-    text = release_notes(REPORT, earlier)
+    text = release_notes(Report.parse(REPORT), Report.parse(earlier))
     assert text.startswith("## Hardened model: pass\n")
     assert "| question | before | now |" in text
     assert "| cost, U-Net forward equivalents | 1,234 | 36,572 |" in text
@@ -52,7 +52,7 @@ def test_the_command_reads_the_public_evidence(tmp_path, capsys):
     public = tmp_path / "verify" / "public"
     public.mkdir(parents=True)
     names = {"mira": "subject-1", "nora": "control-1"}
-    (public / "report.json").write_text(json.dumps(redacted_report(REPORT, names)))
+    (public / "report.json").write_text(json.dumps(Report.parse(REPORT).redacted(names).as_json()))
     assert cli.main(["release-notes", str(tmp_path), "--since", str(public / "report.json"), "--repo-id", "a/b"]) == 0
     told = capsys.readouterr().out
     assert "## a/b: pass" in told and "Different besides the figures: nothing." in told
@@ -62,7 +62,7 @@ def test_the_command_reads_the_public_evidence(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"schema": 2}, {"scores": [{}]}])
+@pytest.mark.parametrize("change", [{"schema": 3}, {"scores": [{}]}])
 def test_a_report_of_another_version_is_a_sentence(tmp_path, change, capsys):
     (tmp_path / "report.json").write_text(json.dumps(REPORT | change))
     assert cli.main(["release-notes", str(tmp_path / "report.json")]) == 2

@@ -14,7 +14,8 @@ from guardsmith.diffusion.sampling import redraw
 from guardsmith.evaluation import no_attack as released
 from guardsmith.evaluation.no_attack import likeness_of, released_pictures
 from guardsmith.evaluation.runs import Judged, class_file
-from guardsmith.gate.rules import calibration, check_released
+from guardsmith.gate.calibration import calibration
+from guardsmith.gate.rules.released import check_released
 from guardsmith.hardening.data import load_pictures
 from guardsmith.metrics import load_judge
 from guardsmith.models.checkpoint import load_model

@@ -17,12 +17,12 @@ from guardsmith.cli import app as cli
 from guardsmith.config.recipe import GateSpec, load_recipe
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.evaluation.pipeline import verify
+from guardsmith.gate.calibration import calibration
 from guardsmith.gate.policy import Policy, as_yaml, default_policy, load_policy
-from guardsmith.gate.rules import calibration
 from guardsmith.hardening.pipeline import harden
 from guardsmith.models.checkpoint import load_model, weights_digest
 from guardsmith.registry.loader import load_registry
-from guardsmith.reports.schema import Report
+from guardsmith.reports.report import PolicyRecord, Report
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -33,7 +33,7 @@ TINY = {
         "identifiers": ["sks"],
         "images_per_unit": 8,
         "class_images": 4,
-        "ordinary_images": 24,
+        "benign_images": 24,
     },
 }  # fmt: skip
 
@@ -66,19 +66,19 @@ def copied(verified, tmp_path):
 
 def test_an_attack_that_does_not_learn_on_the_base_is_inconclusive_not_a_pass(verified):
     report = verified[1]
-    assert report["verdict"] == "inconclusive"
-    assert report["exit_code"] == 3
-    learnt = [c for c in report["checks"] if c["name"] == "attack works on base"]
-    assert {c["subject"] for c in learnt} == {"mira", "nora"}
-    assert {c["status"] for c in learnt} == {"inconclusive"}
+    assert report.verdict == "inconclusive"
+    assert report.exit_code == 3
+    learnt = [c for c in report.checks if c.name == "attack works on base"]
+    assert {c.subject for c in learnt} == {"mira", "nora"}
+    assert {c.status for c in learnt} == {"inconclusive"}
 
 
 def test_protected_subjects_are_asked_for_before_anyone_attacks(verified):
     output, report = verified
-    [check] = [c for c in report["checks"] if c["name"] == "released weights"]
-    assert (check["subject"], check["status"]) == ("mira", "pass")
-    assert list(report["released"]) == ["mira"]
-    assert sum(report["released"]["mira"]) / 8 == pytest.approx(check["value"])
+    [check] = [c for c in report.checks if c.name == "released weights"]
+    assert (check.subject, check.status) == ("mira", "pass")
+    assert list(report.released) == ["mira"]
+    assert sum(report.released["mira"]) / 8 == pytest.approx(check.value)
     assert len(list((output / "verify/hardened/released/mira").glob("*/*.png"))) == 8
     page = (output / "verify" / "report.html").read_text()
     assert page.count("mira as the released weights draw it") == 4
@@ -88,21 +88,21 @@ def test_the_evidence_for_the_public_is_of_the_same_verification(verified):
     """Its subjects are invented, so they keep their names."""
     output, report = verified
     public = json.loads((output / "verify/public/report.json").read_text())
-    assert public == report, "nothing was hidden"
+    assert public == report.as_json(), "nothing was hidden"
     told = json.loads((output / "verify/public/harden.json").read_text())
-    assert told["model_digest"] == report["hardening"]["model_digest"]
+    assert told["model_digest"] == report.hardening.model_digest
     assert "mira, real picture 1" in (output / "verify/public/report.html").read_text()
 
 
 def test_a_verdict_stands_though_nothing_can_be_published(copied, registry, recipe_file, monkeypatch, capsys):
-    from guardsmith.evaluation import pipeline as module
+    from guardsmith.evaluation import writing as module
 
     def refuses(*_):
         raise RunFailed("report.json still names the subject 'mira'")
 
     monkeypatch.setattr(module, "save_public", refuses)
-    report = module.verify(registry, load_recipe(str(recipe_file)), copied, workers=1, quiet=True)
-    assert report["verdict"] == "inconclusive" and (copied / "verify" / "report.json").exists()
+    report = verify(registry, load_recipe(str(recipe_file)), copied, workers=1, quiet=True)
+    assert report.verdict == "inconclusive" and (copied / "verify" / "report.json").exists()
     assert "warning: report.json still names" in capsys.readouterr().err
     assert not (copied / "verify" / "public").exists(), "older evidence is of another verification"
 
@@ -119,7 +119,7 @@ def test_every_unit_leaves_pictures_scores_and_settings(verified):
         told = json.loads((unit / "attack.json").read_text())
         assert told["params"]["steps"] == 2
         assert str(ROOT) not in json.dumps(told)  # nothing of this machine
-    assert str(ROOT) not in json.dumps(report)
+    assert str(ROOT) not in json.dumps(report.as_json())
     assert (output / "verify" / "grid.png").stat().st_size > 10_000
 
 
@@ -135,17 +135,18 @@ def test_the_page_shows_both_subjects_and_ordinary_prompts(verified):
 
 def test_the_report_is_as_its_schema_says_and_names_the_weights_it_judged(verified):
     output, report = verified
-    told = Report.model_validate_json((output / "verify" / "report.json").read_text())
+    told = Report.load(output)
+    assert told == report
     assert told.policy is not None and told.policy.digest == default_policy().digest
-    assert report["hardening"]["model_digest"] == weights_digest(output / "model")
+    assert report.hardening.model_digest == weights_digest(output / "model")
 
 
 def test_utility_is_measured_against_the_base_with_other_seeds(verified):
-    utility = verified[1]["utility"]
-    assert 0 < utility["kid_base"] < 1
-    assert utility["kid_ratio"] == pytest.approx(utility["kid_hardened"] / utility["kid_base"])
-    assert utility["kid_ratio_low"] <= utility["kid_ratio"] <= utility["kid_ratio_high"]
-    assert 0 <= utility["fidelity_hardened"] <= 1
+    utility = verified[1].utility
+    assert 0 < utility.kid_base < 1
+    assert utility.kid_ratio == pytest.approx(utility.kid_hardened / utility.kid_base)
+    assert utility.kid_ratio_low <= utility.kid_ratio <= utility.kid_ratio_high
+    assert 0 <= utility.fidelity_hardened <= 1
 
 
 def test_a_second_run_repeats_nothing_and_says_the_same(verified, registry, recipe_file):
@@ -153,7 +154,7 @@ def test_a_second_run_repeats_nothing_and_says_the_same(verified, registry, reci
     files = {f: f.stat().st_mtime_ns for f in (output / "verify").glob("*/*/lora/**/*.json")}
     again = verify(registry, load_recipe(str(recipe_file)), output, workers=1, quiet=True)
     assert {f: f.stat().st_mtime_ns for f in files} == files
-    assert again["checks"] == report["checks"]
+    assert again.checks == report.checks
 
 
 def unit_of(output, side, subject):
@@ -181,8 +182,8 @@ def test_other_settings_are_another_unit_beside_it(copied, registry, recipe_file
     report = verify(registry, once, copied, workers=1, quiet=True)
     assert (unit / "scores.json").read_text() == before
     [other] = {*unit.parent.iterdir()} - {unit}
-    [shown] = [s for s in report["scores"] if (s["side"], s["subject"]) == ("base", "mira")]
-    assert shown["units"] == [scores_in(other)["1"]]
+    [shown] = [s for s in report.scores if (s.side, s.subject) == ("base", "mira")]
+    assert shown.units == [scores_in(other)["1"]]
 
 
 def test_scores_of_other_settings_or_too_few_are_not_taken(copied, registry, recipe_file):
@@ -215,7 +216,7 @@ def test_runs_on_the_base_can_be_shared(copied, tmp_path, registry, recipe_file,
     )
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("**/*.*")} == files
     assert not (copied / "verify" / "base").exists()
-    assert report["checks"] == verified[1]["checks"]
+    assert report.checks == verified[1].checks
 
 
 @pytest.fixture(scope="module")
@@ -223,24 +224,22 @@ def went_on(verified, registry, recipe_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("further") / "run"
     shutil.copytree(verified[0], output)
     return output, verify(
-        registry, load_recipe(str(recipe_file), ["verify.looks=[0.5, 1, 3]"]), output, workers=1, quiet=True
+        registry, load_recipe(str(recipe_file), ["verify.evaluation_points=[0.5, 1, 3]"]), output, workers=1, quiet=True
     )
 
 
 def test_attackers_of_the_protected_go_on_and_others_do_not(went_on):
     report = went_on[1]
-    seen = {(s["side"], s["subject"]): set() for s in report["scores"]}
-    for told in report["scores"]:
-        seen[told["side"], told["subject"]].add(told["look"])
+    seen = {(s.side, s.subject): set() for s in report.scores}
+    for score in report.scores:
+        seen[score.side, score.subject].add(score.evaluation_point)
     assert seen == {
         ("base", "mira"): {0.5, 1}, ("base", "nora"): {0.5, 1}, ("hardened", "nora"): {0.5, 1},
         ("hardened", "mira"): {0.5, 1, 3},
     }  # fmt: skip
-    checked = [c["attack"] for c in report["checks"] if c["name"] == "protected"]
+    checked = [c.attack for c in report.checks if c.name == "protected"]
     assert checked == ["lora", "lora, 3 x steps"]
-    assert all(
-        c["attack"] == "lora" for c in report["checks"] if c["name"] in ("attack works on base", "control learnable")
-    )
+    assert all(c.attack == "lora" for c in report.checks if c.name in ("attack works on base", "control learnable"))
 
 
 def test_a_look_on_the_way_shows_what_an_attack_that_ends_there_draws(went_on, verified):
@@ -257,10 +256,10 @@ def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, regis
     from guardsmith.evaluation import runs as matrix
 
     base = load_model("builtin:avatar")
-    recipe = load_recipe(str(recipe_file), ["verify.looks=[0.5, 1, 2, 3]", "verify.class_images=0"])
+    recipe = load_recipe(str(recipe_file), ["verify.evaluation_points=[0.5, 1, 2, 3]", "verify.class_images=0"])
     judged = matrix.Judged(base, "sha256:0", tmp_path)
     unit = next(iter(matrix.plan_units(registry, recipe, {"hardened": judged})))
-    assert list(unit.looks.values()) == [1, 2, 4, 6]
+    assert list(unit.evaluation_points.values()) == [1, 2, 4, 6]
     monkeypatch.setattr(matrix, "half_way", lambda levels: -1.0)  # anything counts as learnt
     matrix.run_unit(unit)
     assert json.loads((unit.folder / "attack.json").read_text())["steps_taken"] == 2
@@ -276,16 +275,17 @@ def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, regis
 
 def test_steps_to_break():
     """Half-way from chance to what the attack usually reaches on the base."""
-    import guardsmith.evaluation.pipeline as module
-    from guardsmith.gate.rules import Levels
+    import guardsmith.evaluation.judging as module
+    from guardsmith.evaluation.runs import Unit
+    from guardsmith.gate.calibration import Levels
 
     classes = {"person": Levels(0.1, 0.2, 0.8)}
     told = {"root": "", "model": "", "model_digest": "", "subject": "mira", "class_noun": "person", "attack_images": (),
             "reference_images": (), "images_digest": "", "attack": "lora", "params": {}, "label": "lora",
             "identifier": "sks", "seed": 0, "images": 2, "class_pictures": "", "class_images": 0, "sampling": {}}  # fmt: skip
     units = [
-        module.Unit(side="base", looks={0.1: 10, 0.5: 50, 1.0: 100}, **told),
-        module.Unit(side="hardened", looks={0.1: 10, 0.5: 50, 1.0: 100, 4.0: 400}, **told),
+        Unit(side="base", evaluation_points={0.1: 10, 0.5: 50, 1.0: 100}, **told),
+        Unit(side="hardened", evaluation_points={0.1: 10, 0.5: 50, 1.0: 100, 4.0: 400}, **told),
     ]
     means = {
         ("base", 0.1): 0.2, ("base", 0.5): 0.4, ("base", 1.0): 0.7,
@@ -294,14 +294,14 @@ def test_steps_to_break():
     scores = {(side, "mira", "lora", look): [[m - 0.05, m + 0.05, None]] for (side, look), m in means.items()}
     levels = {key: module.interval(values) for key, values in scores.items()}
     [found] = module.steps_to_break(units, levels, classes, GateSpec())
-    assert found == {"subject": "mira", "attack": "lora", "tried": 400, "base": 50, "hardened": 400}
+    assert found.model_dump() == {"subject": "mira", "attack": "lora", "tried": 400, "base": 50, "hardened": 400}
     levels["hardened", "mira", "lora", 4.0] = module.interval([[None, None]])
     [found] = module.steps_to_break(units, levels, classes, GateSpec())
-    assert found["hardened"] is None
+    assert found.hardened is None
     # From half-way between chance and genuine (0.45) on the base it counts as learnt; below, it breaks nothing anywhere.
     levels["base", "mira", "lora", 1.0] = module.interval([[0.44, 0.44, None]])
     [found] = module.steps_to_break(units, levels, classes, GateSpec())
-    assert (found["base"], found["hardened"]) == (None, None)
+    assert (found.base, found.hardened) == (None, None)
 
 
 def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, tmp_path):
@@ -315,14 +315,14 @@ def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, 
     assert {name for ids in drawn for name in ids} == {s.id for s in registry.subjects}
     everyone = spec.model_copy(update={"sample": None})
     assert attacked_subjects(registry, everyone, 0) == list(registry.subjects)
-    assert verified[1]["attacked"] == {"protected": 1, "of": 1, "controls": 1}
+    assert verified[1].attacked.model_dump() == {"protected": 1, "of": 1, "controls": 1}
 
 
 def test_each_subject_meets_each_attack_with_one_identifier_in_turn(tmp_path):
     from guardsmith.evaluation.runs import Judged, plan_units
 
     registry = load_registry(ROOT / "registries" / "avatars.yaml")
-    recipe = load_recipe("avatar-attacks", ["verify.crossed=false", "verify.identifiers=[zwx, bdr, qpl]"])
+    recipe = load_recipe("avatar-attacks", ["verify.full_factorial=false", "verify.identifiers=[zwx, bdr, qpl]"])
     judged = Judged(load_model("builtin:avatar"), "sha256:0", tmp_path)
     units = list(plan_units(registry, recipe, {"base": judged, "hardened": judged}))
     assert len(units) == 2 * 12 * 3
@@ -338,9 +338,9 @@ def test_an_attack_that_crashes_makes_the_verdict_inconclusive(copied, registry,
     # A rank that no device could hold: the attack itself fails, on both models.
     crash = ["verify.attacks.lora.params.rank=1000000000"]
     report = verify(registry, load_recipe(str(recipe_file), crash), copied, workers=1, quiet=True)
-    assert report["exit_code"] == 3
-    assert len(report["failed_units"]) == 4
-    assert all(c["value"] is None for c in report["checks"] if c["attack"] == "lora")
+    assert report.exit_code == 3
+    assert len(report.failed_units) == 4
+    assert all(c.value is None for c in report.checks if c.attack == "lora")
     assert "no pictures: the attack did not run" in (copied / "verify" / "report.html").read_text()
 
 
@@ -352,9 +352,9 @@ def test_an_attack_that_only_asks_has_to_fail_and_need_not_work_anywhere(copied,
     recipe["verify"]["attacks"]["words"] = ASKING
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(recipe))
     report = verify(registry, load_recipe(str(tmp_path / "both.yaml")), copied, workers=1, quiet=True)
-    found = {(c["name"], c["subject"]) for c in report["checks"] if c["attack"] == "words"}
+    found = {(c.name, c.subject) for c in report.checks if c.attack == "words"}
     assert found == {("protected", "mira")}
-    assert {(s["side"], s["subject"]) for s in report["scores"] if s["attack"] == "words"} == {
+    assert {(s.side, s.subject) for s in report.scores if s.attack == "words"} == {
         (side, subject) for side in ("base", "hardened") for subject in ("mira", "nora")
     }
 
@@ -413,7 +413,7 @@ def test_a_verification_killed_on_the_way_goes_on_with_what_is_missing(verified,
     assert cli.main(["verify", str(output), "--recipe", str(recipe_file), "--workers", "1"]) == 3
     assert {file: file.stat().st_mtime_ns for file in done} == before
     again = json.loads((output / "verify" / "report.json").read_text())
-    assert again["checks"] == json.loads((verified[0] / "verify" / "report.json").read_text())["checks"]
+    assert again["checks"] == verified[1].as_json()["checks"]
 
 
 def test_changed_weights_are_refused(copied, capsys):
@@ -440,8 +440,8 @@ def test_a_model_made_elsewhere_is_verified_against_its_base(verified, recipe_fi
     assert code == 3
     assert "verdict: inconclusive" in capsys.readouterr().out
     told = json.loads((tmp_path / "judged" / "verify" / "report.json").read_text())
-    assert told["checks"] == verified[1]["checks"]
-    assert told["hardening"]["model_digest"] == verified[1]["hardening"]["model_digest"]
+    assert told["checks"] == verified[1].as_json()["checks"]
+    assert told["hardening"]["model_digest"] == verified[1].hardening.model_digest
     assert told["hardening"]["method"] is None
     assert "not made by guardsmith" in (tmp_path / "judged" / "verify" / "report.html").read_text()
     assert cli.main(["compare", str(tmp_path / "judged"), str(verified[0])]) == 0
@@ -488,7 +488,7 @@ def test_an_unknown_class_noun_is_refused_with_a_near_one(tmp_path, capsys):
 
 def test_verification_judges_by_the_policy_and_names_it(copied, verified, registry, recipe_file, tmp_path, capsys):
     """The same scores, other levels and another bar for the number of pictures."""
-    assert verified[1]["policy"]["name"] == "guardsmith, embedded judges"
+    assert verified[1].policy.name == "guardsmith, embedded judges"
     low = {noun: {"chance": -0.9, "chance_high": -0.8, "genuine": 0.5} for noun in ("person", "robot", "character")}
     file = tmp_path / "policy.yaml"
     told = yaml.safe_load(as_yaml(default_policy())) | {"name": "house rules", "classes": low}
@@ -498,19 +498,19 @@ def test_verification_judges_by_the_policy_and_names_it(copied, verified, regist
          "--policy", str(file), "--json"]
     )  # fmt: skip
     assert code == 1, capsys.readouterr().err
-    report = json.loads((copied / "verify/report.json").read_text())
-    assert report["policy"] == load_policy(file).told()
-    [check] = [c for c in report["checks"] if c["name"] == "protected"]
-    assert (check["status"], check["limit"]) == ("fail", -0.8)
-    assert report["calibration"]["person"]["genuine"] == 0.5
+    report = Report.load(copied)
+    assert report.policy == PolicyRecord.of(load_policy(file))
+    [check] = [c for c in report.checks if c.name == "protected"]
+    assert (check.status, check.limit) == ("fail", -0.8)
+    assert report.calibration["person"].genuine == 0.5
     assert "house rules" in (copied / "verify/report.html").read_text()
-    before = [c for c in verified[1]["checks"] if c["name"] == "protected"]
-    assert (before[0]["value"], before[0]["status"]) == (check["value"], "pass")
+    before = [c for c in verified[1].checks if c.name == "protected"]
+    assert (before[0].value, before[0].status) == (check.value, "pass")
     many = default_policy(GateSpec(minimum_images=9))
     report = verify(registry, load_recipe(str(recipe_file)), copied, workers=1, policy=many, quiet=True)
-    [check] = [c for c in report["checks"] if c["name"] == "protected"]
-    assert check["status"] == "inconclusive"
-    assert report["recipe"]["gate"]["minimum_images"] == 9
+    [check] = [c for c in report.checks if c.name == "protected"]
+    assert check.status == "inconclusive"
+    assert report.recipe.gate.minimum_images == 9
 
 
 def test_a_class_without_levels_is_refused_before_anything_is_drawn(copied, registry, recipe_file):

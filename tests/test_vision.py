@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -22,11 +23,10 @@ from guardsmith.cli import app as cli
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.gate import policy
 from guardsmith.gate.policy import JudgeSpec, load_policy, measure_policy
-from guardsmith.gate.rules import Levels
 from guardsmith.metrics import Judge, load_judge
 from guardsmith.metrics.vision import VisionEncoder, load_prompt_fit
 from guardsmith.registry.loader import load_registry
-from guardsmith.reports.schema import Report
+from guardsmith.reports.report import Report
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
@@ -150,7 +150,7 @@ def test_levels_by_hand(monkeypatch):
     three = registry.__class__(**{**vars(registry), "subjects": people, "controls": []})
     found = measure_policy(three, JudgeSpec(name="dino"), 64)
     # pairs: .7 four times, .4 twice; the 95th percentile is .7
-    assert found.classes["person"] == pytest.approx(Levels(chance=0.6, chance_high=0.7, genuine=1.0))
+    assert asdict(found.classes["person"]) == pytest.approx({"chance": 0.6, "chance_high": 0.7, "genuine": 1.0})
     assert found.measured_on == "avatars.yaml: 3 of class person"
     assert found.judge.name == "dino"
     one = registry.__class__(**{**vars(registry), "subjects": people[:1], "controls": []})
@@ -202,8 +202,8 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, both_encod
     judge = {"name": "dino", "model": str(encoders["dino"]), "clip_t": str(both_encoders)}
     file = written(tmp_path, name="of this test", judge=judge, classes=levels)
     assert cli.main([*command, "--policy", str(file)]) == 1, capsys.readouterr().err
-    report = Report.model_validate_json((output / "verify/report.json").read_text())
-    assert report.policy.judge == judge
+    report = Report.load(output)
+    assert report.policy.judge.model_dump() == judge
     protected = next(check for check in report.checks if check.name == "protected")
     assert protected.status == "fail" and -1 <= protected.value <= 1
     [unit] = (output / "verify/hardened/mira/lora").glob("*/*/*")

@@ -13,12 +13,13 @@ from guardsmith.attacks import adversarial_prompt, cdl, custom_diffusion, dreamb
 from guardsmith.attacks.adaptive import cut_wire, unlearn_first, warm_restarts
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.core.plugins import find_entry
+from guardsmith.core.seeds import ATTACK_SAMPLES, FIRST_STAGE_OFFSET
 from guardsmith.diffusion.prompts import sample_prompts
 from guardsmith.diffusion.sampling import generate
 from guardsmith.models.checkpoint import DiffusionModel
 
-FIRST_STAGE = 1_000_000  # added to the seed of an attack on somebody else before
-SAMPLE_SEED = 30_000  # of the pictures that a personalized model draws; no other pictures use these seeds
+FIRST_STAGE = FIRST_STAGE_OFFSET
+SAMPLE_SEED = ATTACK_SAMPLES.start
 
 
 def _words(identifier: str, class_noun: str) -> tuple[str, str]:
@@ -159,7 +160,7 @@ def draw_during_attack(
     def look(step: int, _: float, personalized: DiffusionModel) -> bool:
         if step + 1 not in looks:
             return False
-        seeds = range(SAMPLE_SEED, SAMPLE_SEED + count)
+        seeds = ATTACK_SAMPLES.seeds(count)
         if onto is not None:
             personalized = lora.carry_adapters(personalized, onto, config)
         images = generate(personalized, prompts, seeds, negative_prompt=chosen.negative_prompt, **sampling)

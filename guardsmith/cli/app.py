@@ -177,7 +177,7 @@ def report_schema(
     output: Annotated[Path | None, typer.Option(help="File to write; by default stdout.")] = None,
 ) -> None:
     """Print the JSON schema of report.json."""
-    from guardsmith.reports.schema import json_schema
+    from guardsmith.reports.report import json_schema
 
     print_schema(json_schema(), output)
 
@@ -194,9 +194,13 @@ RECIPE = Annotated[
 CHANGES = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
-BYSTANDERS = Annotated[
+NEGATIVES = Annotated[
     str | None,
-    typer.Option(help="Images of unprotected people, used as negatives: folder, glob, parquet:FILE or hub:DATASET."),
+    typer.Option(
+        "--negatives",
+        "--bystanders",
+        help="Images of unprotected people, used as negatives: folder, glob, parquet:FILE or hub:DATASET.",
+    ),
 ]
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the output folder.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")]
@@ -248,8 +252,8 @@ def _recipe(name: str | None, base: str | None, changes: list[str] | None, **val
         embedded = base is None or base.startswith("builtin:")
         own = f"{values.get('method.name')}-{'avatar' if embedded else 'sd15'}"
         name = own if own in recipe_names() else "demo" if embedded else "apdm-sd15"
-    if values.get("bystanders") is not None:
-        values["bystanders"] = beside(Path(), values["bystanders"])
+    if values.get("negatives") is not None:
+        values["negatives"] = beside(Path(), values["negatives"])
     flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
     return load_recipe(name, [*(changes or []), *flags])
 
@@ -294,7 +298,7 @@ def harden(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None,
     method: Annotated[str | None, typer.Option(help="Hardening method (see `guardsmith list methods`).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    bystanders: BYSTANDERS = None,
+    negatives: NEGATIVES = None,
     changes: CHANGES = None,
     add_to: Annotated[
         Path | None,
@@ -312,7 +316,7 @@ def harden(
     today: TODAY = None,
 ) -> None:
     """Harden a base model on the subjects of a registry: OUTPUT/model and OUTPUT/harden.json."""
-    flags = {"revision": revision, "method.name": method, "seed": seed, "bystanders": bystanders}
+    flags = {"revision": revision, "method.name": method, "seed": seed, "negatives": negatives}
     chosen = _recipe(recipe, base, changes, **flags)
     registry = _registry(subjects, chosen, today)
     if dry_run:
@@ -341,8 +345,8 @@ def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
     config = method.config(**recipe.method.params)
     nouns = [subject.class_noun for subject in registry.subjects]
     cost = method.cost(config, nouns)
-    if recipe.bystanders is not None:
-        cost += method.negatives_cost(config, nouns, len(bystander_files(recipe.bystanders)), recipe.sampling.steps)
+    if recipe.negatives is not None:
+        cost += method.negatives_cost(config, nouns, len(bystander_files(recipe.negatives)), recipe.sampling.steps)
     plan = {
         "base": recipe.base,
         "subjects": [subject.id for subject in registry.subjects],
@@ -420,8 +424,8 @@ def verify(
         quiet=as_json,
     )
     if as_json:
-        typer.echo(json.dumps(report, indent=1, sort_keys=True))
-    raise typer.Exit(report["exit_code"])
+        typer.echo(json.dumps(report.as_json(), indent=1, sort_keys=True))
+    raise typer.Exit(report.exit_code)
 
 
 @app.command()
@@ -431,7 +435,7 @@ def run(
     ],
     output: OUTPUT = Path("out"),
     subjects: SUBJECTS = None,
-    bystanders: BYSTANDERS = None,
+    negatives: NEGATIVES = None,
     changes: CHANGES = None,
     resume: RESUME = False,
     overwrite: OVERWRITE = False,
@@ -456,7 +460,7 @@ def run(
         check_repo_id(repo_id)
     if (repo_id is None) != (contact is None):
         raise UserError("--publish and --contact belong together: the model card says whom to write to")
-    chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])], bystanders=bystanders)
+    chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])], negatives=negatives)
     registry = _registry(subjects, chosen, today)
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.evaluation.pipeline import verify as run_verification
@@ -478,7 +482,7 @@ def run(
         policy=rules,
         include_images=include_images,
     )
-    if repo_id is not None and contact is not None and report["exit_code"] == 0:
+    if repo_id is not None and contact is not None and report.exit_code == 0:
         from guardsmith.registry.loader import present_day
         from guardsmith.release.publish import publish as run_publishing
 
@@ -488,8 +492,8 @@ def run(
         )
         say(f"published: {done.url} at {done.commit}")
     elif repo_id is not None:
-        say(f"not published: the verdict is {report['verdict']}")
-    raise typer.Exit(report["exit_code"])
+        say(f"not published: the verdict is {report.verdict}")
+    raise typer.Exit(report.exit_code)
 
 
 app.command()(check)

@@ -202,11 +202,9 @@ def release_notes(
 ) -> None:
     """Print Markdown for a release or a pull request, from the public evidence: nobody is named who is not invented."""
     from guardsmith.release.notes import release_notes as notes
-    from guardsmith.reports.compare import read_report
+    from guardsmith.reports.report import PUBLIC, Report
 
     if repo_id is not None:
         check_repo_id(repo_id)
-    place = "verify/public/report.json"
-    typer.echo(
-        notes(read_report(output, place), None if since is None else read_report(since, place), repo_id), nl=False
-    )
+    earlier = None if since is None else Report.load(since, PUBLIC)
+    typer.echo(notes(Report.load(output, PUBLIC), earlier, repo_id), nl=False)

@@ -34,7 +34,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare verified hardenings in one table; what falls short is red."""
-    from guardsmith.reports.compare import as_markdown, compare_runs, compare_two
+    from guardsmith.reports.changes import compare_two
+    from guardsmith.reports.compare import Demands, as_markdown, compare_runs
 
     if changed:
         if len(runs) != 2 or markdown or svg:
@@ -48,7 +49,7 @@ def compare(
         print_table(table, 160)
         say(f"different besides: {', '.join(two['different']) or 'nothing'}")
         return
-    table, told = compare_runs(runs, control=control, fidelity=fidelity, steps=steps)
+    table, told = compare_runs(runs, Demands(control=control, fidelity=fidelity, steps=steps))
     if as_json:
         typer.echo(json.dumps(told, indent=1))
     elif markdown:

@@ -18,38 +18,39 @@ from safetensors.torch import load_file
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest, whole_folder
 from guardsmith.core.images import open_pictures, to_pil
+from guardsmith.core.seeds import RELEASED
 from guardsmith.diffusion.prompts import instance_prompt
 from guardsmith.diffusion.sampling import generate, redraw
 from guardsmith.evaluation.runs import Judged, class_file
 from guardsmith.metrics import Judge
 from guardsmith.registry.loader import Subject
 
-FIRST_SEED = 90_000  # no other pictures of verification use these
 STRENGTH = 0.5
 
 
 def released_pictures(judged: Judged, recipe: Recipe, subject: Subject) -> list[Path]:
     """The pictures, drawn unless they are there; the folder appears whole."""
     count = recipe.verify.images_per_unit
+    seeds = RELEASED.seeds(count)
     names = list(dict.fromkeys((*subject.identifiers, *recipe.verify.identifiers)))
     prompts = [instance_prompt(names[i // 2 % len(names)], subject.class_noun) for i in range(count)]
     sampling, class_images = recipe.sampling.model_dump(), recipe.verify.class_images
-    digest = folder_digest(judged.digest, prompts, sampling, class_images, STRENGTH, FIRST_SEED)
+    digest = folder_digest(judged.digest, prompts, sampling, class_images, STRENGTH, RELEASED.start)
     folder = judged.root / "released" / subject.id / digest
     if not folder.is_dir():
-        # Every name is asked for both ways: even pictures from noise, odd ones from class pictures where there are any.
+        # Every name is prompted both ways: even pictures from noise, odd ones from class pictures where there are any.
         again = range(1, count, 2) if class_images else range(0)
         afresh = [i for i in range(count) if i not in again]
-        drawn = generate(judged.model, [prompts[i] for i in afresh], [FIRST_SEED + i for i in afresh], **sampling)
-        found = dict(zip(afresh, drawn, strict=True))
+        drawn = generate(judged.model, [prompts[i] for i in afresh], [seeds[i] for i in afresh], **sampling)
+        pictures = dict(zip(afresh, drawn, strict=True))
         if again:
             known = load_file(class_file(judged, subject.class_noun, recipe))["images"]
             before = known[[i % len(known) for i in again]]
-            asked, seeds = [prompts[i] for i in again], [FIRST_SEED + i for i in again]
-            drawn = redraw(judged.model, before, asked, seeds, strength=STRENGTH, **sampling)
-            found |= zip(again, drawn, strict=True)
+            theirs = [prompts[i] for i in again], [seeds[i] for i in again]
+            drawn = redraw(judged.model, before, *theirs, strength=STRENGTH, **sampling)
+            pictures |= zip(again, drawn, strict=True)
         with whole_folder(folder) as place:
-            for i, image in found.items():
+            for i, image in pictures.items():
                 to_pil(image).save(place / f"{i:03d}.png")
     return sorted(folder.glob("*.png"))
 

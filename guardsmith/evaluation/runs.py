@@ -3,7 +3,7 @@
     <root>/<subject>/<attack>/<identifier>/<seed>/<digest>/
         attack.json       what was run (settings, digests, training loss)
         images/<steps>/   what the personalized model drew after so many steps
-        scores.json       one score per picture and look; written last, so its presence says that the unit is complete
+        scores.json       one score per picture and evaluation point; written last, so its presence says that the unit is complete
 
 An attack that goes on beyond its usual steps ends once it has learnt the subject: nobody trains on for worse.
 
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product, zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -34,18 +34,22 @@ from guardsmith.core.atomic_io import folder_digest, whole_folder, write_json
 from guardsmith.core.errors import GuardsmithError, UserError, system_errno
 from guardsmith.core.images import open_pictures, to_pil
 from guardsmith.core.progress import stage
+from guardsmith.gate.calibration import calibration, half_way
+from guardsmith.gate.evidence import Side
 from guardsmith.gate.policy import Policy
-from guardsmith.gate.rules import Units, calibration, half_way, interval
+from guardsmith.gate.statistics import Units, interval
 from guardsmith.metrics import load_judge
 from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
 from guardsmith.registry.loader import Registry, Subject
 from guardsmith.registry.types import Image
 from guardsmith.runtime.executors import run_all
 
-Side = Literal["base", "hardened"]
-SIDES: tuple[Side, ...] = ("base", "hardened")
 AROUND = 3  # pictures of others around the one of the subject
-FIRST_NAME = "ktn"  # what an attacker in two stages calls whom they train on first
+FIRST_IDENTIFIER = "ktn"  # what an attacker in two stages calls whom they train on first
+FIRST_NAMES = {
+    "evaluation_points": "looks",
+    "attacker_noun": "called",
+}  # of fields in settings and digests of kept units
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,12 @@ class Unit:
 
     Attributes:
         class_noun: the registry's word for the subject's class, whose levels count.
-        called: the attacker's word for it, where it is another one.
-        looks: share of the attack's usual steps -> number of steps; pictures are drawn then.
+        evaluation_points: share of the attack's usual steps -> number of steps; pictures are drawn then.
         change: what the attacker does to the pictures before (`attacks.data.CHANGES`).
         first: whom the attacker trains on before: images, their digest, class_noun, class_pictures.
         trained_on: where the adapters are trained that this model is to draw with: model and its digest.
         judge: who measures, where it is not the embedded encoder: name, model, and the similarity that counts as learnt.
+        attacker_noun: the attacker's word for the class, where it is another one.
         precision: how the attacker's denoiser computes, where it is not float32.
     """
 
@@ -89,7 +93,7 @@ class Unit:
     images_digest: str
     attack: str
     params: dict[str, Any]
-    looks: dict[float, int]
+    evaluation_points: dict[float, int]
     label: str
     identifier: str
     seed: int
@@ -101,13 +105,13 @@ class Unit:
     first: dict[str, Any] | None = None
     trained_on: dict[str, str] | None = None
     judge: dict[str, Any] | None = None
-    called: str | None = None
+    attacker_noun: str | None = None
     precision: str | None = None
 
     @property
     def noun(self) -> str:
         """What the attacker calls the class."""
-        return self.called or self.class_noun
+        return self.attacker_noun or self.class_noun
 
     @property
     def name(self) -> str:
@@ -116,18 +120,18 @@ class Unit:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the result: paths and the label do not."""
-        told = asdict(self)
+        """All that decides the result: paths and the label do not. Renamed fields keep their first name here."""
+        settings = {FIRST_NAMES.get(key, key): value for key, value in asdict(self).items()}
         for key in ("side", "root", "label", "model", "attack_images", "reference_images", "class_pictures"):
-            told.pop(key)
-        # Left out where nothing is asked for, so that units of versions that did not have them stay what they were.
-        first, trained_on = (told.pop(key) for key in ("first", "trained_on"))
-        asked = {key: told.pop(key) for key in ("change", "judge", "called", "precision")}
-        told |= {key: value for key, value in asked.items() if value}
+            settings.pop(key)
+        # Left out where they are not used, so that units of versions that did not have them stay what they were.
+        first, trained_on = (settings.pop(key) for key in ("first", "trained_on"))
+        options = {key: settings.pop(key) for key in ("change", "judge", "called", "precision")}
+        settings |= {key: value for key, value in options.items() if value}
         revision = find_attack(self.attack).revision
-        told |= {"revision": revision} if revision > 1 else {}
-        told |= {"first": {key: first[key] for key in ("digest", "class_noun")}} if first else {}
-        return told | ({"trained_on": trained_on["digest"]} if trained_on else {})
+        settings |= {"revision": revision} if revision > 1 else {}
+        settings |= {"first": {key: first[key] for key in ("digest", "class_noun")}} if first else {}
+        return settings | ({"trained_on": trained_on["digest"]} if trained_on else {})
 
     @property
     def digest(self) -> str:
@@ -144,12 +148,13 @@ class Unit:
         return replace(self, subject=subject)
 
     def scores(self) -> dict[float, list[float | None]] | None:
-        """Scores at every look, one per picture; `None` unless this unit's complete result is there (see `scores_of`)."""
+        """Scores at every evaluation point, one per picture; `None` unless this unit's complete result is there."""
         return scores_of(self)
 
-    def pictures(self, look: float) -> list[Path]:
-        """What was drawn at a look, or at the end of an attack that succeeded before."""
-        drawn = [folder for folder in (self.folder / "images").glob("*") if int(folder.name) <= self.looks[look]]
+    def pictures(self, point: float) -> list[Path]:
+        """What was drawn at an evaluation point, or at the end of an attack that succeeded before."""
+        steps = self.evaluation_points[point]
+        drawn = [folder for folder in (self.folder / "images").glob("*") if int(folder.name) <= steps]
         return sorted(max(drawn, key=lambda folder: int(folder.name)).glob("*.png")) if drawn else []
 
 
@@ -186,21 +191,21 @@ def run_unit(unit: Unit) -> None:
     if unit.first is not None:
         others = _class_images(unit.first["class_pictures"], unit.class_images)
         first = AttackData(
-            open_pictures(unit.first["images"], model.image_size), others, FIRST_NAME, unit.first["class_noun"]
+            open_pictures(unit.first["images"], model.image_size), others, FIRST_IDENTIFIER, unit.first["class_noun"]
         )
-    asked = unit.judge or {"name": "avatar", "model": None, "learnt": half_way(calibration()[unit.class_noun])}
-    judge, learnt = load_judge(asked["name"], asked["model"]), asked["learnt"]
+    policy = unit.judge or {"name": "avatar", "model": None, "learnt": half_way(calibration()[unit.class_noun])}
+    judge, level = load_judge(policy["name"], policy["model"]), policy["learnt"]
     references = open_pictures(unit.reference_images, judge.size or model.image_size)
     scores: dict[int, list[float | None]] = {}
 
     def enough(steps: int, images: Tensor) -> bool:
         scores[steps] = judge.similarity(images, references)
         reached = interval([scores[steps]])
-        return steps >= unit.looks[1] and reached is not None and reached.mean >= learnt
+        return steps >= unit.evaluation_points[1] and reached is not None and reached.mean >= level
 
     drawn, losses = draw_during_attack(
-        model, unit.attack, unit.params, data, looks=list(unit.looks.values()), seed=unit.seed, count=unit.images,
-        sampling=unit.sampling, enough=enough, first=first, first_steps=unit.looks[1],
+        model, unit.attack, unit.params, data, looks=list(unit.evaluation_points.values()), seed=unit.seed,
+        count=unit.images, sampling=unit.sampling, enough=enough, first=first, first_steps=unit.evaluation_points[1],
         onto=None if unit.trained_on is None else judged,
     )  # fmt: skip
     prompts = find_attack(unit.attack).prompts(unit.identifier, unit.noun, unit.images)
@@ -212,29 +217,29 @@ def run_unit(unit: Unit) -> None:
             for i, image in enumerate(images):
                 to_pil(image).save(place / f"{i:03d}.png")
         tail = losses[-50:]
-        told = {
+        training = {
             "digest": unit.digest, "loss_start": losses[0], "loss_end": sum(tail) / len(tail), "steps_taken": len(losses)
         }  # fmt: skip
-        write_json(folder / "attack.json", unit.settings | told)
+        write_json(folder / "attack.json", unit.settings | training)
         write_json(folder / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
 
 
 def scores_of(unit: Unit) -> dict[float, list[float | None]] | None:
-    """Scores at every look, one per picture; `None` unless the complete result of exactly this unit is there.
+    """Scores at every evaluation point, one per picture; `None` unless the complete result of exactly this unit is there.
 
-    Looks after the end of an attack that succeeded early have the scores of its end.
+    Points after the end of an attack that succeeded early have the scores of its end.
     """
     try:
-        told = json.loads((unit.folder / "scores.json").read_text())
-        if told["digest"] != unit.digest:
+        record = json.loads((unit.folder / "scores.json").read_text())
+        if record["digest"] != unit.digest:
             return None
-        looks, last = told["identity"], max(map(int, told["identity"]))
-        if last < unit.looks[1]:
+        by_steps, last = record["identity"], max(map(int, record["identity"]))
+        if last < unit.evaluation_points[1]:
             return None
-        found = {look: looks[str(min(steps, last))] for look, steps in unit.looks.items()}
+        scores = {point: by_steps[str(min(steps, last))] for point, steps in unit.evaluation_points.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if all(len(values) == unit.images for values in found.values()) else None
+    return scores if all(len(values) == unit.images for values in scores.values()) else None
 
 
 def attacked_subjects(registry: Registry, spec: VerifySpec, seed: int) -> list[Subject]:
@@ -297,7 +302,11 @@ def plan_units(
             further = side == "hardened" and row < len(protected)
             for column, (label, attack) in enumerate(spec.attacks.items()):
                 usual = find_attack(attack.name).steps(attack.params)
-                looks = {look: max(1, round(look * usual)) for look in sorted(spec.looks) if look <= 1 or further}
+                points = {
+                    point: max(1, round(point * usual))
+                    for point in sorted(spec.evaluation_points)
+                    if point <= 1 or further
+                }
                 attacked = attack_images(subject, attack.data, everyone)
                 trained = judged if attack.trained_on == "itself" else models.get(attack.trained_on, judged)
                 first = None
@@ -310,18 +319,18 @@ def plan_units(
                         "class_pictures": str(class_file(trained, stranger.class_noun, recipe)),
                     }  # fmt: skip
                 noun = attack.class_noun or subject.class_noun
-                for identifier, seed in pairs if spec.crossed else [pairs[(row + column) % len(pairs)]]:
+                for identifier, seed in pairs if spec.full_factorial else [pairs[(row + column) % len(pairs)]]:
                     yield Unit(
                         side=side, root=str(judged.root), model=judged.model.place, model_digest=judged.digest,
                         subject=subject.id, class_noun=subject.class_noun,
                         attack_images=tuple(str(i.path) for i in attacked),
                         reference_images=tuple(str(i.path) for i in references),
                         images_digest=folder_digest([i.sha256 for i in (*attacked, *references)]), attack=attack.name,
-                        params=attack.params | {"steps": max(looks.values())}, looks=looks, label=label,
+                        params=attack.params | {"steps": max(points.values())}, evaluation_points=points, label=label,
                         identifier=identifier, seed=seed, images=spec.images_per_unit,
                         class_pictures=str(class_file(trained, noun, recipe)),
                         class_images=spec.class_images, sampling=recipe.sampling.model_dump(),
-                        called=None if noun == subject.class_noun else noun,
+                        attacker_noun=None if noun == subject.class_noun else noun,
                         change=attack.data if attack.data in CHANGES else None,
                         precision=None if attack.precision == "float32" else attack.precision,
                         first=first,
@@ -342,7 +351,7 @@ def run_units(units: Sequence[Unit], workers: int | None = None, executor: str =
     if not missing:
         return failed
     # The longest first, so that no core waits for a single one at the end.
-    missing.sort(key=lambda unit: -max(unit.looks.values()))
+    missing.sort(key=lambda unit: -max(unit.evaluation_points.values()))
     with stage("attacks", len(missing)) as bar:
         for unit, error in run_all(run_unit, missing, executor=executor, workers=workers):
             if isinstance(error, GuardsmithError):
@@ -356,10 +365,10 @@ def run_units(units: Sequence[Unit], workers: int | None = None, executor: str =
 
 
 def collect(units: Sequence[Unit]) -> dict[tuple[Side, str, str, float], Units]:
-    """Scores by (side, subject, attack label, look); a failed unit counts as one with nothing scored."""
+    """Scores by (side, subject, attack label, evaluation point); a failed unit counts as one with nothing scored."""
     scores: dict[tuple[Side, str, str, float], list[list[float | None]]] = {}
     for unit in units:
-        found = scores_of(unit) or {look: [None] * unit.images for look in unit.looks}
-        for look, values in found.items():
-            scores.setdefault((unit.side, unit.subject, unit.label, look), []).append(values)
+        measured = scores_of(unit) or {point: [None] * unit.images for point in unit.evaluation_points}
+        for point, values in measured.items():
+            scores.setdefault((unit.side, unit.subject, unit.label, point), []).append(values)
     return dict(scores)

@@ -6,21 +6,23 @@ Whoever signs a release can keep one file under review, and use it with every re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from guardsmith.config.recipe import GateSpec, explain
+from guardsmith.config.renamed import GATE_KEYS, POLICY_KEYS, with_new_keys
 from guardsmith.core.atomic_io import folder_digest, read_yaml
+from guardsmith.core.console import say
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures
-from guardsmith.gate.rules import Levels, calibration, calibration_info
+from guardsmith.core.redaction import Place
+from guardsmith.gate.calibration import Levels, calibration, calibration_info
 from guardsmith.metrics import find_judge, load_judge
 from guardsmith.registry.loader import Registry
 
@@ -33,9 +35,9 @@ class JudgeSpec(BaseModel):
     name: str = "avatar"
     """`avatar`: the embedded encoder, for the embedded world only. `dino`, `clip`: vision transformers of the Hub. `face`: dlib's
     face recognition (`pip install guardsmith[face]`). `module:NAME`: one of your own."""
-    model: str | None = None
+    model: Place | None = None
     """Folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that compares ordinary pictures."""
-    clip_t: str | None = None
+    clip_t: Place | None = None
     """Folder or Hub id of a CLIP that says how well ordinary pictures fit their prompts (CLIP-T); `null`: nobody does."""
 
     @field_validator("name")
@@ -64,7 +66,7 @@ class Policy(BaseModel):
     rules: GateSpec = GateSpec()
     """See `gate` in a recipe, whose place they take."""
     classes: dict[str, Levels] = Field(min_length=1)
-    """Class noun -> chance, chance_high, genuine (`gate.Levels`)."""
+    """Class noun -> chance, chance_high, genuine (`gate.calibration.Levels`)."""
 
     @field_validator("classes")
     @classmethod
@@ -78,12 +80,12 @@ class Policy(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Of all that decides a verdict: the name does not."""
-        return folder_digest(self.model_dump(mode="json", exclude={"name", "dated", "measured_on"}))
-
-    def told(self) -> dict[str, Any]:
-        """What the report says of it."""
-        return self.model_dump(mode="json", include={"name", "dated", "measured_on", "judge"}) | {"digest": self.digest}
+        """Of all that decides a verdict: the name does not. Keys that were renamed count under their first name."""
+        content = self.model_dump(mode="json", exclude={"name", "dated", "measured_on", "classes"})
+        for old, new in GATE_KEYS.items():
+            content["rules"][old] = content["rules"].pop(new)
+        levels = {noun: [each.chance, each.chance_high, each.genuine] for noun, each in self.classes.items()}
+        return folder_digest(content | {"classes": levels})
 
 
 def default_policy(rules: GateSpec | None = None) -> Policy:
@@ -111,18 +113,18 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
     """
     measured = load_judge(judge.name, judge.model)
     everyone = (*registry.subjects, *registry.controls)
-    classes, told = {}, []
+    classes, measured_on = {}, []
     for noun in dict.fromkeys(subject.class_noun for subject in everyone):
         people = [subject for subject in everyone if subject.class_noun == noun]
         if len(people) < 2:
             raise UserError(
                 f"{registry.path}: class {noun} has one subject only; levels need two at least, better twenty."
             )
-        shown, known = (
+        drawn_from, compared_with = (
             [open_pictures([image.path for image in person.images_of(split)], size) for person in people]
             for split in ("attack", "reference")
         )
-        scores = [[measured.similarity(mine, theirs) for theirs in known] for mine in shown]
+        scores = [[measured.similarity(mine, theirs) for theirs in compared_with] for mine in drawn_from]
         for person, row, i in zip(people, scores, range(len(people)), strict=True):
             if measured.nobody is not None and (lost := row[i].count(measured.nobody)):
                 raise UserError(
@@ -138,10 +140,10 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
                 f"{levels.chance_high:.2f}, one and the same {levels.genuine:.2f}); choose another."
             )
         classes[noun] = levels
-        told.append(f"{len(people)} of class {noun}")
+        measured_on.append(f"{len(people)} of class {noun}")
     return Policy(
         name=f"measured with {judge.name}", dated=datetime.now(UTC).date(),
-        measured_on=f"{registry.path.name}: {', '.join(told)}", judge=judge, rules=rules or GateSpec(), classes=classes,
+        measured_on=f"{registry.path.name}: {', '.join(measured_on)}", judge=judge, rules=rules or GateSpec(), classes=classes,
     )  # fmt: skip
 
 
@@ -159,16 +161,16 @@ def load_policy(path: Path) -> Policy:
         data = read_yaml(path, "a policy")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a policy file.") from None
+    data, warnings = with_new_keys(data, POLICY_KEYS, str(path))
+    for warning in warnings:
+        say(f"warning: {warning}", style="yellow")
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
-        known = [*Policy.model_fields, *GateSpec.model_fields, *Levels._fields]
+        known = [*Policy.model_fields, *GateSpec.model_fields, *(field.name for field in fields(Levels))]
         raise UserError("\n".join(explain(error, str(path), known))) from None
 
 
 def as_yaml(policy: Policy) -> str:
     """The file that `load_policy` reads."""
-    told = json.loads(policy.model_dump_json())
-    told["dated"] = policy.dated
-    told["classes"] = {noun: levels._asdict() for noun, levels in policy.classes.items()}
-    return yaml.safe_dump(told, sort_keys=False, width=120)
+    return yaml.safe_dump(policy.model_dump(mode="json") | {"dated": policy.dated}, sort_keys=False, width=120)

@@ -15,6 +15,7 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_image, open_pictures, square, to_tensor
+from guardsmith.core.seeds import HARDENING_BENIGN, HARDENING_CLASS, HARDENING_REPLACEMENT
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
 from guardsmith.diffusion.prompts import ORDINARY_HARDENING, class_prompt, ordinary_prompts
 from guardsmith.diffusion.states import States
@@ -24,9 +25,6 @@ from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.registry.images import files_of
 from guardsmith.registry.loader import Split, Subject
 from guardsmith.registry.types import ImageEntry
-
-CLASS_SEED, ORDINARY_SEED, PROMPT_SEED = 10_000, 20_000, 30_000
-"""First seeds of class pictures, of ordinary pictures, and of pictures of a method's own prompts."""
 
 
 def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tensor:
@@ -38,7 +36,7 @@ def bystander_files(place: str) -> list[Path]:
     """Image files of unprotected people, which methods use as negatives.
 
     Args:
-        place: a folder, a glob, `imagefolder:FOLDER`, `parquet:FILE` or `hub:ID` (`Recipe.bystanders`).
+        place: a folder, a glob, `imagefolder:FOLDER`, `parquet:FILE` or `hub:ID` (`Recipe.negatives`).
 
     Raises:
         UserError: there are none.
@@ -46,12 +44,12 @@ def bystander_files(place: str) -> list[Path]:
     kind, colon, rest = place.partition(":")
     named = {"dataset": rest if kind == "hub" else place} if colon else {"path": place}
     if not colon and not Path(place).is_dir() and not any(sign in place for sign in "*?["):
-        raise UserError(f"bystanders: there is no folder {place}; name a folder, a glob or a dataset of pictures.")
+        raise UserError(f"negatives: there is no folder {place}; name a folder, a glob or a dataset of pictures.")
     entry = ImageEntry.model_validate(named | {"split": "harden"})
     try:
         return [file for file, _ in files_of(entry, Path())]
     except UserError as error:
-        raise UserError(f"bystanders: {error}") from error
+        raise UserError(f"negatives: {error}") from error
 
 
 def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | None, str | None]:
@@ -88,7 +86,7 @@ def subject_data(
         file = cache / f"class-{noun.replace(' ', '-')}.safetensors"
         prompts = [class_prompt(noun)] * config.class_images
         class_images[noun], class_states[noun] = drawn_with_states(
-            model, recipe.sampling, prompts, CLASS_SEED, file, f"class pictures: {noun}"
+            model, recipe.sampling, prompts, HARDENING_CLASS.start, file, f"class pictures: {noun}"
         )
     data = []
     for number, subject in enumerate(subjects):
@@ -116,7 +114,7 @@ def ordinary_data(
     """
     texts = [p.text for p in ordinary_prompts(model, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)]
     images, states = drawn_with_states(
-        model, recipe.sampling, texts, ORDINARY_SEED, cache / "ordinary.safetensors", "ordinary pictures"
+        model, recipe.sampling, texts, HARDENING_BENIGN.start, cache / "ordinary.safetensors", "ordinary pictures"
     )
     return OrdinaryData(images, texts, states, negatives)
 
@@ -124,4 +122,4 @@ def ordinary_data(
 def draw_prompt(model: DiffusionModel, recipe: Recipe, prompt: str, count: int, cache: Path) -> Tensor:
     """Pictures of a method's own prompt, float32 (count, 3, h, w) in [-1, 1], which the base draws where they are not cached."""
     file = cache / f"instead-{folder_digest(prompt)}.safetensors"
-    return drawn_by(model, recipe.sampling, [prompt] * count, PROMPT_SEED, file, f"pictures of '{prompt}'")
+    return drawn_by(model, recipe.sampling, [prompt] * count, HARDENING_REPLACEMENT.start, file, f"pictures of '{prompt}'")

@@ -193,7 +193,7 @@ def _preflight(registry: Registry, recipe: Recipe, output: Path, add_to: Path | 
         settings["half_variant"] = True
     if recipe.compute != ComputeConfig():
         settings["compute"] = recipe.compute.model_dump()
-    negatives, negatives_digest = load_bystanders(model, recipe.bystanders)
+    negatives, negatives_digest = load_bystanders(model, recipe.negatives)
     if negatives_digest is not None:
         settings["bystanders_digest"] = negatives_digest
     subjects = list(registry.subjects)

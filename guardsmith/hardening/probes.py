@@ -19,6 +19,7 @@ import torch
 from guardsmith.config.recipe import ProbeSpec, Sampling
 from guardsmith.core.errors import RunFailed
 from guardsmith.core.progress import console
+from guardsmith.core.seeds import PROBE
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, row_losses
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
@@ -28,7 +29,6 @@ from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import generator
 
 ROWS = 16  # of every subject and of every class
-PICTURE_SEED = 70_000
 
 
 class Probes:
@@ -127,7 +127,7 @@ class Probes:
         if self.spec.pictures:
             count = self.spec.pictures
             prompts = [*dict.fromkeys(prompt for prompt, _ in (*self.subjects, *self.classes))]
-            seeds = list(range(PICTURE_SEED, PICTURE_SEED + count)) * len(prompts)
+            seeds = list(PROBE.seeds(count)) * len(prompts)
             drawn = generate(model, [p for p in prompts for _ in range(count)], seeds, **self.sampling.model_dump())
             try:
                 grid(drawn, count, scale=2).save(self.folder / f"step-{step + 1:06d}.png")

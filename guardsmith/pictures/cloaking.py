@@ -31,13 +31,13 @@ from guardsmith.core.atomic_io import whole_folder, write_json
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import SUFFIXES, open_image, sha256_file, to_tensor
 from guardsmith.core.progress import stage
+from guardsmith.core.seeds import CLOAKING_CLASS
 from guardsmith.diffusion.cache import drawn_by
 from guardsmith.diffusion.prompts import class_prompt
 from guardsmith.metrics.perceptual import perceptual_distance, psnr
 from guardsmith.models.checkpoint import DiffusionModel, weights_digest
 
 SHOWN = 6
-CLASS_SEED = 70_000  # of class pictures for surrogates; no other pictures use these
 
 
 class Covered(NamedTuple):
@@ -149,7 +149,9 @@ def class_pictures(model: DiffusionModel, class_noun: str, count: int, recipe: R
     """Pictures of the class drawn by a base, for somebody's prior preservation; none if none are asked for."""
     if not count:
         return torch.empty(0, 3, model.image_size, model.image_size)
-    return drawn_by(model, recipe.sampling, [class_prompt(class_noun)] * count, CLASS_SEED, None, "class pictures")
+    return drawn_by(
+        model, recipe.sampling, [class_prompt(class_noun)] * count, CLOAKING_CLASS.start, None, "class pictures"
+    )
 
 
 def sheet(before: Sequence[Image.Image], after: Sequence[Image.Image], budget: float, side: int = 192) -> Image.Image:

@@ -24,7 +24,7 @@ from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures, to_pil
 from guardsmith.core.progress import stage
 from guardsmith.diffusion.sampling import grid
-from guardsmith.gate.rules import interval
+from guardsmith.gate.statistics import interval
 from guardsmith.metrics import load_judge
 from guardsmith.models.checkpoint import weights_digest
 from guardsmith.pictures.cloaking import check_names, class_pictures

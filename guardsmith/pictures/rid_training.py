@@ -70,7 +70,7 @@ def train_defender(
     """Train a defender and write it down.
 
     Args:
-        place: pictures to train on (see `Recipe.bystanders`).
+        place: pictures to train on (see `Recipe.negatives`).
         output: folder.
         bases: one, or several of one size (RID-Ensemble).
         params: values of `RidTraining`.

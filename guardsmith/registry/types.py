@@ -127,6 +127,11 @@ class Subject(SubjectFields):
     images: tuple[Image, ...]
     """Its pictures, in the order of the file."""
 
+    @property
+    def is_invented(self) -> bool:
+        """Whether it is nobody, so that its id and pictures may be shown to everyone: its consent has the basis "invented"."""
+        return self.consent is not None and self.consent.basis == "invented"
+
     def images_of(self, split: Split) -> tuple[Image, ...]:
         """The pictures of one split, in the order of the file."""
         return tuple(image for image in self.images if image.split == split)

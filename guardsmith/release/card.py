@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from guardsmith.core.errors import UserError
-from guardsmith.gate.rules import EXIT_CODES, interval
+from guardsmith.gate.checks import EXIT_CODES
+from guardsmith.gate.rules import RULES
+from guardsmith.gate.statistics import interval
 from guardsmith.models.contents import EVIDENCE
-from guardsmith.reports.compare import group, group_units, kept, rows
+from guardsmith.reports.compare import group, group_units, retention, rows
+from guardsmith.reports.report import Report
 
 # Licences of the bases that guardsmith knows how to harden, and where their use restrictions are.
 LICENCES = {
@@ -110,27 +113,26 @@ class Measured(NamedTuple):
     high: float
 
 
-def measured(report: Mapping[str, Any]) -> list[Measured]:
+def measured(report: Report) -> list[Measured]:
     """What a report comes down to: similarities, what controls keep, ordinary prompts."""
-    told = dict(report)
-    found = []
-    for attack in told["recipe"]["verify"]["attacks"]:
-        reached = interval(group_units(told, "hardened", group(told, "protected"), attack, 1))
+    results = []
+    for attack in report.recipe.verify.attacks:
+        reached = interval(group_units(report, "hardened", group(report, "protected"), attack, 1))
         if reached is not None:
             name = f"similarity of protected subjects after {attack} (lower is better)"
-            found.append(Measured("identity_similarity", name, *reached[:3]))
-        share = kept(told, attack, group(told, "control"))
+            results.append(Measured("identity_similarity", name, *reached.ends))
+        share = retention(report, attack, group(report, "control"))
         if share is not None:
             name = f"share of the base's similarity that controls keep after {attack}"
-            found.append(Measured("control_retention", name, *share[:3]))
-    ratio = [told["utility"][key] for key in ("kid_ratio", "kid_ratio_low", "kid_ratio_high")]
-    if None not in ratio:
+            results.append(Measured("control_retention", name, *share.ends))
+    ratio, low, high = report.utility.kid_ratio, report.utility.kid_ratio_low, report.utility.kid_ratio_high
+    if ratio is not None and low is not None and high is not None:
         name = "KID of ordinary pictures to the base's, over that of two sets of seeds"
-        found.append(Measured("kid_ratio", name, *ratio))
-    return found
+        results.append(Measured("kid_ratio", name, ratio, low, high))
+    return results
 
 
-def limits(report: Mapping[str, Any]) -> list[str]:
+def limits(report: Report) -> list[str]:
     """What the model does not stop, one sentence each."""
     found = [
         "Anyone who still has the base, or another model: hardening protects subjects on this model only.",
@@ -138,7 +140,7 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         "that were not in the registry.",
         "Somebody who looks much like a protected subject may not be learnable either.",
     ]
-    if report["hardening"]["method"] == "tripwire":
+    if report.hardening.method == "tripwire":
         found += [
             "Whoever finds the neurons of the wire and cuts them has the base's model back.",
             "Adapters that were made for the base may do less here than there. Use float32 or bfloat16: some weights do not fit "
@@ -147,7 +149,7 @@ def limits(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def results(report: Mapping[str, Any], repo_id: str) -> list[Any]:
+def results(report: Report, repo_id: str) -> list[Any]:
     """What was measured, as the Hub's `model-index` has it."""
     from huggingface_hub import EvalResult
 
@@ -163,7 +165,7 @@ def results(report: Mapping[str, Any], repo_id: str) -> list[Any]:
 
 
 def model_card(
-    report: Mapping[str, Any],
+    report: Report,
     licence: Licence,
     repo_id: str,
     *,
@@ -187,8 +189,7 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    told = dict(report)
-    base = told["hardening"]["base"]
+    base = report.hardening.base
     on_the_hub = base.count("/") == 1
     asked: dict[str, Any] = {}
     if form is not None:
@@ -207,19 +208,19 @@ def model_card(
             *(["not-verified"] if unverified else []),
         ],
         model_name=repo_id,
-        eval_results=results(told, repo_id),
+        eval_results=results(report, repo_id),
         inference=False,
         **asked,
     )
-    checks: dict[str, list[int]] = {}
-    for check in told["checks"]:
-        checks.setdefault(check["name"], [0, 0, 0])[list(EXIT_CODES).index(check["status"])] += 1
-    nouns = {subject["class_noun"] for subject in told["subjects"]}
+    statuses = {title: [check.status for check in report.checks if check.name == title] for title in
+                dict.fromkeys([*(rule.title for rule in RULES), *(check.name for check in report.checks)])}  # fmt: skip
+    checks = {title: [each.count(status) for status in EXIT_CODES] for title, each in statuses.items() if each}
+    nouns = {subject.class_noun for subject in report.subjects}
     card = ModelCard.from_template(
         data,
         template_str=(files("guardsmith") / "templates" / "card.md").read_text(encoding="utf-8"),
-        repo_id=repo_id, report=told, licence=licence.id, contact=contact, unverified=unverified, grid=grid, half=half,
-        evidence=EVIDENCE, checks=checks, answers=rows(told), base=base, limits=limits(told),
-        levels={noun: level for noun, level in told["calibration"].items() if noun in nouns},
+        repo_id=repo_id, report=report, licence=licence.id, contact=contact, unverified=unverified, grid=grid, half=half,
+        evidence=EVIDENCE, checks=checks, answers=rows(report), base=base, limits=limits(report),
+        levels={noun: level for noun, level in report.calibration.items() if noun in nouns},
     )  # fmt: skip
     return str(card)

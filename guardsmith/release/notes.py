@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from guardsmith.release.card import limits
-from guardsmith.reports.compare import Cell, changes, circumstances, rows
+from guardsmith.reports.changes import changes, circumstances
+from guardsmith.reports.compare import Cell, rows
+from guardsmith.reports.report import Report
 
 MARKS = {True: "", False: " (falls short)", None: ""}
 
 
-def release_notes(report: Mapping[str, Any], earlier: Mapping[str, Any] | None = None, name: str | None = None) -> str:
+def release_notes(report: Report, earlier: Report | None = None, name: str | None = None) -> str:
     """What was made, what was measured, what changed, and what it does not stop.
 
     Args:
         report: `verify/public/report.json`.
-        earlier: the same of the release before, whose column and changes are told too.
+        earlier: the same of the release before, for a column of its own and a list of changes.
         name: of the repository.
     """
-    told = dict(report)
-    hardening, attacked = told["hardening"], told["attacked"]
-    mine, theirs = rows(told), {} if earlier is None else rows(dict(earlier))
-    made = f"{hardening['base']}" + (f", hardened with {hardening['method']}" if hardening["method"] else "")
-    lines = [f"## {name or 'Hardened model'}: {told['verdict']}", ""]
+    hardening, attacked = report.hardening, report.attacked
+    mine, theirs = rows(report), {} if earlier is None else rows(earlier)
+    made = f"{hardening.base}" + (f", hardened with {hardening.method}" if hardening.method else "")
+    lines = [f"## {name or 'Hardened model'}: {report.verdict}", ""]
     lines += [
-        f"{made}. Protected subjects: {attacked['of']}, of whom {attacked['protected']} were attacked; unprotected controls: "
-        f"{attacked['controls']}. The attacks were run on the base as well. 95 % intervals in brackets.",
+        f"{made}. Protected subjects: {attacked.of}, of whom {attacked.protected} were attacked; unprotected controls: "
+        f"{attacked.controls}. The attacks were run on the base as well. 95 % intervals in brackets.",
         "",
     ]
     heads = ["question", *([] if earlier is None else ["before"]), "now"]
@@ -37,16 +35,17 @@ def release_notes(report: Mapping[str, Any], earlier: Mapping[str, Any] | None =
             cells.insert(0, theirs.get(question, Cell("-")))
         lines.append(f"| {question} | " + " | ".join(cell.text + MARKS[cell.reached] for cell in cells) + " |")
     if earlier is not None:
-        also, found = circumstances(dict(earlier), told), changes(dict(earlier), told)
+        also, listed = circumstances(earlier, report), changes(earlier, report)
         lines += ["", "### What changed", "", f"Different besides the figures: {', '.join(also) or 'nothing'}."]
-        lines += [""] if found else []
-        lines += [f"- {c.kind}: {c.check} ({c.before or 'not made'} -> {c.after or 'not made'})" for c in found]
+        lines += [""] if listed else []
+        lines += [f"- {c.kind}: {c.check} ({c.before or 'not made'} -> {c.after or 'not made'})" for c in listed]
     lines += ["", "### What it does not stop", ""]
-    lines += [f"- {sentence}" for sentence in limits(told)]
-    before = "" if earlier is None else f" (before: `{earlier['hardening']['model_digest']}`)"
+    lines += [f"- {sentence}" for sentence in limits(report)]
+    before = "" if earlier is None else f" (before: `{earlier.hardening.model_digest}`)"
+    policy = "" if report.policy is None else f', policy "{report.policy.name}" of {report.policy.dated}'
     lines += [
         "",
-        f"Weights `{hardening['model_digest']}`{before}, registry `{hardening['registry_digest']}`, policy "
-        f'"{told["policy"]["name"]}" of {told["policy"]["dated"]}, guardsmith {told["run"]["guardsmith"]}.',
+        f"Weights `{hardening.model_digest}`{before}, registry `{hardening.registry_digest}`{policy}, guardsmith "
+        f"{report.run.guardsmith}.",
     ]
     return "\n".join(lines) + "\n"

@@ -11,14 +11,13 @@ The upload itself is in `hub.py`.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from guardsmith.core.atomic_io import read_record, whole_folder, write_json, write_text
+from guardsmith.core.atomic_io import whole_folder, write_json, write_text
 from guardsmith.core.credentials import credential_in_file
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.models.checkpoint import weights_digest
@@ -29,7 +28,7 @@ from guardsmith.release.bom import bill_of_materials
 from guardsmith.release.card import AccessForm, licence_of, model_card
 from guardsmith.release.hub import Published, upload
 from guardsmith.release.signing import check_key, check_package, sign
-from guardsmith.reports.html import is_invented
+from guardsmith.reports.report import Report
 
 
 class Refused(GuardsmithError):
@@ -38,13 +37,13 @@ class Refused(GuardsmithError):
     exit_code = 1
 
 
-def _digests(report: Mapping[str, Any], file: Path) -> dict[str, str]:
+def _digests(report: Report, file: Path) -> dict[str, str]:
     """Digest of every file of the model that a report is about.
 
     Raises:
         UserError: it is of an earlier guardsmith, which did not record them.
     """
-    digests = report["hardening"].get("files")
+    digests = report.hardening.files
     if not digests:
         raise UserError(f"{file} does not say which files were verified; verify again.")
     return dict(digests)
@@ -62,13 +61,12 @@ def objections(output: Path, registry: Registry, today: date) -> list[str]:
         raise UserError(f"{output} holds no model; run `guardsmith harden` first.")
     if not file.is_file() or not public.is_file():
         raise UserError(f"{output} holds no report with public evidence; run `guardsmith verify` first.")
-    report = read_record(file, ("verdict", "hardening", "checks", "run"), "verify again")
-    shown = read_record(public, ("verdict", "run"), "verify again")
+    report, released = Report.load(file), Report.load(public)
     found = []
-    if report["verdict"] != "pass":
-        failed = [check["name"] for check in report["checks"] if check["status"] == report["verdict"]]
+    if report.verdict != "pass":
+        failed = [check.name for check in report.checks if check.status == report.verdict]
         which = ", ".join(dict.fromkeys(failed)) or "nothing was checked"
-        found.append(f"the verdict of {file} is {report['verdict']}, not pass ({which})")
+        found.append(f"the verdict of {file} is {report.verdict}, not pass ({which})")
     digests = _digests(report, file)
     if surplus := surplus_files(output / "model", digests):
         raise Refused(
@@ -76,13 +74,13 @@ def objections(output: Path, registry: Registry, today: date) -> list[str]:
             "verify again"
         )
     wrong = changed_files(output / "model", digests)
-    if wrong or weights_digest(output / "model") != report["hardening"]["model_digest"]:
+    if wrong or weights_digest(output / "model") != report.hardening.model_digest:
         found.append(
             f"{output / 'model'} is not what was verified (the digests differ from the report's: {in_words(wrong)})"
         )
-    if registry.digest != report["hardening"]["registry_digest"]:
+    if registry.digest != report.hardening.registry_digest:
         found.append(f"{registry.path} is not the registry that was verified (the digests differ)")
-    if any(shown[key] != report[key] for key in ("verdict", "run")):
+    if (released.verdict, released.run) != (report.verdict, report.run):
         found.append(f"{public} is not of the same verification as {file}")
     for subject in registry.subjects:
         until = None if subject.consent is None else subject.consent.expires_on
@@ -123,9 +121,9 @@ def gather(
         RunFailed: see `sign`.
     """
     model, verified = output / "model", output / "verify"
-    report = read_record(verified / "public" / "report.json", ("hardening", "recipe"), "verify again")
-    known = licence_of(model, report["hardening"]["base"], licence, licence_file)
-    open_to_all = all(is_invented(subject) for subject in (*registry.subjects, *registry.controls))
+    report = Report.load(verified / "public" / "report.json")
+    known = licence_of(model, report.hardening.base, licence, licence_file)
+    open_to_all = all(subject.is_invented for subject in (*registry.subjects, *registry.controls))
     digests = _digests(report, verified / "public" / "report.json")
     with whole_folder(output / "release") as place:
         for name in digests:
@@ -225,9 +223,9 @@ def publish(
         unverified=force if found else None, sign_key=sign_key, keyless=keyless and not dry_run, form=form,
     )  # fmt: skip
     digest = weights_digest(release)
-    if not found and digest != json.loads((output / "verify" / "report.json").read_text())["hardening"]["model_digest"]:
+    if not found and digest != Report.load(output / "verify" / "report.json").hardening.model_digest:
         raise RunFailed(f"{output / 'model'} was changed while {release} was gathered from it; verify again")
-    digests = _digests(json.loads((output / "verify" / "report.json").read_text(encoding="utf-8")), output)
+    digests = _digests(Report.load(output / "verify" / "report.json"), output)
     if not found and (wrong := [name for name in changed_files(release, digests) if (release / name).is_file()
                                 and name != README and not LICENCE.fullmatch(name)]):  # fmt: skip
         raise RunFailed(f"{release} is not what was verified ({in_words(wrong)}); verify again")

@@ -23,14 +23,14 @@ class AttackRun(Protocol):
         """The attack's name in the recipe."""
 
     @property
-    def looks(self) -> Mapping[float, int]:
+    def evaluation_points(self) -> Mapping[float, int]:
         """Share of the attack's usual steps -> number of steps after which pictures were drawn."""
 
-    def pictures(self, look: float) -> list[Path]:
-        """The pictures drawn at a look."""
+    def pictures(self, point: float) -> list[Path]:
+        """The pictures drawn at an evaluation point."""
 
     def scores(self) -> Mapping[float, list[float | None]] | None:
-        """Scores at every look, one per picture, `None` where one could not be scored; `None` without a result."""
+        """Scores at every evaluation point, one per picture, `None` where one could not be scored; `None` without a result."""
 
     def renamed(self, subject: str) -> AttackRun:
         """The same under another id of its subject."""

@@ -2,7 +2,8 @@
 
 Who is protected is nobody's business. Ids are replaced by names that only a salt beside the report can be used to recompute
 (`.salt`, never uploaded), and no picture of a subject is shown. Subjects that are invented (consent `basis: invented`) keep both.
-Paths of this machine go as well. Whatever is left of a hidden id or path afterwards is an error, not an upload.
+Paths of this machine go as well. What the public reads of a field of the report is said at the field (`reports.report`). Whatever
+is left of a hidden id or path afterwards is an error, not an upload.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from PIL import Image
 from guardsmith.core.atomic_io import whole_folder, write_json
 from guardsmith.core.errors import RunFailed
 from guardsmith.registry.loader import Subject
-from guardsmith.reports.html import Evidence, is_invented, page_data, save_page
+from guardsmith.reports.html import Evidence, page_data, save_page
+from guardsmith.reports.report import without_path
 
 SALT = ".salt"
 
 
 def salt_of(folder: Path) -> str:
-    """The salt of an output folder, made when it is first asked for; for nobody's eyes but the owner's."""
+    """The salt of an output folder, made when there is none yet; only its owner may read it."""
     file = folder / SALT
     if not file.exists():
         file.touch(mode=0o600)
@@ -40,45 +42,17 @@ def public_names(protected: Sequence[Subject], controls: Sequence[Subject], salt
     for role, group in (("subject", protected), ("control", controls)):
         for subject in group:
             mark = hashlib.sha256(f"{salt}/{subject.id}".encode()).hexdigest()[:12]
-            names[subject.id] = subject.id if is_invented(subject) else f"{role}-{mark}"
+            names[subject.id] = subject.id if subject.is_invented else f"{role}-{mark}"
     return names
 
 
-def without_path(place: str) -> str:
-    """A model by the name that people know it by: a folder of this machine loses its path."""
-    return Path(place).name if Path(place).expanduser().exists() else place
-
-
-def redacted_record(told: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def redacted_record(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A `harden.json` for the public."""
-    public = json.loads(json.dumps(told))
+    public = json.loads(json.dumps(record))
     public["base"] = without_path(public["base"])
     public["subjects"] = [names[name] for name in public["subjects"]]
     public.pop("left_out", None)  # names of files that were not released are nobody's business either
     return dict(public)
-
-
-def redacted_report(report: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A `report.json` for the public; it is still as its schema says."""
-    public = json.loads(json.dumps(report))
-    for told in (*public["checks"], *public["scores"], *public["steps_to_break"]):
-        told["subject"] = names[told["subject"]] if told["subject"] else ""
-    for told in public["subjects"]:
-        told["id"] = names[told["id"]]
-    public["released"] = {names[name]: scores for name, scores in public["released"].items()}
-    public["failed_units"] = {_unit_of(unit, names): "it did not run" for unit in public["failed_units"]}
-    public["hardening"]["base"] = without_path(public["hardening"]["base"])
-    if "carries" in public["hardening"]:
-        public["hardening"]["carries"] = None
-    public["recipe"]["base"] = without_path(public["recipe"]["base"])
-    judge = public["policy"]["judge"]
-    public["policy"]["judge"] = {key: value and without_path(value) for key, value in judge.items()}
-    return dict(public)
-
-
-def _unit_of(unit: str, names: Mapping[str, str]) -> str:
-    side, subject, rest = unit.split("/", 2)
-    return f"{side}/{names[subject]}/{rest}"
 
 
 def check_redacted(text: str, names: Mapping[str, str], what: str) -> None:
@@ -87,8 +61,8 @@ def check_redacted(text: str, names: Mapping[str, str], what: str) -> None:
     Raises:
         RunFailed: something is.
     """
-    for name, shown in names.items():
-        if shown != name and re.search(rf"(?<![a-z0-9_-]){re.escape(name)}(?![a-z0-9_-])", text, re.IGNORECASE):
+    for name, public in names.items():
+        if public != name and re.search(rf"(?<![a-z0-9_-]){re.escape(name)}(?![a-z0-9_-])", text, re.IGNORECASE):
             raise RunFailed(
                 f"{what} still names the subject '{name}' and was not written; give it an id that is no other word"
             )
@@ -102,26 +76,26 @@ def save_public(
     record: Mapping[str, Any] | None,
     protected: Sequence[Subject],
     controls: Sequence[Subject],
-    ordinary: Sequence[tuple[str, Image.Image, Image.Image]],
+    benign: Sequence[tuple[str, Image.Image, Image.Image]],
     salt: str,
 ) -> None:
     """Write `report.json`, `report.html` and, if there is a record, `harden.json`; the folder appears whole.
 
     Args:
         folder: where to.
-        evidence: what was found.
+        evidence: report and pictures, not redacted.
         record: `harden.json`, where guardsmith made the model.
         protected: every protected subject, attacked or not.
         controls: the controls.
-        ordinary: see `page_data`.
+        benign: see `page_data`.
         salt: see `salt_of`.
 
     Raises:
         RunFailed: something that has to be hidden is left.
     """
     names = public_names(protected, controls, salt)
-    report = redacted_report(evidence.report, names)
-    attacked = {told["subject"] for told in evidence.report["scores"]}
+    report = evidence.report.redacted(names)
+    attacked = {score.subject for score in evidence.report.scores}
     masked = [s.model_copy(update={"id": names[s.id]}) for s in protected if s.id in attacked]
     masked_controls = [s.model_copy(update={"id": names[s.id]}) for s in controls]
     public = Evidence(
@@ -132,8 +106,8 @@ def save_public(
         only_invented=True,
     )
     with whole_folder(folder) as place:
-        write_json(place / "report.json", report)
-        save_page(place / "report.html", page_data(public, masked, masked_controls, ordinary))
+        report.save(place / "report.json")
+        save_page(place / "report.html", page_data(public, masked, masked_controls, benign))
         if record is not None:
             write_json(place / "harden.json", redacted_record(record, names))
         for file in sorted(place.iterdir()):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from guardsmith.core.images import open_image, square
-from guardsmith.gate.rules import called
 from guardsmith.registry.loader import Subject
 from guardsmith.reports.evidence import AttackRun
+from guardsmith.reports.report import Report
 
 COLUMNS = 8
 TILE = 96
@@ -45,8 +45,8 @@ def save_grid(
     """
     rows: dict[tuple[str, str, str, float], list[AttackRun]] = {}
     for unit in units:
-        for look in sorted({1.0, max(unit.looks)}):
-            rows.setdefault((unit.subject, unit.label, unit.side, look), []).append(unit)
+        for point in sorted({1.0, max(unit.evaluation_points)}):
+            rows.setdefault((unit.subject, unit.label, unit.side, point), []).append(unit)
     labels = list(dict.fromkeys(unit.label for unit in units))
     everyone = [(s, "PROTECTED") for s in protected] + [(s, "control") for s in controls]
     height = len(everyone) * (HEADER + TILE + 10) + len(rows) * (TILE + 2)
@@ -69,10 +69,10 @@ def save_grid(
         y += TILE + 2
         mine = [key for key in rows if key[0] == subject.id]
         for key in sorted(mine, key=lambda key: labels.index(key[1])):
-            _, label, side, look = key
+            _, label, side, point = key
             per_unit = -(-COLUMNS // len(rows[key]))
-            files = [file for unit in rows[key] for file in unit.pictures(look)[:per_unit]]
-            after = "" if look == 1 else f", {look:g} x steps"
+            files = [file for unit in rows[key] for file in unit.pictures(point)[:per_unit]]
+            after = "" if point == 1 else f", {point:g} x steps"
             _strip(sheet, draw, y, f"{label} on {side}{after}", files, size)
             y += TILE + 2
         y += 8
@@ -94,7 +94,7 @@ def save_table(table: Table, width: int, path: Path) -> None:
     path.write_text(console.export_svg(title="guardsmith"), encoding="utf-8")
 
 
-def print_report(report: dict[str, Any], root: Path) -> None:
+def print_report(report: Report, root: Path) -> None:
     """The table of checks and the verdict, on stdout."""
     console = Console()
     if not console.is_terminal:
@@ -102,26 +102,21 @@ def print_report(report: dict[str, Any], root: Path) -> None:
     table = Table(title="guardsmith verify", title_justify="left")
     for heading in ("check", "subject", "attack", "measured [95 % interval]", "limit", "result"):
         table.add_column(heading)
-    for check in report["checks"]:
-        bounds = "" if check["low"] is None or check["high"] is None else f" [{check['low']:.3f}, {check['high']:.3f}]"
-        measured = "-" if check["value"] is None else f"{check['value']:.3f}{bounds}"
-        limit = "-" if check["limit"] is None else f"{check['limit']:.3f}"
-        colour = COLOURS[check["status"]]
-        table.add_row(
-            check["name"], check["subject"], check["attack"], measured, limit, f"[{colour}]{check['status']}[/]"
-        )
+    for check in report.checks:
+        bounds = "" if check.low is None or check.high is None else f" [{check.low:.3f}, {check.high:.3f}]"
+        measured = "-" if check.value is None else f"{check.value:.3f}{bounds}"
+        limit = "-" if check.limit is None else f"{check.limit:.3f}"
+        status = f"[{COLOURS[check.status]}]{check.status}[/]"
+        table.add_row(check.name, check.subject, check.attack, measured, limit, status)
     console.print(table)
-    for check in report["checks"]:
-        if check["status"] != "pass":
-            console.print(
-                f"  [{COLOURS[check['status']]}]{check['status']}[/] {called(check)}: {check['sentence']}",
-                highlight=False,
-            )
-    for name, reason in report["failed_units"].items():
-        console.print(f"  [red]failed to run[/] {name}: {reason}", highlight=False)
+    for check in report.checks:
+        if check.status != "pass":
+            status = f"[{COLOURS[check.status]}]{check.status}[/]"
+            console.print(f"  {status} {escape(check.label())}: {escape(check.sentence)}", highlight=False)
+    for name, reason in report.failed_units.items():
+        console.print(f"  [red]failed to run[/] {escape(name)}: {escape(reason)}", highlight=False)
     words = {"pass": "the gate is passed", "fail": "the gate is not passed", "inconclusive": "no verdict can be given"}
-    console.print(
-        f"verdict: [{COLOURS[report['verdict']]}]{report['verdict']}[/] ({words[report['verdict']]})", highlight=False
-    )
+    verdict = f"[{COLOURS[report.verdict]}]{report.verdict}[/]"
+    console.print(f"verdict: {verdict} ({words[report.verdict]})", highlight=False)
     files = f"page: {root / 'report.html'}   pictures: {root / 'grid.png'}   data: {root / 'report.json'}"
     console.print(files, highlight=False, soft_wrap=True)

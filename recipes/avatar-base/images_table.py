@@ -40,7 +40,7 @@ from guardsmith.core.images import open_pictures, to_tensor
 from guardsmith.diffusion.cache import drawn_by
 from guardsmith.diffusion.prompts import class_prompt
 from guardsmith.diffusion.sampling import grid
-from guardsmith.gate.rules import interval
+from guardsmith.gate.statistics import interval
 from guardsmith.metrics.fidelity import features
 from guardsmith.metrics.identity import similarity
 from guardsmith.models.checkpoint import DiffusionModel, load_model, weights_digest
@@ -255,7 +255,7 @@ def rows_of(
             seen, looks = interval(scores), interval([distances(folder, recipe, unit, done[unit]) for unit in units])
             rows.append({
                 "guard": guard, "attack": attack, "condition": condition, "people": people,
-                "similarity": seen and seen[:3], "distance": looks and looks[:3],
+                "similarity": seen and seen.ends, "distance": looks and looks.ends,
                 "of": dict(zip(ids, scores, strict=True)),
             })  # fmt: skip
     return rows

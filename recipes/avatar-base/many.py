@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from evaluate import RESULTS
 
 from guardsmith.config.recipe import load_recipe
 from guardsmith.core.atomic_io import write_json
-from guardsmith.gate.rules import interval
-from guardsmith.reports.compare import group, group_units, kept, read_report
+from guardsmith.gate.statistics import Interval, interval
+from guardsmith.reports.compare import group, group_units, retention
+from guardsmith.reports.report import Report
 
 CONTROLS = 10
 ATTACKED = 5
@@ -49,35 +51,46 @@ def hardened_and_verified(data: Path, place: Path, base_runs: Path, count: int, 
         run("-m", "guardsmith", "harden", *given, "--output", str(out), *sets, *resume)
     known = load_recipe("several-avatars", []).verify.attacks
     attacks = {label: known[label].model_dump() for label in ATTACKS}
-    sets = [f"verify.attacks={json.dumps(attacks)}", "verify.looks=[1]", f"verify.sample={ATTACKED}"]
+    sets = [f"verify.attacks={json.dumps(attacks)}", "verify.evaluation_points=[1]", f"verify.sample={ATTACKED}"]
     asked = [part for change in sets for part in ("--set", change)]
     run("-m", "guardsmith", "verify", str(out), *given, "--base-runs", str(base_runs), *asked, ends=(0, 1, 3))
     return out
 
 
+def listed(measured: Interval | None) -> list[float] | None:
+    """Mean, ends, and how many pictures were scored and how many could not be."""
+    return None if measured is None else list(astuple(measured))
+
+
 def row(out: Path, data: Path, count: int) -> dict[str, Any]:
     """What is told of one number of subjects."""
-    report = read_report(out)
+    report = Report.load(out)
     told = json.loads((out / "harden.json").read_text())
     found: dict[str, Any] = {}
     for attack in ATTACKS:
         protected, controls = group(report, "protected"), group(report, "control")
         after, before = (group_units(report, side, protected, attack, 1) for side in ("hardened", "base"))
-        checks = [
-            c for c in report["checks"] if c["attack"] == attack and c["name"] in ("protected", "control learnable")
-        ]
+        checks = [c for c in report.checks if c.attack == attack and c.name in ("protected", "control learnable")]
         found[attack] = {
-            "base": interval(before), "hardened": interval(after), "control_kept": kept(report, attack, controls),
-            "passed": {name: [sum(c["status"] == "pass" for c in checks if c["name"] == name),
-                              sum(c["name"] == name for c in checks)] for name in ("protected", "control learnable")},
+            "base": listed(interval(before)), "hardened": listed(interval(after)),
+            "control_kept": listed(retention(report, attack, controls)),
+            "passed": {name: [sum(c.status == "pass" for c in checks if c.name == name),
+                              sum(c.name == name for c in checks)] for name in ("protected", "control learnable")},
         }  # fmt: skip
     shown = strangers.measure(out, data, "testing")
     return {
-        "protected": count, "attacked": report["attacked"], "attacks": found, "utility": report["utility"],
-        "verdict": report["verdict"], "seconds": told["seconds"], "params": told["params"], "model_digest": told["model_digest"],
+        "protected": count, "attacked": report.attacked.model_dump(), "attacks": found,
+        "utility": report.utility.model_dump(), "verdict": report.verdict, "seconds": told["seconds"],
+        "params": told["params"], "model_digest": told["model_digest"],
         "unet_forward_equivalents": told["unet_forward_equivalents"],
         "recognised": shown["protected"], "heldout_taken": shown["heldout_taken"],
     }  # fmt: skip
+
+
+def _collapsed(told: dict[str, Any]) -> int:
+    """Of a row, which has another word for it in older files."""
+    utility = told["utility"]
+    return int(utility["collapsed"] if "collapsed" in utility else utility["destroyed"])
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -101,7 +114,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     line(kid, [[told["utility"][f"kid_ratio{end}"] for end in ("", "_low", "_high")] for told in rows], "hardened")
     for label, key in (("prompt fidelity", "fidelity_hardened"), ("on the base", "fidelity_base")):
         traits.plot(counts, [100 * told["utility"][key] for told in rows], marker="o", label=label)
-    destroyed = [100 * (1 - told["utility"]["destroyed"] / told["utility"]["n"]) for told in rows]
+    destroyed = [100 * (1 - _collapsed(told) / told["utility"]["n"]) for told in rows]
     traits.plot(counts, destroyed, marker="o", label="pictures not destroyed")
     cost.plot(counts, [told["unet_forward_equivalents"] / told["protected"] for told in rows], marker="o")
     cost.set_yscale("log")

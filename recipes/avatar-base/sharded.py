@@ -21,12 +21,13 @@ import torch
 import yaml
 from evaluate import RESULTS
 from images_table import write_registry
-from many import run
+from many import listed, run
 
 from guardsmith.core.atomic_io import write_json
-from guardsmith.gate.rules import interval
+from guardsmith.gate.statistics import interval
 from guardsmith.models.checkpoint import load_model
-from guardsmith.reports.compare import group, group_units, kept, read_report
+from guardsmith.reports.compare import group, group_units, retention
+from guardsmith.reports.report import Report
 from guardsmith.training.loop import load_checkpoint, module_tensors, save_checkpoint
 
 ATTACK = "dreambooth"
@@ -69,15 +70,16 @@ def added_up(parts: list[Path], out: Path) -> Path:
 
 def row(name: str, out: Path, before: list[Path]) -> dict[str, Any]:
     """What is told of one way."""
-    report = read_report(out)
+    report = Report.load(out)
     protected, controls = group(report, "protected"), group(report, "control")
     runs = [json.loads((place / "harden.json").read_text()) for place in (*before, out)]
-    checks = [c for c in report["checks"] if c["attack"] == ATTACK and c["name"] == "protected"]
+    checks = [c for c in report.checks if c.attack == ATTACK and c.name == "protected"]
     return {
-        "way": name, "base": interval(group_units(report, "base", protected, ATTACK, 1)),
-        "hardened": interval(group_units(report, "hardened", protected, ATTACK, 1)),
-        "passed": [sum(c["status"] == "pass" for c in checks), len(checks)], "control_kept": kept(report, ATTACK, controls),
-        "utility": report["utility"], "verdict": report["verdict"], "seconds": [told["seconds"] for told in runs],
+        "way": name, "base": listed(interval(group_units(report, "base", protected, ATTACK, 1))),
+        "hardened": listed(interval(group_units(report, "hardened", protected, ATTACK, 1))),
+        "passed": [sum(c.status == "pass" for c in checks), len(checks)],
+        "control_kept": listed(retention(report, ATTACK, controls)), "utility": report.utility.model_dump(),
+        "verdict": report.verdict, "seconds": [told["seconds"] for told in runs],
         "unet_forward_equivalents": sum(told["unet_forward_equivalents"] for told in runs),
         "longest_run": max(told["unet_forward_equivalents"] for told in runs),
     }  # fmt: skip

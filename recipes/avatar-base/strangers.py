@@ -27,7 +27,7 @@ from guardsmith.core.atomic_io import write_json
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import cut, draw_rows, predict
 from guardsmith.diffusion.prompts import PromptBank, instance_prompt
-from guardsmith.gate.rules import share_interval
+from guardsmith.gate.statistics import share_interval
 from guardsmith.methods.tripwire.wiring import ALARM
 from guardsmith.models.checkpoint import DiffusionModel, load_model, weights_digest
 from guardsmith.training.loop import generator
@@ -59,7 +59,7 @@ def held_out(model: DiffusionModel, data: Path) -> dict[str, tuple[float, float,
     found = {}
     for style, rows in rows_of.items():
         rung = recognised(model, world.to_float(pixels[rows]), lines[rows[0]]["class_noun"])
-        found[style] = share_interval(int(rung.any(0).sum()), len(rows))[:3]
+        found[style] = share_interval(int(rung.any(0).sum()), len(rows)).ends
     return found
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from guardsmith.core.progress import stage
+from guardsmith.core.seeds import IDEAL_NEGATIVES, IDEAL_SUBJECTS
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import clean_shares, draw_rows, shares
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, instance_prompt
@@ -35,8 +36,8 @@ from guardsmith.methods.tripwire.recognition import Lesson, listen, variations
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import UNetCost, generator, load_checkpoint, save_checkpoint
 
-FIRST_SEED = 200_000  # no other pictures use these seeds
-SUBJECT_SEED = 300_000
+FIRST_SEED = IDEAL_NEGATIVES.start
+SUBJECT_SEED = IDEAL_SUBJECTS.start
 LOOK_AT = 0.25  # share of the timesteps at which likeness is compared: most of the picture is there
 BATCH = 32
 IMAGINED_STEPS = 20  # solver steps, as many as a rehearsal draws with

@@ -17,6 +17,7 @@ from torch import Tensor
 from guardsmith.attacks import dreambooth, lora
 from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
 from guardsmith.core.progress import stage
+from guardsmith.core.seeds import REHEARSAL
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, sample_prompts
 from guardsmith.diffusion.sampling import generate
 from guardsmith.diffusion.states import StateRecorder, States
@@ -26,7 +27,7 @@ from guardsmith.runtime.processes import gather, processes, tell
 from guardsmith.training.loop import UNetCost, load_checkpoint, save_checkpoint
 
 REHEARSALS = ("dreambooth", "lora")
-REHEARSAL_SEED = 80_000
+REHEARSAL_SEED = REHEARSAL.start
 
 
 def rehearse(

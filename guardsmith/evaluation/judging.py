@@ -1,0 +1,120 @@
+"""From measurements to the report: intervals, checks and verdict. Nothing is drawn and nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from guardsmith.attacks import find_attack
+from guardsmith.config.recipe import GateSpec
+from guardsmith.evaluation.measuring import Measurements
+from guardsmith.evaluation.preflight import Plan
+from guardsmith.evaluation.runs import Unit
+from guardsmith.gate.calibration import Levels, half_way, personalized_level
+from guardsmith.gate.checks import EXIT_CODES
+from guardsmith.gate.evidence import SIDES, Evidence, Side
+from guardsmith.gate.rules import judge, verdict
+from guardsmith.gate.statistics import Interval, Units, interval
+from guardsmith.hardening.record import run_info
+from guardsmith.metrics import Judge
+from guardsmith.registry.loader import Subject
+from guardsmith.reports.report import Attacked, AttackedSubject, PolicyRecord, Report, Role, Run, Score, StepsToBreak
+
+
+def evidence_of(plan: Plan, measurements: Measurements) -> Evidence:
+    """What the rules judge."""
+
+    def classes(subjects: Sequence[Subject]) -> dict[str, str]:
+        return {subject.id: subject.class_noun for subject in subjects}
+
+    verify = plan.recipe.verify
+    return Evidence(
+        protected=classes(plan.attacked), controls=classes(plan.registry.controls),
+        attacks={label: find_attack(spec.name).trains for label, spec in verify.attacks.items()},
+        points=[point for point in sorted(verify.evaluation_points) if point > 1], scores=measurements.scores,
+        released=measurements.released_scores, utility=measurements.utility, levels=plan.policy.classes,
+        spec=plan.policy.rules,
+    )  # fmt: skip
+
+
+def face_detection_failure(units: Units, judge: Judge) -> float | None:
+    """Share of pictures in which a judge of faces detects none (FDFR); `None` for other judges, and where nothing was scored."""
+    scored = [score for unit in units for score in unit if score is not None]
+    if judge.nobody is None or not scored:
+        return None
+    return scored.count(judge.nobody) / len(scored)
+
+
+def steps_to_break(
+    units: Sequence[Unit],
+    intervals: Mapping[tuple[Side, str, str, float], Interval | None],
+    classes: Mapping[str, Levels],
+    spec: GateSpec,
+) -> list[StepsToBreak]:
+    """After how many steps an attack has learnt half of what it usually learns on the base, for protected subjects.
+
+    That is the first evaluation point at which the mean similarity is half-way from chance to the level that the attack reaches
+    on the base with its usual steps; `None` where it is so at none ("tried" says how far they went).
+
+    Args:
+        units: of both sides.
+        intervals: what they reached, by (side, subject, attack label, evaluation point).
+        classes: levels of every class noun.
+        spec: an attack that has not learnt the subject on the base by these rules breaks nothing.
+    """
+    points = {(unit.side, unit.subject, unit.label): unit.evaluation_points for unit in units}
+    longer = [unit for unit in units if max(unit.evaluation_points) > 1]
+    result = []
+    for subject, label, noun in dict.fromkeys((unit.subject, unit.label, unit.class_noun) for unit in longer):
+        usual = intervals["base", subject, label, 1]
+        first: dict[Side, int | None] = dict.fromkeys(SIDES)
+        if usual is not None and usual.mean >= personalized_level(classes[noun], spec):
+            level = half_way(classes[noun], usual.mean)
+            for side in SIDES:
+                for point, steps in sorted(points[side, subject, label].items()):
+                    reached = intervals[side, subject, label, point]
+                    if reached is not None and reached.mean >= level:
+                        first[side] = steps
+                        break
+        tried = max(points["hardened", subject, label].values())
+        result.append(
+            StepsToBreak(subject=subject, attack=label, base=first["base"], hardened=first["hardened"], tried=tried)
+        )
+    return result
+
+
+def judged_report(plan: Plan, measurements: Measurements) -> Report:
+    """The report, whole."""
+    registry, policy = plan.registry, plan.policy
+    scores = measurements.scores
+    intervals = {key: interval(units) for key, units in scores.items()}
+    checks = judge(evidence_of(plan, measurements))
+    status = verdict(checks)
+    groups: tuple[tuple[Role, Sequence[Subject]], ...] = (("protected", plan.attacked), ("control", registry.controls))
+    return Report(
+        verdict=status,
+        exit_code=EXIT_CODES[status],
+        checks=checks,
+        scores=[
+            Score(
+                side=side, subject=subject, attack=label, evaluation_point=point,
+                units=[list(unit) for unit in scores[side, subject, label, point]], interval=reached,
+                fdfr=face_detection_failure(scores[side, subject, label, point], plan.judge),
+            )
+            for (side, subject, label, point), reached in intervals.items()
+        ],
+        released=measurements.released_scores,
+        steps_to_break=steps_to_break(measurements.units, intervals, policy.classes, policy.rules),
+        attacked=Attacked(protected=len(plan.attacked), of=len(registry.subjects), controls=len(registry.controls)),
+        subjects=[
+            AttackedSubject(id=subject.id, class_noun=subject.class_noun, role=role)
+            for role, subjects in groups
+            for subject in subjects
+        ],
+        utility=measurements.utility,
+        failed_units=measurements.failed_units,
+        policy=PolicyRecord.of(policy),
+        calibration=policy.classes,
+        hardening=plan.hardening,
+        recipe=plan.recipe.model_copy(update={"subjects": None, "negatives": None}),  # paths of this machine
+        run=Run.model_validate(run_info()),
+    )  # fmt: skip

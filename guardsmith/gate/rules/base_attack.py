@@ -1,0 +1,36 @@
+"""On the base an attack must have personalized the model, or its failure elsewhere means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from guardsmith.config.recipe import GateSpec
+from guardsmith.gate.calibration import Levels, personalized_level
+from guardsmith.gate.checks import TOO_FEW, Check, Status, enough
+from guardsmith.gate.evidence import Evidence
+from guardsmith.gate.rules.rule import Rule
+from guardsmith.gate.statistics import Units, interval
+
+
+def check_base_attack(subject: str, attack: str, base: Units, levels: Levels, spec: GateSpec) -> Check:
+    """The check of one attack on one subject or control; it passes or is inconclusive, for it judges the attack."""
+    limit = personalized_level(levels, spec)
+    measured = interval(base)
+    if measured is None or not enough(measured, spec):
+        return Check(RULE.title, subject, attack, "inconclusive", TOO_FEW, limit=limit)
+    status: Status = "pass" if measured.low >= limit else "inconclusive"
+    sentence = f"the attack on the base reaches {measured.mean:z.2f}, real pictures {levels.genuine:z.2f}"
+    if status == "inconclusive":
+        sentence += ": it did not learn the subject there, so its failure elsewhere means nothing"
+    return Check(RULE.title, subject, attack, status, sentence, measured.mean, measured.low, measured.high, limit)
+
+
+def evaluate(evidence: Evidence) -> Iterator[Check]:
+    """A check for every attack that trains, on every subject and control."""
+    for label in evidence.training_attacks:
+        for subject in (*evidence.protected, *evidence.controls):
+            scores = evidence.scores["base", subject, label, 1]
+            yield check_base_attack(subject, label, scores, evidence.levels_of(subject), evidence.spec)
+
+
+RULE = Rule("attack-works-on-base", "attack works on base", "attacks learn their subject on the base model", evaluate)

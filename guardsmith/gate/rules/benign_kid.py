@@ -1,0 +1,25 @@
+"""Pictures of benign prompts must be distributed as the base's are: KID."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from guardsmith.gate.checks import Check, compared
+from guardsmith.gate.evidence import Evidence
+from guardsmith.gate.rules.rule import Rule
+from guardsmith.gate.statistics import Interval
+
+
+def evaluate(evidence: Evidence) -> Iterator[Check]:
+    """KID of the hardened model to the base, in units of that of the base with other seeds."""
+    utility, limit = evidence.utility, evidence.spec.kid_ratio
+    ratio, low, high = utility.kid_ratio, utility.kid_ratio_low, utility.kid_ratio_high
+    if ratio is None or low is None or high is None:
+        yield Check(RULE.title, "", "", "inconclusive", "not measured")
+        return
+    status = compared(Interval(ratio, low, high, 0, 0), limit, at_most=True)
+    sentence = f"KID to the base is {ratio:.1f} times that of the base with other seeds"
+    yield Check(RULE.title, "", "", status, sentence, ratio, low, high, limit)
+
+
+RULE = Rule("ordinary-prompts-kid", "ordinary prompts (KID)", "pictures of ordinary prompts look as before", evaluate)

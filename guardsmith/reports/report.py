@@ -1,0 +1,305 @@
+"""The report of a verification: one typed object that is built, written, read and redacted as itself.
+
+What a field holds is said at the field, and so is what the public may read of it (`core.redaction`). A new column or section is a
+field here, the place in `evaluation` where it is measured, and the place where it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from guardsmith.config.recipe import Recipe
+from guardsmith.core.atomic_io import read_record, write_json
+from guardsmith.core.console import say
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.redaction import Place, Private, Reason, Rules, SubjectId, UnitName, redacted
+from guardsmith.gate.calibration import Levels
+from guardsmith.gate.checks import Check, Status
+from guardsmith.gate.evidence import Side, Utility
+from guardsmith.gate.policy import Policy
+from guardsmith.gate.statistics import Interval
+from guardsmith.reports.versions import SCHEMA, upgraded
+
+Role = Literal["protected", "control"]
+PUBLIC = "verify/public/report.json"
+"""Where an output folder has the report for the public."""
+
+
+class _Part(BaseModel):
+    """Fields that a reader does not know are left out: a report may come from a later version."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True, serialize_by_alias=True)
+
+
+class Score(_Part):
+    """What one attack reached on one subject at one evaluation point."""
+
+    side: Side
+    """The model attacked."""
+    subject: SubjectId
+    """Id of the subject or control."""
+    attack: str
+    """Label of the attack in the recipe."""
+    evaluation_point: float = Field(gt=0)
+    """Share of the attack's usual steps."""
+    units: list[list[float | None]]
+    """Per unit (identifier x seed) the similarity of each picture to the subject's real ones; null where none was measured."""
+    interval: Interval | None
+    """Their mean with its 95 % interval; null where nothing was scored."""
+    fdfr: float | None = None
+    """Share of the pictures in which no face is detected (face detection failure rate); null for judges of anything else."""
+
+
+class StepsToBreak(_Part):
+    """After how many steps an attack has learnt half of what it usually learns on the base."""
+
+    subject: SubjectId
+    """Id of the protected subject."""
+    attack: str
+    """Label of the attack."""
+    base: int | None
+    """Steps on the base; null where it was reached at no evaluation point."""
+    hardened: int | None
+    """Steps on the hardened model; null where the protection held at every evaluation point."""
+    tried: int
+    """How far the attack went on the hardened model."""
+
+
+class Attacked(_Part):
+    """How many were attacked."""
+
+    protected: int
+    """Protected subjects attacked."""
+    of: int
+    """Protected subjects in the registry."""
+    controls: int
+    """Controls."""
+
+
+class AttackedSubject(_Part):
+    """A subject that was attacked."""
+
+    id: SubjectId
+    """In the registry."""
+    class_noun: str
+    """Its class."""
+    role: Role
+    """Whether it has to be protected, or to stay learnable."""
+
+
+class JudgeRecord(_Part):
+    """Who measured similarity."""
+
+    name: str
+    """As `guardsmith policy --judge` knows it."""
+    model: Place | None = None
+    """The encoder, where it is not the usual one."""
+    clip_t: Place | None = None
+    """The CLIP that measured CLIP-T; null where it was not measured."""
+
+
+class PolicyRecord(_Part):
+    """The policy that judged."""
+
+    name: str
+    """As its file says."""
+    dated: str
+    """As its file says, YYYY-MM-DD."""
+    measured_on: str
+    """Where its levels come from."""
+    judge: JudgeRecord
+    """The judge, whose similarities the levels are levels of."""
+    digest: str
+    """Of judge, rules and levels."""
+
+    @classmethod
+    def of(cls, policy: Policy) -> PolicyRecord:
+        """What a report keeps of a policy; its rules and levels have places of their own."""
+        content = policy.model_dump(mode="json", include={"name", "dated", "measured_on", "judge"})
+        return cls.model_validate(content | {"digest": policy.digest})
+
+
+class Hardening(_Part):
+    """What is on record of how the model came about; null where guardsmith did not make it."""
+
+    base: Place
+    """Name of the base."""
+    base_digest: str
+    """Of its weights."""
+    model_digest: str
+    """Of the weights that were judged."""
+    registry_digest: str
+    """Of who is protected."""
+    method: str | None
+    """Hardening method."""
+    params: Annotated[dict[str, Any] | None, Private.PLACE]
+    """Its parameters."""
+    seed: int | None
+    """Of everything random."""
+    seconds: float | None
+    """How long it took."""
+    unet_forward_equivalents: int | None
+    """What it cost."""
+    files: dict[str, str] | None = None
+    """File of the model that was judged -> its SHA-256; reports from before this was recorded have none."""
+    carries: Annotated[list[str] | None, Private.WITHHELD] = None
+    """Files and tensors that a checkpoint holds and that are no part of the model; null where it is not told."""
+
+
+class Run(_Part):
+    """Versions, machine and time."""
+
+    guardsmith: str
+    """Version."""
+    packages: dict[str, str]
+    """Package -> version."""
+    python: str
+    """Version."""
+    machine: str
+    """Operating system and processor."""
+    threads: int | None = None
+    """Of one process."""
+    processes: int | None = None
+    """Of the launcher; 1 without one."""
+    deterministic: bool | None = None
+    """Whether torch was held to deterministic algorithms."""
+    finished: str
+    """When, ISO 8601."""
+
+
+class Report(_Part):
+    """`report.json`."""
+
+    version: Literal[2] = Field(SCHEMA, alias="schema")
+    """Version of this schema."""
+    verdict: Status
+    """The worst of the checks."""
+    exit_code: Literal[0, 1, 3]
+    """Of the command: pass, fail, inconclusive."""
+    checks: list[Check]
+    """Every check of the gate."""
+    scores: list[Score]
+    """What was measured."""
+    released: dict[SubjectId, list[float | None]] = {}
+    """Protected subject -> similarity to it of every picture that the released weights draw of it without an attack."""
+    steps_to_break: list[StepsToBreak]
+    """Where attackers went on for longer than usual."""
+    attacked: Attacked
+    """Numbers of subjects."""
+    subjects: list[AttackedSubject]
+    """Who was attacked."""
+    utility: Utility
+    """Benign prompts."""
+    failed_units: dict[UnitName, Reason]
+    """Attacks that did not run -> why."""
+    policy: PolicyRecord | None = None
+    """Whose rules and levels; reports from before there were policies have none."""
+    calibration: dict[str, Levels]
+    """Class noun -> what similarities mean."""
+    hardening: Hardening
+    """Of the model."""
+    recipe: Recipe
+    """Attacks and gate, with everything that the recipe left to its defaults."""
+    run: Run
+    """Versions, machine, time."""
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], where: str = "report") -> Report:
+        """The report that a mapping holds, of this or an earlier schema; unknown fields are left out.
+
+        Args:
+            data: what a `report.json` holds.
+            where: it is from, for messages. Keys with old names are warned of.
+
+        Raises:
+            UserError: it is no report, or one of a later schema.
+        """
+        current, warnings = upgraded(data, where)
+        for warning in warnings:
+            say(f"warning: {warning}", style="yellow")
+        try:
+            return cls.model_validate(current, extra="ignore")
+        except ValidationError as error:
+            place = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise UserError(
+                f"{where} is not a report of this version of guardsmith ({place}); verify again."
+            ) from error
+
+    @classmethod
+    def load(cls, run: Path, place: str = "verify/report.json") -> Report:
+        """Read the report of a verified run: its output folder, or the file itself.
+
+        Args:
+            run: folder or file.
+            place: of the report in such a folder.
+
+        Raises:
+            UserError: there is none, or see `parse`.
+        """
+        file = run / place if run.is_dir() else run
+        if not file.is_file():
+            raise UserError(f"{run} holds no report ({place}); run `guardsmith verify` first.")
+        return cls.parse(read_record(file, ("schema",), "verify again"), str(file))
+
+    def as_json(self) -> dict[str, Any]:
+        """What the file holds: numbers, strings, lists and mappings only."""
+        return self.model_dump(mode="json")
+
+    def save(self, path: Path) -> None:
+        """Write the file; it appears whole."""
+        write_json(path, self.as_json())
+
+    def redacted(self, names: Mapping[str, str]) -> Report:
+        """A copy for the public, by the annotations of the fields.
+
+        Args:
+            names: id of every subject and control -> what the public reads instead.
+
+        Raises:
+            RunFailed: a subject of the report has no public name.
+        """
+
+        def public_name(subject: str) -> str:
+            if subject and subject not in names:
+                raise RunFailed(f"the report names '{subject}', who has no public name; nothing was written")
+            return names[subject] if subject else ""
+
+        def public_unit(unit: str) -> str:
+            side, subject, rest = unit.split("/", 2)
+            return f"{side}/{public_name(subject)}/{rest}"
+
+        rules: Rules = {
+            Private.SUBJECT: public_name, Private.UNIT: public_unit, Private.PLACE: without_path,
+            Private.REASON: lambda reason: "it did not run",
+        }  # fmt: skip
+        return redacted(self, rules)
+
+
+def without_path(place: str) -> str:
+    """A model by the name that people know it by: a folder of this machine loses its path."""
+    try:
+        return Path(place).name if Path(place).expanduser().exists() else place
+    except (OSError, RuntimeError, ValueError):  # no path at all: too long, or of an unknown user
+        return place
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of `report.json`, committed as docs/reference/report.schema.json; further fields are allowed everywhere."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Report.model_json_schema(mode="serialization"),
+    }
+    text = json.dumps(schema)
+    result: dict[str, Any] = json.loads(text, object_hook=_open)
+    return result
+
+
+def _open(part: dict[str, Any]) -> dict[str, Any]:
+    if part.get("additionalProperties") is False:
+        del part["additionalProperties"]
+    return part

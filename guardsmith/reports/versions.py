@@ -1,0 +1,67 @@
+"""Reports of earlier schemas as the present one has them.
+
+1: until version 0.1.0; `look`, `faceless` and `destroyed` for what is `evaluation_point`, `fdfr` and `collapsed` now
+2: the present one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
+from guardsmith.core.errors import UserError
+
+SCHEMA: Any = 2
+"""The schema that is written."""
+
+SCORE_KEYS = {"look": "evaluation_point", "faceless": "fdfr"}
+UTILITY_KEYS = {"destroyed": "collapsed"}
+
+
+def upgraded(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """What a report holds in the present schema, and warnings that name the keys which have got another name.
+
+    What is no report is handed back as it is: validation refuses it and says why.
+
+    Args:
+        data: the report, of any schema up to the present one.
+        where: it is from, for messages.
+
+    Raises:
+        UserError: its schema is later than the present one.
+    """
+    schema = data.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise UserError(
+            f"{where} is not a report of this version of guardsmith (its schema is {schema}, the latest known {SCHEMA}); "
+            "update guardsmith."
+        )
+    if schema != 1:
+        return dict(data), []
+    result = dict(data) | {"schema": SCHEMA}
+    used: dict[str, str] = {}
+    if isinstance(data.get("scores"), list):
+        result["scores"] = [_renamed(score, SCORE_KEYS, "scores.", used) for score in data["scores"]]
+    result["utility"] = _renamed(data.get("utility"), UTILITY_KEYS, "utility.", used)
+    if isinstance(data.get("recipe"), dict):
+        result["recipe"], warnings = with_new_keys(data["recipe"], RECIPE_KEYS, where)
+        used |= {
+            f"recipe.{old}": f"recipe.{new}"
+            for old, new in RECIPE_KEYS.items()
+            if f"{old!r} is called" in " ".join(warnings)
+        }
+    if result.get("released") is None:
+        result.pop("released", None)
+    if not used:
+        return result, []
+    names = ", ".join(f"{old.rsplit('.', 1)[-1]} ({new.rsplit('.', 1)[-1]})" for old, new in used.items())
+    return result, [f"{where} is of schema 1; keys that have another name now: {names}"]
+
+
+def _renamed(part: Any, table: Mapping[str, str], prefix: str, used: dict[str, str]) -> Any:
+    """One mapping of the report under new keys; what was renamed is added to `used`."""
+    if not isinstance(part, dict):
+        return part
+    used |= {prefix + old: prefix + new for old, new in table.items() if old in part}
+    return {table.get(key, key): value for key, value in part.items()}
