@@ -14,8 +14,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from guardsmith.core.atomic_io import read_yaml
 from guardsmith.core.errors import UserError, did_you_mean
+from guardsmith.core.yaml_text import odd_numbers, read_yaml
 from guardsmith.training.compute import ComputeConfig
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -306,7 +306,7 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         except UserError as error:
             problems.append(str(error))
     try:
-        Recipe.model_validate(data)
+        problems += [f"{path}: {sentence}" for sentence in odd_numbers(data, Recipe.model_validate(data))]
     except ValidationError as error:
         problems += explain(error, str(path), _known_keys(Recipe))
     problems += _parameter_problems(data, str(path))
@@ -364,7 +364,8 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
             continue  # already told
         try:
             config = find(name).config
-            config.model_validate(params)
+            checked = config.model_validate(params)
+            problems += [f"{where}: {place}.params.{sentence}" for sentence in odd_numbers(params, checked)]
         except UserError as error:
             problems.append(f"{where}: {place}: {error}")
         except ValidationError as error:

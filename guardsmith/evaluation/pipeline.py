@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ from guardsmith.reports.html import Evidence, page_data, save_page
 from guardsmith.reports.redaction import salt_of, save_public
 from guardsmith.reports.terminal import print_report, save_grid
 from guardsmith.runtime.executors import check_executor
+from guardsmith.runtime.output import lock_output
 
 ORDINARY_SHOWN = 12  # pairs of pictures on the page
 RECORDED = ("base", "base_digest", "model_digest", "registry_digest", "method", "params", "seed", "seconds",
@@ -296,6 +298,19 @@ def verify(
         UserError: there is no such model, the registry is not the one it was hardened on, a class has no calibration.
         RunFailed: a worker process was killed.
     """
+    with ExitStack() as stack:
+        if output.is_dir():
+            lock_output(output, stack)  # before `harden --overwrite` deletes what is read and written here
+        return _verify(
+            registry, recipe, output, model=model, revision=revision, base_runs=base_runs, workers=workers,
+            executor=executor, policy=policy, include_images=include_images, quiet=quiet,
+        )  # fmt: skip
+
+
+def _verify(
+    registry: Registry, recipe: Recipe, output: Path, *, model: str | None, revision: str | None, base_runs: Path | None,
+    workers: int | None, executor: str, policy: Policy | None, include_images: bool, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
     check_executor(executor)
     if not recipe.verify.attacks:
         raise UserError("The recipe names no attacks (verify.attacks); nothing would be verified.")

@@ -17,12 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from guardsmith.config.recipe import GateSpec, explain
-from guardsmith.core.atomic_io import folder_digest, read_yaml
+from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures
+from guardsmith.core.yaml_text import odd_numbers, read_yaml
 from guardsmith.gate.rules import Levels, calibration, calibration_info
 from guardsmith.metrics import find_judge, load_judge
 from guardsmith.registry.loader import Registry
+from guardsmith.registry.types import Day
 
 
 class JudgeSpec(BaseModel):
@@ -55,7 +57,7 @@ class Policy(BaseModel):
 
     name: str = Field(min_length=1)
     """What the report calls it."""
-    dated: date
+    dated: Day
     """Day from which it holds, or on which the levels were measured."""
     measured_on: str = ""
     """Where the levels come from."""
@@ -155,15 +157,16 @@ def load_policy(path: Path) -> Policy:
     Raises:
         UserError: every problem, one sentence a line.
     """
+    data = read_yaml(path, "a policy")
     try:
-        data = read_yaml(path, "a policy")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a policy file.") from None
-    try:
-        return Policy.model_validate(data)
+        policy = Policy.model_validate(data)
     except ValidationError as error:
         known = [*Policy.model_fields, *GateSpec.model_fields, *Levels._fields]
         raise UserError("\n".join(explain(error, str(path), known))) from None
+    problems = [f"{path}: {sentence}" for sentence in odd_numbers(data, policy)]
+    if problems:
+        raise UserError("\n".join(problems))
+    return policy
 
 
 def as_yaml(policy: Policy) -> str:
