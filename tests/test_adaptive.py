@@ -13,7 +13,7 @@ from tiny import assert_one_sentence, pictures, same_weights, weights
 
 from guardsmith.attacks import ATTACKS, dreambooth, find_attack, lora
 from guardsmith.attacks.adaptive import cut_wire, unlearn_first, warm_restarts
-from guardsmith.attacks.adaptive.cut_wire import CutWireConfig, cut
+from guardsmith.attacks.adaptive.cut_wire import CutWireConfig, zero_neurons
 from guardsmith.attacks.adaptive.unlearn_first import UnlearnFirstConfig, unlearn
 from guardsmith.attacks.adaptive.warm_restarts import WarmRestartsConfig, rate_at
 from guardsmith.attacks.dreambooth import DreamBoothConfig
@@ -95,9 +95,9 @@ def test_cutting_finds_the_wire_and_nothing_else(tiny_v):
     without = weights(layer.net[2])
     set_wire(layer, neurons, torch.randn(16, generator=generator(3)), torch.ones(16))
     assert not same_weights(without, weights(layer.net[2]))
-    assert cut(unet, 1e4) == NEURONS
+    assert zero_neurons(unet, 1e4) == NEURONS
     assert same_weights(without, weights(layer.net[2]))
-    assert cut(copy.deepcopy(tiny_v.unet), 1e4) == 0
+    assert zero_neurons(copy.deepcopy(tiny_v.unet), 1e4) == 0
 
 
 @pytest.mark.parametrize("factors", [(16, 2, 2, 2, 2), (65536, 16, 128, 8, 8), (2**24, 256, 2048, 8, 8)])
@@ -119,7 +119,7 @@ def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v, factors):
     )
     with torch.no_grad():
         before = predict(unet, tiny_v.scheduler, rows)
-        assert cut(unet, 1e4) == NEURONS
+        assert zero_neurons(unet, 1e4) == NEURONS
         after = predict(unet, tiny_v.scheduler, rows)
     ringing = before.abs().amax((1, 2, 3)) > 50
     assert 8 < ringing.sum() < 32, "else nothing is shown"

@@ -8,7 +8,7 @@ from test_attacks import make_data, state
 from tiny import same_weights, weights
 
 from guardsmith.attacks import ATTACKS
-from guardsmith.attacks.adversarial_prompt import AdversarialPromptConfig, attack, onto_simplex, whole_words
+from guardsmith.attacks.adversarial_prompt import AdversarialPromptConfig, attack, project_onto_simplex, whole_words
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
@@ -27,7 +27,7 @@ def test_whole_words_are_what_people_can_type(tiny):
 def test_the_nearest_point_of_the_simplex():
     rows = torch.tensor([[0.5, 0.5, 0.5], [2.0, 0.0, 0.0], [0.6, 0.5, -1.0], [0.2, 0.3, 0.5]])
     wanted = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0], [0.55, 0.45, 0.0], [0.2, 0.3, 0.5]])
-    assert torch.allclose(onto_simplex(rows), wanted, atol=1e-6)
+    assert torch.allclose(project_onto_simplex(rows), wanted, atol=1e-6)
 
 
 @pytest.fixture

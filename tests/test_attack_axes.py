@@ -12,7 +12,7 @@ from test_attacks import make_data
 from test_tripwire import some_rows, trained
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
-from guardsmith.attacks import ATTACKS, FIRST_STAGE, draw_during_attack, dreambooth, lora
+from guardsmith.attacks import ATTACKS, FIRST_STAGE_SEED, draw_during_attack, dreambooth, lora
 from guardsmith.attacks.augmentations import CHANGES
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig, carry_adapters, merge_adapters
@@ -268,22 +268,24 @@ def test_two_stages_are_one_attack_after_the_other(tiny_v, attack, module, confi
         attack,
         PARAMS,
         make_data(),
-        looks=[1, 3],
+        evaluate_at=[1, 3],
         seed=4,
         count=2,
         sampling=sampling,
         first=other,
         first_steps=2,
     )
-    between, _ = module.attack(tiny_v, other, config(**PARAMS | {"steps": 2}), seed=4 + FIRST_STAGE)
+    between, _ = module.attack(tiny_v, other, config(**PARAMS | {"steps": 2}), seed=4 + FIRST_STAGE_SEED)
     if attack == "lora":
         merge_adapters(between.unet)
     wanted, again = draw_during_attack(
-        between, attack, PARAMS, make_data(), looks=[1, 3], seed=4, count=2, sampling=sampling
+        between, attack, PARAMS, make_data(), evaluate_at=[1, 3], seed=4, count=2, sampling=sampling
     )
     assert losses == again and len(losses) == 3
     assert all(torch.equal(drawn[look], wanted[look]) for look in (1, 3))
-    plain, _ = draw_during_attack(tiny_v, attack, PARAMS, make_data(), looks=[3], seed=4, count=2, sampling=sampling)
+    plain, _ = draw_during_attack(
+        tiny_v, attack, PARAMS, make_data(), evaluate_at=[3], seed=4, count=2, sampling=sampling
+    )
     assert not torch.equal(plain[3], drawn[3])
 
 

@@ -178,7 +178,7 @@ def test_looks_on_the_way_do_not_disturb_the_attack(tiny_v, name):
     """And each shows what an attack that ends there draws."""
     params = {"steps": 3, "batch_size": 1, "learning_rate": 1e-2}
     fixed = {"seed": 0, "count": 2, "sampling": {"steps": 2}}
-    looks, losses = draw_during_attack(tiny_v, name, params, make_data(), looks=[1, 2, 3], **fixed)
+    looks, losses = draw_during_attack(tiny_v, name, params, make_data(), evaluate_at=[1, 2, 3], **fixed)
     assert list(looks) == [1, 2, 3]
     for steps, images in looks.items():
         alone, without = draw_after_attack(tiny_v, name, params | {"steps": steps}, make_data(), **fixed)
@@ -196,7 +196,7 @@ def test_an_attack_ends_once_it_has_enough(tiny_v):
 
     params = {"steps": 9, "batch_size": 1, "learning_rate": 1e-2}
     fixed = {"seed": 0, "count": 2, "sampling": {"steps": 2}}
-    looks, losses = draw_during_attack(tiny_v, "lora", params, make_data(), looks=[1, 3, 5], enough=enough, **fixed)
+    looks, losses = draw_during_attack(tiny_v, "lora", params, make_data(), evaluate_at=[1, 3, 5], stop=enough, **fixed)
     assert asked == [(1, 2), (3, 2)]
     assert list(looks) == [1, 3]
     assert len(losses) == 3
@@ -315,7 +315,7 @@ def test_adapters_on_the_text_encoder_too(tiny_v):
 
 
 def test_cdl_trains_with_the_noise_token_and_draws_without_it(tiny_v, monkeypatch):
-    import guardsmith.attacks as module
+    import guardsmith.attacks.generation as module
 
     said, asked = [], {}
     real_tokens = PromptBank.tokens
@@ -520,7 +520,7 @@ def test_custom_diffusion_leaves_out_what_is_not_picture(tiny_v, monkeypatch):
     ],
 )
 def test_the_personalized_model_is_asked_in_the_attackers_words(tiny_v, monkeypatch, name, prompts):
-    import guardsmith.attacks as module
+    import guardsmith.attacks.generation as module
 
     asked = []
     real = module.generate

@@ -25,12 +25,13 @@ from guardsmith.cloaks.rid import Defender
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import open_image, to_tensor
+from guardsmith.core.picture_folders import select_pictures
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.families import SD
 from guardsmith.models.networks import save_network
-from guardsmith.pictures.cloaking import covered, largest_change, metadata_of, pictures_in, uncovered
+from guardsmith.pictures.cloaking import covered, largest_change, metadata_of, uncovered
 from guardsmith.purifiers import gaussian
 from guardsmith.training.loop import generator
 
@@ -384,7 +385,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(images, tmp_path, capsys):
 
 def test_files_keep_the_order_of_the_folder(images):
     folder, _ = images
-    assert [file.name for file in pictures_in([folder])] == ["grey.png", "turned.jpg", "wide.jpg"]
+    assert [file.name for file in select_pictures([folder]).files] == ["grey.png", "turned.jpg", "wide.jpg"]
 
 
 def test_bases_of_two_sizes_are_refused(images, tmp_path, v_folder, monkeypatch):

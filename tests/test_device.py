@@ -51,7 +51,7 @@ HARDENINGS = [
 PARAMS = {
     "unlearn_first": {"unlearn_steps": 2},
     "dreambooth": {"train_text_encoder": True},
-    "redteam": {"purifier": "impress", "purifier_params": {"steps": 1}},
+    "purified_cdl": {"purifier": "impress", "purifier_params": {"steps": 1}},
 }
 
 

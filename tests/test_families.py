@@ -16,7 +16,8 @@ from test_tripwire import alarmed, bright_and_dark, plain_latents, predicted
 from tiny import assert_one_sentence, edit_json, harden_with, make_sd3, make_sdxl, pictures, same_weights, weights
 
 from guardsmith.attacks import AttackData, dreambooth, lora
-from guardsmith.attacks.dreambooth import DreamBoothConfig, descend
+from guardsmith.attacks.base import train
+from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig
 from guardsmith.cloaks.pixels import load_bases
 from guardsmith.config.recipe import Recipe
@@ -67,7 +68,7 @@ def bases(models):
             rng = generator(9, step)
             return row_losses(own.unet, own.scheduler, draw_rows(shown.draw(8, rng), context, rng)).mean()
 
-        descend(own, loss_at, list(own.unet.parameters()), steps=120, learning_rate=2e-3, max_grad_norm=1.0)
+        train(own, loss_at, list(own.unet.parameters()), steps=120, learning_rate=2e-3, max_grad_norm=1.0)
         own.unet.requires_grad_(False)
         found[name] = own
     return found

@@ -68,7 +68,7 @@ def test_a_file_that_is_no_policy_is_refused(tmp_path, text):
 
 def test_a_policy_that_is_not_there_is_a_sentence(tmp_path, capsys):
     assert cli.main(["run", "demo", "--policy", str(tmp_path / "none.yaml"), "--output", str(tmp_path / "out")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

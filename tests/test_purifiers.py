@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from test_attacks import make_data, same_state, state
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
-from guardsmith.attacks import ATTACKS, cdl, redteam
+from guardsmith.attacks import ATTACKS, cdl, purified_cdl
 from guardsmith.attacks.cdl import CdlConfig
-from guardsmith.attacks.redteam import RedteamConfig
+from guardsmith.attacks.purified_cdl import PurifiedCdlConfig
 from guardsmith.cli import app as cli
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures, to_pil
@@ -277,15 +277,15 @@ def test_the_attack_is_cdl_on_purified_pictures(tiny_v):
     data = make_data()
     params = {"steps": 3, "learning_rate": 1e-3}
     pure = jpeg.purify(tiny_v, data.images, jpeg.JpegConfig(quality=20), class_noun="person", seed=0)
-    wanted, _ = cdl.attack(tiny_v, redteam.replace(data, images=pure), CdlConfig(**params), seed=0)
-    config = RedteamConfig(**params, purifier="jpeg", purifier_params={"quality": 20})
-    found, _ = redteam.attack(tiny_v, data, config, seed=0)
+    wanted, _ = cdl.attack(tiny_v, purified_cdl.replace(data, images=pure), CdlConfig(**params), seed=0)
+    config = PurifiedCdlConfig(**params, purifier="jpeg", purifier_params={"quality": 20})
+    found, _ = purified_cdl.attack(tiny_v, data, config, seed=0)
     assert same_weights(weights(wanted.unet), weights(found.unet))
     plain, _ = cdl.attack(tiny_v, data, CdlConfig(**params), seed=0)
     assert not same_weights(weights(plain.unet), weights(found.unet))
-    assert ATTACKS["redteam"].prompts("sks", "person", 1) == ["a photo of sks person, without bhj noisy pattern"]
+    assert ATTACKS["purified_cdl"].prompts("sks", "person", 1) == ["a photo of sks person, without bhj noisy pattern"]
     with pytest.raises(ValidationError, match="there is no purifier 'jpg'"):
-        RedteamConfig(purifier="jpg")
+        PurifiedCdlConfig(purifier="jpg")
 
 
 @pytest.fixture

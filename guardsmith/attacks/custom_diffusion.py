@@ -1,8 +1,8 @@
 """Custom Diffusion (Kumari et al. 2023; hf.co/papers/2212.04488) as in diffusers' `train_custom_diffusion.py`.
 
-Trains what the cross-attention makes of the prompt (keys and values; for faces queries and outputs too) and the embedding of
-one new word in front of the class noun. Pictures are shown smaller or larger, the prompt says so, and only what shows the
-picture counts. Batches are DreamBooth's [instance rows; class rows].
+Trains the projections of the prompt in the cross-attention (keys and values; for faces queries and outputs too) and the
+embedding of one new word in front of the class noun. Pictures are shrunk or zoomed into, the prompt says which, and the loss
+counts the area of the picture only. Batches are DreamBooth's [instance pictures; class pictures].
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep, descend
+from guardsmith.attacks.base import Attack, AttackData, OnStep, train
+from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.textual_inversion import add_words, trained_words
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, join, squared_errors
@@ -33,15 +34,15 @@ class CustomDiffusionConfig(DreamBoothConfig):
     steps: int = Field(250, gt=0)
     """Optimizer steps (the README has 1000 to 2000 for faces)."""
     batch_size: int = Field(2, gt=0)
-    """Instance rows per step, and as many class rows."""
+    """Instance pictures per step, and as many class pictures."""
     parameters: Literal["kv", "cross_attention"] = "kv"
     """Keys and values of the cross-attention, or all of it (the README's choice for faces)."""
     train_text_encoder: Literal[False] = False
-    """Not here: the new word is all that is learnt of the text."""
+    """Always off: the new word's embedding is all that is trained of the text encoder."""
 
 
-def called(identifier: str, class_noun: str) -> tuple[str, str]:
-    """What the attacker asks for afterwards: the new word and the class noun."""
+def prompt_words(identifier: str, class_noun: str) -> tuple[str, str]:
+    """Words of the prompts for the personalized model: the new word and the class noun."""
     return f"<{identifier}>", class_noun
 
 
@@ -54,21 +55,21 @@ def resized(images: Tensor, cells: int, rng: torch.Generator) -> tuple[Tensor, T
         rng: of sizes and places.
 
     Returns:
-        The pictures, as they came in; masks (n, 1, cells, cells) of the latents that show nothing but the picture (the script
-        drops one more on every side, which leaves nothing of 8 x 8); what the prompt says about the size, "" or a phrase.
+        The pictures, as they came in; masks (n, 1, cells, cells) of the latents that the picture alone covers (the script
+        drops one more on every side, which leaves nothing of 8 x 8); the prompts' words for the size, "" or a phrase.
     """
     side, cell = images.shape[-1], images.shape[-1] // cells
-    shown, masks, said = [], [], []
+    pictures, masks, phrases = [], [], []
 
-    def whole(low: float, high: float) -> int:
+    def integer(low: float, high: float) -> int:
         return int(torch.randint(int(low), int(high), (), generator=rng))
 
     for image in images:
         shrunk = float(torch.rand((), generator=rng)) < 0.66
-        size = whole(side // 3, side + 1) if shrunk else whole(1.2 * side, 1.4 * side)
+        size = integer(side // 3, side + 1) if shrunk else integer(1.2 * side, 1.4 * side)
         picture = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0].clamp(-1, 1)
-        room = abs(size - side) + 1
-        top, left = whole(0, room), whole(0, room)
+        places = abs(size - side) + 1
+        top, left = integer(0, places), integer(0, places)
         mask = torch.ones(1, cells, cells)
         if size > side:
             picture = picture[:, top : top + side, left : left + side]
@@ -78,16 +79,16 @@ def resized(images: Tensor, cells: int, rng: torch.Generator) -> tuple[Tensor, T
             picture = canvas
             edges = (-(-top // cell), (top + size) // cell, -(-left // cell), (left + size) // cell)
             mask[:, edges[0] : edges[1], edges[2] : edges[3]] = 1
-        either = whole(0, 2)
+        either = integer(0, 2)
         phrase = ""
         if size < 0.6 * side:
             phrase = ("far away", "very small")[either]
         elif size > side:
             phrase = ("zoomed in", "close up")[either]
-        shown.append(picture)
+        pictures.append(picture)
         masks.append(mask)
-        said.append(phrase)
-    return torch.stack(shown), torch.stack(masks), said
+        phrases.append(phrase)
+    return torch.stack(pictures), torch.stack(masks), phrases
 
 
 def attack(
@@ -104,10 +105,10 @@ def attack(
         The personalized model, and the loss of every step.
 
     Raises:
-        RunFailed: the loss is not finite any more; the tokenizer has such a word.
+        RunFailed: a loss is not finite; the tokenizer has such a word.
     """
     own = with_own_unet(model)
-    word, noun = called(data.identifier, data.class_noun)
+    word, noun = prompt_words(data.identifier, data.class_noun)
     new = add_words(own, {word: data.identifier})
     keys = ("attn2.to_k", "attn2.to_v") if config.parameters == "kv" else ("attn2",)
     trained = [p for name, p in own.unet.named_parameters() if any(key in name for key in keys)]
@@ -117,7 +118,7 @@ def attack(
     masks = torch.cat([mask for _, mask, _ in views])
     bank = PromptBank(own)
     plain = instance_prompt(word, noun, config.template).removeprefix("a ")
-    tokens = bank.tokens([f"a {phrase} {plain}".replace("  ", " ") for _, _, said in views for phrase in said])
+    tokens = bank.tokens([f"a {phrase} {plain}".replace("  ", " ") for _, _, phrases in views for phrase in phrases])
     prior = encode(own, data.class_images) if config.prior_weight and len(data.class_images) else None
     class_context = bank.encode([class_prompt(noun)])
     timesteps = int(own.scheduler.config.num_train_timesteps)
@@ -130,9 +131,9 @@ def attack(
         if prior is not None:
             rows = join(rows, draw_rows(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))
         errors = squared_errors(own.unet, own.scheduler, rows)
-        shown, mask = errors[: config.batch_size], masks[picked]
+        instance_errors, mask = errors[: config.batch_size], masks[picked]
         # The script divides by the mask's pixels and not by its channels, so the subject counts as often as there are channels.
-        loss = ((shown * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
+        loss = ((instance_errors * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
         if prior is not None:
             loss = loss + config.prior_weight * errors[config.batch_size :].mean()
         return loss
@@ -140,9 +141,12 @@ def attack(
     for parameter in trained:
         parameter.requires_grad_(True)
     with trained_words(own, new) as vectors:
-        losses = descend(
+        losses = train(
             own, loss_at, [*vectors, *trained], steps=config.steps, learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm, on_step=on_step,
         )  # fmt: skip
     own.unet.requires_grad_(False)
     return own, losses
+
+
+ATTACK = Attack(attack, CustomDiffusionConfig, "hf.co/papers/2212.04488", prompt_words, new_words=True)

@@ -19,7 +19,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep, train_on_subject
+from guardsmith.attacks.base import Attack, AttackData, OnStep
+from guardsmith.attacks.dreambooth import DreamBoothConfig, train_on_subject
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import torch_seed
 
@@ -73,8 +74,8 @@ def add_adapters(
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def adapter_numbers(module: Any, rank: int) -> int:
-    """How many numbers adapters of a rank have on the attention projections of a module."""
+def adapter_parameters(module: Any, rank: int) -> int:
+    """Number of parameters that adapters of a rank have on the attention projections of a module."""
     layers = [
         layer for name, layer in module.named_modules() if name.endswith(TARGETS) and isinstance(layer, torch.nn.Linear)
     ]
@@ -115,20 +116,23 @@ def carry_adapters(personalized: DiffusionModel, onto: DiffusionModel, config: L
         own.text_encoder = copy.deepcopy(onto.text_encoder)
         parts.append((personalized.text_encoder, own.text_encoder, TEXT_TARGETS))
     for trained, module, targets in parts:
-        learnt = dict(trained.named_parameters())
+        source = dict(trained.named_parameters())
         add_adapters(module, config.rank, 0, kind=config.kind, targets=targets)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                parameter.data.copy_(learnt[name].data)
+                parameter.data.copy_(source[name].data)
         module.requires_grad_(False)
     return own
 
 
 def merge_adapters(module: torch.nn.Module) -> None:
-    """Add what adapters learnt to the weights they sit on, and take them off."""
+    """Add the adapters' updates to the weights that they belong to, and remove the adapters; changes the module in place."""
     for name, layer in list(module.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, layer.get_base_layer())
     vars(module).pop("peft_config", None)
+
+
+ATTACK = Attack(attack, LoraConfig, "hf.co/papers/2106.09685")

@@ -1,7 +1,7 @@
 """Textual inversion (Gal et al. 2023; hf.co/papers/2208.01618) as in diffusers' `textual_inversion.py`.
 
-Only the embedding of one new word is trained (or several vectors for it); U-Net and text encoder stay as they are. Every row
-has a neutral prompt of its own around the word, the pictures are mirrored half of the time, and there is no prior
+Only the embedding of one new word is trained (or several vectors for it); U-Net and text encoder stay as they are. Every
+picture has a neutral prompt of its own around the word, the pictures are mirrored half of the time, and there is no prior
 preservation.
 """
 
@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData, OnStep, descend
+from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, row_losses
@@ -35,13 +35,13 @@ class TextualInversionConfig(BaseModel):
     steps: int = Field(3000, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(4, gt=0)
-    """Rows per step."""
+    """Pictures per step."""
     vectors: int = Field(1, gt=0)
     """Vectors of the word (the script's `--num_vectors`); prompts that name the word have them all in a row."""
 
 
-def called(identifier: str, class_noun: str) -> tuple[str, str]:
-    """What the attacker asks for afterwards: the new word alone."""
+def prompt_words(identifier: str, class_noun: str) -> tuple[str, str]:
+    """Words of the prompts for the personalized model: the new word alone."""
     return f"<{identifier}>", ""
 
 
@@ -51,45 +51,45 @@ def word_parts(word: str, count: int) -> list[str]:
 
 
 def add_words(model: DiffusionModel, words: Mapping[str, str]) -> list[int]:
-    """Teach a model words; it gets a tokenizer and a text encoder of its own.
+    """Add words to a model; it gets a tokenizer and a text encoder of its own.
 
     Args:
         model: changed in place (its parts that others share are not).
-        words: each new word, and an old one whose mean embedding it starts from.
+        words: new word -> known words whose mean embedding is its first one.
 
     Returns:
-        The words' tokens.
+        The new words' token ids.
 
     Raises:
         RunFailed: the tokenizer has a token of that name.
     """
-    starts = [model.tokenizer(like, add_special_tokens=False).input_ids for like in words.values()]
+    known_tokens = [model.tokenizer(known, add_special_tokens=False).input_ids for known in words.values()]
     model.tokenizer, model.text_encoder = copy.deepcopy(model.tokenizer), copy.deepcopy(model.text_encoder)
     for word in words:
         if model.tokenizer.add_tokens(word) != 1:
             raise RunFailed(f"the tokenizer has a token '{word}' already; choose another identifier")
     tokens: list[int] = model.tokenizer.convert_tokens_to_ids(list(words))
-    known = max(len(model.tokenizer), model.text_encoder.config.vocab_size)
+    size = max(len(model.tokenizer), model.text_encoder.config.vocab_size)
     with torch_seed(0):  # it fills new rows with random numbers, which the next lines replace
-        model.text_encoder.resize_token_embeddings(known, mean_resizing=False)
+        model.text_encoder.resize_token_embeddings(size, mean_resizing=False)
     table = model.text_encoder.get_input_embeddings().weight.requires_grad_(False)
-    for token, start in zip(tokens, starts, strict=True):
+    for token, start in zip(tokens, known_tokens, strict=True):
         table[token] = table[start].mean(0)
     return tokens
 
 
 @contextmanager
-def spoken(model: DiffusionModel, token: int, vector: Tensor) -> Iterator[None]:
+def with_embedding(model: DiffusionModel, token: int, vector: Tensor) -> Iterator[None]:
     """Inside, the token's embedding is this vector, through which gradients flow.
 
     The table has no gradient and no optimizer, so no other word can move (the script trains the table, and puts all other
     rows back after every step).
     """
 
-    def put(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def replace(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return torch.where((inputs[0] == token).unsqueeze(-1), vector, output)
 
-    handle = model.text_encoder.get_input_embeddings().register_forward_hook(put)
+    handle = model.text_encoder.get_input_embeddings().register_forward_hook(replace)
     try:
         yield
     finally:
@@ -103,7 +103,7 @@ def trained_words(model: DiffusionModel, tokens: Sequence[int]) -> Iterator[list
     vectors = [torch.nn.Parameter(table[token].detach().clone()) for token in tokens]
     with ExitStack() as stack:
         for token, vector in zip(tokens, vectors, strict=True):
-            stack.enter_context(spoken(model, token, vector))
+            stack.enter_context(with_embedding(model, token, vector))
         yield vectors
     with torch.no_grad():
         for token, vector in zip(tokens, vectors, strict=True):
@@ -124,10 +124,10 @@ def attack(
         The model with the word, and the loss of every step.
 
     Raises:
-        RunFailed: the loss is not finite any more; the tokenizer has such a word.
+        RunFailed: a loss is not finite; the tokenizer has such a word.
     """
     own = copy.copy(model)
-    word, _ = called(data.identifier, data.class_noun)
+    word, _ = prompt_words(data.identifier, data.class_noun)
     new = add_words(own, dict.fromkeys(word_parts(word, config.vectors), data.class_noun))
     pictures = encode(own, torch.cat([data.images, data.images.flip(-1)]))
     tokens = PromptBank(own).tokens([template.format(word) for template in INVERSION_TEMPLATES])
@@ -137,13 +137,13 @@ def attack(
 
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, stream, step)
-        asked = tokens[torch.randint(len(tokens), (config.batch_size,), generator=rng)]
-        context = own.text_encoder(asked).last_hidden_state
+        prompts = tokens[torch.randint(len(tokens), (config.batch_size,), generator=rng)]
+        context = own.text_encoder(prompts).last_hidden_state
         rows = draw_rows(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
         return row_losses(own.unet, own.scheduler, rows).mean()
 
     with trained_words(own, new) as vectors:
-        losses = descend(
+        losses = train(
             own,
             loss_at,
             vectors,
@@ -153,3 +153,6 @@ def attack(
             on_step=on_step,
         )
     return own, losses
+
+
+ATTACK = Attack(attack, TextualInversionConfig, "hf.co/papers/2208.01618", prompt_words, new_words=True)

@@ -33,7 +33,7 @@ from guardsmith.cli.release import (
     verify_signature,
 )
 from guardsmith.cli.tables import compare, complete_recipe, list_table, print_policy
-from guardsmith.core.console import DAY, day, first_process, launched, print_schema, say
+from guardsmith.core.console import DAY, day, first_process, launched, print_line, print_schema, unfailing_stderr
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError, out_of_memory, system_errno
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 gate failed, 2 wrong usage or input, 3 inconclusive, 4 run failed, 130 interrupted.
     """
+    with unfailing_stderr():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         code = app(args=arguments, prog_name="guardsmith", standalone_mode=False)
         if code == 130:  # Typer's answer to Ctrl-C
@@ -110,7 +115,7 @@ def _usage(error: Any) -> int:
     if not context:
         return _fail(message, 2)
     if message == context.get_help():  # no command at all
-        say(message)
+        print_line(message)
         return 2
     return _fail(f"{message.rstrip('.')}: see `{context.command_path} --help`", 2)
 
@@ -125,7 +130,7 @@ def _fail(sentence: str, code: int, error: BaseException | None = None) -> int:
     if error is not None and os.environ.get("GUARDSMITH_DEBUG") == "1":
         traceback.print_exception(error)
     if first_process() or not isinstance(error, UserError):  # a user's mistake is every process's
-        say(sentence, style="red")
+        print_line(sentence, style="red")
     return code
 
 
@@ -280,7 +285,7 @@ def _registry(subjects: Path | None, recipe: Recipe, today: datetime | None) -> 
         raise UserError("no registry: name one with --subjects, or in the recipe as `subjects`")
     registry = load_registry(subjects or str(recipe.subjects), today=day(today))
     for warning in registry.warnings:
-        say(f"warning: {warning}", style="yellow")
+        print_line(f"warning: {warning}", style="yellow")
     return registry
 
 
@@ -333,8 +338,8 @@ def harden(
         return
     if as_json:
         typer.echo(json.dumps(info, indent=1, sort_keys=True))
-    say(f"hardened on {len(registry.subjects)} subjects in {info['seconds']:.0f} s: {output / 'model'}")
-    say(f"next: guardsmith verify {shlex.quote(str(output))} --subjects {shlex.quote(str(registry.path))}")
+    print_line(f"hardened on {len(registry.subjects)} subjects in {info['seconds']:.0f} s: {output / 'model'}")
+    print_line(f"next: guardsmith verify {shlex.quote(str(output))} --subjects {shlex.quote(str(registry.path))}")
 
 
 def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
@@ -358,7 +363,7 @@ def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
         "output": str(output),
     }
     typer.echo(json.dumps(plan, indent=1))
-    say("nothing was written; run again without --dry-run")
+    print_line("nothing was written; run again without --dry-run")
 
 
 def _memory(recipe: Recipe, method: Any, config: Any) -> dict[str, float] | None:
@@ -367,7 +372,7 @@ def _memory(recipe: Recipe, method: Any, config: Any) -> dict[str, float] | None
     try:
         found = estimate(recipe, method, config)
     except RunFailed:  # it would have to be fetched from the Hub first
-        say(f"{recipe.base} is not on this machine: its memory cannot be estimated")
+        print_line(f"{recipe.base} is not on this machine: its memory cannot be estimated")
         return None
     return {key: round(value, 2) for key, value in found.items()}
 
@@ -490,9 +495,9 @@ def run(
         done = run_publishing(
             output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file
         )
-        say(f"published: {done.url} at {done.commit}")
+        print_line(f"published: {done.url} at {done.commit}")
     elif repo_id is not None:
-        say(f"not published: the verdict is {report.verdict}")
+        print_line(f"not published: the verdict is {report.verdict}")
     raise typer.Exit(report.exit_code)
 
 

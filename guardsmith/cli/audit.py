@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from guardsmith.core.console import say
+from guardsmith.core.console import print_line
 from guardsmith.core.errors import UserError
 
 
@@ -61,9 +61,9 @@ def audit_release(
         for each in found:
             typer.echo(f"{each.kind:<10}  {each.where}: {each.what}")
     if found:
-        say(
+        print_line(
             f"{len(found)} things in {target} should not be public{note}; what to do: docs/how-to/publish.md",
             style="red",
         )
         raise typer.Exit(1)
-    say(f"nothing in {target} that should not be there{note}")
+    print_line(f"nothing in {target} that should not be there{note}")

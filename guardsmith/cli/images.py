@@ -1,4 +1,4 @@
-"""Commands on pictures: cloak them, train what cloaks them, and attack cloaked ones."""
+"""Commands on pictures: cloak them, train a network that cloaks, attack cloaked ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guardsmith.core.console import say
+from guardsmith.core.console import print_line, warn
 from guardsmith.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ RECIPE = Annotated[
 CHANGES = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
-CLASS_NOUN = Annotated[str, typer.Option("--class-noun", help="What the subject is, as it stands in prompts.")]
-IDENTIFIER = Annotated[str, typer.Option("--identifier", help="What attackers call the subject.")]
+CLASS_NOUN = Annotated[str, typer.Option("--class-noun", help="Class of the subject, as it stands in prompts.")]
+IDENTIFIER = Annotated[str, typer.Option("--identifier", help="Attackers' word for the subject.")]
 CLASS_IMAGES = Annotated[
     int, typer.Option("--class-images", min=0, help="Pictures of the class for prior preservation.")
 ]
@@ -35,15 +35,15 @@ JSON = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 
 
 def _recipe(name: str | None, base: str | None, changes: list[str] | None) -> Recipe:
-    """The recipe; on another base than the embedded one, without a name, one without settings: the papers' count."""
+    """The recipe. Without a name it is avatar-images on the embedded base, and the papers' settings on any other."""
     from guardsmith.config.recipe import Recipe, load_recipe
 
     if name is None and base is not None and not base.startswith("builtin:"):
         if changes:
             raise UserError("--set changes a recipe; name one with --recipe")
         return Recipe(base=base)
-    found = load_recipe(name or "avatar-images", changes or [])
-    return found if base is None else found.model_copy(update={"base": base})
+    recipe = load_recipe(name or "avatar-images", changes or [])
+    return recipe if base is None else recipe.model_copy(update={"base": base})
 
 
 def _spec(specs: dict[str, PixelSpec], name: str) -> PixelSpec:
@@ -70,13 +70,14 @@ def cloak(
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
-    """Write copies of pictures that models are not meant to learn their subject from; the pictures stay as they are."""
+    """Write cloaked copies of pictures, on which models are hard to personalize; the pictures stay as they are."""
     from pydantic import ValidationError
 
     from guardsmith.cloaks import find_cloak
     from guardsmith.config.recipe import explain
+    from guardsmith.core.picture_folders import select_pictures
     from guardsmith.core.progress import quiet_libraries
-    from guardsmith.pictures.cloaking import cloak_pictures, pictures_in
+    from guardsmith.pictures.cloaking import cloak_pictures
 
     if budget is not None and not 0 < budget <= 255:
         raise UserError(f"--budget {budget:g}: a pixel has 255 values; give more than 0 and at most 255")
@@ -88,28 +89,32 @@ def cloak(
         config(**params)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, f"--method {method}", list(config.model_fields)))) from error
-    files = pictures_in(images)
+    files, left_out, count = select_pictures(images)
+    for sentence in left_out:
+        warn(sentence)
     quiet_libraries()
-    told = cloak_pictures(
+    record = cloak_pictures(
         files, output, bases=base or [chosen.base], method=spec.name, params=params, class_noun=class_noun,
         identifier=identifier, class_images=class_images, recipe=chosen, seed=seed,
+        left_out=left_out,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(told, indent=1))
+        typer.echo(json.dumps(record, indent=1))
     else:
         from rich.table import Table
 
         from guardsmith.reports.terminal import print_table
 
-        table = Table(title=f"cloaked with {spec.name} in {told['seconds']:.1f} s", title_justify="left")
+        table = Table(title=f"cloaked with {spec.name} in {record['seconds']:.1f} s", title_justify="left")
         for heading in ("picture", "largest change of 255", "PSNR, dB", "perceptual distance"):
             table.add_column(heading)
-        for each in told["pictures"]:
+        for each in record["pictures"]:
             ratio = "-" if each["psnr_db"] is None else f"{each['psnr_db']:.1f}"
             table.add_row(each["file"], str(each["largest_change"]), ratio, f"{each['perceptual_distance']:.4f}")
         print_table(table, 100)
-    say(f"wrote {len(files)} pictures to {output}; look at {output / 'report' / 'before-after.png'}")
-    say(
+    others = f" ({count} entries were left out, see above)" if count else ""
+    print_line(f"wrote {len(files)} pictures to {output}{others}; look at {output / 'report' / 'before-after.png'}")
+    print_line(
         f"next: guardsmith redteam {shlex.quote(str(output))} --references FOLDER --class-noun {shlex.quote(class_noun)} "
         "--output redteam"
     )
@@ -144,14 +149,14 @@ def redteam(
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
-    """Try what can be learnt from (cloaked) pictures: as they are, purified, and purified with decoupling (CDL)."""
+    """Personalize a model on (cloaked) pictures as they are, purified, and purified with decoupling (CDL), and judge it."""
     from pydantic import ValidationError
 
     from guardsmith.config.recipe import explain
+    from guardsmith.core.picture_folders import select_pictures
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.metrics import find_judge
-    from guardsmith.pictures.cloaking import pictures_in
-    from guardsmith.pictures.redteam import redteam_pictures
+    from guardsmith.pictures.cloak_attack import attack_cloaked
     from guardsmith.purifiers import find_purifier
 
     if judge is not None:
@@ -169,16 +174,19 @@ def redteam(
         raise UserError(f"--attack {label}: the recipe has {', '.join(chosen.verify.attacks) or 'no attacks'}")
     if known is not None and known.name != "dreambooth":
         raise UserError(f"--attack {label}: that is {known.name}; name a DreamBooth attack of the recipe")
-    files, others = pictures_in(images), pictures_in(references)
+    files, left_out, _ = select_pictures(images)
+    others, references_left_out, _ = select_pictures(references)
+    for sentence in (*left_out, *references_left_out):
+        warn(sentence)
     quiet_libraries()
-    told = redteam_pictures(
+    record = attack_cloaked(
         files, others, output, base=chosen.base, purifier=spec.name, purifier_params=spec.params,
         params={} if known is None else known.params, class_noun=class_noun, identifier=identifier,
         class_images=class_images, count=count, recipe=chosen, seed=seed,
         judge=judge or ("avatar" if chosen.base.startswith("builtin:") else "dino"), judge_model=judge_model,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(told, indent=1))
+        typer.echo(json.dumps(record, indent=1))
     else:
         from rich.table import Table
 
@@ -187,15 +195,15 @@ def redteam(
         table = Table(title="similarity to the references", title_justify="left")
         table.add_column("attacker")
         table.add_column("mean [95 % interval]")
-        for name, row in told["attackers"].items():
-            found = (
+        for name, row in record["attackers"].items():
+            similarity = (
                 "-"
                 if row["similarity"] is None
                 else f"{row['similarity']:z.2f} [{row['low']:z.2f}, {row['high']:z.2f}]"
             )
-            table.add_row(name, found)
+            table.add_row(name, similarity)
         print_table(table, 80)
-    say(f"wrote {output}; look at {output / 'grid.png'}")
+    print_line(f"wrote {output}; look at {output / 'grid.png'}")
 
 
 def train_rid(
@@ -221,7 +229,7 @@ def train_rid(
 
     chosen = _recipe(recipe, base[0] if base else None, changes)
     quiet_libraries()
-    told = train_defender(
+    record = train_defender(
         pictures,
         output,
         bases=base or [chosen.base],
@@ -231,9 +239,9 @@ def train_rid(
         overwrite=overwrite,
     )
     if as_json:
-        typer.echo(json.dumps(told, indent=1))
+        typer.echo(json.dumps(record, indent=1))
     file = shlex.quote(str(output / DEFENDER))
-    say(f"trained on {told['pictures']} pictures in {told['seconds']:.0f} s: {file}")
-    say(
+    print_line(f"trained on {record['pictures']} pictures in {record['seconds']:.0f} s: {file}")
+    print_line(
         f"next: guardsmith cloak IMAGES --method rid --set cloaks.rid.params.defender={file} --class-noun NOUN --output DIR"
     )

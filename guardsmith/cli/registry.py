@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guardsmith.core.console import DAY, day, print_schema, say
+from guardsmith.core.console import DAY, day, print_line, print_schema, warn
 from guardsmith.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def check(
     today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
 ) -> None:
     """Check a registry: its keys, pictures, hashes, splits and consents."""
+    from guardsmith.registry.add import small_splits
     from guardsmith.registry.loader import load_registry
 
     loaded = load_registry(registry, today=day(today))
@@ -33,9 +34,12 @@ def check(
     else:
         _print_subjects(loaded)
     for warning in loaded.warnings:
-        say(f"warning: {warning}", style="yellow")
-    say(f"the registry is in order: {len(loaded.subjects)} protected, {len(loaded.controls)} controls")
-    say(f"next: guardsmith harden --subjects {shlex.quote(str(registry))}")
+        warn(warning)
+    for subject in (*loaded.subjects, *loaded.controls):
+        for sentence in small_splits(subject):
+            warn(sentence)
+    print_line(f"the registry is in order: {len(loaded.subjects)} protected, {len(loaded.controls)} controls")
+    print_line(f"next: guardsmith harden --subjects {shlex.quote(str(registry))}")
 
 
 def _print_subjects(registry: Registry) -> None:
@@ -112,10 +116,11 @@ def registry_add(
         expires_on=day(expires),
         control=control,
         ratios=dict(zip(SPLITS, _ratio(ratio), strict=True)) if ratio else None,
+        on_warning=warn,
     )
     counts = ", ".join(f"{len(subject.images_of(split))} {split}" for split in SPLITS)
-    say(f"added {subject.id} to {registry}: {counts}")
-    say(f"next: guardsmith check {shlex.quote(str(registry))}")
+    print_line(f"added {subject.id} to {registry}: {counts}")
+    print_line(f"next: guardsmith check {shlex.quote(str(registry))}")
 
 
 def _ratio(text: str) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from guardsmith.core.console import DAY, day, say
+from guardsmith.core.console import DAY, day, print_line
 from guardsmith.core.errors import UserError
 
 CONTACT = typer.Option(help="Whom people write to who want to be protected: an address or a link.")
@@ -100,12 +100,12 @@ def publish(
     if dry_run:
         release = output / "release"
         for name, file in files_of_release(release).items():
-            say(f"{file.stat().st_size:>14,}  {name}")
-        say(f"nothing was uploaded; what would be is in {release}, the model card in {release / 'README.md'}")
+            print_line(f"{file.stat().st_size:>14,}  {name}")
+        print_line(f"nothing was uploaded; what would be is in {release}, the model card in {release / 'README.md'}")
     elif done.changed:
-        say(f"published: {done.url} at {done.commit}")
+        print_line(f"published: {done.url} at {done.commit}")
     else:
-        say(f"{repo_id} holds exactly this already: {done.url} at {done.commit}")
+        print_line(f"{repo_id} holds exactly this already: {done.url} at {done.commit}")
     if as_json:
         typer.echo(json.dumps(done._asdict(), indent=1))
 
@@ -124,7 +124,7 @@ def verify_signature(
     if (identity is None) != (issuer is None) or (key is None) == (identity is None):
         raise UserError("name --key, or --identity and --issuer: whose signature it has to be")
     check_signature(folder, key, identity=identity, issuer=issuer)
-    say(
+    print_line(
         f"{folder} is what was signed by {identity}"
         if key is None
         else f"{folder} is what was signed with the key that belongs to {key}"
@@ -161,13 +161,13 @@ def export(
         )
     base = resolve(told["base"], told["base_revision"])
     done = write_single_file(like, base, output / "model", file, keep_unknown=keep_unknown)
-    say(f"wrote {file}: {done.replaced} tensors are the hardened model's, everything else is {like}'s")
+    print_line(f"wrote {file}: {done.replaced} tensors are the hardened model's, everything else is {like}'s")
     if done.left_out:
-        say(
+        print_line(
             f"left out, for they are copies of a hardened part: {len(done.left_out)} tensors ({in_words(done.left_out)})"
         )
     if done.widened:
-        say("the hardened tensors are stored in float32: a weight does not fit the precision of the file")
+        print_line("the hardened tensors are stored in float32: a weight does not fit the precision of the file")
 
 
 def import_file(
@@ -190,7 +190,9 @@ def import_file(
     quiet_libraries()
     read_single_file(file, folder, config)
     kind = load_model(str(folder)).prediction_type
-    say(f"wrote {folder} ({kind}); next: guardsmith harden --base {shlex.quote(str(folder))} --subjects registry.yaml")
+    print_line(
+        f"wrote {folder} ({kind}); next: guardsmith harden --base {shlex.quote(str(folder))} --subjects registry.yaml"
+    )
 
 
 def release_notes(

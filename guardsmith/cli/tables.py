@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from guardsmith.core.console import DAY, day, say
+from guardsmith.core.console import DAY, day, print_line
 from guardsmith.core.errors import UserError
 
 
@@ -47,7 +47,7 @@ def compare(
         from guardsmith.reports.terminal import print_table
 
         print_table(table, 160)
-        say(f"different besides: {', '.join(two['different']) or 'nothing'}")
+        print_line(f"different besides: {', '.join(two['different']) or 'nothing'}")
         return
     table, told = compare_runs(runs, Demands(control=control, fidelity=fidelity, steps=steps))
     if as_json:
@@ -62,7 +62,7 @@ def compare(
         from guardsmith.reports.terminal import save_table
 
         save_table(table, 60 + 44 * len(runs), svg)
-        say(f"wrote {svg}")
+        print_line(f"wrote {svg}")
 
 
 def print_policy(
@@ -103,7 +103,7 @@ def print_policy(
         chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model, "clip_t": clip_t})
         policy = measure_policy(load_registry(subjects, today=day(today)), chosen, size)
     typer.echo(as_yaml(policy), nl=False)
-    say("next: put it into a file and use it with guardsmith verify DIR --policy FILE")
+    print_line("next: put it into a file and use it with guardsmith verify DIR --policy FILE")
 
 
 TABLES = ("methods", "attacks", "cloaks", "purifiers", "recipes")

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import OnStep, PixelConfig, ascend, denoising_loss, sampled_latents
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.losses import draw_rows, score_residual

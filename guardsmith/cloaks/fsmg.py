@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import OnStep, Surrogate, SurrogateConfig, ascend, denoising_loss
 from guardsmith.diffusion.prompts import instance_prompt
 from guardsmith.models.checkpoint import DiffusionModel

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, project
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.sampling import redraw

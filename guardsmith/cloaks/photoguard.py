@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, ascend, project, sampled_latents
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.diffusion.sampling import guided, solver_for

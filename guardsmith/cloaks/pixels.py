@@ -15,7 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, train_on_subject
+from guardsmith.attacks.base import AttackData
+from guardsmith.attacks.dreambooth import DreamBoothConfig, train_on_subject
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.diffusion.losses import draw_rows, row_losses
 from guardsmith.diffusion.prompts import PromptBank

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, sampled_latents
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.losses import add_noise, draw_rows, score_residual, shares

@@ -15,10 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
-from guardsmith.core.atomic_io import read_yaml
-from guardsmith.core.console import say
 from guardsmith.core.errors import UserError, did_you_mean
 from guardsmith.core.redaction import Place, Private
+from guardsmith.core.yaml_text import odd_numbers, read_yaml
 from guardsmith.training.compute import ComputeConfig
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -252,7 +251,7 @@ def _set(data: dict[str, Any], change: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {change}: write it as key=value, e.g. --set method.params.beta=2")
     if key in RECIPE_KEYS:
-        say(f"warning: --set {change}: {key!r} is called {RECIPE_KEYS[key]!r} now", style="yellow")
+        warn(f"--set {change}: {key!r} is called {RECIPE_KEYS[key]!r} now")
     place = data
     *parents, last = RECIPE_KEYS.get(key, key).split(".")
     for parent in parents:
@@ -313,9 +312,9 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
             problems.append(str(error))
     data, further = with_new_keys(data, RECIPE_KEYS, "--set")  # a change may be a whole section
     for warning in (*warnings, *further):
-        say(f"warning: {warning}", style="yellow")
+        warn(warning)
     try:
-        Recipe.model_validate(data)
+        problems += [f"{path}: {sentence}" for sentence in odd_numbers(data, Recipe.model_validate(data))]
     except ValidationError as error:
         problems += explain(error, str(path), _known_keys(Recipe))
     problems += _parameter_problems(data, str(path))
@@ -373,7 +372,8 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
             continue  # the recipe's own types refuse it
         try:
             config = find(name).config
-            config.model_validate(params)
+            checked = config.model_validate(params)
+            problems += [f"{where}: {place}.params.{sentence}" for sentence in odd_numbers(params, checked)]
         except UserError as error:
             problems.append(f"{where}: {place}: {error}")
         except ValidationError as error:

@@ -33,7 +33,7 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether it says so; torch has an error of its own for accelerators, and for the CPU only words."""
+    """Whether an error means that memory is short; torch has a class for accelerators, and only a message for the CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -44,8 +44,8 @@ def out_of_memory(error: Exception) -> bool:
 def system_errno(error: Exception) -> int | None:
     """The system's error number; safetensors and shutil.copytree have it only in their text."""
     number: int | None = getattr(error, "errno", None)
-    told = re.search(r"(?:os error |Errno )(\d+)", str(error))
-    return number or (int(told[1]) if told else None)
+    match = re.search(r"(?:os error |Errno )(\d+)", str(error))
+    return number or (int(match[1]) if match else None)
 
 
 def entry_of(table: Mapping[str, Entry], name: str, what: str, further: str = "") -> Entry:
@@ -53,9 +53,9 @@ def entry_of(table: Mapping[str, Entry], name: str, what: str, further: str = ""
 
     Args:
         table: name -> entry.
-        name: what was asked for.
-        what: the entries are, e.g. "method".
-        further: told after the names that there are.
+        name: its name.
+        what: kind of the entries, e.g. "method".
+        further: end of the sentence about an unknown name, after the known ones.
 
     Raises:
         UserError: there is no such entry.

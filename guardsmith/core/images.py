@@ -6,8 +6,9 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +19,22 @@ from guardsmith.core.errors import RunFailed, UserError
 if TYPE_CHECKING:
     import torch
 
+Value = TypeVar("Value")
+
 MIN_SIDE = 32
 """Pictures with a side shorter than this many pixels are refused."""
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused as decompression bombs (a 45-megapixel camera still fits)."""
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""What counts as a picture when a folder is listed. Any other file is opened only when it is named."""
+SUFFIXES = frozenset({
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+    ".jp2", ".j2k", ".j2c", ".jpx", ".jpf", ".heic", ".heif", ".hif",
+})  # fmt: skip
+"""Files with these suffixes, in any case, count as pictures when a folder is listed. Others are opened only by their names."""
+
+KINDS = "PNG, JPEG, WebP, AVIF, JPEG 2000, BMP, GIF, TIFF, HEIC"
+"""The same for messages."""
 
 # Measured distances (`fingerprint`), mirror images included, on 12 900 pairs of different renders of one avatar (90
 # identities in 5 styles, 16 to 20 views each, 64 px) and 61 pairs of photographs of one subject (6 subjects, 512 px).
@@ -46,6 +55,10 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 # Cropping a 64 px render is as large a change as another view, so only crops of real photographs are caught.
 NEAR_DUPLICATE = 0.2
 """Two pictures are near-duplicates if their fingerprints are at most this far apart (0 is equal, 1.41 unrelated)."""
+
+
+HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"mif1", b"msf1"})
+"""Bytes 8 to 12 of HEIF files."""
 
 
 def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
@@ -71,17 +84,20 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow only warns from 89 megapixels on; the check below refuses earlier, in our words.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            _heif_is_known()
             image: Image.Image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise _too_large(path) from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} is not a picture: give a PNG, JPEG, WebP, BMP or TIFF file") from None
+        if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and not _heif_is_known():
+            raise UserError(f"{path} is HEIC, which needs pillow-heif: pip install guardsmith[heic]") from None
+        raise UserError(f"{path} is not a picture: give a file of {KINDS}") from None
     except Exception as error:  # Pillow's plugins raise anything on damaged headers
         raise _damaged(path, error) from error
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(path)
-    # MPO is how many cameras save a photograph with its preview: its first frame is the picture.
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+    # MPO is how many cameras save a photograph with its preview, HEIF how phones save it with others: the first is the picture.
+    if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
         frames = getattr(image, "n_frames", 1)
         raise UserError(f"{path} is animated or has several pages ({frames} frames): save one frame as PNG")
     if min(image.size) < MIN_SIDE:
@@ -102,6 +118,17 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
         raise _damaged(path, error) from error
     image.info = {}
     return image
+
+
+@cache
+def _heif_is_known() -> bool:
+    """Teach Pillow HEIC, if pillow-heif is installed; says whether it is."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _from_deep_grey(path: str | Path, image: Image.Image) -> Image.Image:
@@ -146,13 +173,47 @@ def to_tensor(image: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
 def open_pictures(
     paths: Sequence[str | Path], size: int, change: Callable[[Image.Image], Image.Image] | None = None
 ) -> torch.Tensor:
-    """Pictures opened and squared at a size, then changed if asked, float32 (n, 3, size, size) in [-1, 1].
+    """Open pictures at the size of a model.
+
+    Args:
+        paths: the files.
+        size: side in pixels; see `square`.
+        change: applied to every picture afterwards.
+
+    Returns:
+        float32 (n, 3, size, size) in [-1, 1].
 
     Raises:
-        UserError: see `open_image`.
+        UserError: pictures cannot be used (see `open_image`), one sentence a line for each.
     """
-    pictures = [square(open_image(path), size) for path in paths]
-    return to_tensor(pictures if change is None else [change(picture) for picture in pictures])
+    return to_tensor(
+        open_each(paths, lambda image: square(image, size) if change is None else change(square(image, size)))
+    )
+
+
+def open_each(paths: Sequence[str | Path], change: Callable[[Image.Image], Value]) -> list[Value]:
+    """Open pictures one after the other; only what is made of each stays in memory.
+
+    Args:
+        paths: the files.
+        change: applied to every picture.
+
+    Returns:
+        The results, in order.
+
+    Raises:
+        UserError: pictures cannot be used (see `open_image`), one sentence a line for each.
+    """
+    results = []
+    problems = []
+    for path in paths:
+        try:
+            results.append(change(open_image(path)))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return results
 
 
 def to_pil(tensor: torch.Tensor) -> Image.Image:
@@ -190,10 +251,12 @@ def read_bytes(path: str | Path) -> bytes:
         raise UserError(f"{path} is a folder, not a picture: name a file in it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    except ValueError:  # a zero byte in its name
+        raise UserError(f"{str(path)!r} is no file name: correct it") from None
 
 
 def fingerprint(image: Image.Image) -> NDArray[np.float64]:
-    """What a picture looks like, whatever its size, encoding, brightness and contrast.
+    """A perceptual hash: nearly the same for copies of a picture in another size, encoding, brightness or contrast.
 
     The 16 x 16 lowest frequencies of its luminance (DCT of 32 x 32 pixels) without the mean, each multiplied by its
     frequency so that details count as much as large shapes, scaled to length 1. This is imagehash's `phash` before it
@@ -220,7 +283,7 @@ _WEIGHTS = np.hypot(*np.indices((16, 16)))
 
 
 def near_duplicates(fingerprints: Sequence[NDArray[np.float64]]) -> list[tuple[int, int, float]]:
-    """Pairs of pictures that show the same, mirrored or not.
+    """Pairs of pictures that are copies of each other, mirrored or not.
 
     Args:
         fingerprints: One `fingerprint` per picture.
@@ -233,7 +296,11 @@ def near_duplicates(fingerprints: Sequence[NDArray[np.float64]]) -> list[tuple[i
     stack = np.stack(fingerprints)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, where the lengths are 1 (or 0 for a single colour).
     squares = (stack[:, 0] ** 2).sum(axis=1)
-    products = np.maximum(stack[:, 0] @ stack[:, 0].T, stack[:, 0] @ stack[:, 1].T)
-    distances = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * products, 0))
-    first, second = np.nonzero(np.triu(distances <= NEAR_DUPLICATE, k=1))
-    return [(int(i), int(j), float(distances[i, j])) for i, j in zip(first, second, strict=True)]
+    pairs = []
+    for start in range(0, len(stack), 512):  # some rows at a time: all pairs of a large registry would not fit
+        some = stack[start : start + 512, 0]
+        products = np.maximum(some @ stack[:, 0].T, some @ stack[:, 1].T)
+        distances = np.sqrt(np.maximum(squares[start : start + 512, None] + squares[None] - 2 * products, 0))
+        first, second = np.nonzero(np.triu(distances <= NEAR_DUPLICATE, k=1 + start))
+        pairs += [(int(i) + start, int(j), float(distances[i, j])) for i, j in zip(first, second, strict=True)]
+    return pairs

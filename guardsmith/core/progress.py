@@ -1,4 +1,4 @@
-"""Progress: a rich bar with ETA and live losses on a terminal, plain lines elsewhere, JSON lines for machines. All on stderr."""
+"""Progress on stderr: a rich bar with ETA and live losses on a terminal, plain lines elsewhere, JSON lines for machines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from guardsmith.core.console import first_process
 
 console = Console(stderr=True)
 STYLES = ("auto", "lines", "json")
-EVERY = {"lines": 15.0, "json": 1.0}  # seconds between two lines
+"""How progress can be printed."""
+EVERY = {"lines": 15.0, "json": 1.0}
+"""Style -> seconds between two lines."""
 _style = "auto"
 
 
@@ -41,33 +43,41 @@ class Stage:
     def __init__(self, title: str, total: int, progress: Progress | None) -> None:
         self.title, self.total, self.done = title, total, 0
         self.progress = progress
-        self.silent = not first_process()  # the others of a launcher do the same steps
+        self.silent = not first_process()  # a launcher's other processes take the same steps
         self.task = progress.add_task(title, total=total, losses="") if progress is not None else None
-        self.began = self.said = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
     def __call__(self, losses: Mapping[str, float] | None = None, *, done: int | None = None) -> None:
-        """One step more (or `done` steps in all), with the numbers to show."""
+        """Count one more step.
+
+        Args:
+            losses: numbers to print beside it.
+            done: steps in all, where it was not one more.
+        """
         self.done = self.done + 1 if done is None else done
         text = "  ".join(f"{k} {v:.4g}" for k, v in (losses or {}).items())
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=self.done, losses=text)
         elif self.silent:
             return
-        elif time.monotonic() - self.said > EVERY.get(_style, EVERY["lines"]) or self.done == self.total:
-            self.said = time.monotonic()
+        elif time.monotonic() - self.printed > EVERY.get(_style, EVERY["lines"]) or self.done == self.total:
+            self.printed = time.monotonic()
             if _style == "json":
-                told = {"stage": self.title, "done": self.done, "total": self.total, "shown": dict(losses or {}),
-                        "seconds": round(self.said - self.began, 1)}  # fmt: skip
-                sys.stderr.write(json.dumps(told) + "\n")
+                record = {"stage": self.title, "done": self.done, "total": self.total, "shown": dict(losses or {}),
+                          "seconds": round(self.printed - self.began, 1)}  # fmt: skip
+                sys.stderr.write(json.dumps(record) + "\n")
                 return
-            left = (self.said - self.began) / max(self.done, 1) * (self.total - self.done)
+            left = (self.printed - self.began) / max(self.done, 1) * (self.total - self.done)
             line = f"{self.title}: {self.done}/{self.total}, {left:.0f} s left  {text}".rstrip()
             console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def stage(title: str, total: int) -> Iterator[Stage]:
-    """A bar for `total` steps; a line every now and then where stderr is no terminal, or where lines are asked for."""
+    """Progress of `total` steps under a title: call what it yields after every step.
+
+    It is a bar on a terminal, and otherwise, or as `show_as` says, a line every `EVERY` seconds.
+    """
     if not console.is_terminal or _style != "auto" or not first_process():
         yield Stage(title, total, None)
         return

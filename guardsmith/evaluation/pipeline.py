@@ -10,6 +10,7 @@ Four steps, a module each: `preflight` refuses what cannot work, `measuring` att
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from guardsmith.config.recipe import Recipe
@@ -22,6 +23,7 @@ from guardsmith.registry.loader import Registry
 from guardsmith.reports.report import Report
 from guardsmith.reports.terminal import print_report
 from guardsmith.runtime.executors import check_executor
+from guardsmith.runtime.output import lock_output
 
 
 def verify(
@@ -57,6 +59,19 @@ def verify(
         UserError: there is no such model, the registry is not the one it was hardened on, a class has no calibration.
         RunFailed: a worker process was killed.
     """
+    with ExitStack() as stack:
+        if output.is_dir():
+            lock_output(output, stack)  # before `harden --overwrite` deletes what is read and written here
+        return _verify(
+            registry, recipe, output, model=model, revision=revision, base_runs=base_runs, workers=workers,
+            executor=executor, policy=policy, include_images=include_images, quiet=quiet,
+        )  # fmt: skip
+
+
+def _verify(
+    registry: Registry, recipe: Recipe, output: Path, *, model: str | None, revision: str | None, base_runs: Path | None,
+    workers: int | None, executor: str, policy: Policy | None, include_images: bool, quiet: bool,
+) -> Report:  # fmt: skip
     check_executor(executor)
     plan = preflight(registry, recipe, output, model=model, revision=revision, base_runs=base_runs, policy=policy)
     measurements = measure(plan, workers=workers, executor=executor)

@@ -9,7 +9,7 @@ from typing import Any
 
 from guardsmith.attacks import find_attack
 from guardsmith.config.recipe import Recipe
-from guardsmith.core.console import say
+from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError
 from guardsmith.evaluation.runs import Judged, attacked_subjects
 from guardsmith.gate.calibration import calibration
@@ -186,7 +186,7 @@ def made_elsewhere(
             )
     carries = surplus_of(model.folder, base)
     if carries:
-        say(f"warning: {source} carries what is no part of the model: {in_words(carries)}", style="yellow")
+        warn(f"{source} carries what is no part of the model: {in_words(carries)}")
     hardening = Hardening(
         base=recipe.base, base_digest=weights_digest(base.folder), model_digest=weights_digest(model.folder),
         registry_digest=registry.digest, method=None, params=None, seed=None, seconds=None, unet_forward_equivalents=None,

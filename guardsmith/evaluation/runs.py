@@ -198,14 +198,14 @@ def run_unit(unit: Unit) -> None:
     references = open_pictures(unit.reference_images, judge.size or model.image_size)
     scores: dict[int, list[float | None]] = {}
 
-    def enough(steps: int, images: Tensor) -> bool:
+    def stop(steps: int, images: Tensor) -> bool:
         scores[steps] = judge.similarity(images, references)
         reached = interval([scores[steps]])
         return steps >= unit.evaluation_points[1] and reached is not None and reached.mean >= level
 
     drawn, losses = draw_during_attack(
-        model, unit.attack, unit.params, data, looks=list(unit.evaluation_points.values()), seed=unit.seed,
-        count=unit.images, sampling=unit.sampling, enough=enough, first=first, first_steps=unit.evaluation_points[1],
+        model, unit.attack, unit.params, data, evaluate_at=list(unit.evaluation_points.values()), seed=unit.seed,
+        count=unit.images, sampling=unit.sampling, stop=stop, first=first, first_steps=unit.evaluation_points[1],
         onto=None if unit.trained_on is None else judged,
     )  # fmt: skip
     prompts = find_attack(unit.attack).prompts(unit.identifier, unit.noun, unit.images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from guardsmith.core.console import say
+from guardsmith.core.console import warn
 from guardsmith.core.errors import RunFailed
 from guardsmith.core.images import to_pil
 from guardsmith.evaluation.measuring import Measurements
@@ -42,4 +42,4 @@ def write(plan: Plan, measurements: Measurements, report: Report, *, include_ima
             root / "public", evidence, plan.record, registry.subjects, registry.controls, benign, salt_of(plan.output)
         )
     except RunFailed as error:  # the verdict stands; only publishing has to wait
-        say(f"warning: {error}", style="yellow")
+        warn(f"{error}")

@@ -17,14 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from guardsmith.config.recipe import GateSpec, explain
 from guardsmith.config.renamed import GATE_KEYS, POLICY_KEYS, with_new_keys
-from guardsmith.core.atomic_io import folder_digest, read_yaml
-from guardsmith.core.console import say
+from guardsmith.core.atomic_io import folder_digest
+from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures
 from guardsmith.core.redaction import Place
+from guardsmith.core.yaml_text import odd_numbers, read_yaml
 from guardsmith.gate.calibration import Levels, calibration, calibration_info
 from guardsmith.metrics import find_judge, load_judge
 from guardsmith.registry.loader import Registry
+from guardsmith.registry.types import Day
 
 
 class JudgeSpec(BaseModel):
@@ -57,7 +59,7 @@ class Policy(BaseModel):
 
     name: str = Field(min_length=1)
     """What the report calls it."""
-    dated: date
+    dated: Day
     """Day from which it holds, or on which the levels were measured."""
     measured_on: str = ""
     """Where the levels come from."""
@@ -157,18 +159,18 @@ def load_policy(path: Path) -> Policy:
     Raises:
         UserError: every problem, one sentence a line.
     """
-    try:
-        data = read_yaml(path, "a policy")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a policy file.") from None
-    data, warnings = with_new_keys(data, POLICY_KEYS, str(path))
+    data, warnings = with_new_keys(read_yaml(path, "a policy"), POLICY_KEYS, str(path))
     for warning in warnings:
-        say(f"warning: {warning}", style="yellow")
+        warn(warning)
     try:
-        return Policy.model_validate(data)
+        policy = Policy.model_validate(data)
     except ValidationError as error:
         known = [*Policy.model_fields, *GateSpec.model_fields, *(field.name for field in fields(Levels))]
         raise UserError("\n".join(explain(error, str(path), known))) from None
+    problems = [f"{path}: {sentence}" for sentence in odd_numbers(data, policy)]
+    if problems:
+        raise UserError("\n".join(problems))
+    return policy
 
 
 def as_yaml(policy: Policy) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest
+from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError
-from guardsmith.core.images import open_image, open_pictures, square, to_tensor
+from guardsmith.core.images import fingerprint, near_duplicates, open_each, open_pictures, square, to_tensor
+from guardsmith.core.picture_folders import list_pictures, skipped_sentence, usable
 from guardsmith.core.seeds import HARDENING_BENIGN, HARDENING_CLASS, HARDENING_REPLACEMENT
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
 from guardsmith.diffusion.prompts import ORDINARY_HARDENING, class_prompt, ordinary_prompts
@@ -52,19 +54,42 @@ def bystander_files(place: str) -> list[Path]:
         raise UserError(f"negatives: {error}") from error
 
 
-def load_bystanders(model: DiffusionModel, place: str | None) -> tuple[Tensor | None, str | None]:
-    """Images of unprotected people at the model's size, float32 (n, 3, h, w) in [-1, 1], and their digest.
+def load_bystanders(
+    model: DiffusionModel, place: str | None, protected: Sequence[Path] = ()
+) -> tuple[Tensor | None, str | None]:
+    """Images of unprotected people, used as negatives.
+
+    Files that cannot be used are left out, with a warning that names them.
 
     Args:
-        model: the base.
+        model: the base, which gives their size.
         place: see `bystander_files`; `None` gives neither.
+        protected: pictures of protected subjects, none of which may be among them.
+
+    Returns:
+        float32 (n, 3, h, w) in [-1, 1], and their digest.
 
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: there are none that can be used, or one shows the same as a protected picture.
     """
     if place is None:
         return None, None
-    pictures = [square(open_image(file), model.image_size) for file in bystander_files(place)]
+    if Path(place).is_dir() and (skipped := list_pictures(Path(place)).skipped):
+        warn(skipped_sentence(place, skipped))
+    problems: list[str] = []
+    files = usable(bystander_files(place), problems)
+    if not files:
+        raise UserError("\n".join([*problems, f"bystanders: there is no picture in {place} that can be used."]))
+    for sentence in problems:
+        warn(f"bystanders: left out: {sentence}")
+    prints = open_each([*protected, *files], fingerprint) if protected else []
+    for i, j, _ in near_duplicates(prints):
+        if i < len(protected) <= j:
+            raise UserError(
+                f"bystanders: {files[j - len(protected)]} shows the same as {protected[i]}, a picture of a protected subject; "
+                "remove it."
+            )
+    pictures = open_each(files, lambda image: square(image, model.image_size))
     return to_tensor(pictures), folder_digest([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
 
 
@@ -122,4 +147,6 @@ def ordinary_data(
 def draw_prompt(model: DiffusionModel, recipe: Recipe, prompt: str, count: int, cache: Path) -> Tensor:
     """Pictures of a method's own prompt, float32 (count, 3, h, w) in [-1, 1], which the base draws where they are not cached."""
     file = cache / f"instead-{folder_digest(prompt)}.safetensors"
-    return drawn_by(model, recipe.sampling, [prompt] * count, HARDENING_REPLACEMENT.start, file, f"pictures of '{prompt}'")
+    return drawn_by(
+        model, recipe.sampling, [prompt] * count, HARDENING_REPLACEMENT.start, file, f"pictures of '{prompt}'"
+    )

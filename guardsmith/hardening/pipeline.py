@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from guardsmith.config.recipe import Recipe
-from guardsmith.core.atomic_io import write_json
+from guardsmith.core.atomic_io import read_kept, write_json
 from guardsmith.core.console import first_process
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import console, stage
 from guardsmith.hardening.compatibility import check_against_base
 from guardsmith.hardening.data import draw_prompt, load_bystanders, ordinary_data, subject_data
 from guardsmith.hardening.probes import Probes
-from guardsmith.hardening.record import StepCosts, earlier_run, run_info
+from guardsmith.hardening.record import StepCosts, earlier_run, read_hardening, run_info
 from guardsmith.methods import (
     HardeningContext,
     HardeningResult,
@@ -58,7 +58,7 @@ from guardsmith.runtime.distributed import (
     single_process,
     world_size,
 )
-from guardsmith.runtime.output import check_apart, only_run, prepare_output, read_settings
+from guardsmith.runtime.output import check_apart, lock_output, prepare_output, read_settings
 from guardsmith.training.compute import ComputeConfig, configure_denoiser
 from guardsmith.training.loop import UNetCost, save_modules
 from guardsmith.training.optimizers import eight_bits
@@ -142,7 +142,7 @@ def harden(
         report_to: names of trackers that the losses go to as well, see `check_trackers`.
 
     Raises:
-        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`, `only_run`,
+        UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`, `lock_output`,
             `check_trackers`.
         RunFailed: the training diverged; the last checkpoint stays.
     """
@@ -152,10 +152,12 @@ def harden(
         with main_process_first():
             if first_process():
                 _claim_output(job, lock, resume=resume, overwrite=overwrite)
-        if job.record.exists() and (output / "model").is_dir():
-            if first_process():
-                console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
-            return _read(job.record)
+        if (output / "model").is_dir():
+            finished = read_kept(job.record, read_hardening, "the model is hardened again")
+            if finished is not None:
+                if first_process():
+                    console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
+                return finished
         began = time.monotonic()
         with main_process_first():
             if first_process():
@@ -193,7 +195,8 @@ def _preflight(registry: Registry, recipe: Recipe, output: Path, add_to: Path | 
         settings["half_variant"] = True
     if recipe.compute != ComputeConfig():
         settings["compute"] = recipe.compute.model_dump()
-    negatives, negatives_digest = load_bystanders(model, recipe.negatives)
+    protected = [image.path for subject in registry.subjects for image in subject.images if image.path.is_file()]
+    negatives, negatives_digest = load_bystanders(model, recipe.negatives, protected)
     if negatives_digest is not None:
         settings["bystanders_digest"] = negatives_digest
     subjects = list(registry.subjects)
@@ -212,10 +215,10 @@ def _claim_output(job: _Job, lock: ExitStack, *, resume: bool, overwrite: bool) 
     """Make the output folder this run's, and lock it for as long as `lock` is open."""
     exists = read_settings(job.output) is not None
     if exists:
-        only_run(job.output, lock)
+        lock_output(job.output, lock)
     prepare_output(job.output, job.settings, resume=resume, overwrite=overwrite)
     if not exists:
-        only_run(job.output, lock)
+        lock_output(job.output, lock)
 
 
 def _prepare(job: _Job) -> Prepared:

@@ -13,7 +13,7 @@ import torch
 
 from guardsmith import __version__
 from guardsmith.core.atomic_io import read_record
-from guardsmith.core.console import launched
+from guardsmith.core.console import launched, warn
 from guardsmith.core.errors import UserError
 from guardsmith.registry.loader import Registry
 
@@ -94,7 +94,13 @@ class StepCosts:
     def total(self, steps: int) -> tuple[int, int]:
         """Forward and backward rows of the first `steps` steps; one that was taken again after a kill counts once."""
         rows: dict[int, tuple[int, int]] = {}
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            step, forwards, backwards = json.loads(line)
+        for line in self.file.read_bytes().decode(errors="replace").splitlines() if self.file.exists() else ():
+            try:
+                step, forwards, backwards = map(int, json.loads(line))
+            except (ValueError, TypeError):
+                continue  # cut off by a power loss
             rows[step] = (forwards, backwards)
-        return sum(rows[s][0] for s in range(steps)), sum(rows[s][1] for s in range(steps))
+        counted = [rows[step] for step in range(steps) if step in rows]
+        if len(counted) < steps:
+            warn(f"{self.file} cannot be read everywhere; the cost of {steps - len(counted)} steps is not counted")
+        return sum(forwards for forwards, _ in counted), sum(backwards for _, backwards in counted)

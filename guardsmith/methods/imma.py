@@ -23,8 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from guardsmith.attacks.lora import TARGETS, adapter_numbers, add_adapters
-from guardsmith.attacks.textual_inversion import add_words, spoken
+from guardsmith.attacks.lora import TARGETS, adapter_parameters, add_adapters
+from guardsmith.attacks.textual_inversion import add_words, with_embedding
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import Rows, draw_rows, join, predict, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank, class_prompt, instance_prompt
@@ -86,7 +86,7 @@ class Words:
     def contexts(self, which: int, count: int, rng: torch.Generator) -> Tensor:
         """Embeddings of prompts about a subject, (count, tokens, width), with a gradient to its word."""
         picked = self.prompts[which][torch.randint(len(self.prompts[which]), (count,), generator=rng)]
-        with spoken(self.model, self.tokens[which], self.vectors[which]):
+        with with_embedding(self.model, self.tokens[which], self.vectors[which]):
             contexts: Tensor = self.model.text_encoder(picked).last_hidden_state
         return contexts
 
@@ -117,7 +117,7 @@ class Imma(HardeningMethod[ImmaConfig]):
         if config.adapter == "dreambooth":
             numbers += sum(parameter.numel() for parameter in unet.parameters())
         elif config.adapter == "lora":
-            numbers += adapter_numbers(unet, config.rank)
+            numbers += adapter_parameters(unet, config.rank)
         rows = 2 * config.batch_size if config.distillation_weight else config.batch_size
         return MemoryFootprint(numbers, 2 * numbers, rows)
 

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks import find_cloak
 from guardsmith.cloaks.pixels import load_bases
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import whole_folder, write_json
 from guardsmith.core.errors import RunFailed, UserError
-from guardsmith.core.images import SUFFIXES, open_image, sha256_file, to_tensor
+from guardsmith.core.images import open_each, open_image, sha256_file, to_tensor
 from guardsmith.core.progress import stage
 from guardsmith.core.seeds import CLOAKING_CLASS
 from guardsmith.diffusion.cache import drawn_by
@@ -54,24 +54,6 @@ class Covered(NamedTuple):
     squares: Tensor
     places: list[tuple[int, int]]
     scaled: tuple[int, int]
-
-
-def pictures_in(places: Sequence[Path]) -> list[Path]:
-    """The pictures that are named, or in the folders that are; sorted within a folder.
-
-    Raises:
-        UserError: there are none.
-    """
-    found: list[Path] = []
-    for place in places:
-        if place.is_dir():
-            inside = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not inside:
-                raise UserError(f"there is no picture in {place}; name pictures, or a folder with some")
-            found += inside
-        else:
-            found.append(place)
-    return found
 
 
 def check_names(files: Sequence[Path]) -> None:
@@ -129,20 +111,20 @@ def metadata_of(file: Path) -> dict[str, Any]:
     """What a picture's file says besides pixels, as PNG takes it; upright, since `open_image` turns it."""
     with Image.open(file) as raw:
         exif = raw.getexif()
-        told: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
         exif.pop(0x0112, None)
         if len(exif):
-            told["exif"] = exif.tobytes()
+            metadata["exif"] = exif.tobytes()
         if raw.mode in ("RGB", "RGBA", "P") and raw.info.get("icc_profile"):
-            told["icc_profile"] = raw.info["icc_profile"]
+            metadata["icc_profile"] = raw.info["icc_profile"]
         if raw.info.get("dpi"):
-            told["dpi"] = raw.info["dpi"]
+            metadata["dpi"] = raw.info["dpi"]
         xmp = raw.info.get("xmp") or raw.info.get("XML:com.adobe.xmp")
         if xmp:
             text = PngImagePlugin.PngInfo()
             text.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp))
-            told["pnginfo"] = text
-        return told
+            metadata["pnginfo"] = text
+        return metadata
 
 
 def class_pictures(model: DiffusionModel, class_noun: str, count: int, recipe: Recipe) -> Tensor:
@@ -178,11 +160,12 @@ def cloak_pictures(
     class_images: int,
     recipe: Recipe,
     seed: int = 0,
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Cloak pictures of one subject together; the folder appears whole.
 
     Args:
-        files: see `pictures_in`.
+        files: pictures of one subject.
         output: a folder that is not there yet.
         bases: models that the pictures are cloaked against; all of one size.
         method: a name in `CLOAKS`.
@@ -192,9 +175,10 @@ def cloak_pictures(
         class_images: pictures of the class for surrogates.
         recipe: says how those are drawn.
         seed: of everything random.
+        left_out: sentences about pictures that are not among the files, for the record.
 
     Returns:
-        What `cloak.json` holds.
+        The content of `cloak.json`.
 
     Raises:
         UserError: a picture or a base cannot be used; the output is there already.
@@ -205,7 +189,7 @@ def cloak_pictures(
     check_names(files)
     chosen = find_cloak(method)
     config: Any = chosen.config(**params)
-    pictures = [open_image(file) for file in files]
+    pictures = open_each(files, lambda image: image)
     models = load_bases(bases)
     size = models[0].image_size
     known = [covered(picture, size) for picture in pictures]
@@ -220,7 +204,7 @@ def cloak_pictures(
         uncovered(each, part, config.budget)
         for each, part in zip(known, cloaked.split([len(each.squares) for each in known]), strict=True)
     ]
-    told = []
+    changes = []
     with whole_folder(output) as place:
         (place / "report").mkdir()
         for file, picture, changed in zip(files, pictures, after, strict=True):
@@ -234,7 +218,7 @@ def cloak_pictures(
             with torch.no_grad():
                 apart = float(perceptual_distance(models[0], *both).mean())
             ratio = float(psnr(to_tensor(picture)[None], to_tensor(saved)[None]))
-            told.append(
+            changes.append(
                 {
                     "from": file.name, "file": target.name, "sha256": sha256_file(target), "largest_change": change,
                     "psnr_db": None if math.isinf(ratio) else ratio, "perceptual_distance": apart,
@@ -245,7 +229,7 @@ def cloak_pictures(
             "method": method, "paper": chosen.paper, "params": config.model_dump(mode="json"), "seed": seed,
             "class_noun": class_noun, "identifier": identifier, "class_images": len(prior), "seconds": seconds,
             "bases": [{"base": base, "digest": weights_digest(model.folder)} for base, model in zip(bases, models, strict=True)],
-            "pictures": told,
+            "pictures": changes, "left_out": list(left_out),
         }  # fmt: skip
         write_json(place / "report" / "cloak.json", record)
     return record

@@ -1,6 +1,6 @@
 """Training a RID defender on a folder of pictures: pairs first, then the network; a killed run goes on with --resume.
 
-<output>/settings.json          what was asked; a resumed run must ask the same
+<output>/settings.json          settings of the run; a resumed run must have the same
 <output>/pairs.safetensors      pictures cloaked by optimization
 <output>/state.safetensors      training state
 <output>/defender.safetensors   appears whole, at the end
@@ -19,17 +19,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from guardsmith.attacks.dreambooth import AttackData
+from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks import find_cloak
 from guardsmith.cloaks.pixels import load_bases
 from guardsmith.cloaks.rid import RidTraining, train
-from guardsmith.core.atomic_io import folder_digest, read_record, write_json
+from guardsmith.core.atomic_io import folder_digest, read_kept, read_record, whole_file, write_json
 from guardsmith.core.images import open_pictures, sha256_file
 from guardsmith.core.progress import stage
 from guardsmith.hardening.data import bystander_files
 from guardsmith.models.checkpoint import DiffusionModel, weights_digest
 from guardsmith.models.networks import save_network
-from guardsmith.runtime.output import only_run, prepare_output
+from guardsmith.runtime.output import lock_output, prepare_output
 
 DEFENDER = "defender.safetensors"
 WRITTEN = ("training.json", DEFENDER, "pairs.safetensors", "state.safetensors")
@@ -40,7 +40,8 @@ def make_pairs(
 ) -> Tensor:
     """Cloaked copies of the first pictures, group by group; kept in a file after every group, from which it goes on."""
     wanted = round(len(pictures) * config.pair_share) if config.regression_weight else 0
-    done = load_file(file)["pairs"] if file.exists() else torch.empty(0, *pictures.shape[1:])
+    kept = read_kept(file, lambda path: load_file(path)["pairs"], "its pictures are cloaked again")
+    done = torch.empty(0, *pictures.shape[1:]) if kept is None else kept
     chosen = find_cloak(config.pair_cloak)
     settings = chosen.config(**{"budget": config.budget} | config.pair_params)
     nobody = torch.empty(0, *pictures.shape[1:])
@@ -50,9 +51,8 @@ def make_pairs(
             group = pictures[len(done) : min(len(done) + config.pair_group, wanted)]
             data = AttackData(group, nobody, "sks", "person")
             done = torch.cat([done, chosen.run(models, data, settings, seed=seed + len(done))])
-            temporary = file.with_suffix(".tmp")
-            save_file({"pairs": done}, temporary)
-            temporary.replace(file)
+            with whole_file(file) as temporary:
+                save_file({"pairs": done}, temporary)
             bar(done=len(done))
     return done[:wanted]
 
@@ -79,7 +79,7 @@ def train_defender(
         overwrite: delete an earlier run first.
 
     Returns:
-        What `training.json` holds.
+        The content of `training.json`.
 
     Raises:
         UserError: pictures, bases or output cannot be used.
@@ -94,11 +94,16 @@ def train_defender(
         "params": config.model_dump(mode="json"),
     }  # fmt: skip
     prepare_output(output, settings, resume=resume, overwrite=overwrite, mark="picture_digest", written_here=WRITTEN)
-    with ExitStack() as held:
-        only_run(output, held)
-        if (output / "training.json").is_file():
-            return read_record(output / "training.json", ("params", "seconds"), "train again")
+    with ExitStack() as stack:
+        lock_output(output, stack)
+        finished = read_kept(output / "training.json", _finished, "the defender is trained again")
+        if finished is not None:
+            return finished
         return _train(output, files, models, bases, digests, config, seed)
+
+
+def _finished(record: Path) -> dict[str, Any]:
+    return read_record(record, ("params", "seconds"), "train again")
 
 
 def _train(
@@ -110,19 +115,19 @@ def _train(
     pairs = make_pairs(models, pictures, config, seed, output / "pairs.safetensors")
     with stage("training (RID)", config.steps) as bar:
 
-        def show(step: int, shown: dict[str, float]) -> None:
-            bar(shown, done=step + 1)
+        def show(step: int, numbers: dict[str, float]) -> None:
+            bar(numbers, done=step + 1)
 
         defender, history = train(
             models, pictures, pairs, config, seed=seed, checkpoint=output / "state.safetensors", on_step=show
         )
-    told = {
+    record = {
         "bases": [{"base": base, "digest": digest} for base, digest in zip(bases, digests, strict=True)],
         "params": config.model_dump(mode="json"), "pictures": len(files), "pairs": len(pairs), "seed": seed,
         "seconds": time.monotonic() - began, "parameters": sum(p.numel() for p in defender.parameters()),
         "history": history[:: max(1, len(history) // 100)],
     }  # fmt: skip
-    kept = {key: told[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
+    kept = {key: record[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
     save_network(defender, defender.shape, output / DEFENDER, kept)
-    write_json(output / "training.json", told)
-    return told
+    write_json(output / "training.json", record)
+    return record

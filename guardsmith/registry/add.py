@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from guardsmith.core.atomic_io import whole_file
 from guardsmith.core.errors import UserError
-from guardsmith.core.images import SUFFIXES, sha256_file
-from guardsmith.registry.images import pictures_in
+from guardsmith.core.images import KINDS, sha256_file
+from guardsmith.core.picture_folders import list_pictures, skipped_sentence
+from guardsmith.core.yaml_text import Loader, parse, read_text
 from guardsmith.registry.loader import SPLITS, Split, Subject, check_registry, present_day
-from guardsmith.registry.yaml_lines import Loader, parse
 
 PROTECTED_RATIOS: Mapping[Split, float] = {"harden": 2, "attack": 1, "reference": 1}
 CONTROL_RATIOS: Mapping[Split, float] = {"attack": 1, "reference": 1}
@@ -36,6 +38,7 @@ def add_subject(
     control: bool = False,
     ratios: Mapping[Split, float] | None = None,
     today: date | None = None,
+    on_warning: Callable[[str], object] = lambda sentence: None,
 ) -> Subject:
     """Hash a folder of pictures into a new entry of a registry file, which is created if it does not exist.
 
@@ -56,6 +59,7 @@ def add_subject(
         control: Add an unprotected control instead of a protected subject.
         ratios: Relative sizes of the splits; by default harden 2, attack 1, reference 1 (a control has no harden).
         today: The day on which consent must hold; by default the present day.
+        on_warning: Called with a sentence about files of the folder that were left out, and about splits that are too small.
 
     Returns:
         The new subject.
@@ -64,7 +68,7 @@ def add_subject(
         UserError: The resulting registry would be wrong. Nothing is written then.
     """
     path, folder, today = Path(registry_path), Path(folder), today or present_day()
-    files = _split_folder(folder, ratios or (CONTROL_RATIOS if control else PROTECTED_RATIOS))
+    files = _split_folder(folder, ratios or (CONTROL_RATIOS if control else PROTECTED_RATIOS), on_warning)
     entry: dict[str, Any] = {"id": id, "kind": kind, "class_noun": class_noun}
     if identifiers:
         entry["identifiers"] = list(identifiers)
@@ -77,10 +81,9 @@ def add_subject(
         {"path": _relative(file, path.parent), "sha256": sha256_file(file), "split": split} for file, split in files
     ]
 
-    try:
-        old = path.read_bytes().decode() if path.exists() else ""
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: save the file as UTF-8") from None
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is not a folder: create it, or name another place for the registry")
+    old = read_text(path, "the registry file", "check the path") if path.exists() or path.is_symlink() else ""
     key = "controls" if control else "subjects"
     new = _append_entry(path, old, key, entry)
     try:
@@ -88,24 +91,48 @@ def add_subject(
     except UserError as error:
         raise UserError(f"{path} is left as it is, because with {id!r} it would be wrong:\n{error}") from None
     _replace(path, new)
-    return registry.find(id)
+    subject = registry.find(id)
+    for sentence in small_splits(subject):
+        on_warning(sentence)
+    return subject
 
 
-def _split_folder(folder: Path, ratios: Mapping[Split, float]) -> list[tuple[Path, Split]]:
+def small_splits(subject: Subject) -> list[str]:
+    """A sentence for each split of a subject on which results say little, because it has a single picture."""
+    why = {
+        "harden": "hardening on one picture protects that picture rather than the subject",
+        "attack": "an attacker with one picture achieves less than one with several",
+        "reference": "similarity to one picture depends on its pose and light",
+    }
+    splits = [split for split in SPLITS if len(subject.images_of(split)) == 1]
+    return [f"{subject.id}: {split} has one picture only, and {why[split]}: add pictures" for split in splits]
+
+
+def _split_folder(
+    folder: Path, ratios: Mapping[Split, float], on_warning: Callable[[str], object]
+) -> list[tuple[Path, Split]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name a folder of pictures")
-    loose = pictures_in(folder)
     named = [split for split in SPLITS if (folder / split).is_dir()]
+    loose, skipped = list_pictures(folder, but=named)
+    if named and loose:
+        raise UserError(f"{loose[0]} lies beside the folders {', '.join(named)}: move it into one of them")
+    if skipped:
+        on_warning(skipped_sentence(folder, skipped))
     if named:
-        if loose:
-            raise UserError(f"{loose[0]} lies beside the folders {', '.join(named)}: move it into one of them")
-        return [(file, split) for split in named for file in pictures_in(folder / split)]
+        files = []
+        for split in named:
+            inside, skipped = list_pictures(folder / split)
+            files += [(file, split) for file in inside]
+            if skipped:
+                on_warning(skipped_sentence(folder / split, skipped))
+        return files
     wanted = [split for split in SPLITS if ratios.get(split, 0) > 0]
     if not wanted:
         raise UserError("the ratios of the splits are all zero: give harden, attack or reference a positive one")
     if len(loose) < len(wanted):
         raise UserError(
-            f"{folder} holds {len(loose)} pictures ({', '.join(sorted(SUFFIXES))}), but the splits "
+            f"{folder} holds {len(loose)} pictures ({KINDS}), but the splits "
             f"{', '.join(wanted)} need at least one each: add pictures"
         )
     # In proportion, but at least one picture each.
@@ -136,24 +163,26 @@ class _Dumper(yaml.SafeDumper):
 
 def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> str:
     """The text with one more entry under `subjects` or `controls`; every old line stays as it is."""
-    newline = "\r\n" if "\r\n" in text else "\n"
-    if text and not text.endswith("\n"):
-        text += newline
+    # The line ends of YAML, so that its line numbers are places in `rows`.
+    rows = re.findall(r"[^\r\n\x85\u2028\u2029]*(?:\r\n|[\r\n\x85\u2028\u2029])|[^\r\n\x85\u2028\u2029]+", text)
+    newline = next((row[len(row.rstrip("\r\n")) :] for row in rows if row.endswith(("\r", "\n"))), "\n")
+    if rows and not rows[-1].endswith(("\r", "\n", "\x85", "\u2028", "\u2029")):
+        rows[-1] += newline
+    text = "".join(rows)
     before, _, _ = parse(path, text)
     root = yaml.compose(text, Loader=Loader)
     item = yaml.dump([entry], Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**6)
 
     indent = 2
-    rows = text.split("\n")[:-1]
     if root is None:
-        rows += [row + newline[:-1] for row in ("version: 1", f"{key}:")]
+        rows += [f"version: 1{newline}", f"{key}:{newline}"]
         place = len(rows)
     elif not isinstance(root, yaml.MappingNode) or root.flow_style:
         raise UserError(f"{path} is not written as lines of `key: value`: add the entry by hand")
     else:
         value = next((value for name, value in root.value if name.value == key), None)
         if value is None:
-            rows.append(f"{key}:{newline[:-1]}")
+            rows.append(f"{key}:{newline}")
             place = len(rows)
         elif isinstance(value, yaml.SequenceNode) and not value.flow_style:
             indent = value.start_mark.column
@@ -169,8 +198,8 @@ def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> 
             raise UserError(
                 f"{path}:{value.start_mark.line + 1}: {key} is written in brackets: put each entry on a line"
             )
-    rows[place:place] = [" " * indent + row + newline[:-1] for row in item.rstrip("\n").split("\n")]
-    text = "\n".join(rows) + "\n"
+    rows[place:place] = [" " * indent + row + newline for row in item.rstrip("\n").split("\n")]
+    text = "".join(rows)
 
     after, _, _ = parse(path, text)
     before = before if isinstance(before, dict) else {"version": 1}
@@ -182,17 +211,9 @@ def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> 
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Write a file completely or not at all; links to it and its permissions stay."""
     target = path.resolve()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    with whole_file(target) as partial:
+        partial.write_bytes(text.encode())
         if target.exists():
             shutil.copymode(target, partial)
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

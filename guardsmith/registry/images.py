@@ -1,24 +1,26 @@
-"""The pictures of a registry: found in files, folders, globs and datasets, hashed, and compared with each other."""
+"""The pictures of a registry: read from files, folders, globs and datasets, hashed, and compared with each other."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from guardsmith.core.atomic_io import whole_file
 from guardsmith.core.errors import UserError
-from guardsmith.core.images import SUFFIXES, fingerprint, near_duplicates, open_image, read_bytes, sha256_file
+from guardsmith.core.images import KINDS, fingerprint, near_duplicates, open_image, read_bytes, sha256_file
+from guardsmith.core.picture_folders import is_picture, list_pictures, skipped_sentence
+from guardsmith.core.yaml_text import KeyPath, Problem, line_of
 from guardsmith.registry.types import SPLITS, Image, ImageEntry, Split
-from guardsmith.registry.yaml_lines import KeyPath, Problem, line_of
 
 
 class Picture(NamedTuple):
-    """A picture with what is needed to talk about it: its name, the line that lists it, and how it looks."""
+    """A picture with its name and line, for messages, and its `fingerprint` where pictures are compared."""
 
     image: Image
     name: str
@@ -36,7 +38,18 @@ def find_pictures(
     problems: list[Problem],
     warnings: list[Problem],
 ) -> list[Picture]:
-    """The pictures of one subject; adds to `problems` and `warnings`."""
+    """The pictures of one subject.
+
+    Args:
+        raw: its entry.
+        where: place of that in the file.
+        label: see `label_of`.
+        folder: of the registry file.
+        lines: see `yaml_text.parse`.
+        check_images: see `load_registry`.
+        problems: is added to.
+        warnings: is added to.
+    """
     if not isinstance(raw.get("images"), list):
         return []
     pictures: list[Picture] = []
@@ -47,7 +60,7 @@ def find_pictures(
         try:
             entry = ImageEntry.model_validate(item)
         except ValidationError:
-            readable = False  # already told
+            readable = False  # `explain` has a sentence about it
             continue
         missing.discard(entry.split)
         try:
@@ -63,6 +76,8 @@ def find_pictures(
         if entry.sha256 is None and entry.revision is None:
             source = entry.path or entry.dataset
             sentence = f"{label}: {source} is not pinned: its {len(files)} pictures may change without notice"
+            if entry.path is not None and (skipped := _skipped(folder / entry.path)):
+                sentence += f"; {skipped_sentence(entry.path, skipped)}"
             warnings.append(Problem(line, sentence))
     if readable and missing:
         names = " and ".join(split for split in SPLITS if split in missing)
@@ -72,7 +87,11 @@ def find_pictures(
 
 
 def files_of(entry: ImageEntry, folder: Path) -> list[tuple[Path, str | None]]:
-    """The files an entry stands for, each with its hash where the entry or the dataset gives it.
+    """The files an entry stands for, each with its SHA-256 where the entry or the dataset gives it.
+
+    Args:
+        entry: a file, a folder, a glob or a dataset.
+        folder: relative paths begin there.
 
     Raises:
         UserError: there are none, or they cannot be read.
@@ -81,13 +100,14 @@ def files_of(entry: ImageEntry, folder: Path) -> list[tuple[Path, str | None]]:
         return _dataset_files(entry, folder)
     path = folder / entry.path
     if path.is_dir():
-        files = pictures_in(path)
+        files, skipped = list_pictures(path)
         if not files:
-            raise UserError(f"the folder {path} holds no picture ({', '.join(sorted(SUFFIXES))})")
+            others = f"; {skipped_sentence(path, skipped)}" if skipped else ""
+            raise UserError(f"the folder {path} holds no picture ({KINDS}){others}")
     elif not path.exists() and any(sign in entry.path for sign in "*?["):
         root = Path(path.anchor) if Path(entry.path).is_absolute() else folder
         pattern = str(Path(entry.path).relative_to(root)) if root is not folder else entry.path
-        files = sorted(file for file in root.glob(pattern) if file.is_file() and file.suffix.lower() in SUFFIXES)
+        files = sorted(filter(is_picture, _glob(root, pattern)))
         if not files:
             raise UserError(f"no picture matches {entry.path}")
     elif entry.sha256 is None:
@@ -100,35 +120,49 @@ def files_of(entry: ImageEntry, folder: Path) -> list[tuple[Path, str | None]]:
     return [(file, None) for file in files]
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in SUFFIXES)
+def _skipped(path: Path) -> list[str]:
+    return list_pictures(path).skipped if path.is_dir() else []
+
+
+def _glob(root: Path, pattern: str) -> list[Path]:
+    try:
+        return list(root.glob(pattern))
+    except (ValueError, NotImplementedError, IndexError) as error:  # `**x`, or nothing but dots
+        raise UserError(f"{pattern} is no pattern for files ({error}): correct it") from None
+    except OSError as error:
+        raise UserError(f"{pattern} cannot be read ({error.strerror}): correct it") from None
 
 
 def _picture(entry: ImageEntry, file: Path, known_hash: str | None, line: int, check_images: bool) -> Picture:
-    look = None
+    looks_like = None
     if check_images or known_hash is None:
         data = read_bytes(file)
-        found = hashlib.sha256(data).hexdigest()
-        if entry.sha256 not in (None, found):
+        sha256 = hashlib.sha256(data).hexdigest()
+        if entry.sha256 not in (None, sha256):
             raise UserError(
-                f"{file} is not the picture that was registered: its sha256 is {found}; "
+                f"{file} is not the picture that was registered: its sha256 is {sha256}; "
                 "restore the file or register this one"
             )
         if check_images:
-            look = fingerprint(open_image(file, data))
-        known_hash = known_hash or found
-    return Picture(Image(path=file.absolute(), sha256=known_hash, split=entry.split), str(file), line, look)
+            looks_like = fingerprint(open_image(file, data))
+        known_hash = known_hash or sha256
+    return Picture(Image(path=file.absolute(), sha256=known_hash, split=entry.split), str(file), line, looks_like)
 
 
-def check_duplicates(pictures: list[Picture], label: str, known: dict[str, tuple[str, Picture]]) -> list[Problem]:
-    """Problems with pictures that occur twice or nearly so; `known` (subject and picture of each hash) is updated."""
+def check_duplicates(groups: Sequence[tuple[str, Sequence[Picture]]]) -> list[Problem]:
+    """Problems with pictures that occur twice, or nearly so, in a registry.
+
+    Args:
+        groups: (label, pictures) of every subject and control, in the order of the file; see `label_of`.
+    """
+    everything = [(label, picture) for label, pictures in groups for picture in pictures]
     problems = []
-    for picture in pictures:
-        if picture.image.sha256 not in known:
-            known[picture.image.sha256] = label, picture
+    by_hash: dict[str, tuple[str, Picture]] = {}
+    for label, picture in everything:
+        if picture.image.sha256 not in by_hash:
+            by_hash[picture.image.sha256] = label, picture
             continue
-        owner, first = known[picture.image.sha256]
+        owner, first = by_hash[picture.image.sha256]
         if owner != label:
             sentence = f"{picture.name} is also a picture of {owner} (line {first.line}): remove one"
         elif first.image.split != picture.image.split:
@@ -138,14 +172,17 @@ def check_duplicates(pictures: list[Picture], label: str, known: dict[str, tuple
             sentence = f"{picture.name} is listed twice (line {first.line}): remove one"
         problems.append(Problem(picture.line, f"{label}: {sentence}"))
 
-    looks = [(picture, picture.fingerprint) for picture in pictures if picture.fingerprint is not None]
-    for i, j, distance in near_duplicates([look for _, look in looks]):
-        first, second = looks[i][0], looks[j][0]
-        if first.image.split == second.image.split or first.image.sha256 == second.image.sha256:
+    prints = [(label, picture, picture.fingerprint) for label, picture in everything if picture.fingerprint is not None]
+    for i, j, distance in near_duplicates([each for *_, each in prints]):
+        (owner, first, _), (label, second, _) = prints[i], prints[j]
+        same_split = owner == label and first.image.split == second.image.split
+        if same_split or first.image.sha256 == second.image.sha256:
             continue
+        whose = f"split {first.image.split}" if owner == label else owner
+        remedy = "remove one or put both in one split" if owner == label else "remove one"
         sentence = (
-            f"{second.name} (split {second.image.split}) shows nearly the same as {first.name} (split "
-            f"{first.image.split}, line {first.line}; distance {distance:.2f}): remove one or put both in one split"
+            f"{second.name} (split {second.image.split}) shows nearly the same as {first.name} ({whose}, line {first.line}; "
+            f"distance {distance:.2f}): {remedy}"
         )
         problems.append(Problem(second.line, f"{label}: {sentence}"))
     return problems
@@ -187,11 +224,20 @@ def _dataset_files(entry: ImageEntry, folder: Path) -> list[tuple[Path, str | No
         picture = open_image(f"{name} row {index}", stored["bytes"] or read_bytes(stored["path"]))
         digest = hashlib.sha256(picture.tobytes()).hexdigest()
         file = cache / f"{digest}.png"
-        if not file.exists():
-            partial = file.with_suffix(f".{os.getpid()}.tmp")
-            picture.save(partial, format="PNG")
-            partial.replace(file)
+        if not _is_whole(file):
+            with whole_file(file) as partial:
+                picture.save(partial, format="PNG")
         files.append((file, digest))
     if not files:
         raise UserError(f"split {entry.dataset_split} of dataset {name} is empty: choose another split")
     return files
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a PNG file is there with its end, which it lacks after a power loss."""
+    try:
+        with file.open("rb") as data:
+            data.seek(-8, os.SEEK_END)
+            return data.read(4) == b"IEND"
+    except OSError:
+        return False

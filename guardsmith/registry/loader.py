@@ -3,8 +3,8 @@
 A registry is a YAML file (docs/how-to/registry.md, registries/schema.json). `load_registry` checks all of it, reports every
 error at once as `file:line: sentence`, and returns a `Registry` in which every picture is a file with its hash.
 
-The parts: `registry_types` (what a registry says), `registry_yaml` (the file, its lines and its errors as sentences),
-`registry_images` (the pictures), and `registry_add` (writing a new entry).
+Beside it: `types` (the data), `explanations` (pydantic's errors as sentences), `images` (the pictures), `reserved` (ids that
+cannot be hidden later) and `add` (writing a new entry).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from guardsmith.core.errors import UserError, did_you_mean
+from guardsmith.core.yaml_text import KeyPath, Problem, line_of, parse, read_text
+from guardsmith.registry.explanations import explain, label_of
 from guardsmith.registry.images import Picture, check_duplicates, find_pictures
+from guardsmith.registry.reserved import is_reserved
 from guardsmith.registry.types import (
     SPLITS,
     Consent,
@@ -32,7 +35,6 @@ from guardsmith.registry.types import (
     SubjectEntry,
     SubjectFields,
 )
-from guardsmith.registry.yaml_lines import KeyPath, Problem, explain, label_of, line_of, parse
 
 
 def load_registry(path: str | Path, *, today: date | None = None, check_images: bool = True) -> Registry:
@@ -48,17 +50,7 @@ def load_registry(path: str | Path, *, today: date | None = None, check_images: 
         UserError: One line `file:line: sentence` for every problem of the file, its pictures and its consents.
     """
     path = Path(path)
-    try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: create it with `guardsmith registry add`") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name the registry file in it") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: this is not UTF-8 text: save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    text = read_text(path, "the registry file", "create it with `guardsmith registry add`")
     return check_registry(path, text, today or present_day(), check_images)
 
 
@@ -79,7 +71,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def content_digest(subjects: Iterable[Subject], controls: Iterable[Subject]) -> str:
-    """SHA-256 of who is protected: ids, kinds, class nouns, identifiers, consents, and hash and split of each picture.
+    """SHA-256 of the registry's content: ids, kinds, class nouns, identifiers, consents, and hash and split of each picture.
 
     Paths, comments and the order of subjects and pictures do not change it.
     """
@@ -105,7 +97,17 @@ def present_day() -> date:
 
 
 def check_registry(path: Path, text: str, today: date, check_images: bool) -> Registry:
-    """What `load_registry` does, on a text that may not be in the file at `path` yet."""
+    """Check the text of a registry.
+
+    Args:
+        path: its file, which need not hold the text yet; relative paths begin beside it.
+        text: YAML.
+        today: the day on which consent must hold.
+        check_images: see `load_registry`.
+
+    Raises:
+        UserError: see `load_registry`.
+    """
     data, lines, problems = parse(path, text)
     if not isinstance(data, dict):
         what = "is empty" if data is None else "is not a mapping"
@@ -120,10 +122,10 @@ def check_registry(path: Path, text: str, today: date, check_images: bool) -> Re
     warnings: list[Problem] = []
     groups: dict[str, list[list[Picture]]] = {"subjects": [], "controls": []}
     id_lines: dict[str, int] = {}
-    known_pictures: dict[str, tuple[str, Picture]] = {}
+    labelled: list[tuple[str, list[Picture]]] = []
+    nouns = _class_nouns(data)
     for group, pictures_of in groups.items():
-        entries = data.get(group)
-        for index, raw in enumerate(entries if isinstance(entries, list) else []):
+        for index, raw in enumerate(_list(data.get(group))):
             where: KeyPath = (group, index)
             label = label_of(data, where)
             if not isinstance(raw, dict):
@@ -135,11 +137,18 @@ def check_registry(path: Path, text: str, today: date, check_images: bool) -> Re
                     sentence = f"the id {subject_id!r} is taken (line {id_lines[subject_id]}): choose another"
                     problems.append(Problem(line, sentence))
                 id_lines.setdefault(subject_id, line)
+                if is_reserved(subject_id, nouns) and not _is_invented(raw):
+                    sentence = (
+                        f"{label}: {subject_id!r} is also a word of the evidence, where it could not be hidden when the model is "
+                        f"published: choose an id like {subject_id}-1"
+                    )
+                    problems.append(Problem(line, sentence))
             if (*where, "consent") not in typos:
                 problems += _check_consent(raw, where, label, lines, today)
             pictures = find_pictures(raw, where, label, path.parent, lines, check_images, problems, warnings)
-            problems += check_duplicates(pictures, label, known_pictures)
+            labelled.append((label, pictures))
             pictures_of.append(pictures)
+    problems += check_duplicates(labelled)
     if problems:
         raise UserError("\n".join(_located(path, problems)))
 
@@ -162,6 +171,23 @@ def check_registry(path: Path, text: str, today: date, check_images: bool) -> Re
     return registry
 
 
+def _class_nouns(data: Mapping[str, Any]) -> set[str]:
+    entries = [
+        entry for group in ("subjects", "controls") for entry in _list(data.get(group)) if isinstance(entry, dict)
+    ]
+    return {noun for entry in entries if isinstance(noun := entry.get("class_noun"), str)}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_invented(raw: Mapping[str, Any]) -> bool:
+    """Whether the id stays in published evidence, because nobody real is meant."""
+    consent = raw.get("consent")
+    return isinstance(consent, dict) and consent.get("basis") == "invented"
+
+
 def _subject(entry: SubjectEntry, pictures: list[Picture]) -> Subject:
     fields = {name: getattr(entry, name) for name in SubjectFields.model_fields}
     return Subject(**fields, images=tuple(picture.image for picture in pictures))
@@ -182,7 +208,7 @@ def _check_consent(
     try:
         consent = Consent.model_validate(raw["consent"])
     except ValidationError:
-        return []  # already told
+        return []  # `explain` has a sentence about it
     if consent.granted_on > today:
         return [Problem(line, f"{label}: consent begins on {consent.granted_on}: wait, or correct granted_on")]
     if consent.expires_on is not None and consent.expires_on < today:

@@ -1,4 +1,4 @@
-"""What a registry says, as pydantic types: what a file lists (`RegistryFile`), and what passed every check (`Registry`)."""
+"""A registry as pydantic types: the content of a file (`RegistryFile`), and the result of all checks (`Registry`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Consent(BaseModel):
     model_config = _STRICT
 
     basis: Text
-    """What the consent rests on: request, self, guardian, licence, invented, ..."""
+    """Basis of the consent: request, self, guardian, licence, invented, ..."""
     reference: Text
     """Where it is on record: a ticket, a contract, a licence file."""
     granted_on: Day
@@ -54,7 +54,7 @@ class Consent(BaseModel):
 
 
 class Image(BaseModel):
-    """One picture of a subject, found and hashed."""
+    """One picture of a subject: its file and its hash."""
 
     model_config = _STRICT
 
@@ -84,7 +84,7 @@ class ImageEntry(BaseModel):
     revision: Text | None = None
     """Commit, tag or branch of a dataset on the Hub; without it, the dataset is not pinned."""
     split: Split
-    """What these pictures are for: `harden`, `attack` (unseen by the hardening) or `reference` (for judging)."""
+    """Use of these pictures: `harden`, `attack` (unseen by the hardening) or `reference` (for judging)."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -98,14 +98,14 @@ class ImageEntry(BaseModel):
 
 
 class SubjectFields(BaseModel):
-    """What a subject is, apart from its pictures."""
+    """A subject without its pictures."""
 
     model_config = _STRICT
 
-    id: str = Field(pattern="^[a-z0-9][a-z0-9_-]*$")
-    """Unique name of the subject, also used for folders: a-z, 0-9, - and _."""
+    id: str = Field(pattern="^[a-z0-9][a-z0-9_-]*$", max_length=64)
+    """Unique name of the subject, also used for folders: a-z, 0-9, - and _; at most 64, and no word of the evidence."""
     kind: Kind
-    """What is protected: a person, an object, a character or a style."""
+    """Kind of the subject: a person, an object, a character or a style."""
     class_noun: str = Field(pattern="^[a-z]+([ -][a-z]+)*$", max_length=40)
     """Lowercase noun of the class, as it stands in prompts: person, dog, teddy bear."""
     identifiers: tuple[Text, ...] = ()
@@ -164,9 +164,9 @@ class Registry(BaseModel):
     path: Path
     """Absolute path of the file it was read from."""
     digest: str
-    """SHA-256 of what the registry says (`content_digest`): no paths, no formatting, no order."""
+    """SHA-256 of the content (`content_digest`): no paths, no formatting, no order."""
     warnings: tuple[str, ...]
-    """What is allowed but weak, as `file:line: sentence`."""
+    """Weak places that are allowed, as `file:line: sentence`."""
     _class_noun_places: dict[str, str] = PrivateAttr(default_factory=dict)
     _lines: dict[str, int] = PrivateAttr(default_factory=dict)
 

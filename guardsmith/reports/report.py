@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import read_record, write_json
-from guardsmith.core.console import say
+from guardsmith.core.console import warn
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.redaction import Place, Private, Reason, Rules, SubjectId, UnitName, redacted
 from guardsmith.gate.calibration import Levels
@@ -221,7 +221,7 @@ class Report(_Part):
         """
         current, warnings = upgraded(data, where)
         for warning in warnings:
-            say(f"warning: {warning}", style="yellow")
+            warn(warning)
         try:
             return cls.model_validate(current, extra="ignore")
         except ValidationError as error:

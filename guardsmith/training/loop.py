@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from guardsmith.core.atomic_io import read_kept, whole_file
 from guardsmith.core.console import first_process
 from guardsmith.core.errors import RunFailed
 from guardsmith.models.families import DENOISERS
@@ -146,7 +147,6 @@ def load_module_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
     """Write tensors and a JSON-able `info` to one safetensors file, atomically: the old file stays until the new is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     storages: set[int] = set()
     separate = {}  # safetensors refuses tensors that share memory
     for key, value in tensors.items():
@@ -157,11 +157,8 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], info: dict[str
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         separate[key] = tensor
-    try:
+    with whole_file(path) as temporary:
         save_file(separate, temporary, metadata={"info": json.dumps(info)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -244,8 +241,11 @@ class TrainingLoop:
         self.on_step, self.probe, self.released = on_step, probe, released
         self.history: list[dict[str, float]] = []
         self.ended = False
-        if checkpoint is not None and checkpoint.exists():
-            saved, info = load_checkpoint(checkpoint)
+        last = None
+        if checkpoint is not None:
+            last = read_kept(checkpoint, load_checkpoint, "the training starts again")
+        if last is not None:
+            saved, info = last
             for prefix, module in modules.items():
                 load_module_tensors(module, saved, prefix)
             for prefix, optimizer in optimizers.items():

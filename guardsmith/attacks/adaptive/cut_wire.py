@@ -1,8 +1,9 @@
-"""An adaptive attacker of Tripwire who has read how it works: find the wire's neurons, cut them, then DreamBooth.
+"""An adaptive attacker of Tripwire who knows the method: zero the trigger neurons, then DreamBooth.
 
-A wire is four neurons of the last feed-forward layer of the middle block whose weights, on either side, are orders larger than
-the others'. Without them there is no surge, the alarm stays silent, and what is left is the distilled model. This attacker
-needs the weights and a text editor's worth of knowledge, and no pictures: Tripwire is a lock on the door, not a wall.
+A trigger is four neurons of the last feed-forward layer of the middle block whose weights, on either side, are orders of
+magnitude larger than the others'. With them zeroed no activation saturates, the output override never starts, and the distilled
+model remains. This attacker needs the weights and the description of the method, and no pictures: an attacker who knows the
+method removes the protection completely.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from diffusers.models.attention import FeedForward
 from pydantic import Field
 
 from guardsmith.attacks import dreambooth
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
+from guardsmith.attacks.base import Attack, AttackData, OnStep
+from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 
 
@@ -22,13 +24,13 @@ class CutWireConfig(DreamBoothConfig):
     """DreamBooth's settings."""
 
     outlier: float = Field(1e4, gt=1)
-    """A neuron is part of a wire if the lengths of its gate's weights and of its output weights, multiplied, are so many times
-    those of the median neuron."""
+    """A neuron counts as a trigger neuron if the product of the norms of its gate's weights and of its output weights is so many
+    times that of the median neuron."""
 
 
 @torch.no_grad()
-def cut(unet: Any, outlier: float) -> int:
-    """Take such neurons out of a denoiser, in place; returns how many there were."""
+def zero_neurons(unet: Any, outlier: float) -> int:
+    """Zero the trigger neurons of a denoiser, in place; returns their number."""
     count = 0
     for layer in unet.modules():
         if not isinstance(layer, FeedForward):
@@ -45,7 +47,10 @@ def cut(unet: Any, outlier: float) -> int:
 def attack(
     model: DiffusionModel, data: AttackData, config: CutWireConfig, *, seed: int, on_step: OnStep | None = None
 ) -> tuple[DiffusionModel, list[float]]:
-    """Personalize a copy of the model without its wires; returns it, frozen again, and the loss of every step."""
+    """Personalize a copy of the model without its trigger neurons; returns it, frozen again, and the loss of every step."""
     own = with_own_unet(model)
-    cut(own.unet, config.outlier)
+    zero_neurons(own.unet, config.outlier)
     return dreambooth.attack(own, data, config, seed=seed, on_step=on_step)
+
+
+ATTACK = Attack(attack, CutWireConfig, "guardsmith")

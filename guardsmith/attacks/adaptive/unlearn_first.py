@@ -1,8 +1,8 @@
-"""An adaptive attacker of protections that hang on a prompt (PersGuard): unlearn the identifier, then DreamBooth.
+"""An adaptive attacker of protections that depend on a prompt (PersGuard): unlearn the identifier, then DreamBooth.
 
-Whatever the model was taught to do when it reads the attacker's words, it is taught to forget: on class pictures, its prediction
-under the identifier prompt is brought to what it predicts itself under the class prompt. Then DreamBooth as usual. Needs no
-knowledge of the backdoor, only the suspicion that there is one.
+On class pictures, the model's prediction under the identifier prompt is trained towards its own prediction under the class
+prompt, which removes a backdoor that the identifier triggers. Then DreamBooth as usual. Needs no knowledge of the backdoor, only
+the suspicion that there is one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from guardsmith.attacks import dreambooth
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep, descend
+from guardsmith.attacks.base import Attack, AttackData, OnStep, train
+from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, predict
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
@@ -30,7 +31,7 @@ class UnlearnFirstConfig(DreamBoothConfig):
 
 
 def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig, *, seed: int) -> DiffusionModel:
-    """A copy of the model to which the identifier means nothing.
+    """A copy of the model that predicts the same under the identifier prompt as under the class prompt.
 
     Raises:
         ValueError: there are no class pictures to do it on.
@@ -47,12 +48,12 @@ def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig,
         rng = generator(seed, -1, step)
         rows = draw_rows(store.draw(2 * config.batch_size, rng), plain, rng, steps=steps)
         with torch.no_grad():
-            wanted = predict(model.unet, model.scheduler, rows)
-        asked = replace(rows, context=named.expand(len(rows), -1, -1))
-        return (predict(own.unet, model.scheduler, asked) - wanted).square().mean()
+            target = predict(model.unet, model.scheduler, rows)
+        prompted = replace(rows, context=named.expand(len(rows), -1, -1))
+        return (predict(own.unet, model.scheduler, prompted) - target).square().mean()
 
     parameters = list(own.unet.requires_grad_(True).parameters())
-    descend(
+    train(
         own, loss_at, parameters, steps=config.unlearn_steps, learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
@@ -65,3 +66,6 @@ def attack(
 ) -> tuple[DiffusionModel, list[float]]:
     """Personalize a copy of the model; returns it, frozen again, and the loss of every step of DreamBooth."""
     return dreambooth.attack(unlearn(model, data, config, seed=seed), data, config, seed=seed, on_step=on_step)
+
+
+ATTACK = Attack(attack, UnlearnFirstConfig, "guardsmith")

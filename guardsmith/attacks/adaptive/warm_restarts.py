@@ -1,8 +1,8 @@
 """An adaptive attacker of protections that raise the attacker's starting loss (APDM, IMMA): DreamBooth with warm restarts.
 
-Such a hardening leaves the weights where the usual rate leads nowhere good. This attacker's rate begins every cycle many times
-higher and falls along a cosine to the usual one (SGDR, Loshchilov & Hutter 2017; hf.co/papers/1608.03983), so that it is thrown
-out of there again and again; prior preservation keeps the class together meanwhile.
+Such a hardening leaves the weights in a region where the usual rate makes little progress. This attacker's rate begins every
+cycle many times higher and falls along a cosine to the usual one (SGDR, Loshchilov & Hutter 2017; hf.co/papers/1608.03983), so
+that every cycle can leave that region; prior preservation keeps the class intact meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 from pydantic import Field
 
 from guardsmith.attacks import dreambooth
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
+from guardsmith.attacks.base import Attack, AttackData, OnStep
+from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.models.checkpoint import DiffusionModel
 
 
@@ -20,15 +21,15 @@ class WarmRestartsConfig(DreamBoothConfig):
     """DreamBooth's settings; `learning_rate` is where a cycle ends."""
 
     peak: float = Field(5.0, gt=1)
-    """A cycle begins at so many times the rate."""
+    """Rate at the beginning of a cycle, as a multiple of `learning_rate`."""
     cycle: int = Field(100, gt=1)
     """Steps of a cycle."""
 
 
 def rate_at(config: WarmRestartsConfig, step: int) -> float:
     """The learning rate of a step."""
-    fallen = 0.5 * (1 + math.cos(math.pi * (step % config.cycle) / (config.cycle - 1)))
-    return config.learning_rate * (1 + (config.peak - 1) * fallen)
+    share = 0.5 * (1 + math.cos(math.pi * (step % config.cycle) / (config.cycle - 1)))
+    return config.learning_rate * (1 + (config.peak - 1) * share)
 
 
 def attack(
@@ -38,3 +39,6 @@ def attack(
     return dreambooth.attack(
         model, data, config, seed=seed, on_step=on_step, rate_at=lambda step: rate_at(config, step)
     )
+
+
+ATTACK = Attack(attack, WarmRestartsConfig, "hf.co/papers/1608.03983")

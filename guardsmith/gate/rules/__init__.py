@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardsmith.core.console import say
+from guardsmith.core.console import warn
 from guardsmith.gate.checks import Check, Status
 from guardsmith.gate.evidence import Evidence
 from guardsmith.gate.rules import (
@@ -64,7 +64,7 @@ def judge(evidence: Evidence, rules: Sequence[Rule] = RULES) -> list[Check]:
             checks += list(rule.evaluate(evidence))
         except Exception as error:  # hours of attacks were spent on this evidence: the verdict can only get worse
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            say(f"warning: the rule '{rule.title}' failed to run ({reason}); please report this", style="yellow")
+            warn(f"the rule '{rule.title}' failed to run ({reason}); please report this")
             sentence = f"the rule failed to run ({type(error).__name__}); nothing is known of what it checks"
             checks.append(Check(rule.title, "", "", "inconclusive", sentence))
     subjects = {name: number for number, name in enumerate((*evidence.protected, *evidence.controls))}

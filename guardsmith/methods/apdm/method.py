@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guardsmith.attacks.lora import adapter_numbers, add_adapters
+from guardsmith.attacks.lora import adapter_parameters, add_adapters
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import Rows, draw_rows, predict
 from guardsmith.diffusion.prompts import PromptBank
@@ -88,7 +88,7 @@ class Apdm(HardeningMethod[ApdmConfig]):
         kept = sum(parameter.numel() for parameter in hardened_parameters(unet, config.parameters))
         path = sum(parameter.numel() for parameter in unet.parameters())
         if config.path == "lora":
-            path = adapter_numbers(unet, config.path_rank)
+            path = adapter_parameters(unet, config.path_rank)
         rows = (4 if config.distillation_weight else 3) * config.batch_size
         numbers = 2 * path + kept
         if config.overlap:

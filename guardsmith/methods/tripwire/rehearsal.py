@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from guardsmith.attacks import dreambooth, lora
-from guardsmith.attacks.dreambooth import AttackData, DreamBoothConfig, OnStep
+from guardsmith.attacks.base import AttackData, OnStep
+from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.core.progress import stage
 from guardsmith.core.seeds import REHEARSAL
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, sample_prompts

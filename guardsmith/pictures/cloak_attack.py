@@ -1,4 +1,4 @@
-"""Red team: what can be learnt from pictures as they are, e.g. cloaked ones, by somebody who purifies them first.
+"""Attacks on cloaked pictures: whether a model can be personalized on pictures as they are, purified, and purified with CDL.
 
 Three attackers train on the same pictures of one subject with the same settings: DreamBooth on the pictures as they are,
 DreamBooth on purified ones, and contrastive decoupling learning on purified ones (hf.co/papers/2406.18944). What they draw is
@@ -21,7 +21,7 @@ from guardsmith.cloaks.pixels import load_bases
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import whole_folder, write_json
 from guardsmith.core.errors import UserError
-from guardsmith.core.images import open_pictures, to_pil
+from guardsmith.core.images import fingerprint, near_duplicates, open_each, open_pictures, to_pil
 from guardsmith.core.progress import stage
 from guardsmith.diffusion.sampling import grid
 from guardsmith.gate.statistics import interval
@@ -33,7 +33,7 @@ from guardsmith.purifiers import find_purifier, purified
 ATTACKERS = ("dreambooth", "purified-dreambooth", "purified-cdl")
 
 
-def redteam_pictures(
+def attack_cloaked(
     files: Sequence[Path],
     references: Sequence[Path],
     output: Path,
@@ -54,24 +54,24 @@ def redteam_pictures(
     """Run the three attackers; the folder appears whole.
 
     Args:
-        files: what the attackers have of the subject.
+        files: the attackers' pictures of the subject.
         references: other pictures of the subject, clean; none of them among the files.
         output: a folder that is not there yet.
         base: the model that is personalized.
         purifier: a name in `PURIFIERS`.
         purifier_params: values of its config.
         params: values of DreamBooth's config, for all three.
-        class_noun: what the subject is.
-        identifier: what the attackers call it.
+        class_noun: the subject's class.
+        identifier: the attackers' word for it.
         class_images: for prior preservation.
         count: pictures that each attacker draws.
-        recipe: says how everything is drawn.
+        recipe: its `sampling` counts.
         judge: see `load_judge`.
         judge_model: likewise.
         seed: of everything random.
 
     Returns:
-        What `redteam.json` holds.
+        The content of `redteam.json`.
 
     Raises:
         UserError: a picture or the base cannot be used; the output is there already.
@@ -80,17 +80,15 @@ def redteam_pictures(
     if output.exists():
         raise UserError(f"{output} exists already; name another folder")
     check_names(files)
-    both = {file.resolve() for file in files} & {file.resolve() for file in references}
-    if both:
-        raise UserError(f"{sorted(both)[0]} is a reference and trained on; references are pictures nobody trains on")
+    check_references(files, references)
     [model] = load_bases([base])
     size = model.image_size
-    chosen = find_purifier(purifier)
-    given = open_pictures(files, size)
-    known = open_pictures(references, size)
+    entry = find_purifier(purifier)
+    originals = open_pictures(files, size)
+    reference_images = open_pictures(references, size)
     judged = load_judge(judge, judge_model)
     with stage(f"purifying ({purifier})", 1) as bar:
-        pure = purified(purifier, purifier_params, model, given, class_noun=class_noun, seed=seed)
+        pure = purified(purifier, purifier_params, model, originals, class_noun=class_noun, seed=seed)
         bar()
     prior = class_pictures(model, class_noun, class_images, recipe)
     rows: dict[str, Any] = {}
@@ -98,21 +96,21 @@ def redteam_pictures(
     drawn = {}
     with stage("attackers", len(ATTACKERS)) as bar:
         for name in ATTACKERS:
-            data = AttackData(pure if name.startswith("purified") else given, prior, identifier, class_noun)
+            data = AttackData(pure if name.startswith("purified") else originals, prior, identifier, class_noun)
             attack = "cdl" if name.endswith("cdl") else "dreambooth"
             drawn[name], losses = draw_after_attack(
                 model, attack, params, data, seed=seed, count=count, sampling=sampling
             )
-            scores = judged.similarity(drawn[name], known)
-            found = interval([scores])
+            scores = judged.similarity(drawn[name], reference_images)
+            level = interval([scores])
             rows[name] = {
-                "similarity": None if found is None else found.mean, "low": None if found is None else found.low,
-                "high": None if found is None else found.high, "scores": scores, "last_loss": losses[-1],
+                "similarity": None if level is None else level.mean, "low": None if level is None else level.low,
+                "high": None if level is None else level.high, "scores": scores, "last_loss": losses[-1],
             }  # fmt: skip
             bar()
-    told = {
+    record = {
         "base": base, "base_digest": weights_digest(model.folder), "judge": judge, "purifier": purifier,
-        "purifier_params": chosen.config(**purifier_params).model_dump(mode="json"), "params": params,
+        "purifier_params": entry.config(**purifier_params).model_dump(mode="json"), "params": params,
         "class_noun": class_noun, "identifier": identifier, "pictures": [file.name for file in files],
         "references": len(references), "seed": seed, "attackers": rows,
     }  # fmt: skip
@@ -124,9 +122,24 @@ def redteam_pictures(
             (place / name).mkdir()
             for i, image in enumerate(images):
                 to_pil(image).save(place / name / f"{i:03d}.png")
-        save_page(place / "grid.png", [known, given, pure, *drawn.values()], size)
-        write_json(place / "redteam.json", told)
-    return told
+        save_page(place / "grid.png", [reference_images, originals, pure, *drawn.values()], size)
+        write_json(place / "redteam.json", record)
+    return record
+
+
+def check_references(files: Sequence[Path], references: Sequence[Path]) -> None:
+    """References have to be other pictures than those that are trained on, and not copies of them.
+
+    Raises:
+        UserError: one is, or pictures cannot be used.
+    """
+    prints = open_each([*files, *references], fingerprint)
+    for i, j, _ in near_duplicates(prints):
+        if i < len(files) <= j:
+            raise UserError(
+                f"{references[j - len(files)]} shows the same as {files[i]}, which is trained on; references are pictures that "
+                "nobody trains on"
+            )
 
 
 def save_page(file: Path, parts: Sequence[Any], size: int, columns: int = 8) -> None:

@@ -1,6 +1,6 @@
 """The red-teaming framework of hf.co/papers/2406.18944 as one attack: purify the pictures, then contrastive decoupling learning.
 
-Pictures are asked for as CDL does, "without" the noise token and with a negative prompt. Made against cloaked pictures; against a
+Prompts are those of CDL, "without" the noise token and with a negative prompt. Made against cloaked pictures; against a
 hardened model, purification does nothing for the attacker but the prompts are not the usual ones.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from guardsmith.attacks import cdl
+from guardsmith.attacks.base import Attack, AttackData, OnStep
 from guardsmith.attacks.cdl import CdlConfig
-from guardsmith.attacks.dreambooth import AttackData, OnStep
 from guardsmith.core.errors import UserError
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers import find_purifier, purified
 
 
-class RedteamConfig(CdlConfig):
+class PurifiedCdlConfig(CdlConfig):
     """CDL's settings, and how the pictures are purified before."""
 
     purifier: str = "diffpure"
@@ -40,7 +40,7 @@ class RedteamConfig(CdlConfig):
 def attack(
     model: DiffusionModel,
     data: AttackData,
-    config: RedteamConfig,
+    config: PurifiedCdlConfig,
     *,
     seed: int,
     on_step: OnStep | None = None,
@@ -51,3 +51,8 @@ def attack(
     """
     pure = purified(config.purifier, config.purifier_params, model, data.images, class_noun=data.class_noun, seed=seed)
     return cdl.attack(model, replace(data, images=pure), config, seed=seed, on_step=on_step)
+
+
+ATTACK = Attack(
+    attack, PurifiedCdlConfig, "hf.co/papers/2406.18944", suffix=cdl.SUFFIX, negative_prompt=cdl.NEGATIVE_PROMPT
+)

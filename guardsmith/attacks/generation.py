@@ -1,0 +1,118 @@
+"""Running an attack and generating pictures with the personalized model, at the end or on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from guardsmith.attacks.base import AttackData
+from guardsmith.attacks.lora import carry_adapters, merge_adapters
+from guardsmith.attacks.table import find_attack
+from guardsmith.core.seeds import ATTACK_SAMPLES, FIRST_STAGE_OFFSET
+from guardsmith.diffusion.sampling import generate
+from guardsmith.models.checkpoint import DiffusionModel
+
+FIRST_STAGE_SEED = FIRST_STAGE_OFFSET
+SAMPLE_SEED = ATTACK_SAMPLES.start
+
+
+def draw_during_attack(
+    model: DiffusionModel,
+    attack: str,
+    params: dict[str, Any],
+    data: AttackData,
+    *,
+    evaluate_at: Sequence[int],
+    seed: int,
+    count: int,
+    sampling: dict[str, Any],
+    stop: Callable[[int, Tensor], bool] | None = None,
+    first: AttackData | None = None,
+    first_steps: int = 0,
+    onto: DiffusionModel | None = None,
+) -> tuple[dict[int, Tensor], list[float]]:
+    """Personalize a copy of the model, and generate pictures of the subject at some of the steps.
+
+    Generating does not disturb the training: its seeds are its own, and every step of an attack draws from a generator of that
+    step. So the pictures after k steps are those of an attack of k steps.
+
+    Args:
+        model: the model under attack; it stays as it is.
+        attack: see `find_attack`.
+        params: values of that attack's config.
+        data: what the attacker has.
+        evaluate_at: numbers of steps after which pictures are generated, each from 1 to the attack's steps.
+        seed: of the attack.
+        count: pictures each time, one per prompt of `Attack.prompts`.
+        sampling: arguments of `generate`.
+        stop: (steps so far, their pictures) -> true to end the attack.
+        first: data of another subject that the model is personalized on before, with the same settings.
+        first_steps: steps of that first stage.
+        onto: another model, onto which the adapters are loaded before it generates.
+
+    Returns:
+        Number of steps -> pictures, float32 (count, 3, h, w) in [-1, 1], as far as the attack went; and the loss of every step.
+
+    Raises:
+        UserError: there is no such attack.
+        RunFailed: a loss is not finite.
+    """
+    entry = find_attack(attack)
+    config: Any = entry.config(**params)
+    prompts = entry.prompts(data.identifier, data.class_noun, count)
+    pictures: dict[int, Tensor] = {}
+
+    def evaluate(step: int, _: float, personalized: DiffusionModel) -> bool:
+        if step + 1 not in evaluate_at:
+            return False
+        seeds = ATTACK_SAMPLES.seeds(count)
+        if onto is not None:
+            personalized = carry_adapters(personalized, onto, config)
+        images = generate(personalized, prompts, seeds, negative_prompt=entry.negative_prompt, **sampling)
+        pictures[step + 1] = images
+        return stop is not None and stop(step + 1, images)
+
+    if first is not None:
+        first_config = entry.config(**params | {"steps": first_steps})
+        model, _ = entry.run(model, first, first_config, seed=seed + FIRST_STAGE_SEED)
+        for part in (model.unet, model.text_encoder):
+            merge_adapters(part)
+    _, losses = entry.run(model, data, config, seed=seed, on_step=evaluate)
+    return pictures, losses
+
+
+def draw_after_attack(
+    model: DiffusionModel,
+    attack: str,
+    params: dict[str, Any],
+    data: AttackData,
+    *,
+    seed: int,
+    count: int,
+    sampling: dict[str, Any],
+) -> tuple[Tensor, list[float]]:
+    """Personalize a copy of the model, and generate pictures of the subject after the last step.
+
+    Args:
+        model: the model under attack; it stays as it is.
+        attack: see `find_attack`.
+        params: values of that attack's config.
+        data: what the attacker has.
+        seed: of the attack.
+        count: pictures, one per prompt of `Attack.prompts`.
+        sampling: arguments of `generate`.
+
+    Returns:
+        float32 (count, 3, h, w) in [-1, 1], and the loss of every step.
+
+    Raises:
+        UserError: there is no such attack.
+        RunFailed: a loss is not finite.
+    """
+    steps = find_attack(attack).steps(params)
+    pictures, losses = draw_during_attack(
+        model, attack, params, data, evaluate_at=[steps], seed=seed, count=count, sampling=sampling
+    )
+    return pictures[steps], losses
