@@ -5,13 +5,8 @@
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm
 
-# cpu: torch without CUDA libraries (a tenth of the size). cuda: torch's usual wheel, which brings its CUDA libraries along.
+# cpu: torch without CUDA libraries. cuda: torch's usual wheel, which brings its CUDA libraries along.
 ARG DEVICE=cpu
-# torch compiles a kernel now and then, for which it wants a C compiler.
-RUN apt-get update \
- && apt-get install --yes --no-install-recommends gcc libc6-dev \
- && rm -rf /var/lib/apt/lists/*
-
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /source
 # Dependencies first, so that a change of the code does not install torch again.
