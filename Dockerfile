@@ -25,7 +25,7 @@ RUN python -m pip install --constraint constraints.txt .
 
 # Not root, and a folder of its own for what it writes.
 RUN useradd --create-home --uid 1000 guardsmith && install -d -o guardsmith -g guardsmith /work /work/out
-USER guardsmith
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["guardsmith"]
 CMD ["run", "demo", "--output", "out/demo"]

@@ -278,7 +278,9 @@ def test_recipe_keys_on_the_pages_exist():
         (name_of(page), section, key)
         for page in PAGES
         if page.name != "CHANGELOG.md"
-        for section, key in re.findall(rf"\b({'|'.join(sections)})\.([a-z_0-9]+)\b(?!/)", page.read_text(encoding="utf-8"))
+        for section, key in re.findall(
+            rf"\b({'|'.join(sections)})\.([a-z_0-9]+)\b(?!/)", page.read_text(encoding="utf-8")
+        )
         if key not in ("py", "md", "json", "yaml", "html")
     }
     assert len(named) > 8
