@@ -5,13 +5,8 @@
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm
 
-# cpu: torch without CUDA libraries (a tenth of the size). cuda: torch's usual wheel, which brings its CUDA libraries along.
+# cpu: torch without CUDA libraries. cuda: torch's usual wheel, which brings its CUDA libraries along.
 ARG DEVICE=cpu
-# torch compiles a kernel now and then, for which it wants a C compiler.
-RUN apt-get update \
- && apt-get install --yes --no-install-recommends gcc libc6-dev \
- && rm -rf /var/lib/apt/lists/*
-
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /source
 # Dependencies first, so that a change of the code does not install torch again.
@@ -30,7 +25,7 @@ RUN python -m pip install --constraint constraints.txt .
 
 # Not root, and a folder of its own for what it writes.
 RUN useradd --create-home --uid 1000 guardsmith && install -d -o guardsmith -g guardsmith /work /work/out
-USER guardsmith
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["guardsmith"]
 CMD ["run", "demo", "--output", "out/demo"]

@@ -1,4 +1,4 @@
-# `make demo` and `make test` work in a fresh clone with nothing but Python 3.11+, gcc and make.
+# `make demo` and `make test` work in a fresh clone with nothing but Python 3.11+ and make.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

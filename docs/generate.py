@@ -233,18 +233,26 @@ def python_api() -> str:
         thing = getattr(guardsmith, name)
         if hasattr(thing, "__qualname__"):
             own.append(_directive(f"{thing.__module__}.{thing.__qualname__}"))
-    sentence = "The package itself has `guardsmith.__version__` only; below is what attacks of your own need."
+    sentence = (
+        "The package itself has `guardsmith.__version__` only; below is what your own methods, attacks and judges need."
+    )
     if own:
         sentence = "Errors are those of the command line: `UserError` is what `guardsmith` answers with exit code 2."
     intro = f"# Python API\n\n{sentence}\n"
-    extend = ["guardsmith.attacks.Attack", "guardsmith.attacks.dreambooth.AttackData"]
+    methods = [
+        f"guardsmith.methods.base.{name}"
+        for name in ("HardeningMethod", "MethodConfig", "HardeningContext", "Preparation")
+    ]
+    attacks = ["guardsmith.attacks.Attack", "guardsmith.attacks.dreambooth.AttackData"]
+    judges = ["guardsmith.metrics.JudgeEntry", "guardsmith.metrics.Judge"]
+    extend = [*methods, *attacks, *judges]
     errors = ["GuardsmithError", "UserError", "RunFailed"]
     public = {line.strip().removeprefix("::: ") for line in own}
     errors = [place for place in (f"guardsmith.core.errors.{name}" for name in errors) if place not in public]
     parts = [
         intro,
         *own,
-        "## For attacks of your own\n",
+        "## For your own methods, attacks and judges\n",
         *map(_directive, extend),
         "## Errors\n",
         *map(_directive, errors),

@@ -232,6 +232,61 @@ def test_commands_do_what_the_pages_show(small, block, page, workplace, monkeypa
             assert any(re.fullmatch(shown, printed) for printed in done[tuple(command)]), (page, line)
 
 
+def command_lines():
+    """(page, words) of every command line of guardsmith on a page, in blocks and in sentences."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = re.findall(r"^\$ ((?:[A-Z_]+=\S+ )*guardsmith .*)$", text, flags=re.MULTILINE)
+        lines += re.findall(r"`(guardsmith [^`\n]+)`", text)
+        for line in lines:
+            try:
+                words = shlex.split(line.partition(" > ")[0], comments=True)
+            except ValueError:
+                continue  # a sentence that begins with the name
+            yield name_of(page), words[words.index("guardsmith") + 1 :]
+
+
+def test_commands_and_options_on_the_pages_exist():
+    from typer.main import get_command
+
+    wrong, seen = [], 0
+    for page, words in command_lines():
+        command, known = get_command(cli.app), set()
+        if re.fullmatch(r"[a-z][a-z-]+", words[0]) and words[0] not in command.commands:
+            wrong.append((page, " ".join(words), words[0]))
+        for word in words:
+            known |= {option for parameter in command.params for option in parameter.opts}
+            if word in getattr(command, "commands", {}):
+                command = command.commands[word]
+            elif word.startswith("-") and not word.startswith("-m"):
+                seen += 1
+                if word.partition("=")[0] not in known | {"--help", "-h", "--install-completion", "--show-completion"}:
+                    wrong.append((page, " ".join(words), word))
+    assert seen > 50
+    assert not wrong
+
+
+def test_recipe_keys_on_the_pages_exist():
+    from guardsmith.config.recipe import Recipe
+
+    sections = {
+        name: set(field.annotation.model_fields)
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields")
+    }
+    named = {
+        (name_of(page), section, key)
+        for page in PAGES
+        if page.name != "CHANGELOG.md"
+        for section, key in re.findall(
+            rf"\b({'|'.join(sections)})\.([a-z_0-9]+)\b(?!/)", page.read_text(encoding="utf-8")
+        )
+        if key not in ("py", "md", "json", "yaml", "html")
+    }
+    assert len(named) > 8
+    assert not [(page, f"{section}.{key}") for page, section, key in named if key not in sections[section]]
+
+
 def test_python_examples_are_python():
     found = [
         code
