@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
+from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError, did_you_mean
 from guardsmith.core.redaction import Place, Private
 from guardsmith.core.yaml_text import odd_numbers, read_yaml
