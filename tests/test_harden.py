@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import json
 import os
 import random
@@ -993,3 +994,36 @@ def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path, run):
     assert all("another run is writing into" in done.err for done in seen)
     assert not (output / ".lock").exists()
     assert run(*asked, "--resume").code == 0, "it is free again, and complete"
+
+
+def test_what_cannot_be_saved_is_known_before_the_first_step(run, recipe, tmp_path, monkeypatch):
+    """Trial: no picture is drawn and no step taken, one sentence, nothing half-written."""
+    monkeypatch.setattr(harden_module, "subject_data", lambda *_, **__: pytest.fail("it began"))
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(UNet2DConditionModel, "save_pretrained", read_only)
+        refused(run(), "no permission")
+    with monkeypatch.context() as broken:
+        broken.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **__: {}["no such class"])
+        refused(run("--overwrite"), "diffusers cannot open")
+    assert leftovers(tmp_path / "out") == []
+    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "model.trial").exists()
+
+
+def test_the_record_says_what_is_in_the_model_and_what_is_not(v_folder, recipe, guardsmith, tmp_path):
+    base = shutil.copytree(v_folder, tmp_path / "base")
+    (base / "v1.ckpt").write_bytes(b"x")
+    half = {name: value.half() for name, value in load_file(base / "vae/diffusion_pytorch_model.safetensors").items()}
+    save_file(half, base / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    edit_json(base / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    done = guardsmith("harden", "--recipe", recipe, "--output", tmp_path / "out", "--base", base)
+    assert done.code == 0, done.err
+    info = json.loads((tmp_path / "out" / "harden.json").read_text())
+    assert info["left_out"] == ["v1.ckpt"] and info["nulled"] == {"safety_checker": "absent"}
+    assert info["precision"] == {"unet": "float32", "vae": "float16", "text_encoder": "float32"}
+    files = {name: file for name, (file, _) in everything_in(tmp_path / "out" / "model").items()}
+    assert info["files"] == {name: "sha256:" + hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert "v1.ckpt" in done.err and "safety_checker is null" in done.err

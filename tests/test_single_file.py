@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from leaks import TOKEN, base_tensors_in
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import assert_one_sentence, same_weights, weights
@@ -117,6 +118,92 @@ def test_only_the_unet_is_replaced(tiny_v, single, hardened, tmp_path):
         assert found.dtype == torch.float32 and torch.equal(found, value), name
     with safe_open(tmp_path / "new.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt", "modelspec.title": "mine"}
+
+
+def ema_name(name):
+    """As the published training code names them: a module's names lose their dots."""
+    return "model_ema." + in_a1111(name).removeprefix("model.").replace(".", "")
+
+
+COPIES = (
+    ema_name, lambda name: f"model_ema.{in_a1111(name)}", lambda name: f"ema_model.{name}", lambda name: f"unet_ema.{name}",
+    lambda name: in_a1111(name).replace("model.", "model2.", 1), lambda name: f"non_ema.{name}",
+    lambda name: f"control_model.{in_a1111(name).removeprefix('model.diffusion_model.')}",
+    lambda name: f"model.diffusion_model.old.{name}", lambda name: f"first_stage_model.{name}",
+    lambda name: f"first_stage_model.encoder.{in_a1111(name)}", lambda name: f"unet.{name}",
+    lambda name: f"lora_unet_{name.replace('.', '_')}.lora_up.weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("copy_name", COPIES)
+@pytest.mark.parametrize("scale", [1.0, 1.01], ids=["the same", "averaged"])
+def test_copies_of_the_unet_are_left_out_and_named(tiny_v, single, hardened, tmp_path, copy_name, scale):
+    """An EMA copy has other values than the weights, so that only its names tell."""
+    before = weights(tiny_v.unet)
+    copies = {copy_name(name): (value * scale).half() for name, value in before.items()}
+    save_file(load_file(single) | copies, single)
+    try:
+        done = write_single_file(single, tiny_v.folder, hardened[0], tmp_path / "new.safetensors")
+    except UserError as error:  # a name that says nothing, of values that say nothing
+        assert "no known part" in str(error) and not (tmp_path / "new.safetensors").exists()
+        assert "first_stage_model" in next(iter(copies))
+        return
+    assert set(done.left_out) == set(copies)
+    assert load_file(tmp_path / "new.safetensors").keys() == load_file(single).keys() - copies.keys()
+    (tmp_path / "base").mkdir()
+    save_model(tiny_v, tmp_path / "base" / "b")
+    assert not base_tensors_in([tmp_path / "new.safetensors"], tmp_path / "base" / "b", hardened[0])
+
+
+def test_diffusers_has_no_base_to_get_back_from_an_export(tiny_v, single, hardened, tmp_path):
+    ema = {ema_name(name): value.half() for name, value in weights(tiny_v.unet).items()}
+    save_file(load_file(single) | ema, single)
+    write_single_file(single, tiny_v.folder, hardened[0], tmp_path / "new.safetensors")
+    unet = UNet2DConditionModel.from_single_file(
+        str(tmp_path / "new.safetensors"),
+        config=str(hardened[0]),
+        subfolder="unet",
+        local_files_only=True,
+        extract_ema=True,
+    )
+    assert same_weights(weights(unet), weights(hardened[1].unet))
+
+
+def test_unknown_tensors_are_refused_unless_they_are_wanted(tiny_v, single, hardened, tmp_path):
+    new = tmp_path / "new.safetensors"
+    hidden = weights(tiny_v.unet)["conv_out.weight"].half()
+    save_file(load_file(single) | {"mystery.a": torch.ones(3), "mystery.b": hidden.reshape(-1, 4)}, single)
+    with pytest.raises(UserError, match=r"1 tensors of no known part \(mystery\.a\)") as caught:
+        write_single_file(single, tiny_v.folder, hardened[0], new)
+    assert_one_sentence(caught.value)
+    assert not new.exists()
+    done = write_single_file(single, tiny_v.folder, hardened[0], new, keep_unknown=True)
+    assert done.left_out == ["mystery.b"], "by its values"
+    assert "mystery.a" in load_file(new) and "mystery.b" not in load_file(new)
+
+
+def test_a_hardened_text_encoder_is_exported_too(tiny_v, whole, tmp_path):
+    own = copy.copy(tiny_v)
+    own.unet, own.text_encoder = copy.deepcopy(tiny_v.unet), copy.deepcopy(tiny_v.text_encoder)
+    with torch.no_grad():
+        for parameter in (*own.unet.parameters(), *own.text_encoder.parameters()):
+            parameter.add_(0.25)
+    save_model(own, tmp_path / "hard", ("unet", "text_encoder"))
+    write_single_file(whole, tiny_v.folder, tmp_path / "hard", tmp_path / "new.safetensors")
+    after = load_file(tmp_path / "new.safetensors")
+    for name, value in weights(own.text_encoder).items():
+        assert torch.equal(after[f"cond_stage_model.transformer.text_model.{name}"], value.half()), name
+    tensors = {name: value for name, value in load_file(whole).items() if not name.startswith("cond_stage_model")}
+    save_file(tensors, whole)
+    with pytest.raises(UserError, match="text_encoder was hardened too"):
+        write_single_file(whole, tiny_v.folder, tmp_path / "hard", tmp_path / "newer.safetensors")
+
+
+def test_a_credential_in_the_metadata_is_left_out(tiny_v, single, hardened, tmp_path):
+    save_file(load_file(single), single, metadata={"format": "pt", "trained by": TOKEN})
+    done = write_single_file(single, tiny_v.folder, hardened[0], tmp_path / "new.safetensors")
+    assert done.left_out == ["metadata trained by"]
+    assert TOKEN.encode() not in (tmp_path / "new.safetensors").read_bytes()
 
 
 def test_the_same_unet_gives_the_same_bytes(tiny_v, single, tmp_path):
@@ -253,6 +340,18 @@ def spoil_shape(file, unet):
     save_file(tensors, file)
 
 
+def spoil_finite(file, unet):
+    tensors = load_file(file)
+    tensors[in_a1111("conv_out.weight")][0] = torch.nan
+    save_file(tensors, file)
+
+
+def spoil_finite_elsewhere(file, unet):
+    tensors = load_file(file)
+    tensors["first_stage_model.encoder.conv_in.weight"][0] = torch.inf
+    save_file(tensors, file)
+
+
 def spoil_no_unet(file, unet):
     save_file({"cond_stage_model.x": torch.zeros(2)}, file)
 
@@ -271,6 +370,7 @@ def spoil_no_file_of_that_kind(file, unet):
         (spoil_another, "another model than the base"), (spoil_missing, "not laid out as this model"),
         (spoil_shape, "not laid out as this model"), (spoil_no_unet, "not laid out as this model"),
         (spoil_truncated, "is not whole"), (spoil_no_file_of_that_kind, "no safetensors file"),
+        (spoil_finite, "another model than the base"), (spoil_finite_elsewhere, "not finite"),
     ],
 )  # fmt: skip
 def test_what_is_not_the_base_is_refused_and_nothing_is_written(tiny_v, single, hardened, tmp_path, spoil, said):
@@ -292,6 +392,12 @@ def test_the_command(tiny_v, single, hardened, tmp_path, capsys):
     assert cli.main(command) == 2
     assert "exists already" in capsys.readouterr().err
     assert cli.main([*command[:-1], str(single)]) == 2
+    assert cli.main([*command[:-1], str(tmp_path / "no" / "folder.safetensors")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    config = output / "model" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    assert cli.main([*command[:-1], str(tmp_path / "newer.safetensors")]) == 2
+    assert "was changed after hardening" in capsys.readouterr().err
     shutil.rmtree(output / "model")
     assert cli.main([*command[:-1], str(tmp_path / "newer.safetensors")]) == 2
     assert "guardsmith harden" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,12 +85,15 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
     """
     files = list_files(base)
 
-    def read(name: str) -> bytes:
+    def inside(name: str) -> Path:
         if not lies_within(base, files[name]):
             raise UserError(
                 f"{files[name]}: a link out of the base, which is not followed; put the file itself in its place."
             )
-        return files[name].read_bytes()
+        return files[name]
+
+    def read(name: str) -> bytes:
+        return inside(name).read_bytes()
 
     if INDEX not in files:
         raise UserError(f"{base} has no {INDEX}.")
@@ -106,12 +109,12 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
             taken.add(name)
             if name in weights and part.name in hardened:
                 continue
-            _check_text(name, read)
             target = place / name
             target.parent.mkdir(exist_ok=True)
-            if name in weights and name.endswith(".safetensors"):
-                notes += _copy_weights(files[name], target, _known_names(part, networks, base), name)
+            if name.endswith(".safetensors"):
+                notes += _copy_weights(inside(name), target, _known_names(part, networks, base), name)
             else:
+                _check_text(name, read(name))
                 shutil.copyfile(files[name], target)
         if part.kind in STEMS:
             taken |= {name for name in weight_names(part, files, read, HALF) if part.name in networks}
@@ -162,9 +165,8 @@ def _write_index(source: Path, target: Path, index: dict[str, Any], nulled: Mapp
     write_text(target, json.dumps(entries, indent=2) + "\n")
 
 
-def _check_text(name: str, read: Callable[[str], bytes]) -> None:
-    """Raises UserError for a link, and for a text of a part that is broken or holds a credential."""
-    data = read(name) if not name.endswith(".safetensors") else b""
+def _check_text(name: str, data: bytes) -> None:
+    """Raises UserError for a text of a part that is broken or holds a credential."""
     text = data.decode("utf-8", errors="replace")
     if name.endswith(".json"):
         try:

@@ -76,10 +76,10 @@ def audit_folder(folder: Path, base: Path) -> list[Finding]:
         for name in summary([name for name in files if name not in expected], expected)
     ]
     for name, file in files.items():
-        if not lies_within(folder, file):
-            if file.is_symlink() and name in expected:
+        if file.is_symlink() and not lies_within(folder, file):
+            if name in expected:
                 found.append(Finding("file", name, "is a link that leads out of the folder or to a hidden file"))
-        elif kind := credential_in_file(file):
+        elif file.is_file() and (kind := credential_in_file(file)):
             found.append(Finding("credential", name, f"seems to hold {kind}"))
     readable = [name for name, file in files.items() if name.lower().endswith(".safetensors") and file.is_file()]
     return found + _weights_of_base(folder, base, readable)

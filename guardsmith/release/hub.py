@@ -87,7 +87,7 @@ def patiently(what: str, call: Callable[[], Answer], wait: Callable[[float], Non
         except LocalTokenNotFoundError as error:
             raise UserError("no token for the Hub was found; log in with `hf auth login` or set HF_TOKEN") from error
         except OfflineModeIsEnabled as error:
-            raise UserError("HF_HUB_OFFLINE is set; unset it to publish") from error
+            raise UserError("HF_HUB_OFFLINE is set; unset it to reach the Hub") from error
         except Exception as error:
             status = _answered(error)
             if status in (401, 403):

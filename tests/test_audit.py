@@ -1,0 +1,184 @@
+"""`guardsmith audit-release`: folders, single files and repositories of those who published before."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub import Hub
+from leaks import CLUTTER, TOKEN, UNET, base_tensors_in, clutter
+from safetensors.torch import load_file, save_file
+from test_leaks import hardened
+from test_single_file import in_a1111
+from tiny import weights
+
+from guardsmith.cli import app as cli
+from guardsmith.models.checkpoint import load_model, save_model
+from guardsmith.models.contents import list_files
+from guardsmith.release.audit import audit_folder, base_of
+
+REPO = "acme/avatar"
+
+
+@pytest.fixture
+def base(v_folder, tmp_path):
+    return shutil.copytree(v_folder, tmp_path / "base")
+
+
+@pytest.fixture
+def model(base, tmp_path):
+    save_model(hardened(base), tmp_path / "model", half_variant=True)
+    return tmp_path / "model"
+
+
+def test_what_guardsmith_writes_now_is_clean(base, model, capsys):
+    (model / ".gitattributes").write_text("x")
+    (model / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (model / ".cache" / "huggingface" / "download" / "x.metadata").write_text("x")
+    assert cli.main(["audit-release", str(model), "--base", str(base)]) == 0
+    told = capsys.readouterr()
+    assert told.out == "" and "nothing in" in told.err
+
+
+def test_a_copy_of_the_whole_base_is_not(base, model, capsys):
+    """As published folders were: the base's, with another U-Net."""
+    shutil.copytree(clutter(base), model, dirs_exist_ok=True, ignore=lambda place, names: [n for n in names if place.endswith("unet") and n.startswith("diffusion_pytorch_model.") and n.count(".") == 1 and n.endswith("safetensors")])  # fmt: skip # noqa: E501
+    assert cli.main(["audit-release", str(model), "--base", str(base), "--json"]) == 1
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert TOKEN not in told.out + told.err
+    files = {each["where"] for each in found if each["kind"] == "file"}
+    for name in CLUTTER:
+        assert name in files or f"{name.split('/')[0]}/" in files or "unet/nested/" in files, name
+    credentials = {each["where"] for each in found if each["kind"] == "credential"}
+    assert {".git/config", ".env", "README.md", "vae/diffusion_pytorch_model.safetensors"} <= credentials
+    same = {each["where"] for each in found if each["kind"] == "weights"}
+    assert {name for name in CLUTTER if name.lower().endswith(".safetensors")} <= same
+    assert "vae/diffusion_pytorch_model.safetensors" in same and UNET not in same
+
+
+def test_a_model_that_was_not_hardened(base, tmp_path, capsys):
+    assert cli.main(["audit-release", str(base), "--base", str(base)]) == 1
+    assert "is the base's own" in capsys.readouterr().out
+    half = {name: value.half() for name, value in load_file(base / UNET).items()}
+    other = shutil.copytree(base, tmp_path / "half")
+    save_file(half, other / UNET, metadata={"format": "pt"})
+    [finding] = audit_folder(other, base)
+    assert (finding.kind, finding.where) == ("weights", "unet")
+
+
+def test_wrong_usage(base, model, tmp_path, capsys):
+    for arguments, said in (
+        ([str(tmp_path / "nothing")], "there is no release"), ([str(model)], "--base"),
+        ([str(tmp_path)], "output of a hardening run"),
+        ([str(model), "--base", str(base), "--revision", "x"], "--revision"), ([str(model / UNET)], "--base"),
+        ([str(model), "--base", str(tmp_path / "x")], "no base model"),
+    ):  # fmt: skip
+        assert cli.main(["audit-release", *arguments]) == 2, arguments
+        assert said in capsys.readouterr().err
+    (model / "guardsmith").mkdir()
+    (model / "guardsmith" / "harden.json").write_text('{"base": "builtin:avatar", "base_revision": null}')
+    assert base_of(model) == ("builtin:avatar", None)
+
+
+def test_single_files(base, model, tmp_path, capsys):
+    own, before = load_file(model / UNET), load_file(base / UNET)
+    file = tmp_path / "new.safetensors"
+    tensors = {in_a1111(name): value for name, value in own.items()} | {"betas": torch.linspace(0, 1, 20)}
+    command = ["audit-release", str(file), "--base", str(base)]
+    save_file(tensors, file)
+    assert cli.main(command) == 0
+    ema = {
+        "model_ema." + in_a1111(name).removeprefix("model.").replace(".", ""): v * 1.01 for name, v in before.items()
+    }
+    save_file(tensors | ema | {"some.thing": before["conv_in.weight"].half()}, file, metadata={"by": TOKEN})
+    assert cli.main(command) == 1
+    told = capsys.readouterr().out
+    assert f"{len(ema)} tensors are named like copies" in told and "1 tensors are of no known part" in told
+    assert "some.thing is the base's unet conv_in.weight" in told and "a token of the Hub" in told and TOKEN not in told
+    save_file({in_a1111(name): value.half() for name, value in before.items()}, file)
+    assert cli.main(command) == 1
+    assert "its U-Net is the base's own" in capsys.readouterr().out
+
+
+PUSH = """
+import sys
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from pathlib import Path
+api, [repo, branch, folder, *gone] = HfApi(), sys.argv[1:]
+api.create_repo(repo, exist_ok=True)
+api.create_branch(repo, branch=branch, exist_ok=True)
+files = [f for f in sorted(Path(folder).rglob("*")) if f.is_file() and ".git" not in f.parts]
+add = [CommitOperationAdd(f.relative_to(folder).as_posix(), f) for f in files]
+api.create_commit(repo, [*add, *(CommitOperationDelete(name) for name in gone)], commit_message="x", revision=branch)
+"""
+
+
+def test_a_repository_and_its_history(base, model, tmp_path):
+    with Hub(tmp_path / "hub", large_above=20_000) as hub:
+        environment = hub.environment(tmp_path / "home", xet=False)
+
+        def push(folder, branch="main", *gone):
+            command = [sys.executable, "-c", PUSH, REPO, branch, str(folder), *gone]
+            subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+
+        def audit(*more):
+            command = [sys.executable, "-m", "guardsmith", "audit-release", REPO, "--base", str(base), "--json", *more]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode in (0, 1), done.stderr
+            assert hub.token not in done.stdout + done.stderr
+            return done.returncode, json.loads(done.stdout), done.stderr
+
+        push(model)
+        assert audit() == (0, [], audit()[2])
+        # The base itself by the same names, a secret on a branch, the base's single file: then all of it is deleted again.
+        push(base)
+        shutil.copy(base / UNET, model / "v1.safetensors")
+        push(model)
+        (tmp_path / "secret").mkdir()
+        (tmp_path / "secret" / ".env").write_text(f"HF_TOKEN={TOKEN}")
+        push(tmp_path / "secret", "next")
+        code, found, _ = audit()
+        assert code == 1
+        now = [each["where"] for each in found if "(commit" not in each["where"]]
+        assert "v1.safetensors" in now
+        (model / "v1.safetensors").unlink()
+        push(model, "main", "v1.safetensors")
+        code, found, _ = audit()
+        assert code == 1
+        assert all("(commit" in each["where"] for each in found)
+        kinds = {(each["kind"], each["where"].partition(" (")[0]) for each in found}
+        assert kinds == {
+            ("file", "v1.safetensors"), ("file", ".env"), ("weights", "v1.safetensors"), ("weights", UNET),
+        }  # fmt: skip
+        assert any("reached from next" in each["where"] for each in found)
+
+
+def test_a_hub_commit_holds_nothing_of_the_base(base, model, tmp_path):
+    """What is uploaded, tensor by tensor; stale files go, and that earlier commits keep them is said."""
+    from test_publish import TO, make_output
+    from test_publish_hub import ROOT
+
+    from guardsmith.registry.loader import load_registry
+
+    output = make_output(tmp_path / "out", model, load_registry(ROOT / "registries" / "demo.yaml"))
+    with Hub(tmp_path / "hub", large_above=20_000) as hub:
+        environment = hub.environment(tmp_path / "home", xet=False)
+        push = [sys.executable, "-c", PUSH, REPO, "main", str(clutter(base))]
+        subprocess.run(push, env=environment, check=True, timeout=120, capture_output=True)
+        command = [sys.executable, "-m", "guardsmith", "publish", output, *TO, "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "earlier commits still hold them" in done.stderr and f"audit-release {REPO}" in done.stderr
+        assert {"unet/model.onnx", "v1-5-pruned.safetensors"} <= set(json.loads(done.stdout)["deleted"])
+        names = set(hub.find(hub.repos[REPO], "main").files) - {".gitattributes"}
+        assert names == set(list_files(output / "release"))
+        down = tmp_path / "down"
+        for name in names:
+            (down / name).parent.mkdir(parents=True, exist_ok=True)
+            (down / name).write_bytes(hub.read(REPO, name))
+            assert TOKEN.encode() not in (down / name).read_bytes()
+        assert not base_tensors_in(down.rglob("*.safetensors"), base, output / "model")
+        assert set(weights(load_model(str(down)).unet)) == set(load_file(base / UNET))
