@@ -162,4 +162,4 @@ def list_table(
         for name, entry in tables[what].items():
             typer.echo(f"{name}\t{entry.paper}")
     else:
-        raise UserError(f"there is no table {what!r}: methods, attacks, cloaks, purifiers or recipes")
+        raise UserError(f"there is no table {what!r}: {', '.join(TABLES[:-1])} or {TABLES[-1]}")
