@@ -125,7 +125,7 @@ def _prepare(
     found = load_index(registry, encoder, folder)
     if strangers is not None:
         from guardsmith.core.images import open_pictures
-        from guardsmith.hardening.pipeline import bystander_files
+        from guardsmith.hardening.data import bystander_files
 
         pictures = open_pictures(bystander_files(strangers), encoder.size)
         tables = levels_against(found, encoder, pictures, LEVELS[settings.undo])

@@ -143,7 +143,9 @@ def list_table(
         from guardsmith.attacks.evasion import EVASIONS
 
         for name, evasion in EVASIONS.items():
-            inverse = "exact inverse" if evasion.exact else "approximate inverse" if evasion.invert else "judged as drawn"
+            inverse = (
+                "exact inverse" if evasion.exact else "approximate inverse" if evasion.invert else "judged as drawn"
+            )
             typer.echo(f"{name}\t{inverse}")
     elif what == "removals":
         from guardsmith.attacks.adaptive.removals import REMOVALS
