@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "guardsmith"
 
 ORDER = (
     "core", "runtime", "registry", "models", "diffusion", "training", "metrics", "purifiers", "attacks", "methods", "cloaks",
-    "config", "gate", "hardening", "reports", "evaluation", "release", "pictures", "cli",
+    "config", "gate", "hardening", "reports", "evaluation", "release", "pictures", "screening", "cli",
 )  # fmt: skip
 """From the ground up: a package may import those before it, and nothing else of guardsmith."""
 

@@ -1,4 +1,4 @@
-"""What every attack is made of: its table entry, its data, and AdamW's loop as diffusers' scripts have it."""
+"""What every attack is made of: its table entry, its data, and the training loop, as diffusers' scripts have it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from guardsmith.attacks.optimizers import make_optimizer
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.prompts import sample_prompts
 from guardsmith.models.checkpoint import DiffusionModel
@@ -55,6 +56,8 @@ class Attack(NamedTuple):
         new_words: whether it trains words of the text encoder, which only Stable Diffusion 1.x and 2.x have here.
         trains: whether it trains on the subject. A mere search for prompts need not succeed on the base, nor on controls.
         revision: to be raised when the same settings give other pictures than before, so that kept results are computed again.
+        edits_weights: whether the attacker edits weights before training, for which they have to have the file (threat model
+            open-weights).
     """
 
     run: Callable[..., tuple[DiffusionModel, list[float]]]
@@ -66,6 +69,7 @@ class Attack(NamedTuple):
     new_words: bool = False
     trains: bool = True
     revision: int = 1
+    edits_weights: bool = False
 
     def steps(self, params: dict[str, Any]) -> int:
         """Optimizer steps under these settings."""
@@ -86,8 +90,10 @@ def train(
     max_grad_norm: float | None,
     on_step: OnStep | None = None,
     rate_at: Callable[[int], float] | None = None,
+    optimizer_name: str = "adamw",
+    weight_decay: float = 1e-2,
 ) -> list[float]:
-    """AdamW with weight decay 0.01, as diffusers' training scripts have it: the loop of every attack.
+    """The loop of every attack; by default AdamW with weight decay 0.01, as diffusers' training scripts have it.
 
     Args:
         model: what the parameters belong to; handed to `on_step`.
@@ -98,6 +104,8 @@ def train(
         max_grad_norm: largest norm of the gradient, to which it is clipped, or `None`.
         on_step: see `OnStep`.
         rate_at: step -> learning rate, where it is not constant.
+        optimizer_name: see `attacks.optimizers`.
+        weight_decay: the optimizer's.
 
     Returns:
         The loss of every step that was taken.
@@ -105,7 +113,7 @@ def train(
     Raises:
         RunFailed: a loss is not finite.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2, fused=True)
+    optimizer = make_optimizer(optimizer_name, parameters, learning_rate=learning_rate, weight_decay=weight_decay)
     losses = []
     for step in range(steps):
         if rate_at is not None:

@@ -143,7 +143,8 @@ def attack(
     with trained_words(own, new) as vectors:
         losses = train(
             own, loss_at, [*vectors, *trained], steps=config.steps, learning_rate=config.learning_rate,
-            max_grad_norm=config.max_grad_norm, on_step=on_step,
+            max_grad_norm=config.max_grad_norm, on_step=on_step, optimizer_name=config.optimizer,
+            weight_decay=config.weight_decay,
         )  # fmt: skip
     own.unet.requires_grad_(False)
     return own, losses

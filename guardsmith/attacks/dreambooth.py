@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from guardsmith.attacks.base import Attack, AttackData, OnStep, train
+from guardsmith.attacks.optimizers import OptimizerName, check_optimizer
+from guardsmith.core.errors import UserError
 from guardsmith.diffusion.latents import LatentStore, encode
 from guardsmith.diffusion.losses import draw_rows, join, row_losses
 from guardsmith.diffusion.prompts import INSTANCE_TEMPLATE, PromptBank, class_prompt, instance_prompt
@@ -28,7 +30,12 @@ class DreamBoothConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     learning_rate: float = Field(5e-6, gt=0)
-    """AdamW's rate, constant."""
+    """The optimizer's rate, constant."""
+    optimizer: OptimizerName = "adamw"
+    """adamw; adamw8bit (bitsandbytes); sgd (momentum 0.9); adafactor; prodigy, whose rate is usually 1. Others than adamw need
+    other learning rates."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """The optimizer's weight decay."""
     steps: int = Field(800, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(4, gt=0)
@@ -41,6 +48,15 @@ class DreamBoothConfig(BaseModel):
     """Train the text encoder too, with the same rate."""
     template: str = INSTANCE_TEMPLATE
     """Instance prompt, with {identifier} and {class_noun} in it."""
+
+    @field_validator("optimizer")
+    @classmethod
+    def _is_installed(cls, name: OptimizerName) -> OptimizerName:
+        try:
+            check_optimizer(name)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return name
 
     @field_validator("template")
     @classmethod
@@ -106,7 +122,8 @@ def train_on_subject(
 
     return train(
         model, loss_at, parameters, steps=config.steps, learning_rate=config.learning_rate,
-        max_grad_norm=config.max_grad_norm, on_step=on_step, rate_at=rate_at,
+        max_grad_norm=config.max_grad_norm, on_step=on_step, rate_at=rate_at, optimizer_name=config.optimizer,
+        weight_decay=config.weight_decay,
     )  # fmt: skip
 
 

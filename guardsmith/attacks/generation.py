@@ -7,15 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
+from guardsmith.attacks import sampling_tricks
 from guardsmith.attacks.base import AttackData
 from guardsmith.attacks.lora import carry_adapters, merge_adapters
 from guardsmith.attacks.table import find_attack
 from guardsmith.core.seeds import ATTACK_SAMPLES, FIRST_STAGE_OFFSET
-from guardsmith.diffusion.sampling import generate
-from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 
 FIRST_STAGE_SEED = FIRST_STAGE_OFFSET
 SAMPLE_SEED = ATTACK_SAMPLES.start
+
+
+def _merged(personalized: DiffusionModel) -> DiffusionModel:
+    """A copy with adapters added to the weights, so that it can be averaged with another."""
+    own = with_own_unet(personalized)
+    merge_adapters(own.unet)
+    return own
 
 
 def draw_during_attack(
@@ -32,6 +39,9 @@ def draw_during_attack(
     first: AttackData | None = None,
     first_steps: int = 0,
     onto: DiffusionModel | None = None,
+    trick: str | None = None,
+    hand_over: float = sampling_tricks.HAND_OVER,
+    base: DiffusionModel | None = None,
 ) -> tuple[dict[int, Tensor], list[float]]:
     """Personalize a copy of the model, and generate pictures of the subject at some of the steps.
 
@@ -51,6 +61,9 @@ def draw_during_attack(
         first: data of another subject that the model is personalized on before, with the same settings.
         first_steps: steps of that first stage.
         onto: another model, onto which the adapters are loaded before it generates.
+        trick: how the personalized model is made to draw (`sampling_tricks`); `None` as usual.
+        hand_over: share of the timesteps at which another model takes over, for tricks that do so.
+        base: the public model that does.
 
     Returns:
         Number of steps -> pictures, float32 (count, 3, h, w) in [-1, 1], as far as the attack went; and the loss of every step.
@@ -63,6 +76,11 @@ def draw_during_attack(
     config: Any = entry.config(**params)
     prompts = entry.prompts(data.identifier, data.class_noun, count)
     pictures: dict[int, Tensor] = {}
+    partners: dict[int, DiffusionModel] = {}
+
+    def keep_partner(step: int, _: float, personalized: DiffusionModel) -> None:
+        if step + 1 in evaluate_at:
+            partners[step + 1] = _merged(personalized)
 
     def evaluate(step: int, _: float, personalized: DiffusionModel) -> bool:
         if step + 1 not in evaluate_at:
@@ -70,7 +88,12 @@ def draw_during_attack(
         seeds = ATTACK_SAMPLES.seeds(count)
         if onto is not None:
             personalized = carry_adapters(personalized, onto, config)
-        images = generate(personalized, prompts, seeds, negative_prompt=entry.negative_prompt, **sampling)
+        if step + 1 in partners:
+            personalized = sampling_tricks.averaged(_merged(personalized), partners[step + 1])
+        images = sampling_tricks.draw(
+            personalized, trick, prompts, seeds, base=base, hand_over=hand_over, negative_prompt=entry.negative_prompt,
+            sampling=sampling,
+        )  # fmt: skip
         pictures[step + 1] = images
         return stop is not None and stop(step + 1, images)
 
@@ -79,6 +102,8 @@ def draw_during_attack(
         model, _ = entry.run(model, first, first_config, seed=seed + FIRST_STAGE_SEED)
         for part in (model.unet, model.text_encoder):
             merge_adapters(part)
+    if trick == "average_two":
+        entry.run(model, data, config, seed=seed + sampling_tricks.SECOND_SEED, on_step=keep_partner)
     _, losses = entry.run(model, data, config, seed=seed, on_step=evaluate)
     return pictures, losses
 

@@ -36,6 +36,8 @@ class TextualInversionConfig(BaseModel):
     """Optimizer steps."""
     batch_size: int = Field(4, gt=0)
     """Pictures per step."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """AdamW's weight decay."""
     vectors: int = Field(1, gt=0)
     """Vectors of the word (the script's `--num_vectors`); prompts that name the word have them all in a row."""
 
@@ -151,6 +153,7 @@ def attack(
             learning_rate=config.learning_rate,
             max_grad_norm=None,
             on_step=on_step,
+            weight_decay=config.weight_decay,
         )
     return own, losses
 

@@ -32,6 +32,7 @@ from guardsmith.cli.release import (
     release_notes,
     verify_signature,
 )
+from guardsmith.cli.screen import screen
 from guardsmith.cli.tables import compare, complete_recipe, list_table, print_policy
 from guardsmith.core.console import DAY, day, first_process, launched, print_line, print_schema, unfailing_stderr
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError, out_of_memory, system_errno
@@ -508,6 +509,7 @@ app.command("list")(list_table)
 app.command()(cloak)
 app.command()(redteam)
 app.command("train-rid")(train_rid)
+app.command()(screen)
 app.command()(publish)
 app.command("verify-signature")(verify_signature)
 app.command("audit-release")(audit_release)

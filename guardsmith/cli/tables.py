@@ -106,7 +106,7 @@ def print_policy(
     print_line("next: put it into a file and use it with guardsmith verify DIR --policy FILE")
 
 
-TABLES = ("methods", "attacks", "cloaks", "purifiers", "recipes")
+TABLES = ("methods", "attacks", "evasions", "removals", "cloaks", "purifiers", "recipes")
 
 
 def complete_table(incomplete: str) -> list[str]:
@@ -135,10 +135,23 @@ def recipe_lines() -> list[tuple[str, str]]:
 def list_table(
     what: Annotated[str, typer.Argument(metavar="|".join(TABLES), help="Which table.", autocompletion=complete_table)],
 ) -> None:
-    """List hardening methods, attacks, cloaks, purifiers or shipped recipes: a name and a source or sentence a line."""
+    """List methods, attacks, evasions, removals, cloaks, purifiers or shipped recipes: a name and what it is, a line each."""
     if what == "recipes":
         for name, line in recipe_lines():
             typer.echo(f"{name}\t{line}")
+    elif what == "evasions":
+        from guardsmith.attacks.evasion import EVASIONS
+
+        for name, evasion in EVASIONS.items():
+            inverse = (
+                "exact inverse" if evasion.exact else "approximate inverse" if evasion.invert else "judged as drawn"
+            )
+            typer.echo(f"{name}\t{inverse}")
+    elif what == "removals":
+        from guardsmith.attacks.adaptive.removals import REMOVALS
+
+        for name, removal in REMOVALS.items():
+            typer.echo(f"{name}\t{'needs the public base' if removal.needs_base else 'needs the weights only'}")
     elif what in ("methods", "attacks", "cloaks", "purifiers"):
         from guardsmith.attacks import ATTACKS
         from guardsmith.cloaks import CLOAKS
@@ -151,4 +164,4 @@ def list_table(
         for name, entry in tables[what].items():
             typer.echo(f"{name}\t{entry.paper}")
     else:
-        raise UserError(f"there is no table {what!r}: methods, attacks, cloaks, purifiers or recipes")
+        raise UserError(f"there is no table {what!r}: {', '.join(TABLES[:-1])} or {TABLES[-1]}")

@@ -48,6 +48,16 @@ class ProbeSpec(BaseModel):
     """Not before the loss on class pictures is at most this many times the base's."""
 
 
+class RemovalSpec(BaseModel):
+    """One way of editing open weights before training on them."""
+
+    model_config = _STRICT
+    name: str
+    """A key of `guardsmith list removals`."""
+    params: dict[str, Any] = {}
+    """Its settings; anything left out has its default."""
+
+
 class AttackSpec(BaseModel):
     """One attack of the verification."""
 
@@ -69,6 +79,21 @@ class AttackSpec(BaseModel):
     trained_on: Literal["itself", "base", "hardened"] = "itself"
     """Which model adapters are trained on before they are loaded onto the one that draws (lora). `base`: whether adapters
     made for the base work on the hardened model. `hardened`: the other way round."""
+    evasion: tuple[str, ...] = ()
+    """Transformations of the training pictures (keys of `guardsmith list evasions`), in this order, which are undone on the
+    pictures that the personalized model draws; a single one may be given as a word."""
+    drawing: Literal["usual", "finish_with_base", "start_with_base", "one_step", "average_two"] = "usual"
+    """How the personalized model draws: as usual; the rough picture only, the public base the details; the other way round; one
+    prediction from pure noise; or with the mean of the weights of two personalized models."""
+    hand_over: float = Field(0.5, gt=0, lt=1)
+    """Share of the timesteps at which the other model takes over (`finish_with_base`, `start_with_base`)."""
+    removal: RemovalSpec | None = None
+    """An edit of the weights before training, by which an attacker with open weights tries to remove the protection."""
+
+    @field_validator("evasion", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _possible(self) -> AttackSpec:
@@ -76,6 +101,10 @@ class AttackSpec(BaseModel):
             raise ValueError("two_stage is possible with dreambooth and lora only")
         if self.trained_on != "itself" and (self.name != "lora" or self.two_stage):
             raise ValueError("trained_on is possible with lora only, in one stage")
+        if self.trained_on != "itself" and (self.removal is not None or self.drawing != "usual"):
+            raise ValueError("trained_on cannot be combined with removal or drawing; make two attacks of it")
+        if self.two_stage and self.removal is not None:
+            raise ValueError("two_stage cannot be combined with removal; make two attacks of it")
         return self
 
 
@@ -105,6 +134,9 @@ class VerifySpec(BaseModel):
     """What the attacker may do and how many pictures judge the result."""
 
     model_config = _STRICT
+    threat_model: Literal["hosted", "open-weights"] | None = None
+    """What the attackers have. `hosted`: pictures, words and settings of a training service, never the weights. `open-weights`:
+    the files too, so that some attack has to edit them. Left out: whichever the attacks are."""
     attacks: dict[str, AttackSpec] = {}
     """Label in the report -> attack."""
     identifiers: tuple[str, ...] = Field(("sks", "zwx"), min_length=1)
@@ -322,6 +354,12 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     if problems:
         raise UserError("\n".join(problems))
     recipe = Recipe.model_validate(data)
+    from guardsmith.config.threat_model import threat_model_of
+
+    try:
+        threat_model_of(recipe.verify)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if recipe.subjects is not None:
         recipe = recipe.model_copy(update={"subjects": str((path.parent / recipe.subjects).resolve())})
     if recipe.negatives is not None:
@@ -345,6 +383,7 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
     Reads the raw data, so that one wrong key elsewhere does not hide the other problems.
     """
     from guardsmith.attacks import find_attack
+    from guardsmith.attacks.adaptive.removals import find_removal
     from guardsmith.cloaks import find_cloak
     from guardsmith.cloaks.rid import RidTraining
     from guardsmith.methods import find_method
@@ -353,14 +392,16 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
     verify = data.get("verify")
     attacks = verify.get("attacks") if isinstance(verify, dict) else None
     wanted: list[tuple[str, Any, Callable[[str], Any]]] = [("method", data.get("method"), find_method)]
+    problems = _evasion_problems(attacks, where) if isinstance(attacks, dict) else []
     for label, spec in attacks.items() if isinstance(attacks, dict) else ():
         wanted.append((f"verify.attacks.{label}", spec, find_attack))
+        if isinstance(spec, dict) and isinstance(spec.get("removal"), dict):
+            wanted.append((f"verify.attacks.{label}.removal", spec["removal"], find_removal))
     pixels: tuple[tuple[str, Callable[[str], Any]], ...] = (("cloaks", find_cloak), ("purifiers", find_purifier))
     for table, find_pixels in pixels:
         specs = data.get(table)
         for label, spec in specs.items() if isinstance(specs, dict) else ():
             wanted.append((f"{table}.{label}", spec, find_pixels))
-    problems = []
     if isinstance(data.get("defender"), dict):
         try:
             RidTraining.model_validate(data["defender"])
@@ -379,4 +420,19 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
             problems.append(f"{where}: {place}: {error}")
         except ValidationError as error:
             problems += explain(error, f"{where}: {place}.params", list(config.model_fields))
+    return problems
+
+
+def _evasion_problems(attacks: dict[str, Any], where: str) -> list[str]:
+    """Names of transformations that do not exist."""
+    from guardsmith.attacks.evasion import find_evasion
+
+    problems = []
+    for label, spec in attacks.items():
+        given = spec.get("evasion", ()) if isinstance(spec, dict) else ()
+        for name in (given,) if isinstance(given, str) else given if isinstance(given, list) else ():
+            try:
+                find_evasion(str(name))
+            except UserError as error:
+                problems.append(f"{where}: verify.attacks.{label}.evasion: {error}")
     return problems

@@ -62,6 +62,8 @@ HARDENING_REPLACEMENT = SeedRange(100_000)
 """What a method draws in the place of its subjects."""
 PROBE = SeedRange(110_000)
 """Pictures for people to look at while a model is hardened."""
+SCREENING = SeedRange(120_000)
+"""What uploaded adapters and checkpoints draw when they are screened."""
 IDEAL_NEGATIVES = SeedRange(200_000, 100_000)
 """Negative images as an ideally personalized model would draw them."""
 IDEAL_SUBJECTS = SeedRange(300_000, 100_000)
@@ -69,6 +71,8 @@ IDEAL_SUBJECTS = SeedRange(300_000, 100_000)
 
 FIRST_STAGE_OFFSET = 1_000_000
 """Added to the seed of an attack's training for its first stage on somebody else: seeds of training, not of pictures."""
+SECOND_MODEL_OFFSET = 2_000_000
+"""Added to the seed of an attack's training for the second of two models whose weights are averaged."""
 
 
 def picture_ranges() -> dict[str, SeedRange]:

@@ -28,8 +28,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_during_attack, find_attack
+from guardsmith.attacks.adaptive.base import measured
+from guardsmith.attacks.adaptive.removals import find_removal
 from guardsmith.attacks.augmentations import CHANGES
-from guardsmith.config.recipe import Recipe, VerifySpec
+from guardsmith.attacks.evasion import EvasionContext, find_evasion, inverted, transformed
+from guardsmith.attacks.sampling_tricks import NEEDS_BASE
+from guardsmith.config.recipe import AttackSpec, Recipe, VerifySpec
 from guardsmith.core.atomic_io import folder_digest, whole_folder, write_json
 from guardsmith.core.errors import GuardsmithError, UserError, system_errno
 from guardsmith.core.images import open_pictures, to_pil
@@ -80,6 +84,10 @@ class Unit:
         judge: who measures, where it is not the embedded encoder: name, model, and the similarity that counts as learnt.
         attacker_noun: the attacker's word for the class, where it is another one.
         precision: how the attacker's denoiser computes, where it is not float32.
+        evasion: how the attacker transforms the pictures: names; images and digest of somebody else's, where one needs them.
+        drawing: how the personalized model draws, where that is not as usual: name and, where it hands over, hand_over.
+        removal: how the attacker edits the weights before: name and params.
+        public: the public base, where drawing or removal needs it: model and digest.
     """
 
     side: Side
@@ -107,6 +115,10 @@ class Unit:
     judge: dict[str, Any] | None = None
     attacker_noun: str | None = None
     precision: str | None = None
+    evasion: dict[str, Any] | None = None
+    drawing: dict[str, Any] | None = None
+    removal: dict[str, Any] | None = None
+    public: dict[str, str] | None = None
 
     @property
     def noun(self) -> str:
@@ -126,7 +138,11 @@ class Unit:
             settings.pop(key)
         # Left out where they are not used, so that units of versions that did not have them stay what they were.
         first, trained_on = (settings.pop(key) for key in ("first", "trained_on"))
-        options = {key: settings.pop(key) for key in ("change", "judge", "called", "precision")}
+        evasion, public = (settings.pop(key) for key in ("evasion", "public"))
+        settings |= {"evasion": {key: value for key, value in evasion.items() if key != "images"}} if evasion else {}
+        settings |= {"public": public["digest"]} if public else {}
+        keys = ("change", "judge", "called", "precision", "drawing", "removal")
+        options = {key: settings.pop(key) for key in keys}
         settings |= {key: value for key, value in options.items() if value}
         revision = find_attack(self.attack).revision
         settings |= {"revision": revision} if revision > 1 else {}
@@ -180,12 +196,31 @@ def _class_images(file: str, count: int) -> Tensor:
     return load_file(file)["images"][:count] if count else torch.empty(0)
 
 
+def evasion_of(unit: Unit, model: DiffusionModel) -> tuple[EvasionContext, tuple[str, ...]]:
+    """What the unit's transformations may use, and their names; none without evasion."""
+    if unit.evasion is None:
+        return EvasionContext(), ()
+    strangers = unit.evasion.get("images")
+    pictures = torch.empty(0) if strangers is None else open_pictures(strangers, model.image_size)
+    return EvasionContext(unit.seed, model, pictures), tuple(unit.evasion["names"])
+
+
+def drawing_of(unit: Unit) -> dict[str, Any]:
+    """The arguments of `draw_during_attack` that say how the personalized model draws."""
+    if unit.drawing is None:
+        return {}
+    return {"trick": unit.drawing["name"]} | {key: unit.drawing[key] for key in ("hand_over",) if key in unit.drawing}
+
+
 def run_unit(unit: Unit) -> None:
     """Attack, draw, score; the folder appears whole."""
     judged = _computing(_model(unit.model), unit.precision)
     model = judged if unit.trained_on is None else _computing(_model(unit.trained_on["model"]), unit.precision)
     change = None if unit.change is None else CHANGES[unit.change]
     images = open_pictures(unit.attack_images, model.image_size, change)
+    evasion, names = evasion_of(unit, model)
+    images = transformed(images, names, evasion)
+    public = None if unit.public is None else _computing(_model(unit.public["model"]), unit.precision)
     data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.noun)
     first = None
     if unit.first is not None:
@@ -196,18 +231,23 @@ def run_unit(unit: Unit) -> None:
     policy = unit.judge or {"name": "avatar", "model": None, "learnt": half_way(calibration()[unit.class_noun])}
     judge, level = load_judge(policy["name"], policy["model"]), policy["learnt"]
     references = open_pictures(unit.reference_images, judge.size or model.image_size)
+    cost = None
+    if unit.removal is not None:
+        removal = find_removal(unit.removal["name"])
+        model, cost = measured(removal, model, data, unit.removal["params"], seed=unit.seed, base=public)
     scores: dict[int, list[float | None]] = {}
 
     def stop(steps: int, images: Tensor) -> bool:
-        scores[steps] = judge.similarity(images, references)
+        scores[steps] = judge.similarity(inverted(images, names, evasion), references)
         reached = interval([scores[steps]])
         return steps >= unit.evaluation_points[1] and reached is not None and reached.mean >= level
 
     drawn, losses = draw_during_attack(
         model, unit.attack, unit.params, data, evaluate_at=list(unit.evaluation_points.values()), seed=unit.seed,
         count=unit.images, sampling=unit.sampling, stop=stop, first=first, first_steps=unit.evaluation_points[1],
-        onto=None if unit.trained_on is None else judged,
+        onto=None if unit.trained_on is None else judged, base=public, **drawing_of(unit),
     )  # fmt: skip
+    drawn = {steps: inverted(images, names, evasion) for steps, images in drawn.items()}
     prompts = find_attack(unit.attack).prompts(unit.identifier, unit.noun, unit.images)
 
     with whole_folder(unit.folder) as folder:
@@ -220,6 +260,7 @@ def run_unit(unit: Unit) -> None:
         training = {
             "digest": unit.digest, "loss_start": losses[0], "loss_end": sum(tail) / len(tail), "steps_taken": len(losses)
         }  # fmt: skip
+        training |= {"removal_cost": cost.record()} if cost is not None else {}
         write_json(folder / "attack.json", unit.settings | training)
         write_json(folder / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
 
@@ -276,8 +317,8 @@ def attack_images(subject: Subject, data: str, everyone: Sequence[Subject]) -> t
     return (subject.images_of("attack")[0], *in_turn[:AROUND])
 
 
-def stranger_to(subject: Subject, everyone: Sequence[Subject]) -> Subject:
-    """Whom an attacker in two stages trains on first: the last one that is somebody else.
+def stranger_to(subject: Subject, everyone: Sequence[Subject], purpose: str = "two_stage") -> Subject:
+    """Whom an attacker in two stages trains on first, or puts beside the subject: the last one that is somebody else.
 
     Raises:
         UserError: nobody is.
@@ -285,7 +326,34 @@ def stranger_to(subject: Subject, everyone: Sequence[Subject]) -> Subject:
     for other in reversed(everyone):
         if other.id != subject.id:
             return other
-    raise UserError(f"two_stage needs somebody else beside {subject.id} in the registry.")
+    raise UserError(f"{purpose} needs somebody else beside {subject.id} in the registry.")
+
+
+def evasion_plan(spec: AttackSpec, subject: Subject, everyone: Sequence[Subject]) -> dict[str, Any] | None:
+    """`Unit.evasion` of an attack on a subject.
+
+    Raises:
+        UserError: a transformation needs somebody else's pictures and nobody else is there.
+    """
+    if not spec.evasion:
+        return None
+    plan: dict[str, Any] = {"names": list(spec.evasion)}
+    if any(find_evasion(name).needs_stranger for name in spec.evasion):
+        images = stranger_to(subject, everyone, "side_by_side").images_of("attack")
+        plan |= {"images": [str(i.path) for i in images], "digest": folder_digest([i.sha256 for i in images])}
+    return plan
+
+
+def drawing_plan(spec: AttackSpec) -> dict[str, Any] | None:
+    """`Unit.drawing` of an attack."""
+    if spec.drawing == "usual":
+        return None
+    return {"name": spec.drawing} | ({"hand_over": spec.hand_over} if spec.drawing in NEEDS_BASE else {})
+
+
+def needs_public_base(spec: AttackSpec) -> bool:
+    """Whether an attacker uses the public base beside the model under attack."""
+    return spec.drawing in NEEDS_BASE or (spec.removal is not None and find_removal(spec.removal.name).needs_base)
 
 
 def plan_units(
@@ -296,6 +364,7 @@ def plan_units(
     protected = attacked_subjects(registry, spec, recipe.seed)
     everyone = (*registry.subjects, *registry.controls)
     pairs = list(product(spec.identifiers, spec.seeds))
+    public = models.get("base")
     for side, judged in models.items():
         for row, subject in enumerate((*protected, *registry.controls)):
             references = subject.images_of("reference")
@@ -333,7 +402,10 @@ def plan_units(
                         attacker_noun=None if noun == subject.class_noun else noun,
                         change=attack.data if attack.data in CHANGES else None,
                         precision=None if attack.precision == "float32" else attack.precision,
-                        first=first,
+                        first=first, evasion=evasion_plan(attack, subject, everyone), drawing=drawing_plan(attack),
+                        removal=None if attack.removal is None else attack.removal.model_dump(),
+                        public={"model": public.model.place, "digest": public.digest}
+                        if public is not None and needs_public_base(attack) else None,
                         trained_on=None if trained is judged else {
                             "model": trained.model.place, "digest": trained.digest
                         },

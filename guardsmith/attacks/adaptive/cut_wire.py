@@ -53,4 +53,4 @@ def attack(
     return dreambooth.attack(own, data, config, seed=seed, on_step=on_step)
 
 
-ATTACK = Attack(attack, CutWireConfig, "guardsmith")
+ATTACK = Attack(attack, CutWireConfig, "guardsmith", edits_weights=True)

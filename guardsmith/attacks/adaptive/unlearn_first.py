@@ -55,7 +55,7 @@ def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig,
     parameters = list(own.unet.requires_grad_(True).parameters())
     train(
         own, loss_at, parameters, steps=config.unlearn_steps, learning_rate=config.learning_rate,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=config.max_grad_norm, optimizer_name=config.optimizer, weight_decay=config.weight_decay,
     )  # fmt: skip
     own.unet.requires_grad_(False)
     return own

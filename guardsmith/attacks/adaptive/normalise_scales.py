@@ -1,0 +1,57 @@
+"""Open weights: undo rescaling, by giving every row of every weight the length that it has in the public base.
+
+Some protections multiply weights in one layer and divide them in the next, so that the function stays and an optimizer's steps
+count less. Whoever has the base reads off the factors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from guardsmith.attacks.adaptive.base import Removal, RemovalConfig
+from guardsmith.attacks.base import AttackData
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+
+
+class NormaliseScalesConfig(RemovalConfig):
+    """There is nothing to set."""
+
+
+def rescaled(weight: Tensor, like: Tensor) -> Tensor:
+    """A weight whose rows (for vectors: the whole) have the lengths of another's; rows of zeros stay."""
+    rows = (weight.flatten(1) if weight.dim() > 1 else weight[None]).double()  # squares overflow in float32
+    wanted = (like.flatten(1) if like.dim() > 1 else like[None]).double()
+    length = rows.norm(dim=1, keepdim=True)
+    factor = torch.where(length > 0, wanted.norm(dim=1, keepdim=True) / length, torch.ones_like(length))
+    return (rows * factor).reshape(weight.shape).to(weight.dtype)
+
+
+@torch.no_grad()
+def normalise_scales(
+    model: DiffusionModel,
+    data: AttackData,
+    config: NormaliseScalesConfig,
+    *,
+    seed: int = 0,
+    base: DiffusionModel | None,
+) -> DiffusionModel:
+    """A copy of the model whose weights have the base's scales.
+
+    Raises:
+        ValueError: there is no base, or it has other weights.
+    """
+    if base is None:
+        raise ValueError("normalise_scales needs the public base")
+    theirs = dict(base.unet.named_parameters())
+    own = with_own_unet(model)
+    for name, parameter in own.unet.named_parameters():
+        if name not in theirs or theirs[name].shape != parameter.shape:
+            raise ValueError(
+                f"the base has no weight {name} of this shape; name the base that the model was hardened from"
+            )
+        parameter.copy_(rescaled(parameter, theirs[name]))
+    return own
+
+
+REMOVAL = Removal(normalise_scales, NormaliseScalesConfig, needs_base=True)
