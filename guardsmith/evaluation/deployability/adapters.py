@@ -1,0 +1,128 @@
+"""Adapters: what people made on the base, loaded onto the hardened model, and the other way round.
+
+Each is trained for an unprotected subject and judged by the similarity of what it draws, counted from that of the base's ordinary
+pictures. Both models draw the same prompts from the same noise.
+
+    lora, lora_conv     written and read by diffusers' own pipeline, as LoRA files are
+    loha                by peft, for diffusers' pipeline does not read LoHa
+    textual_inversion   `load_textual_inversion` of diffusers' pipeline
+    custom_diffusion    the keys and values of the cross-attention as they are, which is what its files hold, and the new word
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
+from guardsmith.attacks import AttackData, find_attack, lora
+from guardsmith.config.deployability import AdapterKind
+from guardsmith.core.errors import UserError
+from guardsmith.core.images import open_pictures
+from guardsmith.evaluation.deployability.bench import SIDES, Bench, attempt
+from guardsmith.evaluation.deployability.intervals import paired_ratio
+from guardsmith.gate.deployability import Measurement
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.registry.loader import Subject
+
+ATTACKS: dict[AdapterKind, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {"prior_weight": 0}),
+    "lora_conv": ("lora", {"prior_weight": 0, "everywhere": True}),
+    "loha": ("lora", {"prior_weight": 0, "kind": "loha"}),
+    "textual_inversion": ("textual_inversion", {}),
+    "custom_diffusion": ("custom_diffusion", {"prior_weight": 0}),
+}
+"""Kind -> the attack that makes it, and settings that belong to the kind."""
+NAMES: dict[AdapterKind, str] = {
+    "lora": "LoRA (attention)", "lora_conv": "LoRA (attention, linear layers, convolutions)", "loha": "LoHa",
+    "textual_inversion": "textual inversion", "custom_diffusion": "Custom Diffusion",
+}  # fmt: skip
+
+
+def trained(bench: Bench, side: str, kind: AdapterKind, subject: Subject) -> tuple[DiffusionModel, Any]:
+    """A model with an adapter of this kind for the subject, trained on a side; and the settings it was trained with."""
+    model = bench.models[side]
+    name, own = ATTACKS[kind]
+    attack = find_attack(name)
+    config = attack.config(**own | bench.spec.adapters[kind])
+    images = open_pictures([image.path for image in subject.images_of("attack")], model.image_size)
+    data = AttackData(images, torch.empty(0), bench.identifier, subject.class_noun)
+    return attack.run(model, data, config, seed=bench.seed)[0], config
+
+
+def load_onto(bench: Bench, side: str, kind: AdapterKind, made: DiffusionModel, config: Any) -> Any:
+    """A pipeline of a side with an adapter that was made on either."""
+    pipeline = bench.load(side)
+    if kind in ("lora", "lora_conv"):
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(made.unet))
+        pipeline.load_lora_weights({f"unet.{name}": value for name, value in layers.items()})
+    elif kind == "loha":
+        learnt = dict(made.unet.named_parameters())
+        lora.add_adapters(pipeline.unet, config.rank, 0, kind="loha")
+        with torch.no_grad():
+            for name, value in pipeline.unet.named_parameters():
+                if value.requires_grad:
+                    value.copy_(learnt[name])
+        pipeline.unet.requires_grad_(False)
+    else:
+        word = f"<{bench.identifier}>"
+        token = made.tokenizer.convert_tokens_to_ids(word)
+        vector = made.text_encoder.get_input_embeddings().weight[token].detach().clone()
+        pipeline.load_textual_inversion({word: vector[None]}, token=word)
+        if kind == "custom_diffusion":
+            learnt = dict(made.unet.named_parameters())
+            with torch.no_grad():
+                for name, value in pipeline.unet.named_parameters():
+                    if "attn2.to_k" in name or "attn2.to_v" in name:
+                        value.copy_(learnt[name])
+    return pipeline
+
+
+def similarities(bench: Bench, pictures: Tensor, subject: Subject, floor: float) -> list[float]:
+    """Similarity of each picture to the subject, counted from a floor; a picture that cannot be scored is at the floor."""
+    size = bench.judge.size or bench.models["base"].image_size
+    references = open_pictures([image.path for image in subject.images_of("reference")], size)
+    return [0.0 if score is None else score - floor for score in bench.judge.similarity(pictures, references)]
+
+
+def case(bench: Bench, kind: AdapterKind, subject: Subject) -> list[Measurement]:
+    """One kind both ways."""
+    floor = sum(similarities(bench, bench.plain("base"), subject, 0.0)) / bench.spec.images
+    made = {side: trained(bench, side, kind, subject) for side in SIDES}
+    prompts = find_attack(ATTACKS[kind][0]).prompts(bench.identifier, subject.class_noun, bench.spec.adapter_images)
+    drawn, scores = {}, {}
+    for maker, user in (("base", "base"), ("base", "hardened"), ("hardened", "base")):
+        pipeline = load_onto(bench, user, kind, *made[maker])
+        drawn[maker, user] = bench.draw(pipeline, prompts=prompts, count=len(prompts))
+        scores[maker, user] = similarities(bench, drawn[maker, user], subject, floor)
+    own = scores["base", "base"]
+    found = []
+    for maker, user in (("base", "hardened"), ("hardened", "base")):
+        name, kept = f"{NAMES[kind]}: made on the {maker}, used on the {user}", scores[maker, user]
+        ratio = paired_ratio(kept, own)
+        if ratio is None:
+            raise UserError(f"{NAMES[kind]} made on the base learns nothing there; give it other settings")
+        found.append(Measurement(
+            check="adapters", case=name, measure="retention", value=ratio.mean, low=ratio.low, high=ratio.high, n=len(own),
+            base=sum(own) / len(own), hardened=sum(kept) / len(kept), subject=subject.id,
+            pictures=bench.strip("adapters", name, drawn["base", "base"], drawn[maker, user]),
+        ))  # fmt: skip
+    return found
+
+
+def run(bench: Bench) -> list[Measurement]:
+    """Every kind that the recipe names, for the first unprotected subject."""
+    if not bench.spec.trained:
+        return []
+    if not bench.controls:
+        error = "the registry has no controls to make adapters for"
+        return [Measurement(check="adapters", case="all adapters", measure="retention", error=error)]
+    subject = bench.controls[0]
+    return [
+        m for kind in bench.spec.adapters
+        for m in attempt("adapters", NAMES[kind], "retention", partial(case, bench, kind, subject))
+    ]  # fmt: skip

@@ -1,0 +1,266 @@
+"""Base and hardened model on one bench: the same prompts, the same noise, diffusers' own pipelines on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image
+from torch import Tensor
+
+from guardsmith.config.deployability import CheckName, DeployabilitySpec
+from guardsmith.core.images import to_pil
+from guardsmith.diffusion.sampling import first_noise
+from guardsmith.evaluation.deployability.intervals import paired_excess, paired_ratio
+from guardsmith.gate.deployability import Measure, Measurement
+from guardsmith.metrics import Judge
+from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.models.families import SD, SD3
+from guardsmith.registry.loader import Subject
+from guardsmith.runtime.device import chosen_device
+
+SIDES = ("base", "hardened")
+FIRST_SEEDS = {"first": 110_000, "second": 120_000}
+"""Seeds of two sets of noise that no other pictures of verification have."""
+SHOWN = 6  # pictures of either side in a strip
+REFERENCE = 80
+"""Pictures that say what collapse is, at least: of so many without a fault the interval ends below 5 %."""
+TINY = 0.01
+"""Levels of 255 that count as no difference, so that a ratio of two differences is always defined."""
+FLAT = 0.02
+"""A picture that deviates less than this from its mean colours (of a range of 2) shows nothing."""
+
+
+def broken(pictures: Tensor) -> Tensor:
+    """Which pictures are none: NaN, infinite, black or of one colour; bool (n,), of float (n, 3, h, w) in [-1, 1]."""
+    finite = torch.isfinite(pictures).flatten(1).all(1)
+    spread = torch.nan_to_num(pictures).flatten(2).std(2).amax(1)
+    found: Tensor = ~finite | (spread < FLAT)
+    return found
+
+
+def differences(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Mean absolute difference of each picture in levels of 255, (n,); what is not finite differs by all of them."""
+    found = (pictures - reference).abs().flatten(1).mean(1) * 127.5
+    return torch.where(torch.isfinite(found), found, torch.full((), 255.0))
+
+
+@dataclass
+class Bench:
+    """What every check works with.
+
+    Attributes:
+        models: base and hardened model, by side.
+        prompts: ordinary ones; every setting draws them in this order.
+        judge: whose features say which pictures have collapsed, and whose similarity says what adapters draw.
+        spec: what is to be checked.
+        steps: solver steps of ordinary pictures.
+        guidance: their scale.
+        batch: pictures per call of a pipeline.
+        root: the folder of the verification.
+        controls: unprotected subjects that adapters are made for.
+        identifier: what the adapters' makers call them.
+        dreambooth: settings of DreamBooth on this base, for another fine-tune of it.
+        seed: of everything that is trained.
+    """
+
+    models: Mapping[str, DiffusionModel]
+    prompts: Sequence[str]
+    judge: Judge
+    spec: DeployabilitySpec
+    steps: int
+    guidance: float
+    batch: int
+    root: Path
+    controls: Sequence[Subject] = ()
+    identifier: str = "zwx"
+    dreambooth: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    _plain: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _pipelines: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the strips are."""
+        return self.root / "deployability"
+
+    @property
+    def flow(self) -> bool:
+        """Whether this is a family without a noise schedule of betas (Stable Diffusion 3)."""
+        return self.models["base"].family is SD3
+
+    def load(self, side: str, dtype: torch.dtype = torch.float32) -> Any:
+        """A pipeline of its own from the side's folder, on the chosen device, with the usual solver."""
+        model = self.models[side]
+        without = {"safety_checker": None, "requires_safety_checker": False} if model.family is SD else {}
+        pipeline = DiffusionPipeline.from_pretrained(model.folder, torch_dtype=dtype, use_safetensors=True, **without)
+        pipeline.set_progress_bar_config(disable=True)
+        if not self.flow:
+            pipeline.scheduler = solver(pipeline, DPMSolverMultistepScheduler, algorithm_type="dpmsolver++")
+        return pipeline.to(chosen_device())
+
+    def pipeline(self, side: str) -> Any:
+        """The side's float32 pipeline, loaded once. Whoever changes it puts it back."""
+        if side not in self._pipelines:
+            self._pipelines[side] = self.load(side)
+        return self._pipelines[side]
+
+    def noise(self, which: str, count: int) -> Tensor:
+        """Noise of the first `count` pictures, float32, as the denoiser takes it; of the "first" or the "second" set."""
+        first = FIRST_SEEDS[which]
+        return first_noise(self.models["base"], range(first, first + count))
+
+    def draw(
+        self,
+        pipeline: Any,
+        *,
+        noise: str = "second",
+        count: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        prompts: Sequence[str] | None = None,
+        each: Callable[[slice], dict[str, Any]] | None = None,
+    ) -> Tensor:
+        """Pictures of the first `count` prompts by any pipeline, float32 (n, 3, h, w) in [-1, 1] on the CPU, or NaN.
+
+        Args:
+            pipeline: of diffusers.
+            noise: see `noise`; `""` where the pipeline makes its own from generators.
+            count: `spec.images` where it is not given.
+            steps: of the solver, where they are not the usual ones.
+            guidance: likewise.
+            prompts: likewise.
+            each: further arguments of the pipeline for a slice of the pictures.
+        """
+        count = count or self.spec.images
+        asked = list(prompts or self.prompts)[:count]
+        dtype, device = _denoiser(pipeline).dtype, chosen_device()
+        drawn = []
+        for start in range(0, count, self.batch):
+            some = slice(start, min(start + self.batch, count))
+            first = FIRST_SEEDS[noise or "second"]
+            further = {"generator": [torch.Generator().manual_seed(first + i) for i in range(some.start, some.stop)]}
+            if noise:
+                further["latents"] = self.noise(noise, count)[some].to(device, dtype)
+            out = pipeline(
+                prompt=asked[some], num_inference_steps=steps or self.steps,
+                guidance_scale=self.guidance if guidance is None else guidance, output_type="pt",
+                **further, **(each(some) if each else {}),
+            )  # fmt: skip
+            drawn.append(out.images.float().cpu() * 2 - 1)
+        return torch.cat(drawn)
+
+    @property
+    def reference(self) -> int:
+        """How many pictures say what collapse is."""
+        return min(max(REFERENCE, self.spec.images), len(self.prompts))
+
+    def plain(self, side: str, noise: str = "second", count: int | None = None) -> Tensor:
+        """The first ordinary pictures by a side in float32; none is drawn twice."""
+        count = count or self.spec.images
+        known = self._plain.get((side, noise), torch.empty(0))
+        if len(known) < count:
+            known = self._plain[side, noise] = self.draw(self.pipeline(side), noise=noise, count=count)
+        return known[:count]
+
+    @cached_property
+    def usual_distance(self) -> float:
+        """How far apart the base's own pictures of one prompt are at most, in the judge's features."""
+        first, second = (
+            self.judge.features(self.plain("base", noise, self.reference)) for noise in ("first", "second")
+        )
+        return float((second - first).norm(dim=1).max())
+
+    def collapsed(self, pictures: Tensor) -> Tensor:
+        """Which pictures have collapsed, bool (n,): none at all, or further from the base's than any two of the base's own."""
+        reference = self.judge.features(self.plain("base", "first", self.reference))[: len(pictures)]
+        distance = (self.judge.features(torch.nan_to_num(pictures)) - reference).norm(dim=1)
+        found: Tensor = broken(pictures) | ~(distance <= self.usual_distance)
+        return found
+
+    def strip(self, check: CheckName, case: str, base: Tensor, hardened: Tensor) -> str:
+        """Save pictures of both sides, the base's above; returns the file's place under the root."""
+        words = "".join(letter if letter.isalnum() else "-" for letter in case.lower())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = [[to_pil(torch.nan_to_num(p, -1.0)) for p in side[:SHOWN]] for side in (base, hardened)]
+        width, height = rows[0][0].size
+        sheet = Image.new("RGB", (width * len(rows[0]), 2 * height), "white")
+        for y, row in enumerate(rows):
+            for x, tile in enumerate(row):
+                sheet.paste(tile, (x * width, y * height))
+        file = self.folder / f"{check}-{words}.png"
+        sheet.save(file)
+        return file.relative_to(self.root).as_posix()
+
+
+def solver(pipeline: Any, kind: Any, **settings: Any) -> Any:
+    """A scheduler on the pipeline's own noise schedule, with steps that begin where it ends in noise."""
+    if getattr(pipeline, "transformer", None) is None:  # schedules of flows have no spacing
+        settings |= {"timestep_spacing": "trailing"}
+    return kind.from_config(pipeline.scheduler.config, **settings)
+
+
+def _denoiser(pipeline: Any) -> Any:
+    return pipeline.transformer if getattr(pipeline, "transformer", None) is not None else pipeline.unet
+
+
+def compared_collapse(
+    bench: Bench, check: CheckName, case: str, base: Tensor, hardened: Tensor, *, part: bool = False, how: str = ""
+) -> Measurement:
+    """How many more of the hardened side's pictures have collapsed than of the base's, which are of the same noise.
+
+    Args:
+        bench: gives the reference.
+        check: see `Measurement`, as the others.
+        case: likewise.
+        base: pictures of the first prompts, (n, 3, h, w) in [-1, 1].
+        hardened: likewise.
+        part: likewise.
+        how: likewise.
+    """
+    before, now = bench.collapsed(base), bench.collapsed(hardened)
+    excess = paired_excess(now.tolist(), before.tolist())
+    return Measurement(
+        check=check, case=case, measure="collapsed", value=excess.mean, low=excess.low, high=excess.high, n=len(base), part=part,
+        base=float(before.float().mean()), hardened=float(now.float().mean()), how=how,
+        pictures=bench.strip(check, case, base, hardened),
+    )  # fmt: skip
+
+
+def compared_difference(
+    check: CheckName, case: str, base: Tensor, hardened: Tensor, *, how: str = "", pictures: str | None = None
+) -> Measurement:
+    """Ratio of two differences picture by picture, in levels of 255, (n,) each; see `Measurement` for the others."""
+    ratio = paired_ratio((hardened + TINY).tolist(), (base + TINY).tolist())
+    assert ratio is not None  # the lower one is above zero
+    return Measurement(
+        check=check, case=case, measure="difference", value=ratio.mean, low=ratio.low, high=ratio.high, n=len(base),
+        base=float(base.mean()), hardened=float(hardened.mean()), how=how, pictures=pictures,
+    )  # fmt: skip
+
+
+def compared_faults(
+    check: CheckName, case: str, base: int, hardened: int, n: int, *, how: str = "", pictures: str | None = None
+) -> Measurement:
+    """How many more faults the hardened side has than the base, of `n` possible ones; see `Measurement` for the others."""
+    return Measurement(
+        check=check, case=case, measure="faults", value=max(hardened - base, 0), base=base, hardened=hardened, n=n, how=how,
+        pictures=pictures,
+    )  # fmt: skip
+
+
+def attempt(
+    check: CheckName, case: str, measure: Measure, run: Callable[[], Measurement | list[Measurement]]
+) -> list[Measurement]:
+    """One case; whatever it raises becomes a case that failed to run, for one broken pipeline must not hide the others."""
+    try:
+        found = run()
+    except Exception as error:  # diffusers and torch raise anything; nothing of it may pass for a result
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        found = Measurement(check=check, case=case, measure=measure, error=reason)
+    return found if isinstance(found, list) else [found]
