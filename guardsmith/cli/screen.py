@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guardsmith.core.console import DAY, day, say
+from guardsmith.core.console import DAY, day, print_line
 from guardsmith.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def screen(
         typer.echo(json.dumps(report, indent=1))
     else:
         _print_records(report)
-    say(f"{len(records)} uploads: {', '.join(f'{count} {name}' for name, count in report['counts'].items())}")
+    print_line(f"{len(records)} uploads: {', '.join(f'{count} {name}' for name, count in report['counts'].items())}")
     if report["exit_code"]:
         raise typer.Exit(report["exit_code"])
 
@@ -156,5 +156,5 @@ def _print_records(report: dict[str, Any]) -> None:
             ]  # fmt: skip
         table.add_row(record["upload"], record["verdict"], *shown)
         for reason in record["reasons"]:
-            say(f"{shlex.quote(record['upload'])}: {reason}", style="yellow")
+            print_line(f"{shlex.quote(record['upload'])}: {reason}", style="yellow")
     print_table(table, 140)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from guardsmith.gate.rules import RESAMPLES, Interval, share_interval
+from guardsmith.gate.statistics import RESAMPLES, Interval, share_interval
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Interval | None:
