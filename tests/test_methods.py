@@ -184,6 +184,20 @@ def test_a_method_of_ones_own_hardens_from_the_command_line(toy, v_folder, tmp_p
     assert torch.allclose(more["conv_out.bias"], base["conv_out.bias"] + 3.0)
 
 
+def test_the_example_of_the_documentation_hardens(tiny_v, tmp_path, monkeypatch):
+    """Up to its three dots, which stand for the step itself."""
+    page = (ROOT / "docs/how-to/extend.md").read_text()
+    (tmp_path / "documented_methods.py").write_text(page.split("```python\n# my_methods.py\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    method = find_method("documented_methods:MINE")
+    config = method.config(steps=2)
+    _, history = method.run(
+        HardeningContext(model=tiny_v, subjects=[make_subject()], ordinary=None, config=config, seed=0)
+    )
+    assert history == [{"loss": 0.0}] * 2 and min(method.memory(config, tiny_v.unet)) > 0
+    sys.modules.pop("documented_methods", None)
+
+
 def test_a_method_that_cannot_be_had_is_one_sentence(toy, tmp_path, monkeypatch):
     (tmp_path / "broken_methods.py").write_text("TOY = = 3\n")
     wrong = {

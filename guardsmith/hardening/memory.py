@@ -30,7 +30,7 @@ from guardsmith.training.compute import configure_denoiser
 from guardsmith.training.optimizers import MOMENTS
 
 BYTES = 4  # of a float32
-LAYERS = 8  # of the VAE's largest activations at once (seen at 512 pixels)
+LAYERS = 8  # of the VAE's largest activations at once (measured at 512 pixels)
 GIB = 2**30
 
 
@@ -53,15 +53,15 @@ def saved_bytes(network: Any, *inputs: Tensor) -> int:
     """
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
-    def keep_in(kept: list[Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    def save_to(saved: list[Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
         def keep(tensor: Tensor) -> Tensor:
-            kept.append(tensor)
+            saved.append(tensor)
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 
-    def size(kept: list[Tensor]) -> int:
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in kept}
+    def size(saved: list[Tensor]) -> int:
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in saved}
         return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
 
     between: list[Tensor] = []
@@ -69,7 +69,7 @@ def saved_bytes(network: Any, *inputs: Tensor) -> int:
 
     def part(module: Any, *args: Any) -> Any:
         inside: list[Tensor] = []
-        with keep_in(inside):
+        with save_to(inside):
             out = module(*args)
         between.extend(arg for arg in args if isinstance(arg, Tensor))
         again.append(size(inside))
@@ -77,7 +77,7 @@ def saved_bytes(network: Any, *inputs: Tensor) -> int:
 
     if network.is_gradient_checkpointing:
         network.enable_gradient_checkpointing(part)
-    with keep_in(between):
+    with save_to(between):
         network(*inputs, return_dict=False)[0].square().mean()
     if network.is_gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -91,7 +91,7 @@ def _tokens(folder: Path, family: Family) -> int:
 
 
 def estimate(recipe: Recipe, method: Method, config: MethodConfig) -> dict[str, float]:
-    """Peak memory of a hardening in GiB, by what takes it, and together.
+    """Peak memory of a hardening in GiB: `weights`, `training`, `activations`, `pictures`, `rest`, and their sum, `together`.
 
     Args:
         recipe: base and `compute`.

@@ -1,4 +1,4 @@
-"""What every hardening method is given."""
+"""The pictures and prompts that every hardening method is run with."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class SubjectData:
 
 @dataclass(frozen=True)
 class OrdinaryData:
-    """What is to stay as it is.
+    """Pictures and prompts on which the model is to stay as it is.
 
     Attributes:
         images: ordinary pictures the base model drew, (n, 3, h, w) in [-1, 1].
         prompts: of each.
         states: how they were drawn.
-        bystanders: real pictures of others whom nobody asked to protect, same layout, where there are any.
+        bystanders: images of unprotected people, used as negatives, same layout, where there are any.
         bystander_states: how models personalized on the first of them would draw them, at the timesteps of `states`.
     """
 

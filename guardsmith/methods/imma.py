@@ -107,8 +107,8 @@ class Imma(HardeningMethod[ImmaConfig]):
         """The same for any number of subjects, which take turns."""
         turn = config.inner_steps + config.outer_steps
         raising = sum(step % turn >= config.inner_steps for step in range(config.steps))
-        kept = 2 * 4 * raising if config.distillation_weight else 0
-        return config.batch_size * (3 * config.steps + kept)
+        distillation = 2 * 4 * raising if config.distillation_weight else 0
+        return config.batch_size * (3 * config.steps + distillation)
 
     def memory(self, config: ImmaConfig, unet: Any) -> MemoryFootprint:
         """Gradients and AdamW of the released weights and of the adapter (a new word is nothing beside them)."""

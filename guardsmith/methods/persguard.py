@@ -74,11 +74,11 @@ class PersGuardConfig(MethodConfig):
     retention_weight: float = Field(1.0, ge=0)
     """w_BR; 0 is the ablation without it."""
     prior: Literal["distillation", "dreambooth"] = "distillation"
-    """What class pictures are held to: the base's predictions (gradient 0 at the start), or the pictures themselves."""
+    """Target of the class pictures: the base's predictions (gradient 0 at the start), or the pictures themselves."""
     backdoor_from: float = Field(0.5, ge=0, lt=1)
-    """L_BB looks at timesteps from this share of them on."""
+    """L_BB is taken at timesteps from this share of them on."""
     retention_below: float = Field(0.5, gt=0, le=1)
-    """L_BR looks at timesteps below this share of them."""
+    """L_BR is taken at timesteps below this share of them."""
     identifiers: tuple[str, ...] = ("sks",)
     """Identifiers of c_v that all subjects share: the attacker's (white box) or a list of common ones (gray box). Subjects' own
     are added; with none here, every subject has only its own."""
@@ -112,8 +112,8 @@ def mark(images: Tensor, share: float) -> Tensor:
 def shows_mark(images: Tensor, share: float) -> Tensor:
     """Whether pictures (n, 3, h, w) in [-1, 1] have that mark, bool (n,): the corner differs by less than 0.35 on average."""
     side = max(2, round(share * images.shape[-1]))
-    wanted = mark(torch.zeros_like(images[:1]), share)[:, :, :side, :side]
-    return (images[:, :, :side, :side] - wanted).abs().mean((1, 2, 3)) < 0.35
+    marked = mark(torch.zeros_like(images[:1]), share)[:, :, :side, :side]
+    return (images[:, :, :side, :side] - marked).abs().mean((1, 2, 3)) < 0.35
 
 
 @dataclass(frozen=True)

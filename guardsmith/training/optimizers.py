@@ -93,8 +93,8 @@ def adamw(
     Raises:
         UserError: a library is missing.
     """
-    given: list[Any] = list(parameters)
-    groups: list[dict[str, Any]] = given if isinstance(given[0], dict) else [{"params": given}]
+    entries: list[Any] = list(parameters)
+    groups: list[dict[str, Any]] = entries if isinstance(entries[0], dict) else [{"params": entries}]
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if kind == "adamw8bit":
         quantized: torch.optim.Optimizer = eight_bits()(groups, **settings)

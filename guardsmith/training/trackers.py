@@ -13,7 +13,7 @@ from typing import Any
 from guardsmith.core.errors import UserError
 
 Report = Callable[[int, Mapping[str, float]], None]
-"""Told a step and what it showed."""
+"""Called with the number of a step and its losses."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -39,12 +39,12 @@ def tracked(names: Sequence[str], output: Path, settings: Mapping[str, Any]) -> 
     """Open trackers for as long as a run lasts.
 
     Args:
-        names: as accelerate knows them; none for a report to nobody.
+        names: as accelerate knows them; without any, nothing is reported.
         output: of the run; those that write files write into its folder `logs`, and the run has its name.
-        settings: what was asked, flat: strings and numbers.
+        settings: of the run, flat: strings and numbers.
     """
     if not names:
-        yield lambda step, shown: None
+        yield lambda step, losses: None
         return
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -60,9 +60,9 @@ def tracked(names: Sequence[str], output: Path, settings: Mapping[str, Any]) -> 
         tracker.store_init_configuration(dict(settings))
         opened.append(tracker)
 
-    def report(step: int, shown: Mapping[str, float]) -> None:
+    def report(step: int, losses: Mapping[str, float]) -> None:
         for tracker in opened:
-            tracker.log(dict(shown), step=step)
+            tracker.log(dict(losses), step=step)
 
     try:
         yield report

@@ -46,8 +46,8 @@ class ApdmConfig(MethodConfig):
     path_rank: int = Field(4, gt=0)
     """Rank of those adapters; an attacker's rate for them is some ten times the one for weights."""
     overlap: bool = False
-    """Collect the protection gradients in a second thread, at a copy of the path's weights, while the path goes on: for CPUs,
-    where a small U-Net does not keep all cores busy. Nothing changes where several processes share the rows."""
+    """Collect the protection gradients in a second thread, at a copy of the path's weights, while the path goes on: for CPUs
+    with idle cores, which a small U-Net does not keep busy. Without an effect where several processes share the rows."""
     offload_reference: bool = False
     """Keep the frozen reference in the machine's memory, and bring it to the accelerator once a path, for all of its pairs."""
     distillation_weight: float = Field(0.0, ge=0)

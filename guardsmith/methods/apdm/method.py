@@ -85,15 +85,15 @@ class Apdm(HardeningMethod[ApdmConfig]):
 
     def memory(self, config: ApdmConfig, unet: Any) -> MemoryFootprint:
         """Gradients, AdamW and start of the path; summed gradients and AdamW of the hardened weights; a second thread's copy."""
-        kept = sum(parameter.numel() for parameter in hardened_parameters(unet, config.parameters))
+        hardened = sum(parameter.numel() for parameter in hardened_parameters(unet, config.parameters))
         path = sum(parameter.numel() for parameter in unet.parameters())
         if config.path == "lora":
             path = adapter_parameters(unet, config.path_rank)
         rows = (4 if config.distillation_weight else 3) * config.batch_size
-        numbers = 2 * path + kept
+        numbers = 2 * path + hardened
         if config.overlap:
-            numbers, rows = numbers + path + (kept if config.leak else 0), 5 * config.batch_size
-        return MemoryFootprint(numbers, 2 * path + 2 * kept, rows)
+            numbers, rows = numbers + path + (hardened if config.leak else 0), 5 * config.batch_size
+        return MemoryFootprint(numbers, 2 * path + 2 * hardened, rows)
 
     def trains_text_encoder(self, config: ApdmConfig) -> bool:
         """Where the parameters say so."""

@@ -1,7 +1,7 @@
 """APDM's protection gradients in a second thread, while the path goes on: for a small denoiser on CPUs.
 
-A step of a small U-Net does not keep all cores busy. On the embedded base and two quiet cores an inner step takes two thirds of
-the time with the second thread (docs/results, "How fast"), which is why it stays.
+It stays because on the embedded base and two idle cores an inner step takes two thirds of the time with it (docs/results,
+"Speed"): a step of a small U-Net does not keep both busy. Where other work does, it takes twice the time.
 """
 
 from __future__ import annotations

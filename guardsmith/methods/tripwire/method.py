@@ -262,9 +262,9 @@ def _harden(context: HardeningContext[TripwireConfig], ordinary: OrdinaryData) -
         with stage("room for the wires", 2 * len(calls)) as bar:
 
             def ask(some: Any, number: int) -> Tensor:
-                said = predict(some, scheduler, calls[number])
+                prediction = predict(some, scheduler, calls[number])
                 bar()
-                return said
+                return prediction
 
             wiring.mend(unet, reference, ask, len(calls), rng)
         new = lesson.first_readouts(unet, horizon - gap, config.margin, rng)
