@@ -122,4 +122,6 @@ def ordinary_data(
 def draw_prompt(model: DiffusionModel, recipe: Recipe, prompt: str, count: int, cache: Path) -> Tensor:
     """Pictures of a method's own prompt, float32 (count, 3, h, w) in [-1, 1], which the base draws where they are not cached."""
     file = cache / f"instead-{folder_digest(prompt)}.safetensors"
-    return drawn_by(model, recipe.sampling, [prompt] * count, HARDENING_REPLACEMENT.start, file, f"pictures of '{prompt}'")
+    return drawn_by(
+        model, recipe.sampling, [prompt] * count, HARDENING_REPLACEMENT.start, file, f"pictures of '{prompt}'"
+    )
