@@ -88,7 +88,9 @@ def test_the_evidence_for_the_public_is_of_the_same_verification(verified):
     """Its subjects are invented, so they keep their names."""
     output, report = verified
     public = json.loads((output / "verify/public/report.json").read_text())
-    assert public == report.as_json(), "nothing was hidden"
+    whole = report.as_json()
+    whole["hardening"]["carries"] = None  # which is nobody's business
+    assert public == whole, "nothing else was hidden"
     told = json.loads((output / "verify/public/harden.json").read_text())
     assert told["model_digest"] == report.hardening.model_digest
     assert "mira, real picture 1" in (output / "verify/public/report.html").read_text()
