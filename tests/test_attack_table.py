@@ -47,9 +47,7 @@ def test_an_entry_says_all_that_is_needed(name):
     parameters = inspect.signature(entry.run).parameters
     assert list(parameters)[:5] == ["model", "data", "config", "seed", "on_step"]
     assert parameters["seed"].kind is parameters["on_step"].kind is inspect.Parameter.KEYWORD_ONLY
-    assert f"`{name}`" in (ROOT / "docs" / "explanation" / "attacks.md").read_text(), (
-        "docs/explanation/attacks.md does not name it"
-    )
+    assert f"`{name}`" in (ROOT / "docs" / "explanation" / "attacks.md").read_text(), "not in the docs"
     assert not (set(Attack._fields) - set(entry._asdict()))
 
 

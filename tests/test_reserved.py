@@ -19,7 +19,7 @@ from test_registry import edit, folder, load, only_problem  # noqa: F401 (a fixt
 from guardsmith.attacks import ATTACKS
 from guardsmith.diffusion import prompts
 from guardsmith.methods import METHODS
-from guardsmith.metrics import JUDGE_NAMES
+from guardsmith.metrics import JUDGES
 from guardsmith.registry.reserved import WORDS, evidence_words, is_reserved, words_of
 
 
@@ -46,7 +46,7 @@ def keys_of(schema):
 def words_now(files):
     """Words of the public evidence of a verification, of reports' keys, of prompts, and of names in tables."""
     constants = [value for name, value in vars(prompts).items() if name.isupper()]
-    text = " ".join([*files.values(), *map(repr, constants), *keys_of(json_schema()), *ATTACKS, *METHODS, *JUDGE_NAMES])
+    text = " ".join([*files.values(), *map(repr, constants), *keys_of(json_schema()), *ATTACKS, *METHODS, *JUDGES])
     text = re.sub(r'data:image/[^"]*|"(mira|nora)"', "", text)
     return {word for word in words_of(text) if is_a_word(word)}
 

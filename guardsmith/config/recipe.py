@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
 from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError, did_you_mean
 from guardsmith.core.redaction import Place, Private
-from guardsmith.core.yaml_text import odd_numbers, read_yaml
+from guardsmith.core.yaml_text import Problem, odd_numbers, parse, read_yaml
 from guardsmith.training.compute import ComputeConfig
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -264,13 +263,13 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by name or path.
+    """The file of a recipe given by name or path; a path need not exist.
 
     Raises:
         UserError: there is neither such a file nor such a name.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
     shipped = recipe_folder() / f"{name}.yaml"
     if shipped.is_file():
@@ -292,9 +291,12 @@ def _set(data: dict[str, Any], change: str) -> None:
         if not isinstance(place, dict):
             raise UserError(f"--set {change}: {parent!r} is not a section of the recipe")
     try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {change}: {text!r} is not a YAML value; put it in quotes") from None
+        place[last], _, problems = parse(Path("--set"), text)
+    except UserError:
+        problems = [Problem(1, "")]
+    if problems:
+        shown = reprlib.repr(text)
+        raise UserError(f"--set {key.strip()}={shown}: {shown} is not a YAML value; put it in quotes")
 
 
 def _leave_out_params_of_another_method(data: dict[str, Any], changes: Sequence[str]) -> None:
@@ -352,7 +354,7 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         problems += explain(error, str(path), _known_keys(Recipe))
     problems += _parameter_problems(data, str(path))
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     recipe = Recipe.model_validate(data)
     from guardsmith.config.threat_model import threat_model_of
 

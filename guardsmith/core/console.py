@@ -34,9 +34,12 @@ class _Unfailing:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        # UnicodeEncodeError is a ValueError, and so is writing to a closed stream.
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # names of files can be any bytes
+                encoding = self._stream.encoding or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:

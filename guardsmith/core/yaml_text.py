@@ -89,7 +89,7 @@ def parse(path: Path, text: str) -> tuple[Any, dict[KeyPath, int], list[Problem]
             return None, lines, problems
         _map_lines(node, (), node.start_mark.line + 1, lines, problems)
         if len(lines) > _MAX_VALUES:
-            raise UserError(f"{path} stands for more than {_MAX_VALUES} values: remove its nested aliases")
+            raise UserError(f"{path}:1: the file stands for more than {_MAX_VALUES} values: remove its nested aliases")
         return loader.construct_document(node), lines, problems
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
