@@ -243,7 +243,7 @@ def python_api() -> str:
         f"guardsmith.methods.base.{name}"
         for name in ("HardeningMethod", "MethodConfig", "HardeningContext", "Preparation")
     ]
-    attacks = ["guardsmith.attacks.Attack", "guardsmith.attacks.dreambooth.AttackData"]
+    attacks = ["guardsmith.attacks.base.Attack", "guardsmith.attacks.base.AttackData"]
     judges = ["guardsmith.metrics.JudgeEntry", "guardsmith.metrics.Judge"]
     extend = [*methods, *attacks, *judges]
     errors = ["GuardsmithError", "UserError", "RunFailed"]

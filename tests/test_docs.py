@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,12 @@ def test_completion_can_be_shown_and_installed(tmp_path):
 # What else a package has
 
 
+def test_every_extra_stands_on_the_page_about_installing():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (DOCS / "how-to" / "install.md").read_text()
+    assert [name for name in extras if f"| `{name}` | " not in text] == []
+
+
 def test_the_citation_has_what_is_asked_for():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "title", "message", "authors", "version"} <= cited.keys()
@@ -391,3 +398,15 @@ def test_the_container_copies_what_the_package_is_built_of():
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split("\n") if line.startswith("!")}
     assert {*copied} == let_in
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_contributing_names_files_that_exist():
+    """The files to open in order, and packages in the order of imports."""
+    from test_layers import ORDER
+
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    places = re.findall(r"`((?:guardsmith|tests|docs|recipes)/[\w./-]*)`", text)
+    assert len(places) > 12
+    assert [place for place in places if not (ROOT / place).exists()] == []
+    table = re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)
+    assert [name for row in table for name in re.findall(r"`(\w+)`", row)] == list(ORDER)
