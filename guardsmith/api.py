@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from guardsmith.gate.policy import Policy
     from guardsmith.registry.loader import Registry
     from guardsmith.release.hub import Published
-    from guardsmith.reports.schema import Report
+    from guardsmith.reports.report import Report
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -59,7 +59,7 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
     Raises:
         UserError: there is no such recipe, or it has problems; every problem on one line.
     """
-    from guardsmith.config.recipe import load_recipe as load
+    from guardsmith.config.loading import load_recipe as load
 
     return load(str(name), [f"{key}={json.dumps(value)}" for key, value in (changes or {}).items()])
 
@@ -93,12 +93,15 @@ class Hardened:
 
 
 def load_hardened(output: str | Path) -> Hardened:
-    """An earlier hardening, from its output folder.
+    """An earlier hardening.
+
+    Args:
+        output: the folder that `harden` or `guardsmith harden` wrote.
 
     Raises:
         UserError: there is no finished hardening in it.
     """
-    from guardsmith.hardening.pipeline import read_hardening
+    from guardsmith.hardening.record import read_hardening
 
     folder = Path(output)
     if not (folder / "harden.json").is_file() or not (folder / "model").is_dir():
@@ -144,7 +147,7 @@ def harden(
         UserError: bad input; one sentence says what to do.
         RunFailed: the training diverged, memory or disk ran out; `resume` goes on from the last checkpoint.
     """
-    from guardsmith.config.recipe import choose_recipe
+    from guardsmith.config.loading import choose_recipe
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.hardening.pipeline import harden as run
 
@@ -197,25 +200,24 @@ def verify(
         UserError: bad input; one sentence says what to do.
         RunFailed: a worker was killed, memory or disk ran out; calling again goes on.
     """
-    from guardsmith.config.recipe import BUDGETS, choose_recipe
+    from guardsmith.config.loading import budget_changes, choose_recipe
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.evaluation.pipeline import verify as run
     from guardsmith.gate.policy import load_policy
+    from guardsmith.hardening.record import recorded_recipe
 
-    if budget is not None and budget not in BUDGETS:
-        raise UserError(f"budget={budget!r}: there is no such budget; choose {', '.join(BUDGETS)}")
     known = isinstance(model, Hardened)
     if known and base is not None:
         raise UserError("base= belongs to a checkpoint made elsewhere; a hardening's own base is on record")
     if not known and (base is None or output is None):
         raise UserError("a checkpoint made elsewhere needs base= to compare it with, and output= for the report")
     folder = Path(model.output if output is None else output)
-    changes = {f"verify.{key}": value for key, value in BUDGETS[budget or "standard"].items()}
+    changes = budget_changes(budget)
     quiet_libraries()
     with _computing(device, deterministic):
         if known:
-            source, place = None, str(model.record["base"])
-            recipe = recipe if recipe is not None else model.record.get("recipe")
+            source, place = None, None
+            recipe = recorded_recipe(model.record) if recipe is None else recipe
         else:
             source = model if isinstance(model, str | Path) else _saved(model, folder, "model")
             place = base if isinstance(base, str) else str(_saved(base, folder))

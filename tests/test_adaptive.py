@@ -18,7 +18,7 @@ from guardsmith.attacks.adaptive.unlearn_first import UnlearnFirstConfig, unlear
 from guardsmith.attacks.adaptive.warm_restarts import WarmRestartsConfig, rate_at
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import draw_rows, predict

@@ -16,7 +16,7 @@ from guardsmith.attacks import ATTACKS, FIRST_STAGE_SEED, draw_during_attack, dr
 from guardsmith.attacks.augmentations import CHANGES
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig, carry_adapters, merge_adapters
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import to_pil, to_tensor
 from guardsmith.diffusion.losses import predict

@@ -17,7 +17,7 @@ from guardsmith.attacks.evasion.colours import LARGEST_CONDITION, random_matrix
 from guardsmith.attacks.evasion.layout import block_order
 from guardsmith.attacks.evasion.perspective import SEEN_AT
 from guardsmith.attacks.lora import LoraConfig, merge_adapters
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures, to_pil
 from guardsmith.diffusion.latents import encode

@@ -136,7 +136,7 @@ def test_a_verification_locks_what_it_reads(tmp_path, capsys):
         errors = []
 
         def verify():
-            from guardsmith.config.recipe import load_recipe
+            from guardsmith.config.loading import load_recipe
             from guardsmith.evaluation.pipeline import verify
             from guardsmith.registry.loader import load_registry
 

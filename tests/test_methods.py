@@ -14,7 +14,7 @@ from test_parallel import METHODS as SHORT
 from tiny import assert_one_sentence, largest_difference, pictures
 
 from guardsmith.cli.app import main
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import UserError
 from guardsmith.gate.policy import JudgeSpec
 from guardsmith.methods import METHODS, HardeningContext, HardeningMethod, MethodConfig, Preparation, find_method

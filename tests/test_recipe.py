@@ -4,7 +4,8 @@ import pytest
 import yaml
 from tiny import assert_one_sentence
 
-from guardsmith.config.recipe import BUDGETS, Recipe, find_recipe, load_recipe, recipe_names
+from guardsmith.config.loading import find_recipe, load_recipe, recipe_names
+from guardsmith.config.recipe import BUDGETS, Recipe
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
 from guardsmith.core.errors import UserError
 

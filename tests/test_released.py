@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from test_sampling import Oracle, decode
 from tiny import pictures
 
-from guardsmith.config.recipe import GateSpec, load_recipe
+from guardsmith.config.loading import load_recipe
+from guardsmith.config.recipe import GateSpec
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.sampling import redraw
 from guardsmith.evaluation import no_attack as released

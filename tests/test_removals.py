@@ -19,7 +19,7 @@ from guardsmith.attacks.adaptive.quantize_weights import rounded
 from guardsmith.attacks.adaptive.reinitialise_block import ReinitialiseBlockConfig, reinitialise_block
 from guardsmith.attacks.adaptive.removals import REMOVALS
 from guardsmith.attacks.dreambooth import DreamBoothConfig
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.config.threat_model import threat_model_of
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.losses import predict

@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from guardsmith.cli import app as cli
-from guardsmith.config.recipe import GateSpec, load_recipe
+from guardsmith.config.loading import load_recipe
+from guardsmith.config.recipe import GateSpec
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.evaluation.pipeline import verify
 from guardsmith.gate.calibration import calibration

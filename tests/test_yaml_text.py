@@ -10,7 +10,7 @@ from test_registry import folder  # noqa: F401 (a fixture)
 from tiny import assert_one_sentence
 
 from guardsmith.cli.app import main
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import UserError
 from guardsmith.core.yaml_text import odd_numbers, parse
 from guardsmith.gate.policy import as_yaml, default_policy, load_policy

@@ -34,7 +34,7 @@ from guardsmith.cli.release import (
 )
 from guardsmith.cli.screen import screen
 from guardsmith.cli.tables import compare, complete_recipe, list_table, print_policy
-from guardsmith.core.console import DAY, day, first_process, launched, print_line, print_schema, unfailing_stderr
+from guardsmith.core.console import DAY, day, first_process, launched, print_line, print_schema, unfailing_stderr, warn
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError, out_of_memory, system_errno
 
 if TYPE_CHECKING:
@@ -252,27 +252,33 @@ TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
 
 def _recipe(name: str | None, base: str | None, changes: list[str] | None, **values: Any) -> Recipe:
     """The recipe with the flags that were given; without a name, the one that fits base and method."""
-    from guardsmith.config.recipe import beside, load_recipe, recipe_names
+    from guardsmith.config.loading import beside, choose_recipe
 
-    if name is None:
-        embedded = base is None or base.startswith("builtin:")
-        own = f"{values.get('method.name')}-{'avatar' if embedded else 'sd15'}"
-        name = own if own in recipe_names() else "demo" if embedded else "apdm-sd15"
     if values.get("negatives") is not None:
         values["negatives"] = beside(Path(), values["negatives"])
-    flags = [f"{key}={json.dumps(value)}" for key, value in {"base": base, **values}.items() if value is not None]
-    return load_recipe(name, [*(changes or []), *flags])
+    flags = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    return choose_recipe(name, base, [*(changes or []), *flags])
+
+
+def _verified_recipe(output: Path, name: str | None, changes: list[str]) -> Recipe:
+    """The recipe that a hardening is verified with: the one it was hardened with, unless another is named."""
+    from guardsmith.config.loading import choose_recipe
+    from guardsmith.hardening.record import read_hardening, recorded_recipe
+
+    record = output / "harden.json"
+    if name is not None or not record.is_file():
+        return _recipe(name, None, changes)
+    recipe = recorded_recipe(read_hardening(record))
+    if recipe is None:
+        warn(f"{record} does not say which recipe it is of: the attacks are those of `demo`; name yours with --recipe")
+    return choose_recipe(recipe, None, changes)
 
 
 def _budget(name: str | None) -> list[str]:
     """The changes to a recipe that a budget stands for."""
-    from guardsmith.config.recipe import BUDGETS
+    from guardsmith.config.loading import budget_changes
 
-    if name is None:
-        return []
-    if name not in BUDGETS:
-        raise UserError(f"--budget {name}: there is no such budget; choose {', '.join(BUDGETS)}")
-    return [f"verify.{key}={json.dumps(value)}" for key, value in BUDGETS[name].items()]
+    return [f"{key}={json.dumps(value)}" for key, value in budget_changes(name).items()]
 
 
 def _named(text: str | None) -> list[str]:
@@ -407,7 +413,8 @@ def verify(
     """Attack the base and the hardened model and compare; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
     if model is None and (base or revision):
         raise UserError("--base and --revision belong to --model; a hardening's own base is on record.")
-    chosen = _recipe(recipe, base, [*_budget(budget), *(changes or [])])
+    flags = [*_budget(budget), *(changes or [])]
+    chosen = _verified_recipe(output, recipe, flags) if model is None else _recipe(recipe, base, flags)
     registry = _registry(subjects, chosen, today)
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.evaluation.pipeline import verify as run_verification

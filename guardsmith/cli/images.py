@@ -36,7 +36,8 @@ JSON = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 
 def _recipe(name: str | None, base: str | None, changes: list[str] | None) -> Recipe:
     """The recipe. Without a name it is avatar-images on the embedded base, and the papers' settings on any other."""
-    from guardsmith.config.recipe import Recipe, load_recipe
+    from guardsmith.config.loading import load_recipe
+    from guardsmith.config.recipe import Recipe
 
     if name is None and base is not None and not base.startswith("builtin:"):
         if changes:
@@ -74,7 +75,7 @@ def cloak(
     from pydantic import ValidationError
 
     from guardsmith.cloaks import find_cloak
-    from guardsmith.config.recipe import explain
+    from guardsmith.config.loading import explain
     from guardsmith.core.picture_folders import select_pictures
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.pictures.cloaking import cloak_pictures
@@ -152,7 +153,7 @@ def redteam(
     """Personalize a model on (cloaked) pictures as they are, purified, and purified with decoupling (CDL), and judge it."""
     from pydantic import ValidationError
 
-    from guardsmith.config.recipe import explain
+    from guardsmith.config.loading import explain
     from guardsmith.core.picture_folders import select_pictures
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.metrics import find_judge

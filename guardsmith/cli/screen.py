@@ -60,7 +60,7 @@ def screen(
 
     Exit code 0: nothing seen; 1: a protected subject seen; 2: wrong usage; 3: undecided, a person has to look.
     """
-    from guardsmith.config.recipe import load_recipe
+    from guardsmith.config.loading import load_recipe
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.registry.loader import load_registry
     from guardsmith.screening.pipeline import (

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import (
@@ -72,13 +73,18 @@ class Stage:
             console.print(line, highlight=False, soft_wrap=True)
 
 
+def _bars_fit() -> bool:
+    """Whether stderr can redraw a bar: a terminal, or a notebook with ipywidgets, which rich needs there."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 @contextmanager
 def stage(title: str, total: int) -> Iterator[Stage]:
     """Progress of `total` steps under a title: call what it yields after every step.
 
     It is a bar on a terminal, and otherwise, or as `show_as` says, a line every `EVERY` seconds.
     """
-    if not console.is_terminal or _style != "auto" or not first_process():
+    if not _bars_fit() or _style != "auto" or not first_process():
         yield Stage(title, total, None)
         return
     rest = TextColumn("[dim]{task.fields[losses]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))

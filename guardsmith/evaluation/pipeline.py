@@ -79,4 +79,4 @@ def _verify(
     write(plan, measurements, report, include_images=include_images)
     if not quiet:
         print_report(report, plan.root)
-    return report
+    return report.beside(plan.root)

@@ -15,7 +15,8 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from guardsmith.config.recipe import GateSpec, explain
+from guardsmith.config.loading import explain
+from guardsmith.config.recipe import GateSpec
 from guardsmith.config.renamed import GATE_KEYS, POLICY_KEYS, with_new_keys
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.console import warn

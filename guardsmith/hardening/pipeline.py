@@ -291,6 +291,7 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
     info = {
         "schema": 1,
         **job.settings,
+        "recipe": job.recipe.model_dump(mode="json"),
         "base_revision": job.recipe.revision,
         "model_digest": weights_digest(output / "model"),
         "files": file_digests(output / "model"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from guardsmith import __version__
+from guardsmith.config.loading import checked_recipe
+from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import read_record
 from guardsmith.core.console import launched, warn
 from guardsmith.core.errors import UserError
@@ -44,6 +47,16 @@ def read_hardening(record: Path) -> dict[str, Any]:
         UserError: it is not JSON, or lacks one.
     """
     return read_record(record, NEEDED, "harden again")
+
+
+def recorded_recipe(record: Mapping[str, Any]) -> Recipe | None:
+    """The recipe that a model was hardened with, with everything that it left to defaults; `None` in records of before 0.2.
+
+    Raises:
+        UserError: it is no recipe of this version.
+    """
+    data = record.get("recipe")
+    return None if data is None else checked_recipe(dict(data), "the recipe in harden.json")
 
 
 def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str) -> dict[str, Any]:

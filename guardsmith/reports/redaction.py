@@ -18,8 +18,10 @@ from typing import Any
 
 from PIL import Image
 
+from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import whole_folder, write_json
 from guardsmith.core.errors import RunFailed
+from guardsmith.core.redaction import Private, redacted
 from guardsmith.registry.loader import Subject
 from guardsmith.reports.html import Evidence, page_data, save_page
 from guardsmith.reports.report import without_path
@@ -50,6 +52,9 @@ def redacted_record(record: Mapping[str, Any], names: Mapping[str, str]) -> dict
     """A `harden.json` for the public."""
     public = json.loads(json.dumps(record))
     public["base"] = without_path(public["base"])
+    if "recipe" in public:
+        places = {Private.PLACE: without_path}
+        public["recipe"] = redacted(Recipe.model_validate(public["recipe"]), places).model_dump(mode="json")
     public["subjects"] = [names[name] for name in public["subjects"]]
     public.pop("left_out", None)  # names of files that were not released are nobody's business either
     return dict(public)

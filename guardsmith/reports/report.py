@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import read_record, write_json
@@ -173,7 +174,7 @@ class Run(_Part):
 
 
 class Report(_Part):
-    """`report.json`."""
+    """The result of a verification (`report.json`): verdict, checks, scores, settings and versions."""
 
     version: Literal[2] = Field(SCHEMA, alias="schema")
     """Version of this schema."""
@@ -207,6 +208,7 @@ class Report(_Part):
     """Attacks and gate, with everything that the recipe left to its defaults."""
     run: Run
     """Versions, machine, time."""
+    _folder: Path | None = PrivateAttr(None)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], where: str = "report") -> Report:
@@ -244,7 +246,29 @@ class Report(_Part):
         file = run / place if run.is_dir() else run
         if not file.is_file():
             raise UserError(f"{run} holds no report ({place}); run `guardsmith verify` first.")
-        return cls.parse(read_record(file, ("schema",), "verify again"), str(file))
+        return cls.parse(read_record(file, ("schema",), "verify again"), str(file)).beside(file.parent)
+
+    def beside(self, folder: Path) -> Report:
+        """The same report, which knows the folder that its pictures are in."""
+        self._folder = folder
+        return self
+
+    def figure(self) -> Image.Image:
+        """The pictures of the verification: a row for each subject and attack, real ones, base and hardened side by side.
+
+        Returns:
+            The grid of `verify` (grid.png), RGB; a notebook shows it. It shows the subjects: think before you pass it on.
+
+        Raises:
+            UserError: the report was read from a file without its pictures beside it.
+        """
+        file = None if self._folder is None else self._folder / "grid.png"
+        if file is None or not file.is_file():
+            raise UserError(
+                "there are no pictures beside this report; load it from the output folder of the verification."
+            )
+        with Image.open(file) as grid:
+            return grid.convert("RGB")
 
     def as_json(self) -> dict[str, Any]:
         """What the file holds: numbers, strings, lists and mappings only."""

@@ -22,7 +22,8 @@ from train_vae import psnr
 
 import guardsmith
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.config.recipe import Recipe, load_recipe
+from guardsmith.config.loading import load_recipe
+from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest, write_json
 from guardsmith.diffusion.cache import drawn_by
 from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts

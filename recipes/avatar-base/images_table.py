@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_after_attack
-from guardsmith.config.recipe import PixelSpec, Recipe, load_recipe
+from guardsmith.config.loading import load_recipe
+from guardsmith.config.recipe import PixelSpec, Recipe
 from guardsmith.core.atomic_io import folder_digest, write_json
 from guardsmith.core.images import open_pictures, to_tensor
 from guardsmith.diffusion.cache import drawn_by

@@ -20,7 +20,7 @@ from typing import Any
 import strangers
 from evaluate import RESULTS
 
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.gate.statistics import Interval, interval
 from guardsmith.reports.compare import group, group_units, retention

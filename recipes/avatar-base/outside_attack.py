@@ -29,7 +29,7 @@ from evaluate import RESULTS, draw_class_pictures, first_rows
 from safetensors.torch import load_file
 
 from guardsmith.attacks import SAMPLE_SEED, AttackData, draw_after_attack
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import folder_digest, write_json
 from guardsmith.core.images import to_pil
 from guardsmith.diffusion.prompts import class_prompt, instance_prompt, sample_prompts

@@ -27,7 +27,8 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import ATTACKS, AttackData, draw_after_attack
-from guardsmith.config.recipe import Recipe, load_recipe
+from guardsmith.config.loading import load_recipe
+from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest, write_json
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
 from guardsmith.diffusion.prompts import (

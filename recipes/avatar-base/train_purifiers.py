@@ -22,7 +22,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from evaluate import RESULTS
 from torch import Tensor, nn
 
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.images import open_pictures
 from guardsmith.core.progress import stage

@@ -46,7 +46,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from guardsmith.attacks import AttackData
 from guardsmith.cloaks import advdm, aspl
 from guardsmith.cloaks.rid import Defender, applied
-from guardsmith.config.recipe import Recipe, load_recipe
+from guardsmith.config.loading import load_recipe
+from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.errors import GuardsmithError
 from guardsmith.diffusion.cache import drawn_by

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.hardening.memory import BYTES, GIB
 from guardsmith.methods import METHODS
