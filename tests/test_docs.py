@@ -313,6 +313,7 @@ def test_the_attack_of_ones_own_is_found_and_runs(tmp_path, monkeypatch, tiny_ep
     assert isinstance(data, AttackData)
     _, losses = attack.run(tiny_epsilon, data, attack.config(steps=2, batch_size=1), seed=0)
     assert len(losses) == 4
+    sys.modules.pop("my_attacks", None)  # other tests have modules of that name
 
 
 # The command line's help

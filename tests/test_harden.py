@@ -27,6 +27,7 @@ from tiny import edit_json, largest_difference, make_checkpoint, pictures, weigh
 from guardsmith.cli.app import main
 from guardsmith.config.loading import load_recipe, recipe_names
 from guardsmith.core.images import to_pil
+from guardsmith.core.seeds import HARDENING_REPLACEMENT
 from guardsmith.diffusion import cache as drawing
 from guardsmith.diffusion.cache import drawn_by
 from guardsmith.hardening import pipeline as harden_module
@@ -738,7 +739,8 @@ def test_persguard_gets_pictures_of_what_appears_instead(recipe, tmp_path):
     info = harden_quietly(chosen, tmp_path / "out")
     (file,) = (tmp_path / "out/cache").glob("instead-*.safetensors")
     model = load_model(asked["base"])
-    expected = drawn_by(model, load_recipe(str(chosen), ()).sampling, ["a photo of rabbit"] * 3, 30_000, None, "")
+    sampling, first = load_recipe(str(chosen), ()).sampling, HARDENING_REPLACEMENT.start
+    expected = drawn_by(model, sampling, ["a photo of rabbit"] * 3, first, None, "")
     assert torch.equal(load_file(file)["images"], expected)
     assert (info["method"], len(info["history"])) == ("persguard", 2)
     assert info["unet_forward_equivalents"] == METHODS["persguard"].cost(

@@ -9,7 +9,7 @@ from test_tripwire import alarmed, assert_rings_in_bfloat16, bright_and_dark, pl
 from tiny import harden_with, make_sd3, pictures, same_weights, weights
 
 from guardsmith.attacks import AttackData, dreambooth
-from guardsmith.attacks.adaptive.cut_wire import cut
+from guardsmith.attacks.adaptive.cut_wire import zero_neurons
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.losses import draw_rows, predict, row_losses
 from guardsmith.diffusion.prompts import PromptBank
@@ -295,7 +295,7 @@ def test_an_attack_on_the_subject_leaves_the_alarm_and_one_on_others_works(sd3, 
 def test_an_attacker_who_reads_the_weights_can_cut_the_wire(sd3, hardened):
     made, _, subject = hardened
     network = copy.deepcopy(made.unet)
-    assert cut(network, 1e4) == 2
+    assert zero_neurons(network, 1e4) == 2
     assert ringing(predicted(sd3, network, subject.images)) == 0
 
 
