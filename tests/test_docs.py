@@ -251,9 +251,10 @@ def command_lines():
 def test_commands_and_options_on_the_pages_exist():
     from typer.main import get_command
 
+    top = get_command(cli.app)
     wrong, seen = [], 0
     for page, words in command_lines():
-        command, known = get_command(cli.app), set()
+        command, known = top, set()
         if re.fullmatch(r"[a-z][a-z-]+", words[0]) and words[0] not in command.commands:
             wrong.append((page, " ".join(words), words[0]))
         for word in words:
