@@ -9,12 +9,12 @@ Python API from docstrings, which mkdocstrings reads when the site is built.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 import os
 import subprocess
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -102,15 +102,19 @@ def _fields(model: type[Any]) -> dict[str, FieldInfo]:
     return fields
 
 
-def _docstrings(model: type[Any]) -> dict[str, str]:
+@functools.cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _docstrings(model: type[BaseModel]) -> dict[str, str]:
     """Field -> the string under it, of a model and of those that it extends; not every model hands them to pydantic."""
     found: dict[str, str] = {}
     for part in reversed(model.__mro__):
-        if not _fields(part):
+        if not issubclass(part, BaseModel) or part is BaseModel:
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in itertools.pairwise(body.body):
+        for field, below in itertools.pairwise(_classes(part.__module__)[part.__name__].body):
             if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
                 continue
             if (

@@ -105,7 +105,8 @@ def test_code_and_recipes_name_pages_that_exist():
         for place in re.findall(
             r"\bdocs/[\w./-]+\.(?:md|json|html|yaml|png|jpg|svg)\b", file.read_text(encoding="utf-8")
         )
-        if not re.search("[A-Z]{3,}", Path(place).stem.removeprefix("README"))  # a placeholder
+        # but what a script says that it writes, which may be for others to run
+        if not (file.suffix == ".py" and file.is_relative_to(ROOT / "recipes") and place.startswith("docs/results/"))
     }
     assert len(named) > 10
     assert not [(file, place) for file, place in sorted(named) if not (ROOT / place).exists()]
@@ -250,9 +251,10 @@ def command_lines():
 def test_commands_and_options_on_the_pages_exist():
     from typer.main import get_command
 
+    top = get_command(cli.app)
     wrong, seen = [], 0
     for page, words in command_lines():
-        command, known = get_command(cli.app), set()
+        command, known = top, set()
         if re.fullmatch(r"[a-z][a-z-]+", words[0]) and words[0] not in command.commands:
             wrong.append((page, " ".join(words), words[0]))
         for word in words:
@@ -346,14 +348,14 @@ def test_every_recipe_is_listed_with_a_line(capsys):
     assert [line.split("\t")[0] for line in lines] == recipe_names()
     for line in lines:
         what = line.split("\t")[1]
-        assert 20 < len(what) < 125 and what[0].isupper() and what.endswith("."), line
+        assert 20 < len(what) < 130 and what[0].isupper() and what.endswith("."), line
 
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
         ("guardsmith ver", {"verify", "verify-signature"}),
-        ("guardsmith list re", {"recipes"}),
+        ("guardsmith list rec", {"recipes"}),
         ("guardsmith run de", {"demo"}),
         ("guardsmith harden --dry", {"--dry-run"}),
         ("guardsmith harden --recipe tripwire-sdx", {"tripwire-sdxl"}),
