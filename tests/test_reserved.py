@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from guardsmith.reports.schema import json_schema
 from test_page import case, make_subject  # noqa: F401 (a fixture)
 from test_public import saved, told  # noqa: F401 (a fixture)
 from test_registry import edit, folder, load, only_problem  # noqa: F401 (a fixture)
@@ -21,6 +20,7 @@ from guardsmith.diffusion import prompts
 from guardsmith.methods import METHODS
 from guardsmith.metrics import JUDGES
 from guardsmith.registry.reserved import WORDS, evidence_words, is_reserved, words_of
+from guardsmith.reports.report import json_schema
 
 
 def is_a_word(text):
