@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from guardsmith.config.deployability import DeployabilityLimits
 from guardsmith.config.recipe import GateSpec, explain
 from guardsmith.config.renamed import GATE_KEYS, POLICY_KEYS, with_new_keys
 from guardsmith.core.atomic_io import folder_digest
@@ -86,6 +87,10 @@ class Policy(BaseModel):
         content = self.model_dump(mode="json", exclude={"name", "dated", "measured_on", "classes"})
         for old, new in GATE_KEYS.items():
             content["rules"][old] = content["rules"].pop(new)
+        if self.rules.deployability == DeployabilityLimits():
+            del content["rules"][
+                "deployability"
+            ]  # digests of policies from before there were such limits stay what they were
         levels = {noun: [each.chance, each.chance_high, each.genuine] for noun, each in self.classes.items()}
         return folder_digest(content | {"classes": levels})
 
