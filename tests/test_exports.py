@@ -58,6 +58,12 @@ def test_ids_and_titles_stay_what_earlier_reports_have():
         "ordinary prompts (destroyed)": "ordinary-prompts-destroyed",
         "ordinary prompts (fidelity)": "ordinary-prompts-fidelity",
         "ordinary prompts (CLIP-T)": "ordinary-prompts-clip-t",
+        "everyday use (precision)": "everyday-use-precision",
+        "everyday use (controlnet)": "everyday-use-controlnet",
+        "everyday use (adapters)": "everyday-use-adapters",
+        "everyday use (merges)": "everyday-use-merges",
+        "everyday use (quantization)": "everyday-use-quantization",
+        "everyday use (samplers)": "everyday-use-samplers",
     }
 
 

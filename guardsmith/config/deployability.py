@@ -1,10 +1,19 @@
-"""What is checked of a hardened model's everyday use, and the limits that a policy sets (`deployability` in both)."""
+"""What is checked of a hardened model's everyday use (`verify.deployability`), and within which limits (`gate.deployability`)."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {"prior_weight": 0}),
+    "lora_conv": ("lora", {"prior_weight": 0, "everywhere": True}),
+    "loha": ("lora", {"prior_weight": 0, "kind": "loha"}),
+    "textual_inversion": ("textual_inversion", {}),
+    "custom_diffusion": ("custom_diffusion", {"prior_weight": 0}),
+}
+"""Kind of adapter -> the attack that makes it, and settings that belong to the kind."""
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from guardsmith.config.deployability import ADAPTERS
 from guardsmith.config.recipe import BUDGETS, MethodSpec, Recipe
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
 from guardsmith.core.console import warn
@@ -230,6 +231,12 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
         wanted.append((f"verify.attacks.{label}", spec, find_attack))
         if isinstance(spec, dict) and isinstance(spec.get("removal"), dict):
             wanted.append((f"verify.attacks.{label}.removal", spec["removal"], find_removal))
+    everyday = verify.get("deployability") if isinstance(verify, dict) else None
+    adapters = everyday.get("adapters") if isinstance(everyday, dict) else None
+    for kind, params in adapters.items() if isinstance(adapters, dict) else ():
+        if kind in ADAPTERS:
+            spec = {"name": ADAPTERS[kind][0], "params": params}
+            wanted.append((f"verify.deployability.adapters.{kind}", spec, find_attack))
     pixels: tuple[tuple[str, Callable[[str], Any]], ...] = (("cloaks", find_cloak), ("purifiers", find_purifier))
     for table, find_pixels in pixels:
         specs = data.get(table)

@@ -64,6 +64,10 @@ PROBE = SeedRange(110_000)
 """Pictures for people to look at while a model is hardened."""
 SCREENING = SeedRange(120_000)
 """What uploaded adapters and checkpoints draw when they are screened."""
+DEPLOYABILITY_REFERENCE = SeedRange(130_000)
+"""The base's pictures in checks of everyday use, that others are compared with."""
+DEPLOYABILITY = SeedRange(140_000)
+"""Pictures of the same prompts by both models in every setting of those checks."""
 IDEAL_NEGATIVES = SeedRange(200_000, 100_000)
 """Negative images as an ideally personalized model would draw them."""
 IDEAL_SUBJECTS = SeedRange(300_000, 100_000)

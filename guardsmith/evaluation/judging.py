@@ -32,7 +32,7 @@ def evidence_of(plan: Plan, measurements: Measurements) -> Evidence:
         attacks={label: find_attack(spec.name).trains for label, spec in verify.attacks.items()},
         points=[point for point in sorted(verify.evaluation_points) if point > 1], scores=measurements.scores,
         released=measurements.released_scores, utility=measurements.utility, levels=plan.policy.classes,
-        spec=plan.policy.rules,
+        spec=plan.policy.rules, deployability=measurements.deployability,
     )  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def judged_report(plan: Plan, measurements: Measurements) -> Report:
             for subject in subjects
         ],
         utility=measurements.utility,
+        deployability=list(measurements.deployability),
         failed_units=measurements.failed_units,
         policy=PolicyRecord.of(policy),
         calibration=policy.classes,

@@ -13,9 +13,11 @@ from guardsmith.core.seeds import ATTACK_CLASS
 from guardsmith.diffusion.cache import drawn_by
 from guardsmith.diffusion.prompts import OrdinaryPrompt, class_prompt
 from guardsmith.evaluation.benign import draw_benign, measure_benign
+from guardsmith.evaluation.deployability.kept import measure_everyday_use
 from guardsmith.evaluation.no_attack import likeness_of, released_pictures
 from guardsmith.evaluation.preflight import Plan
 from guardsmith.evaluation.runs import Unit, class_file, collect, plan_units, run_units
+from guardsmith.gate.deployability import Measurement
 from guardsmith.gate.evidence import Scores, Utility
 
 
@@ -32,6 +34,7 @@ class Measurements:
         released_scores: protected subject -> similarity of each of them.
         prompts: the benign prompts.
         benign: their pictures, see `draw_benign`.
+        deployability: cases of everyday use.
     """
 
     units: Sequence[Unit]
@@ -42,6 +45,7 @@ class Measurements:
     released_scores: dict[str, list[float | None]]
     prompts: list[OrdinaryPrompt]
     benign: dict[str, Tensor]
+    deployability: Sequence[Measurement] = ()
 
 
 def draw_class_images(plan: Plan) -> None:
@@ -82,4 +86,5 @@ def measure(plan: Plan, *, workers: int | None = None, executor: str = "local") 
             released[subject.id] = files
             released_scores[subject.id] = likeness_of(files, subject, plan.judge, plan.judge.size or plan.image_size)
             bar()
-    return Measurements(units, failed, collect(units), utility, released, released_scores, prompts, benign)
+    everyday = measure_everyday_use(plan, [prompt.text for prompt in prompts], (benign["base"], benign["base again"]))
+    return Measurements(units, failed, collect(units), utility, released, released_scores, prompts, benign, everyday)

@@ -33,7 +33,7 @@ def write(plan: Plan, measurements: Measurements, report: Report, *, include_ima
     pictures = measurements.benign["base again"], measurements.benign["hardened"]
     pairs = zip(measurements.prompts[:BENIGN_PAIRS], *pictures, strict=False)
     benign = [(prompt.text, to_pil(before), to_pil(after)) for prompt, before, after in pairs]
-    evidence = Evidence(report, measurements.units, include_images, measurements.released)
+    evidence = Evidence(report, measurements.units, include_images, measurements.released, root=root)
     save_page(root / "report.html", page_data(evidence, plan.attacked, registry.controls, benign))
     save_exports(root, report, registry.path, registry.lines)
     shutil.rmtree(root / "public", ignore_errors=True)

@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from guardsmith.config.deployability import CheckName, DeployabilityLimits
+from guardsmith.core.redaction import Reason, SubjectId
+from guardsmith.gate.checks import Check, Status
 
 Measure = Literal["difference", "faults", "collapsed", "control", "retention"]
 
@@ -44,9 +46,9 @@ class Measurement(BaseModel):
     """How it was tried, where that is not what its name says (emulated, own implementation, other backend)."""
     pictures: str | None = None
     """File with pictures of both sides, under the folder of the verification; null where there are none."""
-    subject: str | None = None
+    subject: SubjectId | None = None
     """Id of the subject that the pictures show, where they show one."""
-    error: str | None = None
+    error: Reason | None = None
     """Why it failed to run; null where it ran."""
 
     @property
@@ -61,7 +63,7 @@ class Measurement(BaseModel):
             "control": limits.control_followed, "retention": limits.adapter_retention,
         }[self.measure]  # fmt: skip
 
-    def status(self, limits: DeployabilityLimits) -> Literal["pass", "fail", "inconclusive"]:
+    def status(self, limits: DeployabilityLimits) -> Status:
         """Pass if the whole interval is on the right side of the limit, fail if on the wrong one, inconclusive otherwise."""
         if self.error is not None or self.value is None:
             return "inconclusive"
@@ -72,3 +74,23 @@ class Measurement(BaseModel):
         if low > limit if self.at_most else high < limit:
             return "fail"
         return "pass" if self.part else "inconclusive"
+
+    def sentence(self) -> str:
+        """What was measured, in words."""
+        if self.error is not None or self.value is None:
+            # The reason may name paths of this machine: it stands in `error`, which the public does not read.
+            return f"failed to run ({(self.error or 'nothing measured').partition(':')[0]})"
+        base, hardened = self.base or 0.0, self.hardened or 0.0
+        words = {
+            "difference": f"differs by {hardened:.2f} of 255, where {base:.2f} is usual: {self.value:.1f} times as much",
+            "faults": f"{hardened:.0f} of {self.n}, the base {base:.0f}",
+            "collapsed": f"{100 * hardened:.0f} % of {self.n} pictures collapse, of the base's {100 * base:.0f} %",
+            "control": f"follows the control {100 * self.value:.0f} % as well as the base",
+            "retention": f"similarity above ordinary pictures {hardened:z.2f}, made and used on the base {base:z.2f}",
+        }[self.measure]
+        return f"{words} ({self.how})" if self.how else words
+
+    def check_of(self, title: str, limits: DeployabilityLimits) -> Check:
+        """The gate's check of this case, under the title of its rule."""
+        status, limit = self.status(limits), self.limit(limits)
+        return Check(title, "", self.case, status, self.sentence(), self.value, self.low, self.high, limit)

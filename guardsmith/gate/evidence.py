@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from guardsmith.config.recipe import GateSpec
 from guardsmith.gate.calibration import Levels
+from guardsmith.gate.deployability import Measurement
 from guardsmith.gate.statistics import Units
 
 Side = Literal["base", "hardened"]
@@ -61,6 +62,7 @@ class Evidence:
         utility: benign prompts.
         levels: class noun -> what similarities mean.
         spec: limits of the gate.
+        deployability: cases of everyday use.
     """
 
     protected: Mapping[str, str]
@@ -72,6 +74,7 @@ class Evidence:
     utility: Utility
     levels: Mapping[str, Levels]
     spec: GateSpec
+    deployability: Sequence[Measurement] = ()
 
     def levels_of(self, subject: str) -> Levels:
         """Levels of the class of a subject or control."""

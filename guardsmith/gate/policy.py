@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from guardsmith.config.deployability import DeployabilityLimits
 from guardsmith.config.loading import explain
 from guardsmith.config.recipe import GateSpec
 from guardsmith.config.renamed import GATE_KEYS, POLICY_KEYS, with_new_keys
@@ -87,6 +88,10 @@ class Policy(BaseModel):
         content = self.model_dump(mode="json", exclude={"name", "dated", "measured_on", "classes"})
         for old, new in GATE_KEYS.items():
             content["rules"][old] = content["rules"].pop(new)
+        if self.rules.deployability == DeployabilityLimits():
+            del content["rules"][
+                "deployability"
+            ]  # digests of policies from before there were such limits stay what they were
         levels = {noun: [each.chance, each.chance_high, each.genuine] for noun, each in self.classes.items()}
         return folder_digest(content | {"classes": levels})
 

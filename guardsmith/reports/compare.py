@@ -211,8 +211,10 @@ def check_cell(check: Check, scale: float = 1, unit: str = "") -> Cell:
 
 def model_rows(report: Report, demands: Demands) -> Iterator[tuple[str, Cell]]:
     """Questions about the model as a whole, rule by rule: a rule without a question of its own has its title."""
+    points = report.recipe.verify.evaluation_points
+    attacks = {attack_at(label, point) for label in report.recipe.verify.attacks for point in points}
     for rule in RULES:
-        checks = _checks(report, rule, "")
+        checks = [check for check in report.checks if check.name == rule.title and check.attack not in attacks]
         whole = [check for check in checks if not check.subject]
         if rule is BENIGN_KID:
             yield "ordinary prompts: KID over that of two seeds", kid_cell(report)

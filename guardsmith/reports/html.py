@@ -27,6 +27,7 @@ from guardsmith.gate.rules.base_attack import RULE as BASE_ATTACK
 from guardsmith.gate.rules.protected import RULE as PROTECTED
 from guardsmith.gate.statistics import Interval
 from guardsmith.registry.loader import Subject
+from guardsmith.reports import everyday
 from guardsmith.reports.evidence import AttackRun
 from guardsmith.reports.report import Report
 
@@ -79,6 +80,10 @@ def _embedded(image: Image.Image) -> str:
     file = io.BytesIO()
     square(image, min(PIXELS, *image.size)).save(file, "WEBP", quality=85, method=4)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _strip_address(file: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
 def _caption(score: float | None) -> str:
@@ -192,6 +197,7 @@ class Evidence:
         include_images: show persons too.
         released: protected subject -> what the released weights draw of it.
         only_invented: show nobody else, whatever they are: the page is for the public.
+        root: folder of the verification, where the pictures of everyday use are; `None` leaves them out.
     """
 
     report: Report
@@ -199,6 +205,7 @@ class Evidence:
     include_images: bool
     released: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     only_invented: bool = False
+    root: Path | None = None
 
     @property
     def attacks(self) -> dict[str, AttackSpec]:
@@ -373,7 +380,10 @@ def page_data(
         "failures": failures(evidence, {subject.id: subject for subject in (*protected, *controls)}),
         "columns": list(evidence.columns.values()), "base_attack": BASE_ATTACK.title,
         "cells": [(subject.id, matrix_row(evidence, subject)) for subject in protected],
-        "model_checks": [check for check in report.checks if not check.subject],
+        "model_checks": [check for check in report.checks if not check.subject and not check.attack],
+        "everyday": everyday.sections(
+            report, evidence.root, {subject.id: subject for subject in (*protected, *controls)}, evidence.shows, _strip_address
+        ),
         "hidden": [section["id"] for section in sections if not section["shown"]], "public": evidence.only_invented,
         "curve_size": CURVE, "benign": pairs,
         "face_detection_failures": face_detection_failures(report, protected),

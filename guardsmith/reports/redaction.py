@@ -109,6 +109,7 @@ def save_public(
         False,
         {names[name]: files for name, files in evidence.released.items()},
         only_invented=True,
+        root=evidence.root,
     )
     with whole_folder(folder) as place:
         report.save(place / "report.json")

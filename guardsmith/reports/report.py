@@ -21,6 +21,7 @@ from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.redaction import Place, Private, Reason, Rules, SubjectId, UnitName, redacted
 from guardsmith.gate.calibration import Levels
 from guardsmith.gate.checks import Check, Status
+from guardsmith.gate.deployability import Measurement
 from guardsmith.gate.evidence import Side, Utility
 from guardsmith.gate.policy import Policy
 from guardsmith.gate.statistics import Interval
@@ -196,6 +197,8 @@ class Report(_Part):
     """Who was attacked."""
     utility: Utility
     """Benign prompts."""
+    deployability: list[Measurement] = []
+    """Everyday use: every case that was tried, base and hardened model side by side; reports from before have none."""
     failed_units: dict[UnitName, Reason]
     """Attacks that did not run -> why."""
     policy: PolicyRecord | None = None

@@ -22,6 +22,8 @@ torchrun --nproc-per-node 2 train_unet.py "$work/data" "$work" --steps 2800  # a
 torchrun --nproc-per-node 2 train_unet.py "$work/data" "$work" --steps 6400
 python assemble.py "$work" "$root/guardsmith/builtin"
 python train_purifiers.py "$work/purifiers" --what restorer
+python train_control.py "$work/control" --what controlnet
+python train_control.py "$work/control" --what t2i_adapter --steps 600
 python -m guardsmith train-rid "parquet:$root/registries/bystanders.parquet" --output "$work/rid" $([ -d "$work/rid" ] && echo --resume)
 mkdir -p "$root/guardsmith/builtin/defenders" && cp "$work/rid/defender.safetensors" "$root/guardsmith/builtin/defenders/avatar.safetensors"
 python evaluate.py "$work/data" judges

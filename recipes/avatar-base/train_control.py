@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--what", choices=("controlnet", "t2i_adapter"), required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1200, help="the embedded T2I-Adapter: 600")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

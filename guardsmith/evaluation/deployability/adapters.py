@@ -20,7 +20,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, find_attack, lora
-from guardsmith.config.deployability import AdapterKind
+from guardsmith.config.deployability import ADAPTERS, AdapterKind
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures
 from guardsmith.evaluation.deployability.bench import SIDES, Bench, attempt
@@ -29,14 +29,6 @@ from guardsmith.gate.deployability import Measurement
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.registry.loader import Subject
 
-ATTACKS: dict[AdapterKind, tuple[str, dict[str, Any]]] = {
-    "lora": ("lora", {"prior_weight": 0}),
-    "lora_conv": ("lora", {"prior_weight": 0, "everywhere": True}),
-    "loha": ("lora", {"prior_weight": 0, "kind": "loha"}),
-    "textual_inversion": ("textual_inversion", {}),
-    "custom_diffusion": ("custom_diffusion", {"prior_weight": 0}),
-}
-"""Kind -> the attack that makes it, and settings that belong to the kind."""
 NAMES: dict[AdapterKind, str] = {
     "lora": "LoRA (attention)", "lora_conv": "LoRA (attention, linear layers, convolutions)", "loha": "LoHa",
     "textual_inversion": "textual inversion", "custom_diffusion": "Custom Diffusion",
@@ -46,7 +38,7 @@ NAMES: dict[AdapterKind, str] = {
 def trained(bench: Bench, side: str, kind: AdapterKind, subject: Subject) -> tuple[DiffusionModel, Any]:
     """A model with an adapter of this kind for the subject, trained on a side; and the settings it was trained with."""
     model = bench.models[side]
-    name, own = ATTACKS[kind]
+    name, own = ADAPTERS[kind]
     attack = find_attack(name)
     config = attack.config(**own | bench.spec.adapters[kind])
     images = open_pictures([image.path for image in subject.images_of("attack")], model.image_size)
@@ -93,7 +85,7 @@ def case(bench: Bench, kind: AdapterKind, subject: Subject) -> list[Measurement]
     """One kind both ways."""
     floor = sum(similarities(bench, bench.plain("base"), subject, 0.0)) / bench.spec.images
     made = {side: trained(bench, side, kind, subject) for side in SIDES}
-    prompts = find_attack(ATTACKS[kind][0]).prompts(bench.identifier, subject.class_noun, bench.spec.adapter_images)
+    prompts = find_attack(ADAPTERS[kind][0]).prompts(bench.identifier, subject.class_noun, bench.spec.adapter_images)
     drawn, scores = {}, {}
     for maker, user in (("base", "base"), ("base", "hardened"), ("hardened", "base")):
         pipeline = load_onto(bench, user, kind, *made[maker])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from guardsmith.config.deployability import CheckName, DeployabilitySpec
 from guardsmith.core.images import to_pil
+from guardsmith.core.seeds import DEPLOYABILITY, DEPLOYABILITY_REFERENCE
 from guardsmith.diffusion.sampling import first_noise
 from guardsmith.evaluation.deployability.intervals import paired_excess, paired_ratio
 from guardsmith.gate.deployability import Measure, Measurement
@@ -25,8 +26,8 @@ from guardsmith.registry.loader import Subject
 from guardsmith.runtime.device import chosen_device
 
 SIDES = ("base", "hardened")
-FIRST_SEEDS = {"first": 110_000, "second": 120_000}
-"""Seeds of two sets of noise that no other pictures of verification have."""
+NOISE = {"first": DEPLOYABILITY_REFERENCE, "second": DEPLOYABILITY}
+"""Two sets of noise that no other pictures have: of what others are compared with, and of everything else."""
 SHOWN = 6  # pictures of either side in a strip
 REFERENCE = 80
 """Pictures that say what collapse is, at least: of so many without a fault the interval ends below 5 %."""
@@ -67,6 +68,7 @@ class Bench:
         identifier: what the adapters' makers call them.
         dreambooth: settings of DreamBooth on this base, for another fine-tune of it.
         seed: of everything that is trained.
+        known: the base's pictures of the prompts from two sets of noise, where some are there already; else they are drawn.
     """
 
     models: Mapping[str, DiffusionModel]
@@ -81,6 +83,7 @@ class Bench:
     identifier: str = "zwx"
     dreambooth: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    known: tuple[Tensor, Tensor] | None = None
     _plain: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     _pipelines: dict[str, Any] = field(default_factory=dict)
 
@@ -112,8 +115,7 @@ class Bench:
 
     def noise(self, which: str, count: int) -> Tensor:
         """Noise of the first `count` pictures, float32, as the denoiser takes it; of the "first" or the "second" set."""
-        first = FIRST_SEEDS[which]
-        return first_noise(self.models["base"], range(first, first + count))
+        return first_noise(self.models["base"], NOISE[which].seeds(count))
 
     def draw(
         self,
@@ -140,11 +142,10 @@ class Bench:
         count = count or self.spec.images
         asked = list(prompts or self.prompts)[:count]
         dtype, device = _denoiser(pipeline).dtype, chosen_device()
-        drawn = []
+        drawn, seeds = [], NOISE[noise or "second"].seeds(count)
         for start in range(0, count, self.batch):
             some = slice(start, min(start + self.batch, count))
-            first = FIRST_SEEDS[noise or "second"]
-            further = {"generator": [torch.Generator().manual_seed(first + i) for i in range(some.start, some.stop)]}
+            further: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds[some]]}
             if noise:
                 further["latents"] = self.noise(noise, count)[some].to(device, dtype)
             out = pipeline(
@@ -171,15 +172,19 @@ class Bench:
     @cached_property
     def usual_distance(self) -> float:
         """How far apart the base's own pictures of one prompt are at most, in the judge's features."""
-        first, second = (
-            self.judge.features(self.plain("base", noise, self.reference)) for noise in ("first", "second")
-        )
-        return float((second - first).norm(dim=1).max())
+        second = self.plain("base", "second", self.reference) if self.known is None else self.known[1][: self.reference]
+        return float((self.judge.features(second) - self.reference_features).norm(dim=1).max())
+
+    @cached_property
+    def reference_features(self) -> Tensor:
+        """Features of the base's pictures that others are compared with, (reference, d)."""
+        known = None if self.known is None else self.known[0][: self.reference]
+        return self.judge.features(self.plain("base", "first", self.reference) if known is None else known)
 
     def collapsed(self, pictures: Tensor) -> Tensor:
         """Which pictures have collapsed, bool (n,): none at all, or further from the base's than any two of the base's own."""
-        reference = self.judge.features(self.plain("base", "first", self.reference))[: len(pictures)]
-        distance = (self.judge.features(torch.nan_to_num(pictures)) - reference).norm(dim=1)
+        features = self.judge.features(torch.nan_to_num(pictures))
+        distance = (features - self.reference_features[: len(pictures)]).norm(dim=1)
         found: Tensor = broken(pictures) | ~(distance <= self.usual_distance)
         return found
 

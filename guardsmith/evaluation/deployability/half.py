@@ -45,7 +45,7 @@ class _AsHalf:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Tensor, lambda v: v if v.dim() < 2 else rounded(v), (args, kwargs))
-        with HalfResults():
+        with HalfResults():  # type: ignore[no-untyped-call]
             return self.forward(*args, **kwargs)
 
 
@@ -57,7 +57,7 @@ def _unrounded(module: nn.Module) -> None:
             out = plain(*args, **kwargs)
         return rounded(out)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def as_half(network: Any) -> Any:

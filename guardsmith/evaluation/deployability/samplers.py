@@ -117,7 +117,8 @@ def compiled(bench: Bench, side: str) -> Tensor:
 
 def settings(bench: Bench) -> dict[str, tuple[Draw, str]]:
     """Case -> how it is drawn, and what is to be said about it."""
-    plain, own = ("own solver", {}) if bench.flow else ("DPM++ 2M", {"algorithm_type": "dpmsolver++"})
+    plain = "own solver" if bench.flow else "DPM++ 2M"
+    own: dict[str, Any] = {} if bench.flow else {"algorithm_type": "dpmsolver++"}
     kind = FlowMatchEulerDiscreteScheduler if bench.flow else DPMSolverMultistepScheduler
     cases: dict[str, tuple[Draw, str]] = {}
 

@@ -17,6 +17,7 @@ from guardsmith.gate.rules import (
     benign_fidelity,
     benign_kid,
     control,
+    deployability,
     protected,
     released,
 )
@@ -40,6 +41,7 @@ RULES = _table(
     benign_collapse.RULE,
     benign_fidelity.RULE,
     benign_clip_t.RULE,
+    *deployability.RULES,
 )
 """Every rule, in the order of reports."""
 

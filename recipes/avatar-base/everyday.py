@@ -1,0 +1,76 @@
+"""Everyday use of a hardened model of the embedded base, without the attacks of a whole verification.
+
+python everyday.py MODEL OUTPUT [--result FILE] [--quick]      OUTPUT keeps the pictures; FILE gets the table
+
+MODEL is a diffusers folder (`out/model` of a hardening) or builtin:avatar, which is the base against itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guardsmith.config.loading import load_recipe
+from guardsmith.core.atomic_io import write_json
+from guardsmith.core.progress import quiet_libraries
+from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, ordinary_prompts
+from guardsmith.evaluation.deployability import CHECKS, Bench
+from guardsmith.evaluation.deployability.bench import attempt
+from guardsmith.hardening.record import run_info
+from guardsmith.metrics import load_judge
+from guardsmith.models.checkpoint import load_model, weights_digest
+from guardsmith.registry.loader import load_registry
+
+REGISTRY = Path(__file__).parent.parent.parent / "registries" / "demo.yaml"
+
+
+def main() -> None:
+    """Run every check, one after the other; say what each measured and how long it took."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--result", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--checks", nargs="+", choices=tuple(CHECKS), default=list(CHECKS))
+    args = parser.parse_args()
+    quiet_libraries()
+    recipe, base = load_recipe("demo"), load_model("builtin:avatar")
+    spec = recipe.verify.deployability
+    if args.quick:
+        spec = spec.model_copy(update={"trained": False, "images": 8})
+    limits = recipe.gate.deployability
+    prompts = [prompt.text for prompt in ordinary_prompts(base, ORDINARY_VERIFICATION, 100, recipe.seed + 1)]
+    hardened, sampling = load_model(args.model), recipe.sampling
+    bench = Bench(
+        {"base": base, "hardened": hardened}, prompts, load_judge("avatar"), spec, sampling.steps, sampling.guidance,
+        sampling.batch, args.output, load_registry(REGISTRY).controls, "zwx", recipe.verify.attacks["dreambooth"].params,
+    )  # fmt: skip
+    told: dict[str, Any] = {
+        "command": "python everyday.py MODEL OUTPUT" + (" --quick" if args.quick else ""),
+        "base_digest": weights_digest(base.folder), "model_digest": weights_digest(hardened.folder),
+        "limits": limits.model_dump(), "spec": spec.model_dump(mode="json"), "cpu_seconds": {}, "measurements": [],
+        "run": run_info(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    for name in args.checks:
+        if CHECKS[name].trained and not spec.trained:
+            continue
+        began = time.process_time()
+        for one in attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench)):
+            status = one.status(limits)
+            told["measurements"].append(one.model_dump(mode="json", exclude={"pictures"}) | {"status": status})
+            print(
+                f"{status:12} {name}: {one.case}: {one.sentence()} [{one.low}, {one.high}] {one.error or ''}",
+                flush=True,
+            )
+        told["cpu_seconds"][name] = round(time.process_time() - began, 1)
+        print(f"{name}: {told['cpu_seconds'][name]} s of one core", flush=True)
+        if args.result is not None:
+            write_json(args.result, told)
+
+
+if __name__ == "__main__":
+    main()
