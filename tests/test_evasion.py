@@ -163,7 +163,7 @@ def test_adversarial_noise_is_small_and_moves_features_more_than_noise_does(tiny
 
 def draw_with(model, **options):
     drawn, _ = draw_during_attack(
-        model, "dreambooth", PARAMS, make_data(), looks=[3], seed=4, count=2, sampling=SAMPLING, **options
+        model, "dreambooth", PARAMS, make_data(), evaluate_at=[3], seed=4, count=2, sampling=SAMPLING, **options
     )
     return drawn[3]
 
@@ -222,7 +222,7 @@ def test_the_average_of_two_models_is_that_of_their_weights(tiny_v, attack, monk
         sampling_tricks, "draw", lambda model, *_, **__: seen.append(model) or torch.zeros(2, 3, 64, 64)
     )
     draw_during_attack(
-        tiny_v, attack, PARAMS | ({"rank": 2} if attack == "lora" else {}), make_data(), looks=[3], seed=4, count=2,
+        tiny_v, attack, PARAMS | ({"rank": 2} if attack == "lora" else {}), make_data(), evaluate_at=[3], seed=4, count=2,
         sampling=SAMPLING, trick="average_two",
     )  # fmt: skip
     parts = []
@@ -289,10 +289,10 @@ def test_a_unit_trains_on_transformed_pictures_and_judges_those_transformed_back
     reference = open_pictures([i.path for i in registry.subjects[0].images_of("reference")], 64)[0]
     trained = []
 
-    def spy(model, attack, params, data, *, enough, **_):
+    def spy(model, attack, params, data, *, stop, **_):
         trained.append(data.images)
         drawn = (-reference).rot90(1, (-2, -1)).expand(unit.images, -1, -1, -1)
-        enough(3, drawn)
+        stop(3, drawn)
         return {3: drawn}, [1.0]
 
     monkeypatch.setattr(runs, "draw_during_attack", spy)

@@ -38,6 +38,10 @@ class ProbeSpec(BaseModel):
     """Not before the loss on class pictures is at most this many times the base's."""
 
 
+ThreatModel = Literal["hosted", "open-weights"]
+"""What attackers have: a training service, or the files."""
+
+
 class RemovalSpec(BaseModel):
     """One way of editing open weights before training on them."""
 
@@ -124,7 +128,7 @@ class VerifySpec(BaseModel):
     """What the attacker may do and how many pictures judge the result."""
 
     model_config = _STRICT
-    threat_model: Literal["hosted", "open-weights"] | None = None
+    threat_model: ThreatModel | None = None
     """What the attackers have. `hosted`: pictures, words and settings of a training service, never the weights. `open-weights`:
     the files too, so that some attack has to edit them. Left out: whichever the attacks are."""
     attacks: dict[str, AttackSpec] = {}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from guardsmith.attacks import find_attack
-from guardsmith.config.recipe import VerifySpec
+from guardsmith.config.recipe import ThreatModel, VerifySpec
 from guardsmith.core.errors import UserError
-
-ThreatModel = Literal["hosted", "open-weights"]
 
 CLAIMS: dict[ThreatModel, str] = {
     "hosted": (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
 
 from guardsmith.attacks import find_attack
 from guardsmith.config.recipe import GateSpec
+from guardsmith.config.threat_model import threat_model_of
 from guardsmith.evaluation.measuring import Measurements
 from guardsmith.evaluation.preflight import Plan
-from guardsmith.evaluation.runs import Unit
+from guardsmith.evaluation.runs import Unit, removal_cost
 from guardsmith.gate.calibration import Levels, half_way, personalized_level
 from guardsmith.gate.checks import EXIT_CODES
 from guardsmith.gate.evidence import SIDES, Evidence, Side
@@ -17,7 +20,17 @@ from guardsmith.gate.statistics import Interval, Units, interval
 from guardsmith.hardening.record import run_info
 from guardsmith.metrics import Judge
 from guardsmith.registry.loader import Subject
-from guardsmith.reports.report import Attacked, AttackedSubject, PolicyRecord, Report, Role, Run, Score, StepsToBreak
+from guardsmith.reports.report import (
+    Attacked,
+    AttackedSubject,
+    PolicyRecord,
+    RemovalRecord,
+    Report,
+    Role,
+    Run,
+    Score,
+    StepsToBreak,
+)
 
 
 def evidence_of(plan: Plan, measurements: Measurements) -> Evidence:
@@ -82,6 +95,23 @@ def steps_to_break(
     return result
 
 
+def removal_records(units: Sequence[Unit]) -> list[RemovalRecord]:
+    """What removals cost, for every side, subject and attack that had one; units that did not run are left out."""
+    costs: dict[tuple[Side, str, str, str], list[dict[str, Any]]] = {}
+    for unit in units:
+        cost = removal_cost(unit)
+        if unit.removal is not None and cost is not None:
+            costs.setdefault((unit.side, unit.subject, unit.label, unit.removal["name"]), []).append(cost)
+    return [
+        RemovalRecord(
+            side=side, subject=subject, attack=label, removal=name,
+            **{key: mean([cost[key] for cost in each]) for key in ("seconds", "unet_forwards", "changed_weights")},
+            pictures=max(cost["pictures"] for cost in each), needs_base=each[0]["needs_base"],
+        )
+        for (side, subject, label, name), each in costs.items()
+    ]  # fmt: skip
+
+
 def judged_report(plan: Plan, measurements: Measurements) -> Report:
     """The report, whole."""
     registry, policy = plan.registry, plan.policy
@@ -104,6 +134,8 @@ def judged_report(plan: Plan, measurements: Measurements) -> Report:
         ],
         released=measurements.released_scores,
         steps_to_break=steps_to_break(measurements.units, intervals, policy.classes, policy.rules),
+        removals=removal_records(measurements.units),
+        threat_model=threat_model_of(plan.recipe.verify),
         attacked=Attacked(protected=len(plan.attacked), of=len(registry.subjects), controls=len(registry.controls)),
         subjects=[
             AttackedSubject(id=subject.id, class_noun=subject.class_noun, role=role)

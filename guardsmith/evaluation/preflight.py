@@ -9,6 +9,7 @@ from typing import Any
 
 from guardsmith.attacks import find_attack
 from guardsmith.config.recipe import Recipe
+from guardsmith.config.threat_model import threat_model_of
 from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError
 from guardsmith.evaluation.runs import Judged, attacked_subjects
@@ -98,6 +99,7 @@ def preflight(
     if policy is None:
         policy = default_policy(recipe.gate)
     check_policy(policy, registry, base)
+    check_threat_model(policy, recipe)
     recipe = recipe.model_copy(update={"gate": policy.rules})
     judge = load_judge(policy.judge.name, policy.judge.model, policy.judge.clip_t)
     check_against_base(base, registry, recipe)
@@ -120,6 +122,20 @@ def check_attacks(recipe: Recipe) -> None:
         raise UserError("The recipe names no attacks (verify.attacks); nothing would be verified.")
     if not any(find_attack(spec.name).trains for spec in recipe.verify.attacks.values()):
         raise UserError("No attack of the recipe trains the model; add one that does, such as dreambooth.")
+
+
+def check_threat_model(policy: Policy, recipe: Recipe) -> None:
+    """The attacks have to be of the threat model that the policy judges, if it names one.
+
+    Raises:
+        UserError: they are not.
+    """
+    tested = threat_model_of(recipe.verify)
+    if policy.threat_model not in (None, tested):
+        raise UserError(
+            f"The policy '{policy.name}' judges the threat model {policy.threat_model}, and the recipe's attacks test {tested}; "
+            "choose a recipe with such attacks, or another policy."
+        )
 
 
 def check_policy(policy: Policy, registry: Registry, base: DiffusionModel) -> None:

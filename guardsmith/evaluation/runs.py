@@ -283,6 +283,15 @@ def scores_of(unit: Unit) -> dict[float, list[float | None]] | None:
     return scores if all(len(values) == unit.images for values in scores.values()) else None
 
 
+def removal_cost(unit: Unit) -> dict[str, Any] | None:
+    """What editing the weights cost in a complete unit (`RemovalCost`); `None` where it did not run, or edited nothing."""
+    try:
+        cost = json.loads((unit.folder / "attack.json").read_text())["removal_cost"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(cost)
+
+
 def attacked_subjects(registry: Registry, spec: VerifySpec, seed: int) -> list[Subject]:
     """The protected subjects that are attacked: all of them, or a sample drawn by the recipe's seed."""
     everyone = list(registry.subjects)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from guardsmith.config.deployability import DeployabilityLimits
 from guardsmith.config.loading import explain
-from guardsmith.config.recipe import GateSpec
+from guardsmith.config.recipe import GateSpec, ThreatModel
 from guardsmith.config.renamed import GATE_KEYS, POLICY_KEYS, with_new_keys
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.console import warn
@@ -65,6 +65,8 @@ class Policy(BaseModel):
     """Day from which it holds, or on which the levels were measured."""
     measured_on: str = ""
     """Where the levels come from."""
+    threat_model: ThreatModel | None = None
+    """What attackers have to have had: `hosted` or `open-weights`; left out, a verification of either is judged."""
     judge: JudgeSpec = JudgeSpec()
     """Whose similarities the levels are levels of."""
     rules: GateSpec = GateSpec()
@@ -86,6 +88,8 @@ class Policy(BaseModel):
     def digest(self) -> str:
         """Of all that decides a verdict: the name does not. Keys that were renamed count under their first name."""
         content = self.model_dump(mode="json", exclude={"name", "dated", "measured_on", "classes"})
+        if self.threat_model is None:  # policies from before there was the key keep their digest
+            del content["threat_model"]
         for old, new in GATE_KEYS.items():
             content["rules"][old] = content["rules"].pop(new)
         if self.rules.deployability == DeployabilityLimits():

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from guardsmith.config.threat_model import CLAIMS
 from guardsmith.core.errors import UserError
 from guardsmith.gate.checks import EXIT_CODES
 from guardsmith.gate.rules import RULES
@@ -220,7 +221,7 @@ def model_card(
         data,
         template_str=(files("guardsmith") / "templates" / "card.md").read_text(encoding="utf-8"),
         repo_id=repo_id, report=report, licence=licence.id, contact=contact, unverified=unverified, grid=grid, half=half,
-        evidence=EVIDENCE, checks=checks, answers=rows(report), base=base, limits=limits(report),
+        evidence=EVIDENCE, checks=checks, answers=rows(report), base=base, limits=limits(report), claims=CLAIMS,
         levels={noun: level for noun, level in report.calibration.items() if noun in nouns},
     )  # fmt: skip
     return str(card)

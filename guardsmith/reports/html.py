@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from guardsmith.config.recipe import AttackSpec
+from guardsmith.config.threat_model import CLAIMS
 from guardsmith.core.atomic_io import write_text
 from guardsmith.core.images import open_image, square
 from guardsmith.gate.calibration import Levels
@@ -376,7 +377,8 @@ def page_data(
         for prompt, before, after in benign
     ]  # fmt: skip
     return {
-        "report": report, "words": WORDS[report.verdict], "counts": counts_by_rule(report), "sections": sections,
+        "report": report, "claims": CLAIMS, "words": WORDS[report.verdict],
+        "counts": counts_by_rule(report), "sections": sections,
         "failures": failures(evidence, {subject.id: subject for subject in (*protected, *controls)}),
         "columns": list(evidence.columns.values()), "base_attack": BASE_ATTACK.title,
         "cells": [(subject.id, matrix_row(evidence, subject)) for subject in protected],

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from guardsmith.config.recipe import Recipe
+from guardsmith.config.recipe import Recipe, ThreatModel
 from guardsmith.core.atomic_io import read_record, write_json
 from guardsmith.core.console import warn
 from guardsmith.core.errors import RunFailed, UserError
@@ -70,6 +70,29 @@ class StepsToBreak(_Part):
     """Steps on the hardened model; null where the protection held at every evaluation point."""
     tried: int
     """How far the attack went on the hardened model."""
+
+
+class RemovalRecord(_Part):
+    """What editing the weights before training cost an attacker: the mean over identifiers and seeds."""
+
+    side: Side
+    """The model that was edited."""
+    subject: SubjectId
+    """Id of the subject or control."""
+    attack: str
+    """Label of the attack."""
+    removal: str
+    """How the weights were edited, a name of `guardsmith list removals`."""
+    seconds: float
+    """Of wall clock, on the machine of the run."""
+    unet_forwards: float
+    """Rows that went through denoisers, in forward equivalents."""
+    pictures: int
+    """Pictures that the attacker needed for it."""
+    needs_base: bool
+    """Whether a public model of the same architecture was needed."""
+    changed_weights: float
+    """Share of the denoiser's weights that changed."""
 
 
 class Attacked(_Part):
@@ -191,6 +214,10 @@ class Report(_Part):
     """Protected subject -> similarity to it of every picture that the released weights draw of it without an attack."""
     steps_to_break: list[StepsToBreak]
     """Where attackers went on for longer than usual."""
+    removals: list[RemovalRecord] = []
+    """What attackers with open weights spent on removing the protection before they trained."""
+    threat_model: ThreatModel | None = None
+    """What the attackers had: `hosted` (a training service) or `open-weights` (the file too); earlier reports do not say."""
     attacked: Attacked
     """Numbers of subjects."""
     subjects: list[AttackedSubject]

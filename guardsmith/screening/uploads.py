@@ -19,6 +19,7 @@ from torch import Tensor
 
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import SUFFIXES
+from guardsmith.core.seeds import SCREENING
 from guardsmith.diffusion.prompts import sample_prompts
 from guardsmith.diffusion.sampling import generate
 from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
@@ -27,7 +28,6 @@ from guardsmith.models.single_file import read_single_file
 
 Kind = Literal["pictures", "adapter", "checkpoint"]
 ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-FIRST_SEED = 110_000  # of the pictures that uploaded models draw; no other pictures use these
 MOST_TRIGGERS = 4
 
 
@@ -199,5 +199,5 @@ def drawn_pictures(
     for trigger in triggers or ("",):
         for noun in nouns:
             prompts += sample_prompts(trigger, "" if noun in trigger.split() else noun, count)
-    seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
+    seeds = SCREENING.seeds(len(prompts))
     return generate(model, [" ".join(prompt.split()) for prompt in prompts], seeds, **sampling)
