@@ -274,7 +274,7 @@ def find_recipe(name: str) -> Path:
     shipped = recipe_folder() / f"{name}.yaml"
     if shipped.is_file():
         return shipped
-    hint = did_you_mean(name, recipe_names()) or f"; shipped recipes: {', '.join(recipe_names())}"
+    hint = did_you_mean(name, recipe_names()) or "; `guardsmith list recipes` shows those that are shipped, such as demo"
     raise UserError(f"there is no recipe {name!r}, neither as a file nor by name{hint}")
 
 
