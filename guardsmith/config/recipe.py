@@ -249,3 +249,195 @@ BUDGETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What `--budget` puts in the place of a recipe's `verify` values."""
+<<<<<<< HEAD
+=======
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    installed = Path(__file__).parents[1] / "builtin" / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(file.stem for file in recipe_folder().glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by name or path; a path need not exist.
+
+    Raises:
+        UserError: there is neither such a file nor such a name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        return path
+    shipped = recipe_folder() / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    hint = did_you_mean(name, recipe_names()) or "; `guardsmith list recipes` shows those that are shipped, such as demo"
+    raise UserError(f"there is no recipe {name!r}, neither as a file nor by name{hint}")
+
+
+def _set(data: dict[str, Any], change: str) -> None:
+    key, equals, text = (part.strip() for part in change.partition("="))
+    if not equals or not key:
+        raise UserError(f"--set {change}: write it as key=value, e.g. --set method.params.beta=2")
+    if key in RECIPE_KEYS:
+        warn(f"--set {change}: {key!r} is called {RECIPE_KEYS[key]!r} now")
+    place = data
+    *parents, last = RECIPE_KEYS.get(key, key).split(".")
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {change}: {parent!r} is not a section of the recipe")
+    try:
+        place[last], _, problems = parse(Path("--set"), text)
+    except UserError:
+        problems = [Problem(1, "")]
+    if problems:
+        shown = reprlib.repr(text)
+        raise UserError(f"--set {key.strip()}={shown}: {shown} is not a YAML value; put it in quotes")
+
+
+def _leave_out_params_of_another_method(data: dict[str, Any], changes: Sequence[str]) -> None:
+    """Where a change names another method than the file, the file's parameters are not that method's."""
+    names = [text for key, _, text in (change.partition("=") for change in changes) if key.strip() == "method.name"]
+    method = data.get("method")
+    if names and isinstance(method, dict) and method.get("name", MethodSpec().name) != names[-1].strip().strip("\"'"):
+        data["method"] = {key: value for key, value in method.items() if key != "params"}
+
+
+def explain(error: ValidationError, where: str, known: Sequence[str]) -> list[str]:
+    """Pydantic's findings as sentences, with a near word for unknown keys."""
+    sentences = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            hint = did_you_mean(problem["loc"][-1], known) or "; remove it"
+            sentences.append(f"{where}: {place!r} is not a known key{hint}")
+        else:
+            reason = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
+            sentences.append(f"{where}: {place}: {reason} (found {reprlib.repr(problem['input'])})")
+    return sentences
+
+
+def _known_keys(model: type[BaseModel]) -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation)
+    return keys
+
+
+def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe, with `key=value` changes applied first; method and attack parameters are checked too.
+
+    Raises:
+        UserError: every problem, one sentence a line.
+    """
+    path = find_recipe(name)
+    problems = []
+    data, warnings = with_new_keys(read_yaml(path, "a recipe"), RECIPE_KEYS, str(path))
+    _leave_out_params_of_another_method(data, changes)
+    for change in changes:
+        try:
+            _set(data, change)
+        except UserError as error:
+            problems.append(str(error))
+    data, further = with_new_keys(data, RECIPE_KEYS, "--set")  # a change may be a whole section
+    for warning in (*warnings, *further):
+        warn(warning)
+    try:
+        problems += [f"{path}: {sentence}" for sentence in odd_numbers(data, Recipe.model_validate(data))]
+    except ValidationError as error:
+        problems += explain(error, str(path), _known_keys(Recipe))
+    problems += _parameter_problems(data, str(path))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    recipe = Recipe.model_validate(data)
+    from guardsmith.config.threat_model import threat_model_of
+
+    try:
+        threat_model_of(recipe.verify)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if recipe.subjects is not None:
+        recipe = recipe.model_copy(update={"subjects": str((path.parent / recipe.subjects).resolve())})
+    if recipe.negatives is not None:
+        recipe = recipe.model_copy(update={"negatives": beside(path.parent, recipe.negatives)})
+    return recipe
+
+
+def beside(folder: Path, place: str) -> str:
+    """Where pictures are, with the path in it made absolute; relative ones begin at the folder."""
+    kind, colon, rest = place.partition(":")
+    if colon and kind == "hub":
+        return place
+    if colon and kind in ("imagefolder", "parquet"):
+        return f"{kind}:{(folder / Path(rest).expanduser()).resolve()}"
+    return str((folder / Path(place).expanduser()).resolve())
+
+
+def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
+    """What is wrong with names and parameters of method and attacks, by the tables of methods and attacks.
+
+    Reads the raw data, so that one wrong key elsewhere does not hide the other problems.
+    """
+    from guardsmith.attacks import find_attack
+    from guardsmith.attacks.adaptive.removals import find_removal
+    from guardsmith.cloaks import find_cloak
+    from guardsmith.cloaks.rid import RidTraining
+    from guardsmith.methods import find_method
+    from guardsmith.purifiers import find_purifier
+
+    verify = data.get("verify")
+    attacks = verify.get("attacks") if isinstance(verify, dict) else None
+    wanted: list[tuple[str, Any, Callable[[str], Any]]] = [("method", data.get("method"), find_method)]
+    problems = _evasion_problems(attacks, where) if isinstance(attacks, dict) else []
+    for label, spec in attacks.items() if isinstance(attacks, dict) else ():
+        wanted.append((f"verify.attacks.{label}", spec, find_attack))
+        if isinstance(spec, dict) and isinstance(spec.get("removal"), dict):
+            wanted.append((f"verify.attacks.{label}.removal", spec["removal"], find_removal))
+    pixels: tuple[tuple[str, Callable[[str], Any]], ...] = (("cloaks", find_cloak), ("purifiers", find_purifier))
+    for table, find_pixels in pixels:
+        specs = data.get(table)
+        for label, spec in specs.items() if isinstance(specs, dict) else ():
+            wanted.append((f"{table}.{label}", spec, find_pixels))
+    if isinstance(data.get("defender"), dict):
+        try:
+            RidTraining.model_validate(data["defender"])
+        except ValidationError as error:
+            problems += explain(error, f"{where}: defender", list(RidTraining.model_fields))
+    for place, spec, find in wanted:
+        given = spec if isinstance(spec, dict) else {}
+        name, params = given.get("name", MethodSpec().name if place == "method" else None), given.get("params", {})
+        if not isinstance(name, str) or not isinstance(params, dict):
+            continue  # the recipe's own types refuse it
+        try:
+            config = find(name).config
+            checked = config.model_validate(params)
+            problems += [f"{where}: {place}.params.{sentence}" for sentence in odd_numbers(params, checked)]
+        except UserError as error:
+            problems.append(f"{where}: {place}: {error}")
+        except ValidationError as error:
+            problems += explain(error, f"{where}: {place}.params", list(config.model_fields))
+    return problems
+
+
+def _evasion_problems(attacks: dict[str, Any], where: str) -> list[str]:
+    """Names of transformations that do not exist."""
+    from guardsmith.attacks.evasion import find_evasion
+
+    problems = []
+    for label, spec in attacks.items():
+        given = spec.get("evasion", ()) if isinstance(spec, dict) else ()
+        for name in (given,) if isinstance(given, str) else given if isinstance(given, list) else ():
+            try:
+                find_evasion(str(name))
+            except UserError as error:
+                problems.append(f"{where}: verify.attacks.{label}.evasion: {error}")
+    return problems
+>>>>>>> gate
