@@ -69,6 +69,14 @@ def test_a_model_that_was_not_hardened(base, tmp_path, capsys):
     assert (finding.kind, finding.where) == ("weights", "unet")
 
 
+def test_what_cannot_be_read_hides_nothing_else(base, model, capsys):
+    (model / "unet" / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    shutil.copy(base / UNET, model / "y.safetensors")
+    assert cli.main(["audit-release", str(model), "--base", str(base)]) == 1
+    told = capsys.readouterr().out
+    assert "unet/x.safetensors: cannot be read as safetensors" in told and "weights     y.safetensors: conv" in told
+
+
 def test_wrong_usage(base, model, tmp_path, capsys):
     for arguments, said in (
         ([str(tmp_path / "nothing")], "there is no release"), ([str(model)], "--base"),

@@ -7,11 +7,11 @@ import stat
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from leaks import CLUTTER, TOKEN, UNET, base_tensors_in, clutter
 from safetensors.torch import load_file, save_file
 from test_publish import TO, make_output
-from tiny import assert_one_sentence, edit_json, same_weights, weights
+from tiny import assert_one_sentence, edit_json, make_sd3, same_weights, weights
 
 from guardsmith.cli import app as cli
 from guardsmith.core.atomic_io import write_json
@@ -260,6 +260,32 @@ def test_what_diffusers_cannot_open_is_not_kept(folder, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_what_looks_like_a_credential(text, kind):
     assert credential_in(text) == kind
+
+
+def test_stable_diffusion_3_without_t5_is_opened_as_diffusers_wants_it(tmp_path):
+    save_model(hardened(make_sd3(tmp_path / "base", t5=False)), tmp_path / "out")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out", text_encoder_3=None, tokenizer_3=None)
+    assert pipeline.transformer is not None
+
+
+def test_links_in_a_loop_and_pipes_are_left_out(folder, tmp_path):
+    (folder / "LICENSE.md").symlink_to("LICENSE.md")
+    os.mkfifo(folder / "README.md")
+    assert save_model(hardened(folder), tmp_path / "out").left_out == ["LICENSE.md", "README.md"]
+
+
+def test_half_precision_shards_of_the_base_are_written_anew(folder, tmp_path):
+    for name in ("unet", "vae", "text_encoder"):
+        part = getattr(load_model(str(folder)), name)
+        part.half().save_pretrained(tmp_path / name, variant="fp16", max_shard_size="40KB")
+        for file in (tmp_path / name).glob("*fp16*"):
+            shutil.move(file, folder / name / file.name)
+    assert len(list((folder / "unet").glob("*.fp16-*.safetensors"))) > 1
+    model = hardened(folder)
+    save_model(model, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert same_weights(written, {name: value.half() for name, value in weights(model.unet).items()})
+    assert not base_tensors_in((tmp_path / "out").rglob("*.safetensors"), folder, tmp_path / "out")
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from guardsmith.models.contents import (
     README,
     STEMS,
     Part,
+    is_named,
     lies_within,
     list_files,
     parse_index,
@@ -218,7 +219,13 @@ def plain_name(name: str) -> str:
 
 def _copy_weights(source: Path, target: Path, known: Collection[str], name: str) -> list[str]:
     """Copy the tensors that a network has; byte for byte the file where it holds nothing else."""
-    header = read_header(source)
+    try:
+        header = read_header(source)
+    except UserError as error:
+        part = name.partition("/")[0]
+        raise UserError(
+            f"{source} is no safetensors file, or not whole; get it again, or set {part} to null in {INDEX}."
+        ) from error
     plain = {plain_name(each) for each in known}
     wanted = {
         each: entry
@@ -244,9 +251,11 @@ def open_once(folder: Path, networks: Sequence[str]) -> None:
     import diffusers
     from diffusers.utils import logging
 
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    family, index = parse_index((folder / INDEX).read_bytes(), str(folder / INDEX))
+    # Of Stable Diffusion 3 without T5: diffusers opens it only if it is told so.
+    missing = {part: None for pair in family.text_parts() for part in pair[:2] if not is_named(index, part)}
     kind = getattr(diffusers, index["_class_name"])
-    extra = [name for name in EXTRA_NETWORKS if isinstance((index.get(name) or [None])[0], str)]
+    extra = [name for name in EXTRA_NETWORKS if is_named(index, name)]
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # that a part was left out on purpose is no news
     logging.disable_progress_bar()
@@ -258,7 +267,7 @@ def open_once(folder: Path, networks: Sequence[str]) -> None:
                 kinds = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (not a dict)
             dtype = torch.float16 if kinds <= {"F16", "I64"} else torch.float32
             pipeline = kind.from_pretrained(
-                folder, use_safetensors=True, torch_dtype=dtype, local_files_only=True, **others
+                folder, use_safetensors=True, torch_dtype=dtype, local_files_only=True, **missing, **others
             )
             if getattr(pipeline, name) is None:
                 raise RunFailed(f"{folder}: diffusers finds no {name} in the written model")

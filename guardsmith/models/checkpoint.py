@@ -333,7 +333,7 @@ def save_model(
         for name in parts:
             _save_part(model, name, temporary / name)
         stored = {name: stored_dtype(temporary, name) for name in model.networks}
-        halves = [name for name in model.networks if any((model.folder / name).glob(f"*.{HALF}.*safetensors"))]
+        halves = [name for name in model.networks if any((model.folder / name).glob(f"*.{HALF}[.-]*"))]
         if half_variant:  # where the plain files are in half precision, they are what the variant would be
             halves += [name for name in model.networks if name not in halves and stored[name] != torch.float16]
         whole = all(name in halves or stored[name] == torch.float16 for name in parts)

@@ -186,7 +186,10 @@ def lies_within(folder: Path, file: Path) -> bool:
     A snapshot in the Hub client's cache consists of links to `../../blobs`, which is as much part of it as the names are; every
     other link out of the folder is not followed. Nor is one to a hidden file inside of it (a README that is `.git/config`).
     """
-    home, real = folder.resolve(), file.resolve()
+    try:
+        home, real = folder.resolve(), file.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
     if not real.is_file():
         return False
     if real.is_relative_to(home):

@@ -81,7 +81,14 @@ def audit_folder(folder: Path, base: Path) -> list[Finding]:
                 found.append(Finding("file", name, "is a link that leads out of the folder or to a hidden file"))
         elif file.is_file() and (kind := credential_in_file(file)):
             found.append(Finding("credential", name, f"seems to hold {kind}"))
-    readable = [name for name, file in files.items() if name.lower().endswith(".safetensors") and file.is_file()]
+    readable = []
+    for name, file in files.items():
+        if name.lower().endswith(".safetensors") and file.is_file():
+            try:
+                read_header(file)
+                readable.append(name)
+            except UserError:
+                found.append(Finding("file", name, "cannot be read as safetensors, so that nobody knows what it holds"))
     return found + _weights_of_base(folder, base, readable)
 
 
