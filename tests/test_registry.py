@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import re
 import shutil
 from datetime import date
@@ -810,3 +811,72 @@ def test_parquet_dataset(folder, offline):
     edit(folder, entry_of(folder, "mira/1.png"), "dataset: 'parquet:some.parquet'")
     [image] = load(folder).subjects[0].images_of("attack")
     assert image.sha256 == hashlib.sha256(blobs(30).tobytes()).hexdigest()
+
+
+# --- as files and pictures come --------------------------------------------------------------------------------------
+
+
+def test_nearly_the_same_picture_of_two_subjects(folder):
+    spoil(folder, "tom/2.png", lambda path: ImageOps.mirror(blobs(1, 200)).save(path))
+    only_problem(folder, 18, "control 'tom'", "nearly the same", "mira/1.png", "subject 'mira'", "line 10")
+
+
+def test_a_registry_path_that_is_a_folder_is_a_sentence_when_something_is_added(folder):
+    (folder / "there").mkdir()
+    photos(folder / "ann", 4)
+    for place, words in ((folder / "there", "is a folder"), (folder / "none" / "R.yaml", "create it")):
+        with pytest.raises(UserError, match=words):
+            add_subject(place, folder / "ann", "ann", "person", "person", **MIRA)
+    assert not any((folder / "there").iterdir())
+
+
+@pytest.mark.parametrize("newline", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("ending", [True, False])
+def test_add_to_a_file_with_any_line_ends(folder, newline, ending):
+    text = "# café\n" + (folder / "R.yaml").read_text()
+    text = (text if ending else text.rstrip("\n")).replace("\n", newline)
+    (folder / "R.yaml").write_bytes(text.encode())
+    before = load(folder)
+    add_subject(folder / "R.yaml", photos(folder / "ann", 6), "ann", "person", "person", **MIRA)
+    assert load(folder).subjects[:-1] == before.subjects
+    new = (folder / "R.yaml").read_bytes().decode()
+    other = {"\r": "\n", "\n": "\r", "\r\n": None}[newline]
+    assert other is None or other not in new
+    rest = iter(new.split(newline))
+    assert all(line in rest for line in text.split(newline) if line)
+
+
+def test_add_to_a_text_with_line_ends_that_only_yaml_knows(folder):
+    text = (
+        (folder / "R.yaml").read_text().replace("subjects:  # protected\n", "subjects:  # protected\u2028# one more\n")
+    )
+    (folder / "R.yaml").write_text(text)
+    before = load(folder)
+    add_subject(folder / "R.yaml", photos(folder / "ann", 6), "ann", "person", "person", **MIRA)
+    assert load(folder).subjects[:-1] == before.subjects
+    assert "# protected\u2028# one more\n" in (folder / "R.yaml").read_text()
+
+
+def test_links_that_loop_are_sentences(folder):
+    loop = folder / "mira" / "loop.png"
+    loop.symlink_to(loop)
+    edit(folder, entry_of(folder, "mira/1.png"), f"path: mira/loop.png, sha256: {'f' * 64}")
+    only_problem(folder, 10, "loop.png cannot be read")
+    (folder / "R.yaml").write_text(good(folder))
+    edit(folder, entry_of(folder, "mira/1.png"), "path: mira/loop.png")
+    assert len(problems(folder)) == 1
+
+
+def test_pictures_of_any_name_are_read(folder):
+    more = folder / "more"
+    more.mkdir()
+    blobs(20).save(more / "a.png")
+    (more / "a.png").rename(more / os.fsdecode(b"caf\xe9.png"))
+    edit(folder, entry_of(folder, "mira/1.png"), "path: more")
+    assert len(load(folder).subjects[0].images_of("attack")) == 1
+    other = photos(folder / "other", 3, first=300)
+    (other / "00.png").rename(other / os.fsdecode(b"caf\xe9.png"))
+    before = (folder / "R.yaml").read_text()
+    with pytest.raises(UserError, match="is not UTF-8, so it cannot be written in a registry") as caught:
+        add_subject(folder / "R.yaml", other, "ann", "person", "person", **MIRA)
+    assert "\n" not in str(caught.value) and (folder / "R.yaml").read_text() == before

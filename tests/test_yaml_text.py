@@ -152,9 +152,9 @@ def load_policy_of(file, text):
 
 def test_switches_that_are_meant_stay(tmp_path):
     file = tmp_path / "r.yaml"
-    file.write_text("half_variant: yes\nverify: {crossed: off}\nprobe: {stop_at: null}\nseed: 3\n")
+    file.write_text("half_variant: yes\nverify: {full_factorial: off}\nprobe: {stop_at: null}\nseed: 3\n")
     recipe = load_recipe(str(file))
-    assert recipe.half_variant is True and recipe.verify.crossed is False and recipe.seed == 3
+    assert recipe.half_variant is True and recipe.verify.full_factorial is False and recipe.seed == 3
 
 
 def test_odd_numbers_look_at_values_where_pydantic_made_numbers():

@@ -69,6 +69,13 @@ def add_subject(
     """
     path, folder, today = Path(registry_path), Path(folder), today or present_day()
     files = _split_folder(folder, ratios or (CONTROL_RATIOS if control else PROTECTED_RATIOS), on_warning)
+    for file, _ in files:
+        try:
+            _relative(file, path.parent).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the name of {str(file)!r} is not UTF-8, so it cannot be written in a registry: rename it"
+            ) from None
     entry: dict[str, Any] = {"id": id, "kind": kind, "class_noun": class_noun}
     if identifiers:
         entry["identifiers"] = list(identifiers)
