@@ -18,8 +18,9 @@ demo: setup
 	$(BIN)/guardsmith run recipes/demo.yaml --output out $(if $(wildcard out/settings.json),--resume) \
 		|| { code=$$?; [ $$code -eq 1 ] || [ $$code -eq 3 ] || exit $$code; }
 
+# In two processes; a file's tests stay together, for they share what is slow to make.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
