@@ -17,7 +17,7 @@ from guardsmith.cli import app as cli
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.credentials import credential_in
 from guardsmith.core.errors import RunFailed, UserError
-from guardsmith.evaluation.pipeline import hardened_here
+from guardsmith.evaluation.preflight import hardened_here
 from guardsmith.models.base_weights import ChangedWeights, content_key
 from guardsmith.models.checkpoint import load_model, save_model, weights_digest, with_own_unet
 from guardsmith.models.contents import list_files

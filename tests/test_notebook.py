@@ -19,8 +19,12 @@ SMALL = {
 def test_the_notebook_runs_and_shows_pictures(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    parameters.source = f"CHANGES = {SMALL}\nOUTPUT = {str(tmp_path / 'out')!r}\nREGISTRY = {str(ROOT / 'registries/demo.yaml')!r}"
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    parameters.source = (
+        f"CHANGES = {SMALL}\nOUTPUT = {str(tmp_path / 'out')!r}\nREGISTRY = {str(ROOT / 'registries/demo.yaml')!r}"
+    )
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     shown = [output.data for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
     assert sum("image/png" in data for data in shown) == 3, "real pictures, the figure, and one that the model draws"
     text = "".join(output.text for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output)

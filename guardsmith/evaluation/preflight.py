@@ -91,8 +91,7 @@ def preflight(
     check_attacks(recipe)
     if model is None:
         base, hardened, record = hardened_here(output, registry)
-        files = check_hardened_files(output / "model", record, base)
-        hardening = Hardening.model_validate(dict(record) | {"files": files, "carries": []})
+        hardening = Hardening.model_validate(record | {"carries": []})
     else:
         base, hardened, hardening = made_elsewhere(model, revision, output, registry, recipe)
         record = None
@@ -156,10 +155,10 @@ def check_policy(policy: Policy, registry: Registry, base: DiffusionModel) -> No
 
 
 def hardened_here(output: Path, registry: Registry) -> tuple[DiffusionModel, DiffusionModel, dict[str, Any]]:
-    """Base and hardened model of a hardening, and its harden.json.
+    """Base and hardened model of a hardening, and its harden.json, with a digest of every file of the model under `files`.
 
     Raises:
-        UserError: it is not finished, was changed since, or is of another base or registry.
+        UserError: it is not finished, was changed since, holds other files, or is of another base or registry.
     """
     file = output / "harden.json"
     if not file.is_file() or not (output / "model").is_dir():
@@ -177,7 +176,8 @@ def hardened_here(output: Path, registry: Registry) -> tuple[DiffusionModel, Dif
     base = load_model(record["base"], record["base_revision"])
     if weights_digest(base.folder) != record["base_digest"]:
         raise UserError(f"{record['base']} is not the base that {output} was hardened from (the digests differ).")
-    return base, load_model(str(output / "model")), record
+    files = check_hardened_files(output / "model", record, base)
+    return base, load_model(str(output / "model")), record | {"files": files}
 
 
 def made_elsewhere(
