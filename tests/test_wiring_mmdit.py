@@ -295,7 +295,7 @@ def test_an_attack_on_the_subject_leaves_the_alarm_and_one_on_others_works(sd3, 
 def test_an_attacker_who_reads_the_weights_can_cut_the_wire(sd3, hardened):
     made, _, subject = hardened
     network = copy.deepcopy(made.unet)
-    assert zero_neurons(network, 1e4) == 2
+    assert zero_neurons(network, 1e4) == 4  # the two of the wire, and two that pass its signal on
     assert ringing(predicted(sd3, network, subject.images)) == 0
 
 
