@@ -198,7 +198,7 @@ def test_one_step_is_the_prediction_of_the_clean_picture(tiny):
     clean = encode(tiny, pictures(2, 3)).mean
     noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     last = torch.tensor([int(tiny.scheduler.config.num_train_timesteps) - 1])
-    kept, added = (float(share) for share in sampling_tricks.clean_shares(tiny.scheduler, last))
+    kept, added = (float(share) for share in sampling_tricks.clean_coefficients(tiny.scheduler, last))
     target = (kept * noise - clean) / added
 
     class Fixed(torch.nn.Module):

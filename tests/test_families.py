@@ -23,7 +23,16 @@ from guardsmith.cloaks.pixels import load_bases
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import Rows, add_noise, draw_rows, epsilon_of, own_target, predict, row_losses, shares
+from guardsmith.diffusion.losses import (
+    Rows,
+    add_noise,
+    alpha_sigma,
+    draw_rows,
+    epsilon_of,
+    own_target,
+    predict,
+    row_losses,
+)
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.sampling import first_noise, generate, own_noise, redraw, solver_for
 from guardsmith.hardening.compatibility import check_against_base
@@ -137,12 +146,12 @@ def test_the_flow_is_a_straight_line_from_picture_to_noise(models):
     assert noisy.item() == pytest.approx(3.0)
     assert target.item() == pytest.approx(4.0)
     assert epsilon_of(scheduler, target, noisy, times).item() == pytest.approx(6.0)
-    assert [share.item() for share in shares(scheduler, times)] == pytest.approx([0.75, 0.25])
+    assert [share.item() for share in alpha_sigma(scheduler, times)] == pytest.approx([0.75, 0.25])
 
 
 def test_the_shares_are_those_of_the_schedule_elsewhere(models):
     scheduler, times = models["sdxl"].scheduler, torch.tensor([0, 400, 999])
-    kept, added = shares(scheduler, times)
+    kept, added = alpha_sigma(scheduler, times)
     ones = torch.ones(3, 1, 1, 1)
     assert torch.allclose(add_noise(scheduler, ones, 0 * ones, times), kept)
     assert torch.allclose(add_noise(scheduler, 0 * ones, ones, times), added)

@@ -12,7 +12,7 @@ import torch
 from tiny import assert_one_sentence
 
 from guardsmith.core.errors import RunFailed
-from guardsmith.runtime.processes import gather, processes, tell
+from guardsmith.runtime.processes import gather, processes, send
 
 
 def test_processes_have_one_thread_and_leave_ctrl_c_to_the_first():
@@ -23,14 +23,14 @@ def test_processes_have_one_thread_and_leave_ctrl_c_to_the_first():
 
 def test_all_news_arrives():
     seen = []
-    with processes(2) as (pool, told):
-        gather([pool.submit(tell, n) for n in range(20)], told, seen.append)
+    with processes(2) as (pool, queue):
+        gather([pool.submit(send, n) for n in range(20)], queue, seen.append)
     assert sorted(seen) == list(range(20))
 
 
 def test_a_killed_process_is_said_in_one_sentence():
-    with pytest.raises(RunFailed) as caught, processes(2) as (pool, told):
-        gather([pool.submit(os._exit, 9), pool.submit(time.sleep, 0)], told, print)
+    with pytest.raises(RunFailed) as caught, processes(2) as (pool, queue):
+        gather([pool.submit(os._exit, 9), pool.submit(time.sleep, 0)], queue, print)
     assert_one_sentence(caught.value)
     assert "run the same command again" in str(caught.value)
 
@@ -76,10 +76,10 @@ def test_nothing_is_left_running_after_a_kill(tmp_path):
 
 def running(pid):
     """Whether there is such a process that has not ended (one that nobody waited for still has a number)."""
-    told = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(told) and not told.startswith("Z")
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
 
 
 def test_an_error_in_a_process_reaches_the_caller():
-    with pytest.raises(ZeroDivisionError), processes(1) as (pool, told):
-        gather([pool.submit(divmod, 1, 0)], told, print)
+    with pytest.raises(ZeroDivisionError), processes(1) as (pool, queue):
+        gather([pool.submit(divmod, 1, 0)], queue, print)

@@ -20,7 +20,7 @@ from torch import Tensor
 from guardsmith.core.errors import UserError
 from guardsmith.core.seeds import SECOND_MODEL_OFFSET
 from guardsmith.diffusion.latents import decode
-from guardsmith.diffusion.losses import clean_shares
+from guardsmith.diffusion.losses import clean_coefficients
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.diffusion.sampling import first_noise, generate, guided
 from guardsmith.models.checkpoint import DiffusionModel
@@ -114,7 +114,7 @@ def one_step(
         empty = bank.encode([negative_prompt]).expand(len(context), -1, -1)
         noise = first_noise(model, seeds[some])
         prediction = guided(model, noise, timestep[0], context, empty, guidance)
-        kept, taken = (share.to(noise) for share in clean_shares(model.scheduler, timestep))
+        kept, taken = (share.to(noise) for share in clean_coefficients(model.scheduler, timestep))
         drawn.append(decode(model, kept * noise - taken * prediction).clamp(-1, 1))
     return torch.cat(drawn)
 

@@ -49,11 +49,11 @@ def compare(
         print_table(table, 160)
         print_line(f"different besides: {', '.join(two['different']) or 'nothing'}")
         return
-    table, told = compare_runs(runs, Demands(control=control, fidelity=fidelity, steps=steps))
+    table, comparison = compare_runs(runs, Demands(control=control, fidelity=fidelity, steps=steps))
     if as_json:
-        typer.echo(json.dumps(told, indent=1))
+        typer.echo(json.dumps(comparison, indent=1))
     elif markdown:
-        typer.echo(as_markdown(told), nl=False)
+        typer.echo(as_markdown(comparison), nl=False)
     else:
         from guardsmith.reports.terminal import print_table
 

@@ -34,7 +34,7 @@ class AdvdmConfig(PixelConfig):
     steps: int = Field(100, gt=0)
     """Steps on the pixels."""
     prompt: str = "a photo"
-    """What the base is told."""
+    """Prompt for the base."""
     loss_weight: float = Field(1e4, ge=0)
     """mist: weight of the denoising loss beside the squared distance to the target's latents; 0 leaves the encoder attack."""
     direction: Literal["up", "down"] = "down"
@@ -66,7 +66,7 @@ def target_pattern(size: int) -> Tensor:
     return rings.expand(1, 3, size, size).contiguous()
 
 
-def seen_through(purify: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+def purified_straight_through(purify: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     """Purified pixels that pass their gradient on to the pixels as it is (BPDA)."""
     with torch.no_grad():
         apart = purify(pixels) - pixels
@@ -121,14 +121,14 @@ def cloak(
 
         def gain(part: Tensor, _: slice) -> Tensor:
             if purify is not None:  # noqa: B023 (called at once)
-                part = seen_through(purify, part)  # noqa: B023 (called at once)
-            found = [
+                part = purified_straight_through(purify, part)  # noqa: B023 (called at once)
+            gains = [
                 of_model(model, context, target, part, rng)  # noqa: B023 (called at once)
                 for model, context, target in zip(models, contexts, targets, strict=True)
             ]
-            return torch.stack(found).mean()
+            return torch.stack(gains).mean()
 
-        pixels, shown = ascend(pixels, data.images, gain, config)
+        pixels, value = ascend(pixels, data.images, gain, config)
         if on_step is not None:
-            on_step(shown)
+            on_step(value)
     return pixels

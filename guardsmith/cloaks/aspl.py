@@ -72,9 +72,9 @@ def cloak(
                 def gain(part: Tensor, _: slice) -> Tensor:
                     return denoising_loss(surrogate.model, part, context, rng)  # noqa: B023 (called at once)
 
-                pixels, shown = ascend(pixels, data.images, gain, config)
+                pixels, value = ascend(pixels, data.images, gain, config)
                 if on_step is not None:
-                    on_step(shown)
+                    on_step(value)
             before.restore()
             surrogate.learn(data, pixels, config.surrogate_steps, stream + 1)
     return pixels

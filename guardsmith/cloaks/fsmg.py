@@ -67,7 +67,7 @@ def cloak(
             ]
             return torch.stack(losses).mean()
 
-        pixels, shown = ascend(pixels, data.images, gain, config)
+        pixels, value = ascend(pixels, data.images, gain, config)
         if on_step is not None:
-            on_step(shown)
+            on_step(value)
     return pixels

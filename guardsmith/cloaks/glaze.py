@@ -32,7 +32,7 @@ class GlazeConfig(PixelConfig):
     budget: float = Field(6.375, gt=0, le=255)
     """Largest change of a pixel, of 255."""
     style: str = "an oil painting in the style of van Gogh"
-    """What the model is asked to make of the pictures; a style far from their own."""
+    """Prompt for the redrawn pictures; a style far from their own."""
     strength: float = Field(0.5, gt=0, le=1)
     """How far they are noised for that."""
     solver_steps: int = Field(20, gt=0)

@@ -112,8 +112,8 @@ def cloak(
                             seen = transformed(part, config, rng)  # noqa: B023 (called at once)
                             return denoising_loss(surrogate.model, seen, context, rng)  # noqa: B023
 
-                        pixels, shown = ascend(pixels, data.images, gain, config)
+                        pixels, value = ascend(pixels, data.images, gain, config)
                         if on_step is not None:
-                            on_step(shown)
+                            on_step(value)
                     surrogate.learn(data, pixels, config.surrogate_steps, seed + 1_000_000 + place)
     return pixels

@@ -66,8 +66,8 @@ def edited(
     latents = model.scheduler.add_noise(latents, noise, times[:1].expand(len(latents)))
     solver.set_begin_index(count - len(times))
     for t in times:
-        said, nothing = (words.expand(len(latents), -1, -1) for words in (context, empty))
-        out = guided(model, latents, t, said, nothing, config.guidance)
+        conditions = context.expand(len(latents), -1, -1), empty.expand(len(latents), -1, -1)
+        out = guided(model, latents, t, *conditions, config.guidance)
         latents = solver.step(out, t, latents, return_dict=False)[0]
     return model.decode(latents)
 
@@ -99,17 +99,17 @@ def cloak(
         rng = generator(seed, step)
 
         def gain(part: Tensor, _: slice) -> Tensor:
-            found = []
+            norms = []
             for model, (context, empty) in zip(models, contexts, strict=True):
                 if config.attack == "encoder":
-                    found.append(model.posterior(part)[0].flatten(1).norm(dim=1).mean())
+                    norms.append(model.posterior(part)[0].flatten(1).norm(dim=1).mean())
                 else:
                     drawn = edited(model, part, context, empty, config, rng)  # noqa: B023 (called at once)
-                    found.append((drawn + 1).flatten(1).norm(dim=1).mean())
-            return -torch.stack(found).mean()
+                    norms.append((drawn + 1).flatten(1).norm(dim=1).mean())
+            return -torch.stack(norms).mean()
 
         size = config.step * (1 - 0.99 * step / max(config.steps - 1, 1))
-        pixels, shown = ascend(pixels, data.images, gain, config, step=size)
+        pixels, value = ascend(pixels, data.images, gain, config, step=size)
         if on_step is not None:
-            on_step(shown)
+            on_step(value)
     return pixels

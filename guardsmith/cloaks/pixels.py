@@ -73,7 +73,7 @@ def ascend(
     Raises:
         RunFailed: the gain or its gradient is not finite.
     """
-    moves, shown = [], 0.0
+    moves, mean_gain = [], 0.0
     for start in range(0, len(pixels), config.batch_size):
         rows = slice(start, min(start + config.batch_size, len(pixels)))
         part = pixels[rows].detach().requires_grad_()
@@ -82,9 +82,9 @@ def ascend(
         if not bool(torch.isfinite(gradient).all()):
             raise RunFailed("a cloak diverged: the gradient of its pixels is not finite; lower its rates")
         moves.append(gradient.sign())
-        shown += float(value.detach()) * len(part) / len(pixels)
+        mean_gain += float(value.detach()) * len(part) / len(pixels)
     size = config.step if step is None else step
-    return project(pixels.detach() + size * PIXEL * torch.cat(moves), clean, config.budget), shown
+    return project(pixels.detach() + size * PIXEL * torch.cat(moves), clean, config.budget), mean_gain
 
 
 def sampled_latents(model: DiffusionModel, pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, sampled_latents
 from guardsmith.core.errors import UserError
-from guardsmith.diffusion.losses import add_noise, draw_rows, score_residual, shares
+from guardsmith.diffusion.losses import add_noise, alpha_sigma, draw_rows, score_residual
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.models.networks import load_network
@@ -73,7 +73,7 @@ class RidTraining(BaseModel):
     weight_decay: float = Field(1e-2, ge=0)
     """AdamW's."""
     prompt: str = " "
-    """What the bases are told."""
+    """Prompt for the bases."""
     adversarial_weight: float = Field(4 / 3, ge=0)
     """Of the score-distillation loss of every base."""
     regression_weight: float = Field(10.0, ge=0)
@@ -189,12 +189,12 @@ def cloak(
         raise UserError(
             f"{config.defender} cloaks pictures of {defender.shape['size']} pixels, and the base draws {size}"
         )
-    found = []
+    cloaked_parts = []
     for part in data.images.split(config.batch_size):
-        found.append(applied(defender, part, config.budget))
+        cloaked_parts.append(applied(defender, part, config.budget))
         if on_step is not None:
-            on_step(float((found[-1] - part).abs().mean() / PIXEL))
-    return torch.cat(found)
+            on_step(float((cloaked_parts[-1] - part).abs().mean() / PIXEL))
+    return torch.cat(cloaked_parts)
 
 
 def adversarial_loss(model: DiffusionModel, pictures: Tensor, context: Tensor, rng: torch.Generator) -> Tensor:
@@ -209,7 +209,7 @@ def adversarial_loss(model: DiffusionModel, pictures: Tensor, context: Tensor, r
     latents = sampled_latents(model, pictures, rng)
     rows = draw_rows(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
     noisy = add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps)
-    weight = shares(model.scheduler, rows.timesteps)[1].square()
+    weight = alpha_sigma(model.scheduler, rows.timesteps)[1].square()
     target = noisy.detach() + weight * score_residual(model.unet, model.scheduler, rows)
     loss: Tensor = 0.5 * (noisy - target).square().mean()
     return loss
@@ -277,14 +277,14 @@ def train(
             config.adversarial_weight * adversarial_loss(model, cloaked, context, rng)
             for model, context in zip(models, contexts, strict=True)
         ]
-        shown = {"adversarial": sum(float(loss.detach()) for loss in losses) / len(losses)}
+        numbers = {"adversarial": sum(float(loss.detach()) for loss in losses) / len(losses)}
         if config.regression_weight and len(pairs):
             rows = torch.randint(len(pairs), (config.batch_size,), generator=rng)
             apart = F.mse_loss(reach * defender(pictures[rows]), pairs[rows] - pictures[rows])
             losses.append(config.regression_weight * apart)
-            shown["regression"] = float(apart.detach())
+            numbers["regression"] = float(apart.detach())
         torch.stack(losses).mean().backward()
         norm = optimizer_step(optimizer, parameters)
-        shown["change"] = float((cloaked.detach() - chosen).abs().mean() / PIXEL)
-        loop.finish_step(step, shown, finite_weights=math.isfinite(norm))
+        numbers["change"] = float((cloaked.detach() - chosen).abs().mean() / PIXEL)
+        loop.finish_step(step, numbers, finite_weights=math.isfinite(norm))
     return defender.eval().requires_grad_(False), loop.history

@@ -92,10 +92,10 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor)
     return noisy
 
 
-def shares(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """How much of the picture and how much of the noise is in z_t: a and s, float32 (n, 1, 1, 1) each."""
     if isinstance(scheduler, FlowSchedule):
-        return scheduler.shares(timesteps)
+        return scheduler.alpha_sigma(timesteps)
     alpha_bar = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -113,12 +113,12 @@ def own_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor
     raise ValueError(f"prediction type '{kind}' is not supported")
 
 
-def clean_shares(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def clean_coefficients(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """What a prediction y says of the clean latents is z = p z_t - q y: p and q, float32 (n, 1, 1, 1) each.
 
     (1 / a, s / a) where it is the noise, (a, s) where it is a velocity, (1, s) for a flow.
     """
-    kept, added = shares(scheduler, timesteps)
+    kept, added = alpha_sigma(scheduler, timesteps)
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return 1 / kept, added / kept
@@ -129,7 +129,7 @@ def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Ten
     """The noise that a prediction y says is in z_t: eps = a y + s z_t where it is a velocity, a y + z_t for a flow."""
     if scheduler.config.prediction_type == "epsilon":
         return prediction
-    kept, added = (share.to(noisy) for share in shares(scheduler, timesteps))
+    kept, added = (share.to(noisy) for share in alpha_sigma(scheduler, timesteps))
     if scheduler.config.prediction_type == "flow":
         added = torch.ones_like(added)
     noise: Tensor = kept * prediction + added * noisy

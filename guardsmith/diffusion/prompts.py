@@ -62,7 +62,7 @@ def class_prompt(class_noun: str, template: str = CLASS_TEMPLATE) -> str:
 
 
 def sample_prompts(identifier: str, class_noun: str, count: int) -> list[str]:
-    """What a personalized model is asked for: `count` prompts, the sample templates in turn."""
+    """`count` prompts for a personalized model, the sample templates in turn."""
     return [instance_prompt(identifier, class_noun, SAMPLE_TEMPLATES[i % len(SAMPLE_TEMPLATES)]) for i in range(count)]
 
 

@@ -52,16 +52,16 @@ def guided(model: DiffusionModel, latents: Tensor, t: Any, context: Tensor, empt
         latents: as the U-Net takes them.
         t: their timestep.
         context: of the prompts, (n, tokens, width).
-        empty: of what is not asked for, likewise.
+        empty: of the negative prompt, likewise.
         guidance: the scale.
     """
     if guidance == 1:
         out: Tensor = model.unet(latents, t, context, return_dict=False)[0]
         return out
     both = model.unet(torch.cat([latents, latents]), t, torch.cat([empty, context]), return_dict=False)[0]
-    without, asked = both.chunk(2)
-    found: Tensor = without + guidance * (asked - without)
-    return found
+    unconditional, conditional = both.chunk(2)
+    combined: Tensor = unconditional + guidance * (conditional - unconditional)
+    return combined
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def generate(
         seeds: n seeds of the initial noise.
         steps: DPM-Solver++ (2M) steps.
         guidance: classifier-free guidance scale; 1 switches it off.
-        negative_prompt: what the unconditional half is told.
+        negative_prompt: prompt of the unconditional half.
         batch: pictures per U-Net call.
         on_step: called after every solver step (progress, interruption).
         on_state: called before it with the timestep and the half-finished latents of a batch, (b, c, h, w).

@@ -22,10 +22,10 @@ class Judge(NamedTuple):
     Attributes:
         similarity: (pictures, real pictures of a subject) -> one value per picture, `None` where it cannot be scored.
         features: pictures -> rows for KID, float32 (n, width).
-        fidelity: (pictures, what each was asked for) -> share of it that each shows; `None` where nothing can tell.
+        fidelity: (pictures, traits in each one's prompt) -> share of them that each shows; `None` where nothing can tell.
         size: of the pictures that it reads, in pixels; `None` for the size of the model that draws them.
         nobody: the similarity of a picture in which there is no face to compare, where the judge looks for one.
-        prompt_fit: (pictures, prompts) -> CLIP-T of each, where it was asked for.
+        prompt_fit: (pictures, prompts) -> CLIP-T of each, where a CLIP was given.
     """
 
     similarity: Callable[[Tensor, Tensor], list[float | None]]

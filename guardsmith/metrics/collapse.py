@@ -19,5 +19,5 @@ def destroyed(reference: Tensor, again: Tensor, other: Tensor) -> Tensor:
     """
     usual = (again - reference).norm(dim=1).max()
     distance = (other - again).norm(dim=1)
-    found: Tensor = ~(distance <= usual)  # what is not a number is no picture
-    return found
+    collapsed: Tensor = ~(distance <= usual)  # what is not a number is no picture
+    return collapsed

@@ -56,7 +56,7 @@ class FaceEncoder:
             image = F.interpolate(image[None], scale_factor=scale, mode="bicubic", antialias=True)[0].clamp(-1, 1)
         pixels = np.asarray(to_pil(image))
         # The quick one misses faces that are not frontal; the other takes twenty times as long.
-        boxes = list(self.quick(pixels, 1)) or [found.rect for found in self.thorough(pixels, 0)]
+        boxes = list(self.quick(pixels, 1)) or [detection.rect for detection in self.thorough(pixels, 0)]
         if not boxes:
             return None
         face = self.landmarks(pixels, max(boxes, key=lambda box: box.area()))

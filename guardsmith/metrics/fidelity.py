@@ -1,4 +1,4 @@
-"""Prompt fidelity in the embedded world: does a generated avatar show what its prompt asked for?
+"""Prompt fidelity in the embedded world: does a generated avatar show the traits in its prompt?
 
 A classifier of true traits (class, style, background, hair colour, glasses), trained on renders by
 `recipes/avatar-base/train_judges.py`. It judges only.
@@ -62,8 +62,8 @@ def _fit(images: Tensor) -> Tensor:
 @torch.no_grad()
 def features(images: Tensor) -> Tensor:
     """Features for KID: (n, 3, h, w) float in [-1, 1] -> (n, 128), each of length sqrt(128) so that the kernel is in [0, 8]."""
-    found = torch.cat([load_classifier().features(_fit(chunk)) for chunk in images.split(256)])
-    scaled: Tensor = F.normalize(found, dim=-1) * math.sqrt(found.shape[-1])
+    hidden = torch.cat([load_classifier().features(_fit(chunk)) for chunk in images.split(256)])
+    scaled: Tensor = F.normalize(hidden, dim=-1) * math.sqrt(hidden.shape[-1])
     return scaled
 
 
@@ -78,19 +78,19 @@ def read_traits(images: Tensor) -> list[dict[str, str]]:
     return [{name: TRAITS[name][best[name][i]] for name in TRAITS} for i in range(len(images))]
 
 
-def fidelity(images: Tensor, asked: Sequence[Mapping[str, str]]) -> list[float | None]:
-    """Share of the asked-for traits that each picture shows, in [0, 1].
+def fidelity(images: Tensor, traits: Sequence[Mapping[str, str]]) -> list[float | None]:
+    """Share of the traits in its prompt that each picture shows, in [0, 1].
 
     Args:
         images: (n, 3, h, w) float in [-1, 1].
-        asked: one mapping per picture, trait name -> value, e.g. `{"class": "person", "hair": "red"}`.
+        traits: of the prompts, one mapping per picture, trait name -> value, e.g. `{"class": "person", "hair": "red"}`.
 
     Returns:
-        One value per picture; `None` where nothing was asked or the picture is not finite.
+        One value per picture; `None` where the prompt has none or the picture is not finite.
     """
     finite = torch.isfinite(images).flatten(1).all(dim=1)
     seen = read_traits(torch.nan_to_num(images))
     return [
         sum(have[k] == v for k, v in want.items()) / len(want) if ok and want else None
-        for have, want, ok in zip(seen, asked, finite, strict=True)
+        for have, want, ok in zip(seen, traits, finite, strict=True)
     ]

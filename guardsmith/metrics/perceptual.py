@@ -16,10 +16,10 @@ from guardsmith.models.checkpoint import DiffusionModel
 def encoder_features(model: DiffusionModel, pixels: Tensor) -> list[Tensor]:
     """Features of the VAE's encoder, (n, c, h, w) each: after its first convolution and after every block."""
     encoder = model.vae.encoder
-    found = [encoder.conv_in(pixels.to(encoder.conv_in.weight.device))]
+    features = [encoder.conv_in(pixels.to(encoder.conv_in.weight.device))]
     for block in encoder.down_blocks:
-        found.append(block(found[-1]))
-    return [each.to(pixels.device) for each in found]
+        features.append(block(features[-1]))
+    return [each.to(pixels.device) for each in features]
 
 
 def perceptual_distance(model: DiffusionModel, first: Tensor, second: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ BATCH = 32
 
 
 @contextmanager
-def told_in_a_sentence(source: str) -> Iterator[None]:
-    """Inside, what transformers says of weights that it cannot load becomes an error of ours.
+def loading_errors(source: str) -> Iterator[None]:
+    """Inside, errors of transformers about weights that it cannot load become one sentence.
 
     Raises:
         UserError: there are no such weights as safetensors.
@@ -55,9 +55,9 @@ def pretrained(kind: Any, source: str) -> Any:
     Raises:
         ValueError: weights are missing, which transformers would make up.
     """
-    model, told = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-    if told["missing_keys"]:
-        raise ValueError(f"it has no {sorted(told['missing_keys'])[0]}")
+    model, report = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"it has no {sorted(report['missing_keys'])[0]}")
     return model.eval().requires_grad_(False)
 
 
@@ -76,31 +76,31 @@ class VisionEncoder:
         from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         self.kind, self.source = kind, source
-        with told_in_a_sentence(source):
+        with loading_errors(source):
             self.model = pretrained(CLIPVisionModelWithProjection if kind == "clip" else AutoModel, source)
             config = AutoConfig.from_pretrained(source)
             scaling = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        told = {} if scaling is None else json.loads(Path(scaling).read_text(encoding="utf-8"))
+        preprocessing = {} if scaling is None else json.loads(Path(scaling).read_text(encoding="utf-8"))
         vision = getattr(config, "vision_config", config)
         self.size = int(vision.image_size)
-        self.mean = torch.tensor(told.get("image_mean", IMAGENET_DEFAULT_MEAN)).view(3, 1, 1)
-        self.std = torch.tensor(told.get("image_std", IMAGENET_DEFAULT_STD)).view(3, 1, 1)
+        self.mean = torch.tensor(preprocessing.get("image_mean", IMAGENET_DEFAULT_MEAN)).view(3, 1, 1)
+        self.std = torch.tensor(preprocessing.get("image_std", IMAGENET_DEFAULT_STD)).view(3, 1, 1)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) float in [-1, 1] -> (n, width) float, norm 1."""
-        found = []
+        embeddings = []
         for chunk in images.float().split(BATCH):
             if chunk.shape[-2:] != (self.size, self.size):
                 chunk = F.interpolate(chunk, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
             out = self.model(pixel_values=(chunk / 2 + 0.5 - self.mean) / self.std)
-            found.append(out.image_embeds if self.kind == "clip" else out.last_hidden_state[:, 0])
-        return F.normalize(torch.cat(found), dim=-1)
+            embeddings.append(out.image_embeds if self.kind == "clip" else out.last_hidden_state[:, 0])
+        return F.normalize(torch.cat(embeddings), dim=-1)
 
     def features(self, images: Tensor) -> Tensor:
         """Features for KID, (n, width), each of length sqrt(width) as those of the embedded world."""
-        found = self.embed(images)
-        return found * math.sqrt(found.shape[1])
+        embeddings = self.embed(images)
+        return embeddings * math.sqrt(embeddings.shape[1])
 
     def similarity(self, images: Tensor, references: Tensor) -> list[float | None]:
         """See `identity.similarity`."""
@@ -127,7 +127,7 @@ def load_prompt_fit(source: str) -> Callable[[Tensor, Sequence[str]], list[float
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
     pictures = load_vision("clip", source)
-    with told_in_a_sentence(source):
+    with loading_errors(source):
         text = pretrained(CLIPTextModelWithProjection, source)
         tokenizer = AutoTokenizer.from_pretrained(source)
 
@@ -135,10 +135,10 @@ def load_prompt_fit(source: str) -> Callable[[Tensor, Sequence[str]], list[float
     def prompt_fit(images: Tensor, prompts: Sequence[str]) -> list[float | None]:
         """See `load_prompt_fit`."""
         length = text.config.max_position_embeddings
-        asked = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        told = F.normalize(text(**asked).text_embeds, dim=-1)
+        tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        prompt_embeddings = F.normalize(text(**tokens).text_embeds, dim=-1)
         finite = torch.isfinite(images).flatten(1).all(dim=1)
-        scores = (pictures.embed(torch.nan_to_num(images)) * told).sum(dim=1)
+        scores = (pictures.embed(torch.nan_to_num(images)) * prompt_embeddings).sum(dim=1)
         return [float(score) if ok else None for score, ok in zip(scores, finite, strict=True)]
 
     return prompt_fit

@@ -131,14 +131,14 @@ class FlowSchedule:
         """Read `scheduler_config.json`."""
         return cls(dict(FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=subfolder).config))
 
-    def shares(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the picture and of the noise there is, float32 (n, 1, 1, 1) each."""
         noise = (timesteps / float(self.config.num_train_timesteps)).reshape(-1, 1, 1, 1)
         return 1 - noise, noise
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t, (n, c, h, w)."""
-        kept, added = (share.to(latents) for share in self.shares(timesteps))
+        kept, added = (share.to(latents) for share in self.alpha_sigma(timesteps))
         return kept * latents + added * noise
 
     def solver(self) -> DPMSolverMultistepScheduler:

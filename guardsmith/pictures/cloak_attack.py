@@ -133,6 +133,9 @@ def check_references(files: Sequence[Path], references: Sequence[Path]) -> None:
     Raises:
         UserError: one is, or pictures cannot be used.
     """
+    both = {file.resolve() for file in files} & {file.resolve() for file in references}
+    if both:
+        raise UserError(f"{sorted(both)[0]} is a reference and trained on; references are pictures nobody trains on")
     prints = open_each([*files, *references], fingerprint)
     for i, j, _ in near_duplicates(prints):
         if i < len(files) <= j:

@@ -32,7 +32,7 @@ class DiffPureConfig(BaseModel):
     timestep: int = Field(300, ge=0, le=999)
     """How far pictures are noised, of 1000 (the paper's pixel model: 400)."""
     prompt: str = "a photo of a {class_noun}, high quality, highres"
-    """latent: what the model is told; empty for the paper's variant without a prompt."""
+    """latent: its prompt; empty for the paper's variant without a prompt."""
     guidance: float = Field(7.5, ge=1)
     """latent: classifier-free guidance scale; without a prompt there is none."""
     pixel_model: str = "google/ddpm-ema-celebahq-256"

@@ -44,7 +44,7 @@ def purify(model: DiffusionModel, images: Tensor, config: ImpressConfig, *, clas
     Raises:
         RunFailed: it diverged.
     """
-    found = []
+    purified = []
     for start in range(0, len(images), config.batch_size):
         given = images[start : start + config.batch_size]
         noise = torch.randn(given.shape, generator=generator(seed, start))
@@ -61,5 +61,5 @@ def purify(model: DiffusionModel, images: Tensor, config: ImpressConfig, *, clas
             optimizer.step()
             with torch.no_grad():
                 pixels.clamp_(-1, 1)
-        found.append(pixels.detach())
-    return torch.cat(found)
+        purified.append(pixels.detach())
+    return torch.cat(purified)

@@ -23,10 +23,10 @@ class JpegConfig(BaseModel):
 
 def purify(model: DiffusionModel, images: Tensor, config: JpegConfig, *, class_noun: str, seed: int) -> Tensor:
     """Pictures after it, float32 (n, 3, h, w) in [-1, 1]; nothing else is used."""
-    found = []
+    compressed = []
     for image in images:
-        kept = io.BytesIO()
-        to_pil(image).save(kept, "JPEG", quality=config.quality)
-        with Image.open(kept) as again:
-            found.append(again.convert("RGB"))
-    return to_tensor(found)
+        buffer = io.BytesIO()
+        to_pil(image).save(buffer, "JPEG", quality=config.quality)
+        with Image.open(buffer) as image_again:
+            compressed.append(image_again.convert("RGB"))
+    return to_tensor(compressed)

@@ -58,7 +58,7 @@ def load_pixel_model(source: str) -> PixelModel:
 def taken_back(model: PixelModel, pixels: Tensor, timestep: int, seed: int) -> Tensor:
     """Pictures noised to a timestep and taken back by DDPM, step by step, (n, 3, size, size) in [-1, 1]."""
     if not (pixels.min() >= -1.001 and pixels.max() <= 1.001):
-        raise ValueError(f"pictures must be in [-1, 1], found [{pixels.min():.2f}, {pixels.max():.2f}]")
+        raise ValueError(f"pictures must be in [-1, 1], not [{pixels.min():.2f}, {pixels.max():.2f}]")
     rng = generator(seed)
     noise = torch.randn(pixels.shape, generator=rng)
     noisy = model.scheduler.add_noise(pixels, noise, torch.full((len(pixels),), timestep))

@@ -20,7 +20,7 @@ from guardsmith.models.networks import load_network
 
 
 class RestoreConfig(BaseModel):
-    """Which model, and how it is asked."""
+    """Which model, and its settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +35,7 @@ class RestoreConfig(BaseModel):
     noise_level: int = Field(20, ge=0)
     """upscaler: noise that is added to the small picture."""
     prompt: str = "A photo of a {class_noun}"
-    """upscaler: what it is told."""
+    """upscaler: its prompt."""
 
 
 class Restorer(nn.Module):

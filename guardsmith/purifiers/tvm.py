@@ -51,25 +51,25 @@ def purify(model: DiffusionModel, images: Tensor, config: TvmConfig, *, class_no
     small = (
         F.interpolate(images, scale_factor=1 / config.shrink, mode="area") if config.shrink > 1 else images
     ) / 2 + 0.5  # the weight is meant for values from 0 to 1
-    kept = (torch.rand((len(small), 1, *small.shape[2:]), generator=generator(seed)) >= config.dropped).float()
-    found = small.clone().requires_grad_()
+    visible = (torch.rand((len(small), 1, *small.shape[2:]), generator=generator(seed)) >= config.dropped).float()
+    solution = small.clone().requires_grad_()
     # The norm of the misfit has a kink at nothing, where solvers of smooth problems get stuck: it is the minimum over m of
     # misfit^2 / (2 m) + m / 2, so the two are solved in turn.
-    tied = torch.ones(len(small))
+    scale = torch.ones(len(small))
     for _ in range(ROUNDS):
-        solver = torch.optim.LBFGS([found], max_iter=config.iterations // ROUNDS, line_search_fn="strong_wolfe")
+        solver = torch.optim.LBFGS([solution], max_iter=config.iterations // ROUNDS, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             solver.zero_grad()  # noqa: B023 (called at once)
-            misfit = (kept * (found - small)).square().sum((1, 2, 3)) / (2 * tied)  # noqa: B023
-            loss = (misfit + config.weight * total_variation(found)).sum()
+            misfit = (visible * (solution - small)).square().sum((1, 2, 3)) / (2 * scale)  # noqa: B023
+            loss = (misfit + config.weight * total_variation(solution)).sum()
             loss.backward()
             return loss
 
         solver.step(closure)
         with torch.no_grad():
-            tied = (kept * (found - small)).square().sum((1, 2, 3)).sqrt().clamp(min=LEAST)
-    drawn = found.detach() * 2 - 1
+            scale = (visible * (solution - small)).square().sum((1, 2, 3)).sqrt().clamp(min=LEAST)
+    drawn = solution.detach() * 2 - 1
     if config.shrink > 1:
         drawn = F.interpolate(drawn, size, mode="bicubic", align_corners=False)
     return drawn.clamp(-1, 1)

@@ -50,7 +50,7 @@ def settle() -> None:
     """
     give_memory_back()
     if os.environ.get(DETERMINISTIC) == "1":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants to be told
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)
 

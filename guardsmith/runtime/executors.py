@@ -34,13 +34,16 @@ Job = TypeVar("Job")
 def run_all(
     function: Callable[[Job], object], jobs: Sequence[Job], *, executor: str = "local", workers: int | None = None
 ) -> Iterator[tuple[Job, Exception | None]]:
-    """Call a function of a module with every job, somewhere; gives each job when it is done, with what it raised.
+    """Call a function with every job, in processes of this machine or on a Ray cluster.
 
     Args:
         function: importable where it runs; its results are not brought back.
         jobs: its arguments, each on its own.
         executor: one of `EXECUTORS`.
-        workers: at the same time: processes of this machine, or of a Ray that starts here.
+        workers: jobs that run at the same time: in processes of this machine, or of a Ray that starts here.
+
+    Yields:
+        Each job when it has ended, with the exception that it raised, or `None`.
 
     Raises:
         UserError: there is no Ray here, or no cluster at its address.
@@ -81,18 +84,18 @@ def _ray() -> Any:
 
 
 def _call(function: Callable[[Job], object], job: Job, variables: dict[str, str]) -> None:
-    """In a worker of Ray: what the processes of this machine do of themselves (see `guardsmith.runtime.processes`)."""
+    """Run a job in a worker of Ray, set up as the processes of this machine are (see `guardsmith.runtime.processes`)."""
     os.environ.update(variables)
     torch.set_num_threads(1)
     quiet_libraries()
     function(job)
 
 
-def _knock(address: str) -> None:
-    """Whether anybody answers at host:port, which Ray itself takes minutes to find out.
+def check_reachable(address: str) -> None:
+    """Check that a server answers at host:port, for which Ray itself takes minutes.
 
     Raises:
-        UserError: nobody does.
+        UserError: none does.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):  # "auto" and other words of Ray's
@@ -110,8 +113,8 @@ def _with_ray(
     address, device = os.environ.get(ADDRESS), chosen_device()
     here = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False} if address is None else {}
     if address is not None:
-        _knock(address)
-    told = {name: os.environ[name] for name in INHERITED if name in os.environ}
+        check_reachable(address)
+    variables = {name: os.environ[name] for name in INHERITED if name in os.environ}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="error", **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -120,7 +123,7 @@ def _with_ray(
     try:
         share = {"num_cpus": 1} if device.type == "cpu" else {"num_cpus": 1, "num_gpus": 1}
         remote = ray.remote(max_retries=RETRIES, **share)(_call)
-        running = {remote.remote(function, job, told): job for job in jobs}
+        running = {remote.remote(function, job, variables): job for job in jobs}
         while running:
             [done], _ = ray.wait(list(running), num_returns=1)
             raised: Exception | None = None

@@ -18,7 +18,7 @@ from guardsmith.core.errors import RunFailed
 from guardsmith.core.progress import quiet_libraries
 from guardsmith.runtime.device import chosen_device
 
-_told: Any = None
+_queue: Any = None
 
 
 def _end_with_parent() -> None:
@@ -28,9 +28,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _start(told: Any) -> None:
-    global _told
-    _told = told
+def _start(queue: Any) -> None:
+    global _queue
+    _queue = queue
     # Whoever is killed cannot end its processes; without this they would finish what they were at, for minutes.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
@@ -38,26 +38,26 @@ def _start(told: Any) -> None:
     quiet_libraries()
 
 
-def tell(news: Any) -> None:
-    """Called in a process: send something small to whoever waits in `gather`."""
-    _told.put(news)
+def send(message: Any) -> None:
+    """Called in a worker process: send a small message to the process that waits in `gather`."""
+    _queue.put(message)
 
 
 @contextmanager
 def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    """A pool of `count` processes, and what they told; by default one per core, or one where networks run on an accelerator.
+    """A pool of `count` processes and the queue of their messages; by default one per core, or one with an accelerator.
 
-    None of them outlives the block: on an exception, Ctrl-C included, they are ended.
+    On an exception, Ctrl-C included, they are ended.
 
     Raises:
         RunFailed: one of them was killed.
     """
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    told = context.SimpleQueue()  # without a thread behind it: what was told is there when the teller is done
+    queue = context.SimpleQueue()  # without a thread behind it: a message is there before its sender's job ends
     usual = os.cpu_count() if chosen_device().type == "cpu" else 1
-    pool = ProcessPoolExecutor(count or usual, mp_context=context, initializer=_start, initargs=(told,))
+    pool = ProcessPoolExecutor(count or usual, mp_context=context, initializer=_start, initargs=(queue,))
     try:
-        yield pool, told
+        yield pool, queue
         pool.shutdown()
     except BaseException as error:
         for child in multiprocessing.active_children():
@@ -69,17 +69,17 @@ def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, A
         raise
 
 
-def gather(running: list[Future[Any]], told: Any, on_news: Callable[[Any], None]) -> None:
-    """Wait for all of them, passing on what the processes tell.
+def gather(running: list[Future[Any]], queue: Any, on_message: Callable[[Any], None]) -> None:
+    """Wait for all jobs, handing on the messages that their processes send.
 
     Raises:
-        Exception: the first one that a process raised.
+        Exception: the first one that a job raised.
     """
     left = True
     while left:
         left = bool(wait(running, timeout=0.2).not_done)
-        while not told.empty():
-            on_news(told.get())
+        while not queue.empty():
+            on_message(queue.get())
         for future in running:
             if future.done():
                 future.result()

@@ -27,7 +27,7 @@ from torch import Tensor
 from guardsmith.core.progress import stage
 from guardsmith.core.seeds import IDEAL_NEGATIVES, IDEAL_SUBJECTS
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import clean_shares, draw_rows, shares
+from guardsmith.diffusion.losses import alpha_sigma, clean_coefficients, draw_rows
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, instance_prompt
 from guardsmith.diffusion.sampling import first_noise, solver_for
 from guardsmith.diffusion.states import StateRecorder, States
@@ -88,8 +88,8 @@ def ideal_states(
         latents = first_noise(model, seeds[start : start + BATCH]) * solver.init_noise_sigma
         for t in solver.timesteps:
             recorder(int(t), latents)
-            signal, noise = shares(model.scheduler, t.reshape(1))
-            seen, said = clean_shares(model.scheduler, t.reshape(1))
+            signal, noise = alpha_sigma(model.scheduler, t.reshape(1))
+            seen, said = clean_coefficients(model.scheduler, t.reshape(1))
             out = model.unet(latents, t, nothing.expand(len(latents), -1, -1), return_dict=False)[0]
             without = seen * latents - said * out
             clean = without + guidance * (

@@ -14,7 +14,7 @@ from torch import Tensor
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.core.progress import stage
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.losses import Rows, cut, draw_rows, join, predict, shares
+from guardsmith.diffusion.losses import Rows, alpha_sigma, cut, draw_rows, join, predict
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.states import States
 from guardsmith.methods.data import OrdinaryData, SubjectData
@@ -110,7 +110,7 @@ def put_state(
     step = candidates[torch.randint(len(candidates), (), generator=rng)]
     time = int(states.timesteps[step])
     rows.timesteps[row] = time
-    rows.latents[row] = states.latents[picture, step] / shares(scheduler, torch.tensor([time]))[0][0]
+    rows.latents[row] = states.latents[picture, step] / alpha_sigma(scheduler, torch.tensor([time]))[0][0]
     rows.noise[row] = 0
 
 

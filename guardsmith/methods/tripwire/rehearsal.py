@@ -24,7 +24,7 @@ from guardsmith.diffusion.sampling import generate
 from guardsmith.diffusion.states import StateRecorder, States
 from guardsmith.methods.data import SubjectData
 from guardsmith.models.checkpoint import DiffusionModel, load_model
-from guardsmith.runtime.processes import gather, processes, tell
+from guardsmith.runtime.processes import gather, processes, send
 from guardsmith.training.loop import UNetCost, load_checkpoint, save_checkpoint
 
 REHEARSALS = ("dreambooth", "lora")
@@ -73,7 +73,7 @@ def rehearse(
 def _rehearse(source: str, subject: SubjectData, config: Any, kind: str, seed: int, file: Path) -> None:
     model = load_model(source)
     with UNetCost() as counter:
-        images, states = rehearse(model, subject, config, kind, seed=seed, on_step=lambda _, loss, __: tell(loss))
+        images, states = rehearse(model, subject, config, kind, seed=seed, on_step=lambda _, loss, __: send(loss))
     drawn = {"images": images, "states": states.latents, "timesteps": states.timesteps}
     save_checkpoint(file, drawn, {"forwards": counter.forwards, "backwards": counter.backwards})
 
