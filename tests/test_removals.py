@@ -225,11 +225,10 @@ def test_attackers_train_with_other_optimizers(optimizer, tiny_v, monkeypatch):
         pytest.importorskip(optimizers.NEEDED[optimizer][0])
     made = []
     real = optimizers.make_optimizer
-    for module in ("dreambooth",):
-        monkeypatch.setattr(
-            f"guardsmith.attacks.{module}.make_optimizer",
-            lambda name, *args, **more: made.append((name, more["weight_decay"])) or real(name, *args, **more),
-        )
+    monkeypatch.setattr(
+        "guardsmith.attacks.base.make_optimizer",
+        lambda name, *args, **more: made.append((name, more["weight_decay"])) or real(name, *args, **more),
+    )
     for name in ("dreambooth", "lora", "custom_diffusion", "cdl"):
         attack = ATTACKS[name]
         config = attack.config(**PARAMS, optimizer=optimizer, weight_decay=0.05)
