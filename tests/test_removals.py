@@ -166,11 +166,11 @@ def test_rounded_weights_have_few_values():
     assert torch.allclose(rounded(weight, 8), weight, atol=0.02) and not torch.equal(rounded(weight, 8), weight)
 
 
-def units_of(tmp_path, change):
+def units_of(tmp_path, change, seed=0):
     base = load_model("builtin:avatar")
     judged = {side: Judged(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
     attacks = {"other": {"name": "lora", "params": PARAMS} | change}
-    recipe = load_recipe("demo", ["verify.attacks=" + json.dumps(attacks), "verify.identifiers=[zwx]",
+    recipe = load_recipe("demo", ["verify.attacks=" + json.dumps(attacks), f"verify.seeds=[{seed}]", "verify.identifiers=[zwx]",
                                   "verify.class_images=0", "verify.images_per_unit=2"])  # fmt: skip
     return list(plan_units(load_registry(ROOT / "registries" / "demo.yaml"), recipe, judged))
 
@@ -225,11 +225,10 @@ def test_attackers_train_with_other_optimizers(optimizer, tiny_v, monkeypatch):
         pytest.importorskip(optimizers.NEEDED[optimizer][0])
     made = []
     real = optimizers.make_optimizer
-    for module in ("dreambooth",):
-        monkeypatch.setattr(
-            f"guardsmith.attacks.{module}.make_optimizer",
-            lambda name, *args, **more: made.append((name, more["weight_decay"])) or real(name, *args, **more),
-        )
+    monkeypatch.setattr(
+        "guardsmith.attacks.base.make_optimizer",
+        lambda name, *args, **more: made.append((name, more["weight_decay"])) or real(name, *args, **more),
+    )
     for name in ("dreambooth", "lora", "custom_diffusion", "cdl"):
         attack = ATTACKS[name]
         config = attack.config(**PARAMS, optimizer=optimizer, weight_decay=0.05)
@@ -247,3 +246,43 @@ def test_an_optimizer_that_is_not_installed_is_refused_before_anything_runs(monk
     with pytest.raises(UserError, match=r"needs prodigyopt: pip install guardsmith\[prodigy\]") as caught:
         load_recipe("demo", ["verify.attacks=" + json.dumps({"some": attack})])
     assert_one_sentence(caught.value)
+
+
+def test_the_report_says_what_removals_cost(tmp_path):
+    from guardsmith.core.atomic_io import write_json
+    from guardsmith.evaluation.judging import removal_records
+
+    units = [
+        unit for seed in (0, 1) for unit in units_of(tmp_path, {"removal": {"name": "merge_weights"}}, seed)
+        if (unit.side, unit.subject) == ("hardened", "mira")
+    ]  # fmt: skip
+    cost = {"unet_forwards": 0, "pictures": 0, "needs_base": True, "changed_weights": 0.5}
+    for unit, seconds in zip(units, (1.0, 3.0), strict=True):
+        assert removal_records([unit]) == [], "a unit that did not run has no cost"
+        unit.folder.mkdir(parents=True)
+        write_json(unit.folder / "attack.json", {"removal_cost": cost | {"seconds": seconds}})
+    [record] = removal_records(units)
+    assert (record.side, record.subject, record.attack, record.removal) == (
+        "hardened",
+        "mira",
+        "other",
+        "merge_weights",
+    )
+    assert record.seconds == 2.0 and record.needs_base and record.changed_weights == 0.5
+    assert removal_records(units_of(tmp_path, {})) == []
+
+
+def test_a_policy_judges_the_threat_model_that_it_names():
+    from guardsmith.evaluation.preflight import check_threat_model
+    from guardsmith.gate.policy import default_policy
+
+    hosted = load_recipe("demo")
+    editing = load_recipe("avatar-removal")
+    policy = default_policy()
+    for recipe, tested, other in ((hosted, "hosted", "open-weights"), (editing, "open-weights", "hosted")):
+        check_threat_model(policy, recipe)
+        check_threat_model(policy.model_copy(update={"threat_model": tested}), recipe)
+        with pytest.raises(UserError, match=f"{other}, and the recipe's attacks test {tested}") as caught:
+            check_threat_model(policy.model_copy(update={"threat_model": other}), recipe)
+        assert_one_sentence(caught.value)
+    assert policy.digest != policy.model_copy(update={"threat_model": "hosted"}).digest
