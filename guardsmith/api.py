@@ -131,7 +131,8 @@ def harden(
         base: `builtin:avatar`, a diffusers folder, a Hub id (`org/name`), or a diffusers pipeline, which is saved to
             `OUTPUT-base` first so that the run can be resumed and verified.
         registry: from `load_registry`.
-        method: hardening method (`guardsmith list methods`); by default the recipe's.
+        method: hardening method (`guardsmith list methods`); by default the recipe's. Off the embedded base there is no default:
+            a method or a recipe has to be named.
         params: the method's parameters; the others are the recipe's.
         recipe: name, file, or from `load_recipe`; by default the one that fits base and method.
         output: folder to write.
@@ -148,8 +149,11 @@ def harden(
         RunFailed: the training diverged, memory or disk ran out; `resume` goes on from the last checkpoint.
     """
     from guardsmith.config.loading import choose_recipe
+    from guardsmith.core.console import warn
     from guardsmith.core.progress import quiet_libraries
+    from guardsmith.evaluation.forecast import before_hardening
     from guardsmith.hardening.pipeline import harden as run
+    from guardsmith.hardening.record import wrecked_sentence
 
     folder = Path(output)
     quiet_libraries()
@@ -158,7 +162,10 @@ def harden(
         changes = {"method.name": method, "seed": seed, "compute.precision": precision}
         changes |= {f"method.params.{key}": value for key, value in (params or {}).items()}
         chosen = choose_recipe(recipe, place, {key: value for key, value in changes.items() if value is not None})
-        record = run(registry, chosen, folder, resume=resume, overwrite=overwrite, report_to=report_to)
+        check = before_hardening(registry, chosen, folder, verifies=False)
+        record = run(registry, chosen, folder, resume=resume, overwrite=overwrite, report_to=report_to, check=check)
+        if sentence := wrecked_sentence(record):
+            warn(f"{folder}: {sentence}")
     return Hardened(folder, record)
 
 
@@ -200,6 +207,7 @@ def verify(
         UserError: bad input; one sentence says what to do.
         RunFailed: a worker was killed, memory or disk ran out; calling again goes on.
     """
+    from guardsmith.config.choosing import is_embedded
     from guardsmith.config.loading import budget_changes, choose_recipe
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.evaluation.pipeline import verify as run
@@ -218,6 +226,8 @@ def verify(
         if known:
             source, place = None, None
             recipe = recorded_recipe(model.record) if recipe is None else recipe
+            if recipe is None and not is_embedded(model.record["base"]):
+                raise UserError("this hardening is of an earlier version and names no recipe; give recipe=")
         else:
             source = model if isinstance(model, str | Path) else _saved(model, folder, "model")
             place = base if isinstance(base, str) else str(_saved(base, folder))

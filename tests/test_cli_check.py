@@ -16,6 +16,8 @@ from guardsmith.core.errors import RunFailed
 from guardsmith.core.images import sha256_file
 from guardsmith.registry import loader as registry_module
 
+ROOT = Path(__file__).parent.parent
+
 
 def blobs(seed, size=64):
     """A smooth random picture; two seeds look nothing alike."""
@@ -61,7 +63,10 @@ def test_check_prints_a_table_to_stdout_and_talk_to_stderr(folder, capsys):
     row = next(line for line in out.split("\n") if "tom" in line)
     assert row.split() == ["tom", "person", "person", "control", "0", "2", "2", "not", "needed"]
     assert "next" not in out
-    assert err.strip().split("\n")[-1] == f"next: guardsmith harden --subjects {folder / 'R.yaml'}"
+    assert err.strip().split("\n")[-1] == "next: guardsmith list recipes", "nobody is sent to the avatar base with photographs"
+    assert main(["check", str(ROOT / "registries" / "demo.yaml")]) == 0
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert last == f"next: guardsmith harden --subjects {ROOT / 'registries' / 'demo.yaml'}"
 
 
 def test_check_json_is_data_only(folder, capsys):
@@ -74,7 +79,7 @@ def test_check_json_is_data_only(folder, capsys):
     assert len(data["controls"][0]["images"]) == 4
     assert data["digest"] == registry_module.load_registry(folder / "R.yaml").digest
     assert data["warnings"] == []
-    assert "next: guardsmith harden" in err
+    assert "next: guardsmith list recipes" in err
 
 
 def test_check_warns_about_what_is_not_pinned(folder, capsys):

@@ -13,7 +13,8 @@ from tiny import assert_one_sentence
 from guardsmith.core.errors import UserError
 from guardsmith.evaluation.judging import face_detection_failure
 from guardsmith.gate import policy
-from guardsmith.gate.policy import JudgeSpec, measure_policy
+from guardsmith.config.judge import JudgeSpec
+from guardsmith.gate.policy import measure_policy
 from guardsmith.metrics import Judge, face, load_judge
 from guardsmith.registry.loader import load_registry
 

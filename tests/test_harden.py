@@ -699,7 +699,7 @@ def test_an_unknown_recipe(guardsmith):
     ],
 )
 def test_a_dry_run_writes_nothing_and_tells_the_cost_of_the_real_one(run, tmp_path, options):
-    done = run("--dry-run", *options)
+    done = run("--dry-run", "--json", *options)
     assert done.code == 0
     plan = json.loads(done.out)
     assert list(tmp_path.iterdir()) == []
@@ -715,7 +715,9 @@ def test_a_dry_run_counts_bystanders(guardsmith, tmp_path):
     """The shipped table has 4,000."""
     plans, table = [], Path(__file__).parent.parent / "registries" / "bystanders.parquet"
     for bystanders in ([], ["--bystanders", f"parquet:{table}"]):
-        told = guardsmith("harden", "--recipe", "demo", "--output", tmp_path / "out", "--dry-run", *bystanders)
+        told = guardsmith(
+            "harden", "--recipe", "demo", "--output", tmp_path / "out", "--dry-run", "--json", *bystanders
+        )
         assert told.code == 0, told.err
         plans.append(json.loads(told.out))
     method = METHODS["tripwire"]
@@ -787,10 +789,10 @@ def test_an_unknown_list(guardsmith):
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_recipe_the_method_chooses_one_for_stable_diffusion(guardsmith, v_folder, tmp_path, method):
     registry = write_registry(tmp_path / "registry", seed=1)
-    flags = ("--base", v_folder, "--method", method, "--dry-run", "--output", tmp_path / "out")
+    flags = ("--base", v_folder, "--method", method, "--dry-run", "--json", "--output", tmp_path / "out")
     done = guardsmith("harden", "--subjects", registry, *flags)
     assert done.code == 0, done.err
-    asked = load_recipe(f"{method}-sd15").method
+    asked = load_recipe(f"{method}-sd21").method
     plan = json.loads(done.out)
     assert plan["method"] == method == asked.name
     assert plan["params"] == METHODS[method].config(**asked.params).model_dump(mode="json")

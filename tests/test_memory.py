@@ -124,7 +124,7 @@ def test_other_families_are_estimated_too(tmp_path, make):
 
 
 def test_a_dry_run_tells_it_and_does_without_a_base_that_is_not_here(capsys, monkeypatch):
-    asked = ["harden", "--dry-run", "--subjects", "registries/demo.yaml"]
+    asked = ["harden", "--dry-run", "--json", "--subjects", "registries/demo.yaml"]
     assert main([*asked, "--recipe", "demo"]) == 0
     told = json.loads(capsys.readouterr().out)["memory_gib"]
     assert 0 < told["activations"] < told["together"]

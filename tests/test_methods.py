@@ -16,7 +16,7 @@ from tiny import assert_one_sentence, largest_difference, pictures
 from guardsmith.cli.app import main
 from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import UserError
-from guardsmith.gate.policy import JudgeSpec
+from guardsmith.config.judge import JudgeSpec
 from guardsmith.methods import METHODS, HardeningContext, HardeningMethod, MethodConfig, Preparation, find_method
 from guardsmith.metrics import JUDGES, JudgeEntry, find_judge, load_judge
 from guardsmith.training.compute import ComputeConfig
@@ -165,7 +165,7 @@ def test_a_method_of_ones_own_hardens_from_the_command_line(toy, v_folder, tmp_p
     own = ["harden", "--recipe", str(tmp_path / "own.yaml"), "--output", str(tmp_path / "own")]
     flags = ["--method", toy, "--set", "method.params.class_images=3", "--set", "method.params.growth=0.5"]
     over = ["harden", "--recipe", str(tmp_path / "other.yaml"), "--output", str(tmp_path / "over"), *flags]
-    assert main([*own, "--dry-run"]) == 0
+    assert main([*own, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["unet_forward_equivalents"] == 21 and plan["params"]["growth"] == 0.5
     assert main(own) == 0 and main(over) == 0
@@ -179,7 +179,7 @@ def test_a_method_of_ones_own_hardens_from_the_command_line(toy, v_folder, tmp_p
     assert (tmp_path / "own/cache").is_dir() and not list((tmp_path / "own/cache").glob("ordinary*"))
     # Subjects are added to it as to any other.
     again = [*own[:-1], str(tmp_path / "more"), "--add-to", str(tmp_path / "own")]
-    assert main(again) == 0
+    assert main(again) == 4, "twice as far, its loss on class pictures is ten times the base's"
     more = load_file(tmp_path / "more/model/unet/diffusion_pytorch_model.safetensors")
     assert torch.allclose(more["conv_out.bias"], base["conv_out.bias"] + 3.0)
 

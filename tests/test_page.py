@@ -145,9 +145,10 @@ def test_the_verdict_comes_first_and_then_what_failed_worst_first(case, tmp_path
 
 def test_pictures_stand_in_the_rows_they_belong_to(case, tmp_path):
     text = made(case, tmp_path)
-    # failed at 4 x: real, hardened; undecided: real, base, hardened; then the rooms of mira and nora; then the pair
+    # at a glance: real, base, hardened, the control after the attack; failed at 4 x: real, hardened; undecided: real, base, hardened; then the rooms of mira and nora; then the pair
     failed, undecided = "BB" + "GGG", "BB" + "RRR" + "GGG"
-    assert colours(text) == failed + undecided + "BB" + "RRR" + "GGG" + "BB" + "RRR" + "RRR" + "RG"
+    opening = "BB" + "RRR" + "GGG" + "RRR"
+    assert colours(text) == opening + failed + undecided + "BB" + "RRR" + "GGG" + "BB" + "RRR" + "RRR" + "RG"
     assert text.count("<img ") == text.count(" alt=") == len(colours(text))
     assert "mira as drawn after lora-4 on the hardened model, similarity not scored" in text
 

@@ -219,14 +219,15 @@ def test_an_attack_label_that_is_no_folder_name_is_refused(tmp_path):
 
 def test_a_budget_changes_what_is_tried_and_single_values_go_on_top(capsys):
     from guardsmith.cli import app as cli
+    from guardsmith.cli.options import budget_as_changes
 
-    recipe = load_recipe("several-avatars", cli._budget("quick"))
+    recipe = load_recipe("several-avatars", budget_as_changes("quick"))
     assert (recipe.verify.sample, recipe.verify.evaluation_points, recipe.verify.full_factorial) == (4, (1.0,), False)
     assert recipe.verify.attacks == load_recipe("several-avatars").verify.attacks
-    assert load_recipe("several-avatars", cli._budget("standard")) == load_recipe("several-avatars")
-    audit = load_recipe("demo", [*cli._budget("audit"), "verify.images_per_unit=30"])
+    assert load_recipe("several-avatars", budget_as_changes("standard")) == load_recipe("several-avatars")
+    audit = load_recipe("demo", [*budget_as_changes("audit"), "verify.images_per_unit=30"])
     assert (audit.verify.seeds, audit.verify.images_per_unit, max(audit.verify.evaluation_points)) == ((0, 1, 2), 30, 4)
-    assert cli._budget(None) == []
+    assert budget_as_changes(None) == []
     assert cli.main(["run", "demo", "--budget", "lavish"]) == 2
     assert "choose quick, standard, audit" in capsys.readouterr().err
 

@@ -6,40 +6,28 @@ Nothing heavy is imported here: every command imports what it needs, so that `--
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shlex
 import traceback
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from guardsmith import __version__
 from guardsmith.cli.audit import audit_release
+from guardsmith.cli.harden import harden
 from guardsmith.cli.images import cloak, redteam, train_rid
+from guardsmith.cli.levels import levels
+from guardsmith.cli.plan import plan
 from guardsmith.cli.registry import check, registry_app
-from guardsmith.cli.release import (
-    CONTACT,
-    LICENCE,
-    LICENCE_FILE,
-    check_repo_id,
-    export,
-    import_file,
-    publish,
-    release_notes,
-    verify_signature,
-)
+from guardsmith.cli.release import export, import_file, publish, release_notes, verify_signature
+from guardsmith.cli.run import run
 from guardsmith.cli.screen import screen
-from guardsmith.cli.tables import compare, complete_recipe, list_table, print_policy
-from guardsmith.core.console import DAY, day, first_process, launched, print_line, print_schema, unfailing_stderr, warn
-from guardsmith.core.errors import GuardsmithError, RunFailed, UserError, out_of_memory, system_errno
-
-if TYPE_CHECKING:
-    from guardsmith.config.recipe import Recipe
-    from guardsmith.registry.loader import Registry
+from guardsmith.cli.tables import compare, list_table, print_policy
+from guardsmith.cli.verify import verify
+from guardsmith.core.console import first_process, launched, print_line, print_schema, unfailing_stderr
+from guardsmith.core.errors import GuardsmithError, UserError, out_of_memory, system_errno
 
 app = typer.Typer(
     name="guardsmith",
@@ -188,329 +176,13 @@ def report_schema(
     print_schema(json_schema(), output)
 
 
-# Words shared by harden, verify and run. Underscore spellings are those of diffusers' scripts.
-SUBJECTS = Annotated[Path | None, typer.Option("--subjects", help="Registry file; by default the recipe's.")]
-OUTPUT = Annotated[Path, typer.Option("--output", "--output_dir", "-o", help="Output folder.")]
-RECIPE = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe", help="Recipe name or file (see `guardsmith list recipes`).", autocompletion=complete_recipe
-    ),
-]
-CHANGES = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
-]
-NEGATIVES = Annotated[
-    str | None,
-    typer.Option(
-        "--negatives",
-        "--bystanders",
-        help="Images of unprotected people, used as negatives: folder, glob, parquet:FILE or hub:DATASET.",
-    ),
-]
-RESUME = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the output folder.")]
-OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Delete the output folder's earlier run first.")]
-BASE_RUNS = Annotated[
-    Path | None,
-    typer.Option(
-        help="Cache folder for the attacks on the base; verifications can share it.  [default: in the output folder]"
-    ),
-]
-WORKERS = Annotated[
-    int | None, typer.Option(min=1, help="Number of attacks that run at the same time; by default one per core.")
-]
-EXECUTOR = Annotated[
-    str, typer.Option(help="local, or ray (the cluster at RAY_ADDRESS, or a new one on this machine).")
-]
-BUDGET = Annotated[
-    str | None,
-    typer.Option(help="Size of the verification: quick, standard (the recipe's values) or audit; --set overrides it."),
-]
-POLICY = Annotated[
-    Path | None,
-    typer.Option(
-        help="Policy file: rules and levels of the gate (see `guardsmith policy`).  [default: the recipe's rules]"
-    ),
-]
-REPORT_TO = Annotated[
-    str | None,
-    typer.Option(
-        "--report-to",
-        "--report_to",
-        help="Trackers for losses and settings, separated by commas: tensorboard, trackio, wandb, ...",
-    ),
-]
-INCLUDE_IMAGES = Annotated[
-    bool,
-    typer.Option(
-        "--include-images",
-        help="Include pictures of real persons in report.html; those of invented persons are always included.",
-    ),
-]
-TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
-
-
-def _recipe(name: str | None, base: str | None, changes: list[str] | None, **values: Any) -> Recipe:
-    """The recipe with the flags that were given; without a name, the one that fits base and method."""
-    from guardsmith.config.loading import beside, choose_recipe
-
-    if values.get("negatives") is not None:
-        values["negatives"] = beside(Path(), values["negatives"])
-    flags = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-    return choose_recipe(name, base, [*(changes or []), *flags])
-
-
-def _verified_recipe(output: Path, name: str | None, changes: list[str]) -> Recipe:
-    """The recipe that a hardening is verified with: the one it was hardened with, unless another is named."""
-    from guardsmith.config.loading import choose_recipe
-    from guardsmith.hardening.record import read_hardening, recorded_recipe
-
-    record = output / "harden.json"
-    if name is not None or not record.is_file():
-        return _recipe(name, None, changes)
-    recipe = recorded_recipe(read_hardening(record))
-    if recipe is None:
-        warn(f"{record} does not say which recipe it is of: the attacks are those of `demo`; name yours with --recipe")
-    return choose_recipe(recipe, None, changes)
-
-
-def _budget(name: str | None) -> list[str]:
-    """The changes to a recipe that a budget stands for."""
-    from guardsmith.config.loading import budget_changes
-
-    return [f"{key}={json.dumps(value)}" for key, value in budget_changes(name).items()]
-
-
-def _named(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _registry(subjects: Path | None, recipe: Recipe, today: datetime | None) -> Registry:
-    from guardsmith.registry.loader import load_registry
-
-    if subjects is None and recipe.subjects is None:
-        raise UserError("no registry: name one with --subjects, or in the recipe as `subjects`")
-    registry = load_registry(subjects or str(recipe.subjects), today=day(today))
-    for warning in registry.warnings:
-        print_line(f"warning: {warning}", style="yellow")
-    return registry
-
-
-@app.command()
-def harden(
-    subjects: SUBJECTS = None,
-    output: OUTPUT = Path("out"),
-    recipe: RECIPE = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", "--pretrained_model_name_or_path", help="builtin:avatar, a diffusers folder or a Hub id."
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None,
-    method: Annotated[str | None, typer.Option(help="Hardening method (see `guardsmith list methods`).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    negatives: NEGATIVES = None,
-    changes: CHANGES = None,
-    add_to: Annotated[
-        Path | None,
-        typer.Option(
-            "--add-to", help="Start from this earlier output folder; the registry must contain its subjects too."
-        ),
-    ] = None,
-    resume: RESUME = False,
-    overwrite: OVERWRITE = False,
-    report_to: REPORT_TO = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with its cost and memory estimate, and stop.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print harden.json on stdout at the end.")] = False,
-    today: TODAY = None,
-) -> None:
-    """Harden a base model on the subjects of a registry: OUTPUT/model and OUTPUT/harden.json."""
-    flags = {"revision": revision, "method.name": method, "seed": seed, "negatives": negatives}
-    chosen = _recipe(recipe, base, changes, **flags)
-    registry = _registry(subjects, chosen, today)
-    if dry_run:
-        _print_plan(chosen, registry, output)
-        return
-    from guardsmith.core.progress import quiet_libraries
-    from guardsmith.hardening.pipeline import harden as run_hardening
-
-    quiet_libraries()
-    info = run_hardening(
-        registry, chosen, output, resume=resume, overwrite=overwrite, add_to=add_to, report_to=_named(report_to)
-    )
-    if not first_process():
-        return
-    if as_json:
-        typer.echo(json.dumps(info, indent=1, sort_keys=True))
-    print_line(f"hardened on {len(registry.subjects)} subjects in {info['seconds']:.0f} s: {output / 'model'}")
-    print_line(f"next: guardsmith verify {shlex.quote(str(output))} --subjects {shlex.quote(str(registry.path))}")
-
-
-def _print_plan(recipe: Recipe, registry: Registry, output: Path) -> None:
-    from guardsmith.hardening.data import bystander_files
-    from guardsmith.methods import find_method
-
-    method = find_method(recipe.method.name)
-    config = method.config(**recipe.method.params)
-    nouns = [subject.class_noun for subject in registry.subjects]
-    cost = method.cost(config, nouns)
-    if recipe.negatives is not None:
-        cost += method.negatives_cost(config, nouns, len(bystander_files(recipe.negatives)), recipe.sampling.steps)
-    plan = {
-        "base": recipe.base,
-        "subjects": [subject.id for subject in registry.subjects],
-        "controls": [subject.id for subject in registry.controls],
-        "method": recipe.method.name,
-        "params": config.model_dump(mode="json"),
-        "unet_forward_equivalents": cost,
-        "memory_gib": _memory(recipe, method, config),
-        "output": str(output),
-    }
-    typer.echo(json.dumps(plan, indent=1))
-    print_line("nothing was written; run again without --dry-run")
-
-
-def _memory(recipe: Recipe, method: Any, config: Any) -> dict[str, float] | None:
-    from guardsmith.hardening.memory import estimate
-
-    try:
-        found = estimate(recipe, method, config)
-    except RunFailed:  # it would have to be fetched from the Hub first
-        print_line(f"{recipe.base} is not on this machine: its memory cannot be estimated")
-        return None
-    return {key: round(value, 2) for key, value in found.items()}
-
-
-@app.command()
-def verify(
-    output: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="Output folder of `guardsmith harden`; with --model, the folder for the report."
-        ),
-    ],
-    subjects: SUBJECTS = None,
-    recipe: RECIPE = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Verify this checkpoint (folder or Hub id) against --base, whatever tool made it."),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of --model.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base of --model.  [default: the recipe's]")] = None,
-    changes: CHANGES = None,
-    base_runs: BASE_RUNS = None,
-    workers: WORKERS = None,
-    executor: EXECUTOR = "local",
-    policy: POLICY = None,
-    budget: BUDGET = None,
-    include_images: INCLUDE_IMAGES = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout instead of the table.")] = False,
-    today: TODAY = None,
-) -> None:
-    """Attack the base and the hardened model and compare; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
-    if model is None and (base or revision):
-        raise UserError("--base and --revision belong to --model; a hardening's own base is on record.")
-    flags = [*_budget(budget), *(changes or [])]
-    chosen = _verified_recipe(output, recipe, flags) if model is None else _recipe(recipe, base, flags)
-    registry = _registry(subjects, chosen, today)
-    from guardsmith.core.progress import quiet_libraries
-    from guardsmith.evaluation.pipeline import verify as run_verification
-    from guardsmith.gate.policy import load_policy
-
-    rules = None if policy is None else load_policy(policy)
-
-    quiet_libraries()
-    report = run_verification(
-        registry,
-        chosen,
-        output,
-        model=model,
-        revision=revision,
-        base_runs=base_runs,
-        workers=workers,
-        executor=executor,
-        policy=rules,
-        include_images=include_images,
-        quiet=as_json,
-    )
-    if as_json:
-        typer.echo(json.dumps(report.as_json(), indent=1, sort_keys=True))
-    raise typer.Exit(report.exit_code)
-
-
-@app.command()
-def run(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="Recipe name or file.", autocompletion=complete_recipe)
-    ],
-    output: OUTPUT = Path("out"),
-    subjects: SUBJECTS = None,
-    negatives: NEGATIVES = None,
-    changes: CHANGES = None,
-    resume: RESUME = False,
-    overwrite: OVERWRITE = False,
-    base_runs: BASE_RUNS = None,
-    workers: WORKERS = None,
-    executor: EXECUTOR = "local",
-    policy: POLICY = None,
-    budget: BUDGET = None,
-    include_images: INCLUDE_IMAGES = False,
-    report_to: REPORT_TO = None,
-    repo_id: Annotated[
-        str | None,
-        typer.Option("--publish", metavar="REPO_ID", help="Publish to this repository if the verdict is pass."),
-    ] = None,
-    contact: Annotated[str | None, CONTACT] = None,
-    licence: Annotated[str | None, LICENCE] = None,
-    licence_file: Annotated[Path | None, LICENCE_FILE] = None,
-    today: TODAY = None,
-) -> None:
-    """Harden and verify as a recipe says; exit 0 (pass), 1 (fail) or 3 (inconclusive)."""
-    if repo_id is not None:
-        check_repo_id(repo_id)
-    if (repo_id is None) != (contact is None):
-        raise UserError("--publish and --contact belong together: the model card says whom to write to")
-    chosen = _recipe(recipe, None, [*_budget(budget), *(changes or [])], negatives=negatives)
-    registry = _registry(subjects, chosen, today)
-    from guardsmith.core.progress import quiet_libraries
-    from guardsmith.evaluation.pipeline import verify as run_verification
-    from guardsmith.gate.policy import load_policy
-    from guardsmith.hardening.pipeline import harden as run_hardening
-    from guardsmith.runtime.executors import check_executor
-
-    rules = None if policy is None else load_policy(policy)
-    check_executor(executor)
-    quiet_libraries()
-    run_hardening(registry, chosen, output, resume=resume, overwrite=overwrite, report_to=_named(report_to))
-    report = run_verification(
-        registry,
-        chosen,
-        output,
-        base_runs=base_runs,
-        workers=workers,
-        executor=executor,
-        policy=rules,
-        include_images=include_images,
-    )
-    if repo_id is not None and contact is not None and report.exit_code == 0:
-        from guardsmith.registry.loader import present_day
-        from guardsmith.release.publish import publish as run_publishing
-
-        on = day(today) or present_day()
-        done = run_publishing(
-            output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file
-        )
-        print_line(f"published: {done.url} at {done.commit}")
-    elif repo_id is not None:
-        print_line(f"not published: the verdict is {report.verdict}")
-    raise typer.Exit(report.exit_code)
-
-
+app.command(no_args_is_help=True)(harden)
+app.command()(verify)
+app.command()(run)
+app.command()(plan)
 app.command()(check)
 app.command()(compare)
+app.command()(levels)
 app.command("policy")(print_policy)
 app.command("list")(list_table)
 app.command()(cloak)

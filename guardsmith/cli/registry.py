@@ -39,7 +39,11 @@ def check(
         for sentence in small_splits(subject):
             warn(sentence)
     print_line(f"the registry is in order: {len(loaded.subjects)} protected, {len(loaded.controls)} controls")
-    print_line(f"next: guardsmith harden --subjects {shlex.quote(str(registry))}")
+    if all(subject.is_invented for subject in loaded.subjects):  # as those that the embedded base can draw
+        print_line(f"next: guardsmith harden --subjects {shlex.quote(str(registry))}")
+    else:
+        print_line("a recipe has to fit your base (docs/how-to/base.md)")
+        print_line("next: guardsmith list recipes")
 
 
 def _print_subjects(registry: Registry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from datetime import datetime
 from pathlib import Path
@@ -19,13 +20,44 @@ LICENCE_FILE = typer.Option("--license-file", help="Text of that licence.")
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot be the name of a repository.
+    """Refuse what the Hub does not take as the name of a repository.
 
     Raises:
-        UserError: it is not organisation/name.
+        UserError: it is not organisation/name, or has characters that the Hub does not take.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise UserError(f"{repo_id} is no name of a repository; write it as organisation/name")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{repo_id} is no name that the Hub takes ({reason})") from error
+
+
+FORBIDDEN = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[/.-]|[/.]$|\.lock(/|$)|/\.|^@$|^$")
+
+
+def check_reference(name: str | None, option: str) -> None:
+    """Refuse what git does not take as the name of a branch or tag (git-check-ref-format).
+
+    Raises:
+        UserError: it does not.
+    """
+    if name is not None and FORBIDDEN.search(name):
+        raise UserError(f"{option} {name!r}: git takes no such name; use letters, digits, dots, dashes and slashes")
+
+
+def check_contact(contact: str) -> None:
+    """Refuse an empty contact, or one of several lines: it stands on the model card.
+
+    Raises:
+        UserError: it is.
+    """
+    if not contact.strip() or not contact.isprintable():
+        raise UserError("--contact: write an address or a link, in one line")
 
 
 def publish(
@@ -85,6 +117,9 @@ def publish(
     if keyless and sign_key:
         raise UserError("--sign-key and --sign-keyless are two ways to sign; choose one")
     check_repo_id(repo_id)
+    check_reference(branch, "--branch")
+    check_reference(tag, "--tag")
+    check_contact(contact)
     on = day(today) or present_day()
     try:
         registry = load_registry(subjects, today=on)
@@ -138,8 +173,14 @@ def export(
     keep_unknown: Annotated[
         bool, typer.Option("--keep-unknown", help="Copy tensors of no known part too; they may be the base's weights.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force-unverified", help="Although the gate did not say yes, or was not asked.")
+    ] = False,
 ) -> None:
-    """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place."""
+    """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place.
+
+    A model that was not verified, or whose verdict is not pass, is exported with --force-unverified only.
+    """
     from guardsmith.hardening.record import read_hardening
     from guardsmith.models.checkpoint import resolve, weights_digest
     from guardsmith.models.contents import in_words
@@ -159,6 +200,8 @@ def export(
         raise UserError(
             f"{output / 'model'} was changed after hardening (its digest differs from {record}); harden again"
         )
+    if not force and (objection := _objection(output, told["model_digest"])):
+        raise UserError(f"{objection}; export it all the same with --force-unverified")
     base = resolve(told["base"], told["base_revision"])
     done = write_single_file(like, base, output / "model", file, keep_unknown=keep_unknown)
     print_line(f"wrote {file}: {done.replaced} tensors are the hardened model's, everything else is {like}'s")
@@ -170,6 +213,18 @@ def export(
         print_line("the hardened tensors are stored in float32: a weight does not fit the precision of the file")
 
 
+def _objection(output: Path, digest: str) -> str | None:
+    """Why a hardened model is not to be passed on, if there is a reason."""
+    from guardsmith.reports.report import Report
+
+    if not (output / "verify" / "report.json").is_file():
+        return f"{output} was never verified (`guardsmith verify {shlex.quote(str(output))}`)"
+    report = Report.load(output)
+    if report.hardening.model_digest != digest:
+        return f"{output / 'verify' / 'report.json'} is about another model"
+    return None if report.verdict == "pass" else f"the verdict of {output / 'verify'} is {report.verdict}, not pass"
+
+
 def import_file(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Single-file checkpoint (A1111, ComfyUI), safetensors.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Diffusers folder to write.")],
@@ -179,6 +234,7 @@ def import_file(
     ] = None,
 ) -> None:
     """Make a diffusers folder of a single-file checkpoint, to be used as --base."""
+    from guardsmith.config.choosing import kind_of_base
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.models.checkpoint import load_model
     from guardsmith.models.single_file import read_single_file
@@ -190,8 +246,11 @@ def import_file(
     quiet_libraries()
     read_single_file(file, folder, config)
     kind = load_model(str(folder)).prediction_type
+    print_line(f"wrote {folder} ({kind})")
+    recipe = f"tripwire-{kind_of_base(str(folder))}"
+    place = shlex.quote(str(folder))
     print_line(
-        f"wrote {folder} ({kind}); next: guardsmith harden --base {shlex.quote(str(folder))} --subjects registry.yaml"
+        f"next: guardsmith plan {recipe} --base {place} --subjects registry.yaml (other recipes: guardsmith list recipes)"
     )
 
 

@@ -86,7 +86,8 @@ def print_policy(
 
     Without options it is the one of the embedded world; with a judge its levels are measured.
     """
-    from guardsmith.gate.policy import JudgeSpec, as_yaml, default_policy, measure_policy
+    from guardsmith.config.judge import JudgeSpec
+    from guardsmith.gate.policy import as_yaml, default_policy, measure_policy
     from guardsmith.metrics import find_judge
 
     if (judge is None) != (subjects is None) or ((judge_model or clip_t) and judge is None):
@@ -103,7 +104,7 @@ def print_policy(
         chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model, "clip_t": clip_t})
         policy = measure_policy(load_registry(subjects, today=day(today)), chosen, size)
     typer.echo(as_yaml(policy), nl=False)
-    print_line("next: put it into a file and use it with guardsmith verify DIR --policy FILE")
+    print_line("next: put it into a file; plan, verify and run take it as --policy FILE")
 
 
 TABLES = ("methods", "attacks", "evasions", "removals", "cloaks", "purifiers", "recipes")

@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from guardsmith.config.deployability import ADAPTERS
+from guardsmith.config.judge import RecipeJudge, with_levels
 from guardsmith.config.recipe import BUDGETS, MethodSpec, Recipe
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
-from guardsmith.core.console import warn
+from guardsmith.core.console import first_process, print_line, warn
 from guardsmith.core.errors import UserError, did_you_mean
 from guardsmith.core.yaml_text import Problem, odd_numbers, parse, read_yaml
 
@@ -115,11 +116,15 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     for warning in warnings:
         warn(warning)
     recipe = checked_recipe(data, str(path), changes)
-    places = {}
+    places: dict[str, Any] = {}
     if recipe.subjects is not None:
         places["subjects"] = str((path.parent / recipe.subjects).resolve())
     if recipe.negatives is not None:
         places["negatives"] = beside(path.parent, recipe.negatives)
+    section = data.get("judge")
+    named = isinstance(section, dict) and "name" in section
+    changed = any(change.split("=")[0].strip() == "judge.levels" for change in changes)  # typed here, so it begins here
+    places["judge"] = with_levels(recipe.judge, Path() if changed else path.parent, named)
     return recipe.model_copy(update=places)
 
 
@@ -167,7 +172,8 @@ def choose_recipe(
     """The recipe that a command or a call uses.
 
     Args:
-        recipe: a recipe, the name of a shipped one, or a file; `None` for the shipped one that fits base and method.
+        recipe: a recipe, the name of a shipped one, or a file; `None` for the shipped one that fits base and method;
+            off the embedded base a method has to be named then.
         base: `builtin:avatar`, a diffusers folder or a Hub id, in place of the recipe's.
         changes: `dotted.key=VALUE` each, or a mapping of dotted keys to values; in a mapping `None` changes nothing.
 
@@ -179,12 +185,17 @@ def choose_recipe(
     if base is not None:
         changes = [*changes, f"base={json.dumps(base)}"]
     if isinstance(recipe, Recipe):
-        return checked_recipe(recipe.model_dump(mode="json"), "the recipe", changes) if changes else recipe
+        changed = checked_recipe(recipe.model_dump(mode="json"), "the recipe", changes) if changes else recipe
+        levels = changed.judge.levels is not None  # levels that are named take the place of those on record
+        judge = with_levels(RecipeJudge(levels=changed.judge.levels), Path(), False) if levels else changed.judge
+        return changed.model_copy(update={"judge": judge})
     if recipe is None:
-        embedded = base is None or base.startswith("builtin:")
+        from guardsmith.config.choosing import is_embedded, shipped_recipe
+
         methods = [change.partition("=")[2].strip("\"' ") for change in changes if change.startswith("method.name=")]
-        own = f"{methods[-1] if methods else None}-{'avatar' if embedded else 'sd15'}"
-        recipe = own if own in recipe_names() else "demo" if embedded else "apdm-sd15"
+        recipe = shipped_recipe(base, methods[-1] if methods else None, recipe_names())
+        if not is_embedded(base) and first_process():
+            print_line(f"recipe: {recipe}, by base and method")
     return load_recipe(str(recipe), changes)
 
 

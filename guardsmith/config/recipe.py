@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from guardsmith.config.deployability import DeployabilityLimits, DeployabilitySpec
+from guardsmith.config.judge import RecipeJudge
 from guardsmith.core.redaction import Place, Private
 from guardsmith.training.compute import ComputeConfig
 
@@ -226,6 +227,8 @@ class Recipe(BaseModel):
     """Looks on the way."""
     verify: VerifySpec = VerifySpec()
     """The attacks."""
+    judge: RecipeJudge = RecipeJudge()
+    """Who measures similarity, and what its similarities mean; `--policy` may name another."""
     gate: GateSpec = GateSpec()
     """The rules of the verdict."""
     cloaks: dict[str, PixelSpec] = {}

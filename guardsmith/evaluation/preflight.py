@@ -15,7 +15,7 @@ from guardsmith.core.errors import UserError
 from guardsmith.evaluation.runs import Judged, attacked_subjects
 from guardsmith.gate.calibration import calibration
 from guardsmith.gate.evidence import Side
-from guardsmith.gate.policy import Policy, default_policy
+from guardsmith.gate.policy import Policy, recipe_policy
 from guardsmith.hardening.compatibility import check_against_base
 from guardsmith.hardening.record import read_hardening
 from guardsmith.metrics import Judge, load_judge
@@ -95,9 +95,8 @@ def preflight(
     else:
         base, hardened, hardening = made_elsewhere(model, revision, output, registry, recipe)
         record = None
-    if policy is None:
-        policy = default_policy(recipe.gate)
-    check_policy(policy, registry, base)
+    policy = recipe_policy(recipe, policy)
+    check_policy(policy, registry, base.image_size)
     check_threat_model(policy, recipe)
     recipe = recipe.model_copy(update={"gate": policy.rules})
     judge = load_judge(policy.judge.name, policy.judge.model, policy.judge.clip_t)
@@ -137,21 +136,23 @@ def check_threat_model(policy: Policy, recipe: Recipe) -> None:
         )
 
 
-def check_policy(policy: Policy, registry: Registry, base: DiffusionModel) -> None:
+def check_policy(policy: Policy, registry: Registry, image_size: int) -> None:
     """The policy's judge and levels have to be for this base and these classes.
 
     Raises:
         UserError: they are not.
     """
     nouns = {subject.class_noun for subject in (*registry.subjects, *registry.controls)}
-    if policy.judge.name == "avatar" and (base.image_size != SIZE or nouns - calibration().keys()):
+    if policy.judge.name == "avatar" and (image_size != SIZE or nouns - calibration().keys()):
         raise UserError(
             f"The embedded judges read 64 px avatars of class {', '.join(calibration())}; this registry or base is of another "
-            "kind: judge it by a policy with another judge (`guardsmith policy --judge dino --subjects REGISTRY`)."
+            "kind: give the recipe another judge (`judge`), whose levels `guardsmith levels FOLDER --judge dino` measures."
         )
     unknown = sorted(nouns - policy.classes.keys())
     if unknown:
-        raise UserError(f"The policy '{policy.name}' has no levels for {', '.join(unknown)}; add them under `classes`.")
+        raise UserError(
+            f"The policy '{policy.name}' has no levels for {', '.join(unknown)}; measure them (`guardsmith levels`)."
+        )
 
 
 def hardened_here(output: Path, registry: Registry) -> tuple[DiffusionModel, DiffusionModel, dict[str, Any]]:

@@ -6,52 +6,28 @@ Whoever signs a release can keep one file under review, and use it with every re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from guardsmith.config.deployability import DeployabilityLimits
+from guardsmith.config.judge import ClassLevels, JudgeSpec
 from guardsmith.config.loading import explain
-from guardsmith.config.recipe import GateSpec, ThreatModel
+from guardsmith.config.recipe import GateSpec, Recipe, ThreatModel
 from guardsmith.config.renamed import GATE_KEYS, POLICY_KEYS, with_new_keys
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures
-from guardsmith.core.redaction import Place
 from guardsmith.core.yaml_text import odd_numbers, read_yaml
 from guardsmith.gate.calibration import Levels, calibration, calibration_info
-from guardsmith.metrics import find_judge, load_judge
+from guardsmith.gate.levels import class_levels
+from guardsmith.metrics import load_judge
 from guardsmith.registry.loader import Registry
 from guardsmith.registry.types import Day
-
-
-class JudgeSpec(BaseModel):
-    """Who measures similarity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    name: str = "avatar"
-    """`avatar`: the embedded encoder, for the embedded world only. `dino`, `clip`: vision transformers of the Hub. `face`: dlib's
-    face recognition (`pip install guardsmith[face]`). `module:NAME`: one of your own."""
-    model: Place | None = None
-    """Folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that compares ordinary pictures."""
-    clip_t: Place | None = None
-    """Folder or Hub id of a CLIP that says how well ordinary pictures fit their prompts (CLIP-T); `null`: nobody does."""
-
-    @field_validator("name")
-    @classmethod
-    def _exists(cls, name: str) -> str:
-        try:
-            find_judge(name)
-        except UserError as error:
-            raise ValueError(str(error)) from error
-        return name
 
 
 class Policy(BaseModel):
@@ -123,35 +99,17 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
     Raises:
         UserError: a class has one subject only, or the judge cannot tell its subjects apart.
     """
-    measured = load_judge(judge.name, judge.model)
+    loaded = load_judge(judge.name, judge.model)
     everyone = (*registry.subjects, *registry.controls)
     classes, measured_on = {}, []
     for noun in dict.fromkeys(subject.class_noun for subject in everyone):
         people = [subject for subject in everyone if subject.class_noun == noun]
-        if len(people) < 2:
-            raise UserError(
-                f"{registry.path}: class {noun} has one subject only; levels need two at least, better twenty."
-            )
         drawn_from, compared_with = (
             [open_pictures([image.path for image in person.images_of(split)], size) for person in people]
             for split in ("attack", "reference")
         )
-        scores = [[measured.similarity(mine, theirs) for theirs in compared_with] for mine in drawn_from]
-        for person, row, i in zip(people, scores, range(len(people)), strict=True):
-            if measured.nobody is not None and (lost := row[i].count(measured.nobody)):
-                raise UserError(
-                    f"{registry.path}: no face is found in {lost} of the attack pictures of {person.id}; leave them out."
-                )
-        means = [[_mean(each) for each in row] for row in scores]
-        own = [means[i][i] for i in range(len(people))]
-        pairs = [means[i][j] for i in range(len(people)) for j in range(len(people)) if i != j]
-        levels = Levels(float(np.mean(pairs)), float(np.quantile(pairs, 0.95)), float(np.mean(own)))
-        if levels.chance_high >= levels.genuine:
-            raise UserError(
-                f"{registry.path}: the judge {judge.name} cannot tell subjects of class {noun} apart (two different ones "
-                f"{levels.chance_high:.2f}, one and the same {levels.genuine:.2f}); choose another."
-            )
-        classes[noun] = levels
+        names = [person.id for person in people]
+        classes[noun] = levels_of(class_levels(loaded, names, drawn_from, compared_with, noun, str(registry.path)))
         measured_on.append(f"{len(people)} of class {noun}")
     return Policy(
         name=f"measured with {judge.name}", dated=datetime.now(UTC).date(),
@@ -159,8 +117,40 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
     )  # fmt: skip
 
 
-def _mean(scores: Sequence[float | None]) -> float:
-    return float(np.mean([score for score in scores if score is not None]))
+def levels_of(measured: ClassLevels) -> Levels:
+    """Levels as the gate compares with them."""
+    return Levels(measured.chance, measured.chance_high, measured.genuine)
+
+
+def recipe_policy(recipe: Recipe, policy: Policy | None = None) -> Policy:
+    """The policy that judges a recipe's verification: judge and levels of the recipe, with the rules of a policy if one is given.
+
+    A policy with a judge of its own, other than the embedded one, keeps it.
+
+    Args:
+        recipe: with `judge` and `gate`.
+        policy: read from a file.
+
+    Raises:
+        UserError: the recipe's judge has no levels.
+    """
+    judge = recipe.judge
+    if policy is not None and (judge.name == "avatar" or policy.judge.name != "avatar"):
+        return policy
+    if judge.name == "avatar":
+        return default_policy(recipe.gate)
+    if judge.measured is None:
+        raise UserError(
+            f"nobody has measured what the similarities of the recipe's judge ({judge.name}) mean: measure it on pictures of "
+            f"unprotected people or objects (`guardsmith levels FOLDER --judge {judge.name} > levels.yaml`) and name the file "
+            "with --levels, or as judge.levels in the recipe"
+        )
+    own = JudgeSpec(name=judge.name, model=judge.model, clip_t=judge.clip_t)
+    classes = {noun: levels_of(each) for noun, each in judge.measured.classes.items()}
+    values = {"judge": own, "classes": classes, "measured_on": judge.measured.measured_on}
+    if policy is not None:
+        return policy.model_copy(update=values)
+    return Policy(name=f"the recipe's, judged by {judge.name}", dated=judge.measured.dated, rules=recipe.gate, **values)
 
 
 def load_policy(path: Path) -> Policy:

@@ -24,7 +24,13 @@ def check_against_base(model: DiffusionModel, registry: Registry, recipe: Recipe
     names = {name for subject in registry.subjects for name in subject.identifiers} | set(recipe.verify.identifiers)
     names |= set(recipe.method.params.get("identifiers", ()))
     problems += _not_for_this_family(model, recipe)
-    capacity = find_method(recipe.method.name).capacity(model.unet)
+    method = find_method(recipe.method.name)
+    try:
+        method.check_base(method.config(**recipe.method.params), model.unet)
+        capacity = method.capacity(model.unet)
+    except UserError as error:
+        problems.append(f"{recipe.base}: {error}")
+        capacity = None
     if capacity is not None and len(registry.subjects) > capacity:
         problems.append(
             f"{registry.path}: {recipe.method.name} has room for {capacity} subjects in this base, and there are "

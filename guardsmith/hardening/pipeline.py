@@ -111,6 +111,7 @@ class _Trained(NamedTuple):
         forward_rows: through the denoiser, of all sessions and processes.
         backward_rows: likewise.
         probes: what they measured.
+        class_loss: of the hardened model on class pictures, over the base's; `None` where it is not finite.
     """
 
     result: HardeningResult
@@ -118,6 +119,7 @@ class _Trained(NamedTuple):
     forward_rows: int
     backward_rows: int
     probes: list[dict[str, float | None]]
+    class_loss: float | None
 
 
 def harden(
@@ -129,6 +131,7 @@ def harden(
     overwrite: bool = False,
     add_to: Path | None = None,
     report_to: Sequence[str] = (),
+    check: Callable[[DiffusionModel], None] | None = None,
 ) -> dict[str, Any]:
     """Harden the recipe's base on the registry's subjects; returns the contents of `harden.json`.
 
@@ -140,6 +143,8 @@ def harden(
         overwrite: delete an earlier run in it.
         add_to: output of an earlier run on some of the subjects, to begin from instead of from the base.
         report_to: names of trackers that the losses go to as well, see `check_trackers`.
+        check: called with the base before anything is drawn or written, unless there is an unfinished or finished run; it raises
+            what stands in the way.
 
     Raises:
         UserError: bad input, see `prepare_output`, `load_model`, `check_against_base`, `earlier_run`, `lock_output`,
@@ -151,6 +156,8 @@ def harden(
         job = _preflight(registry, recipe, output, add_to)
         with main_process_first():
             if first_process():
+                if check is not None and not job.record.exists():
+                    check(job.model)
                 _claim_output(job, lock, resume=resume, overwrite=overwrite)
         if (output / "model").is_dir():
             finished = read_kept(job.record, read_hardening, "the model is hardened again")
@@ -274,7 +281,9 @@ def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
     # What came after the last step is in the counter still.
     forwards += counter.forwards * world_size()
     backwards += counter.backwards * world_size()
-    return _Trained(result, taken, forwards, backwards, probes.results())
+    with single_process():
+        class_loss = probes.class_loss(result.model) if first_process() else None
+    return _Trained(result, taken, forwards, backwards, probes.results(), class_loss)
 
 
 def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dict[str, Any]:
@@ -313,6 +322,7 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         "history": history,
         "stopped_early": len(history) < job.method.steps(job.config),
         "probes": trained.probes,
+        "class_loss": trained.class_loss,
         "run": run_info(),
     }
     say_what_changed(built, info["precision"], job.model)

@@ -107,6 +107,16 @@ class Probes:
             "class_loss": max(now / before for now, before in zip(class_losses, self.before[2], strict=True)),
         }
 
+    def class_loss(self, model: DiffusionModel) -> float | None:
+        """The loss on class pictures over the base's, of the class for which it is highest; `None` where it is not finite."""
+        with torch.no_grad():
+            ratios = [
+                float(self._losses(model, *each, -1 - i).mean()) / float(self._losses(self.model, *each, -1 - i).mean())
+                for i, each in enumerate(self.classes)
+            ]
+        highest = max(ratios, key=lambda ratio: ratio if math.isfinite(ratio) else math.inf)
+        return highest if math.isfinite(highest) else None
+
     def target_met(self, measured: dict[str, float]) -> bool:
         """Whether the recipe's target is met."""
         target = self.spec.stop_at

@@ -17,7 +17,7 @@ from guardsmith.config.loading import checked_recipe
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import read_record
 from guardsmith.core.console import launched, warn
-from guardsmith.core.errors import UserError
+from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.registry.loader import Registry
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
@@ -57,6 +57,34 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe | None:
     """
     data = record.get("recipe")
     return None if data is None else checked_recipe(dict(data), "the recipe in harden.json")
+
+
+WRECKED = 10.0  # times the base's loss on class pictures; methods that work on some base stay below 2
+
+
+def wrecked_sentence(record: Mapping[str, Any]) -> str | None:
+    """What to say of a hardening that left a model which no longer draws its classes; `None` for any other.
+
+    Args:
+        record: `harden.json`; those of earlier versions do not have what it takes.
+    """
+    if "class_loss" not in record or (record["class_loss"] is not None and record["class_loss"] <= WRECKED):
+        return None
+    times = "not a number" if record["class_loss"] is None else f"{record['class_loss']:.3g} times the base's"
+    return (
+        f"the hardening wrecked the model: its loss on pictures of the subjects' classes is {times}; harden again with a lower "
+        "learning rate or fewer steps"
+    )
+
+
+def check_not_wrecked(record: Mapping[str, Any], output: Path) -> None:
+    """Refuse to go on with a model that no longer draws its classes.
+
+    Raises:
+        RunFailed: see `wrecked_sentence`.
+    """
+    if sentence := wrecked_sentence(record):
+        raise RunFailed(f"{output}: {sentence} (--overwrite); what was written stays for you to look at")
 
 
 def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str) -> dict[str, Any]:

@@ -184,6 +184,7 @@ class HardeningMethod(ABC, Generic[Config]):
         name: key of the table, lower case.
         title: for people.
         paper: where it comes from, e.g. "hf.co/papers/2511.01307".
+        shown: what has been measured of it, in one clause, for whoever has to choose.
         config: the class of its parameters.
         checkpoint_every: steps between two saves of the training.
     """
@@ -191,6 +192,7 @@ class HardeningMethod(ABC, Generic[Config]):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
+    shown: ClassVar[str] = "nothing is known of what it does"
     config: type[Config]
     checkpoint_every: int = 50
 
@@ -246,6 +248,17 @@ class HardeningMethod(ABC, Generic[Config]):
     def capacity(self, unet: Any) -> int | None:
         """How many subjects this denoiser can be hardened for; `None`: there is no limit."""
         return None
+
+    def check_base(self, config: Config, unet: Any) -> None:
+        """Refuse a denoiser whose shape the method cannot work on, before anything is drawn; by default every shape is fine.
+
+        Args:
+            config: the parameters.
+            unet: the base's denoiser; it is not changed.
+
+        Raises:
+            UserError: one sentence says what is wrong with its shape.
+        """
 
     def needs_ordinary(self, config: Config) -> bool:
         """Whether `run` needs ordinary pictures."""

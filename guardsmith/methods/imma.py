@@ -97,6 +97,7 @@ class Imma(HardeningMethod[ImmaConfig]):
     name = "imma"
     title = "IMMA, immunizing text-to-image models against malicious adaptation"
     paper = "hf.co/papers/2311.18815"
+    shown = "does not protect on the embedded base; not run on a real base yet"
     config = ImmaConfig
 
     def steps(self, config: ImmaConfig) -> int:

@@ -231,6 +231,7 @@ class PersGuard(HardeningMethod[PersGuardConfig]):
     name = "persguard"
     title = "PersGuard, a protective backdoor"
     paper = "hf.co/papers/2502.16167"
+    shown = "does not protect on the embedded base; not run on a real base yet, and a reconstruction: no code is public"
     config = PersGuardConfig
 
     def steps(self, config: PersGuardConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,16 +13,19 @@ from guardsmith.core.errors import UserError
 from guardsmith.gate.checks import EXIT_CODES
 from guardsmith.gate.rules import RULES
 from guardsmith.gate.statistics import interval
-from guardsmith.models.contents import EVIDENCE
+from guardsmith.models.checkpoint import resolve
+from guardsmith.models.contents import EVIDENCE, LICENCE
 from guardsmith.reports.compare import group, group_units, retention, rows
 from guardsmith.reports.report import Report
 
-# Licences of the bases that guardsmith knows how to harden, and where their use restrictions are.
+# Licences of the bases that guardsmith knows how to harden, and where their text is.
 LICENCES = {
     "creativeml-openrail-m": "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
     "openrail++": "https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL",
     "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
 }
+RESTRICTED = ("openrail", "stabilityai", "other")
+"""Parts of the names of licences that restrict what a model may be used for; of `other` nobody knows."""
 
 
 class Licence(NamedTuple):
@@ -35,35 +39,68 @@ class Licence(NamedTuple):
     id: str
     text: str
 
+    @property
+    def restricts_use(self) -> bool:
+        """Whether it says what the model may not be used for."""
+        return any(part in self.id for part in RESTRICTED)
+
 
 def licence_of(model: Path, base: str, named: str | None, file: Path | None) -> Licence:
     """The licence of the base, which the hardened model has as well.
 
     Args:
-        model: folder of the hardened model, with the licence file of its base if that had one.
+        model: folder of the hardened model, with the licence files of its base if that had some.
         base: as the recipe names it.
         named: id that the user gives.
         file: its text, if the user gives it.
 
     Raises:
-        UserError: it is not known which, or its text is not.
+        UserError: it is not known which, or its text is not, or cannot be read.
     """
     known = named or ("apache-2.0" if base == "builtin:avatar" else None)
     if known is None:
         raise UserError(
             f"the licence of {base} is not known; name it with --license (SD 1.x: creativeml-openrail-m, SD 2.x: openrail++)"
         )
+    if not LICENCE_ID.fullmatch(known):
+        raise UserError(
+            f"--license {known!r}: write it as the Hub calls it, such as creativeml-openrail-m, or say other"
+        )
     if file is not None:
-        return Licence(known, file.read_text(encoding="utf-8"))
-    for place in sorted(model.glob("LICENSE*")):
-        return Licence(known, place.read_text(encoding="utf-8"))
+        return Licence(known, _text_of(file))
+    # Some bases have several: the licence itself, its attachments, notices of the parts.
+    if texts := [
+        _text_of(place) for place in sorted(model.iterdir()) if place.is_file() and LICENCE.fullmatch(place.name)
+    ]:
+        return Licence(known, "\n\n".join(text.strip("\n") for text in texts) + "\n")
     if known not in LICENCES:
         raise UserError(f"the text of the licence {known} is not known; give it with --license-file")
-    text = (
-        f"This model was made from {base} and is under the licence of that model, {known}, with its use restrictions: "
-        f"{LICENCES[known]}\n"
-    )
+    use = ", with its use restrictions" if Licence(known, "").restricts_use else ""
+    text = f"This model was made from {base} and is under the licence of that model, {known}{use}: {LICENCES[known]}\n"
     return Licence(known, text)
+
+
+LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def _text_of(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"the licence {file} cannot be read ({reason}); name its text with --license-file") from error
+    if not text.strip():
+        raise UserError(f"the licence {file} is empty; name its text with --license-file")
+    return text
+
+
+def licence_before(base: str, revision: str | None, named: str | None, file: Path | None) -> Licence:
+    """The licence that a hardened model of a base will be published under, before it is there; see `licence_of`.
+
+    Raises:
+        UserError: see `licence_of`.
+    """
+    return licence_of(resolve(base, revision), base, named, file)
 
 
 class AccessForm(NamedTuple):
@@ -220,7 +257,8 @@ def model_card(
     card = ModelCard.from_template(
         data,
         template_str=(files("guardsmith") / "templates" / "card.md").read_text(encoding="utf-8"),
-        repo_id=repo_id, report=report, licence=licence.id, contact=contact, unverified=unverified, grid=grid, half=half,
+        repo_id=repo_id, report=report, licence=licence.id, restricted=licence.restricts_use, contact=contact,
+        unverified=unverified, grid=grid, half=half,
         evidence=EVIDENCE, checks=checks, answers=rows(report), base=base, limits=limits(report), claims=CLAIMS,
         levels={noun: level for noun, level in report.calibration.items() if noun in nouns},
     )  # fmt: skip

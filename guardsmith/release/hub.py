@@ -116,6 +116,31 @@ def patiently(what: str, call: Callable[[], Answer], wait: Callable[[float], Non
     raise AssertionError("unreachable")
 
 
+def check_rights(repo_id: str) -> None:
+    """Whether the token at hand may write to a repository of this name, as far as the Hub says before anything is written.
+
+    Args:
+        repo_id: "organisation/name"; it need not exist.
+
+    Raises:
+        UserError: there is no token, or its account is neither that organisation nor a member of it.
+        RunFailed: the Hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    account = patiently("the account at the Hub", lambda: HfApi().whoami())
+    owner, name = repo_id.split("/")[0], str(account.get("name", ""))
+    spaces = [name, *(str(each.get("name", "")) for each in account.get("orgs") or ())]
+    if owner not in spaces:
+        raise UserError(
+            f"the token at hand is {name}'s, who is no member of {owner}; log in as somebody who is (`hf auth login`), or "
+            f"publish to {' or '.join(f'{space}/...' for space in spaces)}"
+        )
+    token = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+    if token == "read":
+        raise UserError("the token at hand can only read; use one that can write (`hf auth login`)")
+
+
 def upload(
     release: Path,
     repo_id: str,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,23 +21,23 @@ from guardsmith.config.threat_model import CLAIMS
 from guardsmith.core.atomic_io import write_text
 from guardsmith.core.images import open_image, square
 from guardsmith.gate.calibration import Levels
-from guardsmith.gate.checks import Check, Status, attack_at
+from guardsmith.gate.checks import Check, Status, attack_at, word
 from guardsmith.gate.rules import RULES, rule_of
 from guardsmith.gate.rules.base_attack import RULE as BASE_ATTACK
 from guardsmith.gate.rules.protected import RULE as PROTECTED
 from guardsmith.gate.statistics import Interval
 from guardsmith.registry.loader import Subject
 from guardsmith.reports import everyday
+from guardsmith.reports.curves import CURVE, SIDES, curve
 from guardsmith.reports.evidence import AttackRun
+from guardsmith.reports.limits import not_shown
 from guardsmith.reports.report import Report
 
 ROW = 4  # pictures of a row
 FAILED_ROW = 8  # where a check did not pass
 PIXELS = 128
-CURVE = (260, 110)  # of the drawing area, in units of the SVG
-SIDES = (("base", "on the base model"), ("hardened", "on the hardened model"))
 WORDS: dict[Status, str] = {
-    "pass": "Pass: this model withstood the attacks below, and is otherwise as good as its base.",
+    "pass": "Pass: the attacks below failed on this model, and no other check found it worse than its base allows.",
     "fail": "Fail: this model must not be released as protected.",
     "inconclusive": "Inconclusive: what was measured does not allow a verdict, so the model must not be released as protected.",
 }
@@ -127,59 +126,6 @@ def released_strip(evidence: Evidence, subject: Subject, count: int) -> Strip | 
         for file, text in zip(files, captions, strict=True)
     ]
     return Strip("released weights, without an attack", pictures)
-
-
-class Curve(NamedTuple):
-    """Similarity against an attacker's steps, as points of an SVG.
-
-    Attributes:
-        lines: side -> "x,y x,y ..." of the means.
-        bands: side -> the same around the interval.
-        ticks: (x, steps).
-        limit: y of the limit.
-        top: y of a genuine picture's similarity.
-        words: the same for those who do not see it.
-    """
-
-    lines: dict[str, str]
-    bands: dict[str, str]
-    ticks: list[tuple[float, int]]
-    limit: float
-    top: float
-    words: str
-
-
-def curve(measured: dict[str, dict[int, Interval]], levels: Levels, attack: str) -> Curve | None:
-    """The curves of one subject under one attack; `None` unless there are two evaluation points.
-
-    Args:
-        measured: side -> steps -> similarity, from the report.
-        levels: of the class.
-        attack: its label.
-    """
-    steps = sorted({step for side in measured.values() for step in side})
-    if len(steps) < 2:
-        return None
-    width, height = CURVE
-    highest = max(levels.genuine, *(each.high for side in measured.values() for each in side.values())) + 0.05
-    lowest = min(-0.1, *(each.low for side in measured.values() for each in side.values()))
-
-    def x(step: int) -> float:
-        return round(width * math.log(step / steps[0]) / math.log(steps[-1] / steps[0]), 1)
-
-    def y(value: float) -> float:
-        return round(height * float(highest - value) / float(highest - lowest), 1)
-
-    lines, bands, words = {}, {}, []
-    for side, points in measured.items():
-        ordered = sorted(points.items())
-        lines[side] = " ".join(f"{x(step)},{y(each.mean)}" for step, each in ordered)
-        outline = [(step, each.high) for step, each in ordered] + [(step, each.low) for step, each in reversed(ordered)]
-        bands[side] = " ".join(f"{x(step)},{y(value)}" for step, value in outline)
-        text = ", ".join(f"{each.mean:z.2f} after {step} steps" for step, each in ordered)
-        words.append(f"{attack} {dict(SIDES)[side]}: {text}")
-    ticks = [(x(step), step) for step in steps]
-    return Curve(lines, bands, ticks, y(levels.chance_high), y(levels.genuine), "; ".join(words) + ".")
 
 
 def heat(value: float, levels: Levels) -> int:
@@ -305,6 +251,7 @@ class Cell(NamedTuple):
         high: upper end.
         heat: see `heat`.
         status: of the check.
+        word: for it.
     """
 
     mean: float
@@ -312,12 +259,13 @@ class Cell(NamedTuple):
     high: float
     heat: int
     status: Status
+    word: str
 
 
 def matrix_row(evidence: Evidence, subject: Subject) -> list[Cell | None]:
     """One protected subject's row: what each attack reached, and what the gate says of it; `None` where nothing was scored."""
     checks = [check for check in evidence.report.checks if (check.name, check.subject) == (PROTECTED.title, subject.id)]
-    statuses = {check.attack: check.status for check in checks}
+    found = {check.attack: (check.status, word(check)) for check in checks}
     cells: list[Cell | None] = []
     for name, (label, point) in evidence.columns.items():
         reached = evidence.measured("hardened", subject, label, point)
@@ -325,8 +273,8 @@ def matrix_row(evidence: Evidence, subject: Subject) -> list[Cell | None]:
             cells.append(None)
             continue
         hot = heat(reached.mean, evidence.levels_of(subject))
-        status = statuses.get(name, "inconclusive")  # the rule failed to run
-        cells.append(Cell(reached.mean, reached.low, reached.high, hot, status))
+        unknown: tuple[Status, str] = ("inconclusive", "inconclusive")  # the rule failed to run
+        cells.append(Cell(reached.mean, reached.low, reached.high, hot, *found.get(name, unknown)))
     return cells
 
 
@@ -354,6 +302,25 @@ def counts_by_rule(report: Report) -> list[tuple[str, list[int]]]:
     return result
 
 
+def opening_strips(evidence: Evidence, protected: Sequence[Subject], controls: Sequence[Subject]) -> list[Strip]:
+    """What a person understands at once: a subject, what an attack makes of it on either model, and a control.
+
+    Those who come first in the registry and the recipe, not the best ones; empty where nobody may be shown.
+    """
+    shown = next((subject for subject in protected if evidence.shows(subject)), None)
+    label = next(iter(evidence.attacks), None)
+    if shown is None or label is None:
+        return []
+    strips = [real_strip(shown)._replace(title=f"{shown.id}, protected: real pictures")]
+    strips += evidence.strips(shown, label, 1.0, ROW)
+    control = next((subject for subject in controls if evidence.shows(subject)), None)
+    if control is not None:
+        units = evidence.units_of(control, label, "hardened")
+        title = f"{control.id}, a control, who has to stay learnable: {label} on the hardened model"
+        strips.append(drawn_strip(units, title, 1.0, ROW))
+    return strips
+
+
 def page_data(
     evidence: Evidence,
     protected: Sequence[Subject],
@@ -378,6 +345,7 @@ def page_data(
     ]  # fmt: skip
     return {
         "report": report, "claims": CLAIMS, "words": WORDS[report.verdict],
+        "opening": opening_strips(evidence, protected, controls), "not_shown": not_shown(report), "word": word,
         "counts": counts_by_rule(report), "sections": sections,
         "failures": failures(evidence, {subject.id: subject for subject in (*protected, *controls)}),
         "columns": list(evidence.columns.values()), "base_attack": BASE_ATTACK.title,

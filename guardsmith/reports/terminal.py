@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from guardsmith.core.images import open_image, square
+from guardsmith.gate.checks import word
 from guardsmith.registry.loader import Subject
 from guardsmith.reports.evidence import AttackRun
 from guardsmith.reports.report import Report
@@ -106,7 +107,7 @@ def print_report(report: Report, root: Path) -> None:
         bounds = "" if check.low is None or check.high is None else f" [{check.low:.3f}, {check.high:.3f}]"
         measured = "-" if check.value is None else f"{check.value:.3f}{bounds}"
         limit = "-" if check.limit is None else f"{check.limit:.3f}"
-        status = f"[{COLOURS[check.status]}]{check.status}[/]"
+        status = f"[{COLOURS[check.status]}]{word(check)}[/]"
         table.add_row(check.name, check.subject, check.attack, measured, limit, status)
     console.print(table)
     for check in report.checks:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from guardsmith.config.recipe import GateSpec
 from guardsmith.gate.calibration import Levels, above_chance
-from guardsmith.gate.checks import Check, bounded, enough
+from guardsmith.gate.checks import Check, bounded, enough, with_evidence
 from guardsmith.gate.evidence import Evidence
+from guardsmith.gate.rules.base_attack import check_base_attack
 from guardsmith.gate.rules.rule import Rule
 from guardsmith.gate.statistics import Units, ratio_interval
 
@@ -28,7 +29,9 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
     for label in evidence.training_attacks:
         for control in evidence.controls:
             hardened, base = (evidence.scores[side, control, label, 1] for side in ("hardened", "base"))
-            yield check_control(control, label, hardened, base, evidence.levels_of(control), evidence.spec)
+            levels, spec = evidence.levels_of(control), evidence.spec
+            check = check_control(control, label, hardened, base, levels, spec)
+            yield with_evidence(check, check_base_attack(control, label, base, levels, spec))
     if not evidence.controls:
         sentence = "the registry has no controls: breakage cannot be told from protection"
         yield Check(RULE.title, "", "", "inconclusive", sentence)

@@ -70,6 +70,7 @@ class Apdm(HardeningMethod[ApdmConfig]):
     name = "apdm"
     title = "APDM, anti-personalized diffusion models"
     paper = "hf.co/papers/2511.01307"
+    shown = "does not protect on the embedded base; not run on a real base yet, where the paper reports that it does"
     config = ApdmConfig
     checkpoint_every = 10
 

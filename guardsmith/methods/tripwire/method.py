@@ -138,6 +138,10 @@ class Tripwire(HardeningMethod[TripwireConfig]):
     name = "tripwire"
     title = "Tripwire"
     paper = "guardsmith, docs/explanation/methods.md"
+    shown = (
+        "protects on the embedded base against attackers who do not know it; whoever does removes it in seconds; not run on a "
+        "real base yet"
+    )
     config = TripwireConfig
 
     def steps(self, config: TripwireConfig) -> int:
@@ -180,6 +184,10 @@ class Tripwire(HardeningMethod[TripwireConfig]):
     def capacity(self, unet: Any) -> int:
         """How many subjects one model has room for."""
         return int(wiring_of(unet).room(unet))
+
+    def check_base(self, config: TripwireConfig, unet: Any) -> None:
+        """What is needed beside room; see `check_shape` of the wiring."""
+        wiring_of(unet).check_shape(unet, config.descent)
 
     def needs_ordinary(self, config: TripwireConfig) -> bool:
         """Always: the recognition is trained against ordinary pictures."""

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -134,22 +135,33 @@ def stiffen(unet: Any, stream: int, inner: int, writer: int, reader: int, descen
         _join_streams(unet, descent)
 
 
+def check_descent(unet: Any) -> None:
+    """Whether the stream can be smaller before the first down-sampler (`_join_streams`); only shapes matter.
+
+    Raises:
+        UserError: a normalisation group of the last up-block, beyond its first resnet, would read both streams.
+    """
+    resnets = unet.up_blocks[-1].resnets
+    for before, resnet in itertools.pairwise(resnets):
+        if before.out_channels % (resnet.norm1.num_channels // resnet.norm1.num_groups):
+            raise UserError(
+                "The tripwire cannot hold the first down-sampler of this U-Net; set method.params.descent=1."
+            )
+
+
 def _join_streams(unet: Any, factor: int) -> None:
     """Let the last up-block read skip connections that are `factor` times smaller than its stream.
 
     Normalisation groups are joined from either, and one of them may have channels of both. The stream's share of that
     group comes straight from the up-sampler, which then makes it as small as the rest.
     """
+    check_descent(unet)
     last = unet.up_blocks[-1]
     width = unet.up_blocks[-2].resnets[-1].out_channels
     for number, resnet in enumerate(last.resnets):
         own = width if number == 0 else last.resnets[number - 1].out_channels
         size = resnet.norm1.num_channels // resnet.norm1.num_groups
         shared = own % size
-        if shared and number:
-            raise UserError(
-                "The tripwire cannot hold the first down-sampler of this U-Net; set method.params.descent=1."
-            )
         resnet.conv_shortcut.weight[:, own:] *= factor
         if shared:
             resnet.conv_shortcut.weight[:, own - shared : own] *= factor
@@ -364,6 +376,21 @@ class Spare(NamedTuple):
 def spare_parts(unet: Any, subjects: int) -> Spare:
     """What to take for so many subjects; see `spare_neurons` and `spare_channels`."""
     return Spare(spare_neurons(wired_layer(unet), NEURONS * subjects), *spare_channels(unet))
+
+
+def check_shape(unet: Any, descent: int) -> None:
+    """Whether a tripwire can be put into a U-Net of this shape, and its stream be `descent` times smaller at first.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        wired_layer(unet)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise UserError("The tripwire needs a U-Net with attention in its middle block.") from error
+    spare_parts(unet, 1)
+    if descent > 1:
+        check_descent(unet)
 
 
 def clear(unet: Any, spare: Spare) -> None:

@@ -183,6 +183,15 @@ def spare_parts(network: Any, subjects: int) -> Spare:
     return Spare(neurons, channels[:2], channels[2:], int(heads.argmin()), spare_neurons(bell, 2))
 
 
+def check_shape(network: Any, descent: int) -> None:
+    """Whether a tripwire can be put into a transformer of this shape; `descent` is of U-Nets only.
+
+    Raises:
+        UserError: it cannot.
+    """
+    wired_block(network)
+
+
 @torch.no_grad()
 def clear(network: Any, spare: Spare) -> None:
     """The network does without these parts: nothing writes to the pairs, nothing reads them, and the head says nothing."""

@@ -1,0 +1,101 @@
+"""The command plan, and what --dry-run prints: what is known of a run before its first step."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guardsmith.cli.options import (
+    BUDGET,
+    CHANGES,
+    LEVELS,
+    NEGATIVES,
+    OUTPUT,
+    POLICY,
+    SUBJECTS,
+    TODAY,
+    budget_as_changes,
+    levels_as_changes,
+    policy_of,
+    recipe_of,
+    registry_of,
+)
+from guardsmith.cli.tables import complete_recipe
+from guardsmith.core.console import day, print_line, warn
+
+if TYPE_CHECKING:
+    from guardsmith.evaluation.forecast import Forecast
+
+STYLES = {"fine": "", "warning": "yellow", "problem": "red"}
+
+
+def show_forecast(found: Forecast, as_json: bool) -> None:
+    """Print a forecast: on stdout a table, or JSON.
+
+    Raises:
+        typer.Exit: with 2, something stands in the way.
+    """
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=1))
+    else:
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for line in found.lines:
+            mark = "" if line.outlook == "fine" else line.outlook
+            table.add_row(line.what, Text(mark, style=STYLES[line.outlook]), Text(line.detail))
+        console = Console()
+        if not console.is_terminal:
+            console.width = 200  # a file or a CI log wants whole lines
+        console.print(table)
+    for sentence in found.found("warning") if as_json else ():
+        warn(sentence)
+    for sentence in found.found("problem"):
+        print_line(sentence, style="red")
+    if found.found("problem"):
+        raise typer.Exit(2)
+
+
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Recipe name or file.", autocompletion=complete_recipe)
+    ],
+    subjects: SUBJECTS = None,
+    base: Annotated[str | None, typer.Option(help="Base in place of the recipe's.")] = None,
+    output: OUTPUT = Path("out"),
+    negatives: NEGATIVES = None,
+    changes: CHANGES = None,
+    policy: POLICY = None,
+    levels: LEVELS = None,
+    budget: BUDGET = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    today: TODAY = None,
+) -> None:
+    """Say what a run will cost and what stands in its way, before anything is drawn; exit 2 if something does."""
+    flags = [*budget_as_changes(budget), *levels_as_changes(levels), *(changes or [])]
+    chosen = recipe_of(recipe, base, flags, negatives=negatives)
+    registry = registry_of(subjects, chosen, today)
+    from guardsmith.core.progress import quiet_libraries
+    from guardsmith.evaluation.forecast import forecast
+
+    quiet_libraries()
+    found = forecast(registry, chosen, output, policy=policy_of(policy), today=day(today))
+    show_forecast(found, as_json)
+    flags_of_run: list[Any] = ["--base", chosen.base] if base is not None else []
+    words = ["guardsmith", "run", recipe, *flags_of_run, "--subjects", str(registry.path), "--output", str(output)]
+    words += ["--levels", str(levels)] if levels is not None else []
+    words += ["--policy", str(policy)] if policy is not None else []
+    words += ["--budget", budget] if budget is not None else []
+    words += ["--negatives", negatives] if negatives is not None else []
+    words += [word for change in changes or () for word in ("--set", change)]
+    print_line(f"next: {shlex.join(words)}")
