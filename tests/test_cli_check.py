@@ -63,7 +63,9 @@ def test_check_prints_a_table_to_stdout_and_talk_to_stderr(folder, capsys):
     row = next(line for line in out.split("\n") if "tom" in line)
     assert row.split() == ["tom", "person", "person", "control", "0", "2", "2", "not", "needed"]
     assert "next" not in out
-    assert err.strip().split("\n")[-1] == "next: guardsmith list recipes", "nobody is sent to the avatar base with photographs"
+    assert err.strip().split("\n")[-1] == "next: guardsmith list recipes", (
+        "nobody is sent to the avatar base with photographs"
+    )
     assert main(["check", str(ROOT / "registries" / "demo.yaml")]) == 0
     last = capsys.readouterr().err.strip().split("\n")[-1]
     assert last == f"next: guardsmith harden --subjects {ROOT / 'registries' / 'demo.yaml'}"

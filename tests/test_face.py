@@ -10,10 +10,10 @@ import torch
 from test_page import case, made  # noqa: F401 (a fixture)
 from tiny import assert_one_sentence
 
+from guardsmith.config.judge import JudgeSpec
 from guardsmith.core.errors import UserError
 from guardsmith.evaluation.judging import face_detection_failure
 from guardsmith.gate import policy
-from guardsmith.config.judge import JudgeSpec
 from guardsmith.gate.policy import measure_policy
 from guardsmith.metrics import Judge, face, load_judge
 from guardsmith.registry.loader import load_registry

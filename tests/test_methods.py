@@ -14,9 +14,9 @@ from test_parallel import METHODS as SHORT
 from tiny import assert_one_sentence, largest_difference, pictures
 
 from guardsmith.cli.app import main
+from guardsmith.config.judge import JudgeSpec
 from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import UserError
-from guardsmith.config.judge import JudgeSpec
 from guardsmith.methods import METHODS, HardeningContext, HardeningMethod, MethodConfig, Preparation, find_method
 from guardsmith.metrics import JUDGES, JudgeEntry, find_judge, load_judge
 from guardsmith.training.compute import ComputeConfig

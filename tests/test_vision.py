@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from guardsmith.cli import app as cli
+from guardsmith.config.judge import JudgeSpec
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.gate import policy
-from guardsmith.config.judge import JudgeSpec
 from guardsmith.gate.policy import load_policy, measure_policy
 from guardsmith.metrics import Judge, load_judge
 from guardsmith.metrics.vision import VisionEncoder, load_prompt_fit
