@@ -15,7 +15,7 @@ from typing import Any
 
 from evaluate import RESULTS
 
-from guardsmith.config.recipe import load_recipe
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.gate.statistics import interval
 
