@@ -98,6 +98,33 @@ def test_the_evidence_for_the_public_is_of_the_same_verification(verified):
     assert "mira, real picture 1" in (output / "verify/public/report.html").read_text()
 
 
+def test_everyday_use_is_part_of_the_report_and_of_the_verdict(copied, registry, recipe_file):
+    """An adapter that is not there is a case that failed to run, and is said so."""
+    changes = ["verify.deployability.checks=[precision, controlnet]", "verify.deployability.images=8"]
+    recipe = load_recipe(str(recipe_file), [*changes, "verify.deployability.t2i_adapter=/nowhere/adapter"])
+    report = verify(registry, recipe, copied, workers=1, quiet=True)
+    checks = {check.attack: check for check in report.checks if check.name.startswith("everyday use")}
+    assert {"float16", "bfloat16", "stored values beyond float16"} <= set(checks)
+    assert checks["stored values beyond float16"].status == "pass"
+    assert checks["ControlNet"].sentence.startswith("follows the control")
+    assert checks["T2I-Adapter"].status == "inconclusive"
+    assert checks["T2I-Adapter"].sentence == "failed to run (OSError)"
+    assert Report.load(copied).deployability == report.deployability
+    page = (copied / "verify" / "report.html").read_text()
+    assert "/nowhere/adapter" in page.partition('id="everyday"')[2].partition('id="how"')[0]
+    assert page.count("pictures of the base above, of the hardened model below") == 4
+    assert page.count("not checked") == 4  # adapters, merges, quantization, samplers
+    public = (copied / "verify" / "public" / "report.html").read_text()
+    assert "failed to run (OSError)" in public and "nowhere" not in public
+
+    kept = load_recipe(str(recipe_file), [changes[1], "verify.deployability.checks=[precision]"])
+    verify(registry, kept, copied, workers=1, quiet=True)
+    [file] = (copied / "verify" / "deployability").glob("*.json")
+    before = file.stat().st_mtime_ns
+    verify(registry, kept, copied, workers=1, quiet=True)
+    assert file.stat().st_mtime_ns == before, "measured again"
+
+
 def test_a_verdict_stands_though_nothing_can_be_published(copied, registry, recipe_file, monkeypatch, capsys):
     from guardsmith.evaluation import writing as module
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from guardsmith.core.redaction import Place
+
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"prior_weight": 0}),
     "lora_conv": ("lora", {"prior_weight": 0, "everywhere": True}),
@@ -49,9 +51,9 @@ class DeployabilitySpec(BaseModel):
     """Pictures of every setting, by base and hardened model, of the same prompts from the same noise."""
     adapter_images: int = Field(48, ge=8)
     """Pictures drawn with every adapter."""
-    controlnet: str | None = None
+    controlnet: Place | None = None
     """Folder or Hub id of a ControlNet for this base that takes white edges on black; the embedded base has its own."""
-    t2i_adapter: str | None = None
+    t2i_adapter: Place | None = None
     """The same of a T2I-Adapter."""
     adapters: dict[AdapterKind, dict[str, Any]] = {
         "lora": {}, "lora_conv": {}, "loha": {}, "textual_inversion": {}, "custom_diffusion": {}

@@ -1,6 +1,7 @@
 """Everyday use of a hardened model of the embedded base, without the attacks of a whole verification.
 
-python everyday.py MODEL OUTPUT [--result FILE] [--quick]      OUTPUT keeps the pictures; FILE gets the table
+python everyday.py MODEL OUTPUT [--result FILE] [--quick]      OUTPUT keeps the pictures; FILE gets the table,
+                                                               in which checks of an earlier run with the same settings stay
 
 MODEL is a diffusers folder (`out/model` of a hardening) or builtin:avatar, which is the base against itself.
 """
@@ -8,11 +9,10 @@ MODEL is a diffusers folder (`out/model` of a hardening) or builtin:avatar, whic
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
@@ -52,24 +52,28 @@ def main() -> None:
     told: dict[str, Any] = {
         "command": "python everyday.py MODEL OUTPUT" + (" --quick" if args.quick else ""),
         "base_digest": weights_digest(base.folder), "model_digest": weights_digest(hardened.folder),
-        "limits": limits.model_dump(), "spec": spec.model_dump(mode="json"), "cpu_seconds": {}, "measurements": [],
-        "run": run_info(), "threads": torch.get_num_threads(),
+        "limits": limits.model_dump(), "spec": spec.model_dump(mode="json"),
     }  # fmt: skip
+    done: dict[str, Any] = {}
+    if args.result is not None and args.result.exists():
+        before = json.loads(args.result.read_text())
+        if all(before[key] == value for key, value in told.items()):
+            done = before["checks"]
     for name in args.checks:
         if CHECKS[name].trained and not spec.trained:
             continue
-        began = time.process_time()
+        began, lines = time.process_time(), []
         for one in attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench)):
             status = one.status(limits)
-            told["measurements"].append(one.model_dump(mode="json", exclude={"pictures"}) | {"status": status})
+            lines.append(one.model_dump(mode="json", exclude={"check", "pictures"}) | {"status": status})
             print(
                 f"{status:12} {name}: {one.case}: {one.sentence()} [{one.low}, {one.high}] {one.error or ''}",
                 flush=True,
             )
-        told["cpu_seconds"][name] = round(time.process_time() - began, 1)
-        print(f"{name}: {told['cpu_seconds'][name]} s of one core", flush=True)
+        done[name] = {"cpu_seconds": round(time.process_time() - began, 1), "cases": lines}
+        print(f"{name}: {done[name]['cpu_seconds']} s of one core", flush=True)
         if args.result is not None:
-            write_json(args.result, told)
+            write_json(args.result, told | {"checks": done, "run": run_info()})
 
 
 if __name__ == "__main__":
