@@ -26,7 +26,8 @@ TOKENIZER_FILES = frozenset(
     ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
      "spiece.model")
 )  # fmt: skip
-EVIDENCE_FILES = frozenset(("report.json", "report.html", "harden.json", "bom.cdx.json", "grid.png", "model.sig"))
+EVIDENCE_FILES = frozenset(("report.json", "report.html", "harden.json", "recipe.yaml", "bom.cdx.json", "grid.png",
+                            "model.sig"))  # fmt: skip
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 EXTRA_NETWORKS = ("safety_checker", "image_encoder")  # what a pipeline may hold beside what is hardened and attacked
 

@@ -17,6 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from guardsmith.core.atomic_io import whole_folder, write_json, write_text
 from guardsmith.core.credentials import credential_in_file
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
@@ -134,6 +136,7 @@ def gather(
         for name in ("report.json", "report.html", "harden.json"):
             if (verified / "public" / name).is_file():
                 shutil.copyfile(verified / "public" / name, place / EVIDENCE / name)
+        write_text(place / EVIDENCE / "recipe.yaml", recipe_as_yaml(report))
         if open_to_all and (verified / "grid.png").is_file():
             shutil.copyfile(verified / "grid.png", place / EVIDENCE / "grid.png")
         write_text(place / "LICENSE.md", known.text)
@@ -153,6 +156,17 @@ def gather(
         if sign_key is not None or keyless:
             sign(place, sign_key, output / "release")
     return output / "release"
+
+
+def recipe_as_yaml(report: Report) -> str:
+    """The recipe of a verification as a file that anyone can verify with: attacks, judge, levels, rules.
+
+    Args:
+        report: redacted.
+    """
+    recipe = report.recipe.model_dump(mode="json", exclude_none=True)
+    header = "# The recipe of this model's verification, with its judge and levels; subjects are those of your own registry.\n"
+    return header + yaml.safe_dump(recipe, sort_keys=False, width=120)
 
 
 def check_release(release: Path, model_files: Collection[str]) -> None:
