@@ -145,7 +145,8 @@ def test_the_verdict_comes_first_and_then_what_failed_worst_first(case, tmp_path
 
 def test_pictures_stand_in_the_rows_they_belong_to(case, tmp_path):
     text = made(case, tmp_path)
-    # at a glance: real, base, hardened, the control after the attack; failed at 4 x: real, hardened; undecided: real, base, hardened; then the rooms of mira and nora; then the pair
+    # At a glance: real, base, hardened, the control after the attack. Failed at 4 x: real, hardened. Undecided: real, base,
+    # hardened. Then the sections of mira and nora; then the pair.
     failed, undecided = "BB" + "GGG", "BB" + "RRR" + "GGG"
     opening = "BB" + "RRR" + "GGG" + "RRR"
     assert colours(text) == opening + failed + undecided + "BB" + "RRR" + "GGG" + "BB" + "RRR" + "RRR" + "RG"

@@ -154,7 +154,9 @@ class Bench:
                 **further, **(each(some) if each else {}),
             )  # fmt: skip
             images = out.images
-            if not isinstance(images, Tensor):  # the pipeline of T2I-Adapters gives arrays (n, h, w, 3) whatever is asked for
+            if not isinstance(
+                images, Tensor
+            ):  # the pipeline of T2I-Adapters gives arrays (n, h, w, 3) whatever is asked for
                 images = torch.from_numpy(images).permute(0, 3, 1, 2)
             drawn.append(images.float().cpu() * 2 - 1)
         return torch.cat(drawn)
