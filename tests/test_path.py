@@ -1,7 +1,7 @@
 """The documented path on a small base of every family: the commands of docs/how-to/base.md, as they stand there.
 
-The base, the pictures and the encoder are small and made here; the recipes that the page names are replaced by one of APDM with one
-step (a tripwire of a few steps wrecks such a base, and `harden` says so). Such a model learns nothing, so its verdict is
+The base, the pictures and the encoder are small and made here; the recipes that the page names are replaced by one of APDM with
+one step (a tripwire of a few steps wrecks such a base, and `harden` says so). Such a model learns nothing, so its verdict is
 inconclusive, which is what publishing has to refuse.
 """
 
