@@ -226,6 +226,63 @@ def test_a_safety_checker_is_taken_without_what_is_hidden_in_it(folder, tmp_path
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "out").safety_checker is not None
 
 
+def test_a_safety_checker_of_the_published_layout_keeps_all_of_its_weights(folder, tmp_path):
+    """Files of 2022 say vision_model twice, newer libraries once: no reason to empty the checker."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=small, vision_config=small | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder / "feature_extractor")
+    edit_json(folder / "model_index.json", safety_checker=CHECKER, feature_extractor=EXTRACTOR)
+    file = folder / "safety_checker" / "model.safetensors"
+    old = {
+        f"vision_model.{name}" if name.count("vision_model.") == 1 else name: value
+        for name, value in load_file(file).items()
+    }
+    save_file(old, file, metadata={"format": "pt"})
+    built = save_model(hardened(folder), tmp_path / "out")
+    assert built.left_out == [] and same_weights(old, load_file(tmp_path / "out" / "safety_checker/model.safetensors"))
+
+
+def test_floating_point_position_ids_are_no_way_out(folder, tmp_path):
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    own = load_file(file)
+    save_file(
+        own | {"x.position_ids": load_file(folder / UNET)["conv_in.weight"] * 1.01}, file, metadata={"format": "pt"}
+    )
+    save_model(hardened(folder), tmp_path / "out")
+    assert same_weights(own, load_file(tmp_path / "out" / "vae" / file.name))
+
+
+def test_a_base_in_a_folder_of_a_snapshot(folder, tmp_path):
+    (tmp_path / "repository").mkdir()
+    shutil.copytree(folder, tmp_path / "repository" / "base")
+    snapshot = as_snapshot(tmp_path / "repository", tmp_path / "hub")
+    assert save_model(hardened(snapshot / "base"), tmp_path / "out").left_out == []
+
+
+def test_odd_files_beside_a_base_do_not_keep_it_from_being_digested(folder):
+    digest = weights_digest(folder)
+    (folder / "x.json").mkdir()
+    (folder / "y.txt").symlink_to("y.txt")
+    (folder / "z.json").symlink_to("/nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    assert weights_digest(folder) == digest
+    (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"")
+    assert weights_digest(folder) != digest
+
+
+def test_long_texts_are_searched_in_time():
+    import time
+
+    start = time.process_time()
+    for text in ("\n" * 300_000, "a-" * 300_000):
+        assert credential_in(text) is None
+    assert time.process_time() - start < 20
+
+
 @pytest.mark.parametrize(
     "file", ["unet/config.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"]
 )

@@ -17,10 +17,10 @@ PATTERNS = {
     "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
     "a JSON web token": re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
     "a private key": re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
-    "a password in a URL": re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'<>]*:[^\s/:@\"'<>]{4,}@"),
+    "a password in a URL": re.compile(r"\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@\"'<>]{0,100}:[^\s/:@\"'<>]{4,}@"),
     "a token in a URL": re.compile(r"\bhttps?://[A-Za-z0-9_-]{20,}@"),
     "a secret that is set": re.compile(
-        r"^\s*(?:export\s+)?[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY)\s*=\s*[\"']?[\w+/=.-]{12,}",
+        r"^[ \t]*(?:export[ \t]+)?[A-Z0-9_]{0,60}(?:TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY)\s*=\s*[\"']?[\w+/=.-]{12,}",
         re.MULTILINE,
     ),
 }

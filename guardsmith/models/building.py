@@ -211,7 +211,7 @@ def _known_names(part: Part, networks: Mapping[str, Any], base: Path) -> set[str
 
 def plain_name(name: str) -> str:
     """A tensor's name without what differs between versions of the libraries."""
-    name = name.removeprefix("text_model.")
+    name = re.sub(r"^(text_model\.|vision_model\.(?=vision_model\.))", "", name)  # the latter of safety checkers
     return re.sub(
         r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda match: f"{match[1]}.{OLD_NAMES[match[2]]}.", name
     )
@@ -230,7 +230,7 @@ def _copy_weights(source: Path, target: Path, known: Collection[str], name: str)
     wanted = {
         each: entry
         for each, entry in header.tensors.items()
-        if plain_name(each) in plain or each.endswith("position_ids")
+        if plain_name(each) in plain or (each.endswith("position_ids") and entry["dtype"].startswith("I"))
     }
     metadata = {key: value for key, value in header.metadata.items() if credential_in(f"{key}={value}") is None}
     surplus = sorted(header.tensors.keys() - wanted.keys())

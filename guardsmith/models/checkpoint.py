@@ -399,10 +399,12 @@ def weights_digest(folder: Path) -> str:
     Configurations count: another prediction type or scaling factor makes another model of the same weights.
     """
     digest = hashlib.sha256()
-    files = [file for kind in ("*.safetensors", "*.json", "*.txt") for file in folder.rglob(kind)]
+    files = [file for kind in ("*.safetensors", "*.json", "*.txt") for file in folder.rglob(kind) if file.is_file()]
     files = [file for file in files if file.relative_to(folder).parts[0] != EVIDENCE]
     for file in sorted(files):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+        digest.update(
+            f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode(errors="surrogateescape")
+        )
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -195,7 +195,8 @@ def lies_within(folder: Path, file: Path) -> bool:
         return False
     if real.is_relative_to(home):
         return not any(part.startswith(".") for part in real.relative_to(home).parts)
-    return home.parent.name == "snapshots" and real.parent == (home.parent.parent / "blobs").resolve()
+    snapshot = next((place.parent for place in (home, *home.parents) if place.parent.name == "snapshots"), None)
+    return snapshot is not None and real.parent == (snapshot.parent / "blobs").resolve()
 
 
 def summary(paths: Iterable[str], kept: Collection[str]) -> list[str]:
