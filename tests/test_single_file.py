@@ -199,10 +199,18 @@ def test_a_hardened_text_encoder_is_exported_too(tiny_v, whole, tmp_path):
         write_single_file(whole, tiny_v.folder, tmp_path / "hard", tmp_path / "newer.safetensors")
 
 
-def test_a_credential_in_the_metadata_is_left_out(tiny_v, single, hardened, tmp_path):
-    save_file(load_file(single), single, metadata={"format": "pt", "trained by": TOKEN})
+def test_metadata_that_says_more_than_what_the_model_is_is_left_out(tiny_v, single, hardened, tmp_path):
+    """Prompts, tags of training pictures, thumbnails, hashes of the weights before, and credentials wherever they stand."""
+    kept = {"format": "pt", "modelspec.title": "mine"}
+    further = {
+        "ss_tag_frequency": '{"10_jane doe": {}}', "prompt": "jane doe", "modelspec.thumbnail": "data:image/png;base64,AAAA",
+        "modelspec.hash_sha256": "0x12", "modelspec.author": TOKEN,
+    }  # fmt: skip
+    save_file(load_file(single), single, metadata=kept | further)
     done = write_single_file(single, tiny_v.folder, hardened[0], tmp_path / "new.safetensors")
-    assert done.left_out == ["metadata trained by"]
+    assert done.left_out == sorted(f"metadata {key}" for key in further)
+    with safe_open(tmp_path / "new.safetensors", "pt") as opened:
+        assert opened.metadata() == kept
     assert TOKEN.encode() not in (tmp_path / "new.safetensors").read_bytes()
 
 

@@ -28,12 +28,14 @@ from guardsmith.models.contents import (
     README,
     STEMS,
     Part,
+    in_words,
     is_named,
     lies_within,
     list_files,
     parse_index,
     part_names,
     parts_of,
+    releasable_metadata,
     summary,
     unknown_parts,
     weight_names,
@@ -232,14 +234,15 @@ def _copy_weights(source: Path, target: Path, known: Collection[str], name: str)
         for each, entry in header.tensors.items()
         if plain_name(each) in plain or (each.endswith("position_ids") and entry["dtype"].startswith("I"))
     }
-    metadata = {key: value for key, value in header.metadata.items() if credential_in(f"{key}={value}") is None}
+    metadata = releasable_metadata(header.metadata)
     surplus = sorted(header.tensors.keys() - wanted.keys())
     if not surplus and len(metadata) == len(header.metadata):
         shutil.copyfile(source, target)
         return []
     write_copy(source, header._replace(tensors=wanted, metadata=metadata), target)
     notes = [f"{len(surplus)} tensors of {name} that its network does not have ({surplus[0]})"] if surplus else []
-    return notes if len(metadata) == len(header.metadata) else [*notes, f"metadata of {name} with a credential"]
+    further = sorted(header.metadata.keys() - metadata.keys())
+    return [*notes, f"metadata of {name} ({in_words(further)})"] if further else notes
 
 
 def open_once(folder: Path, networks: Sequence[str]) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from guardsmith.core.credentials import credential_in
 from guardsmith.core.errors import UserError
 from guardsmith.models.families import PIPELINES, Family
 
@@ -213,3 +214,21 @@ def in_words(names: Collection[str], most: int = 6) -> str:
     """The first names, and how many more there are."""
     shown = ", ".join(list(names)[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def releasable_metadata(metadata: Mapping[str, str], *, single_file: bool = False) -> dict[str, str]:
+    """What of a safetensors file's metadata may be released: no prompts, tags of training pictures, paths or credentials.
+
+    Args:
+        metadata: key -> text, as the file has it.
+        single_file: whether it is a checkpoint for A1111 and ComfyUI, whose `modelspec.*` says what the model is. A thumbnail
+            may show anybody, and hashes are those of the weights before.
+    """
+    kept = {}
+    for key, text in metadata.items():
+        described = (
+            single_file and key.startswith("modelspec.") and not key.startswith(("modelspec.thumb", "modelspec.hash"))
+        )
+        if (key == "format" or described) and credential_in(f"{key}={text}") is None:
+            kept[key] = text
+    return kept

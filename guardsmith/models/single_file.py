@@ -17,12 +17,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from guardsmith.core.atomic_io import whole_folder
-from guardsmith.core.credentials import credential_in
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.models.base_weights import ChangedWeights
 from guardsmith.models.building import plain_name
 from guardsmith.models.checkpoint import PICKLES, load_model
-from guardsmith.models.contents import in_words
+from guardsmith.models.contents import in_words, releasable_metadata
 from guardsmith.models.families import SD
 from guardsmith.models.single_file_tensors import sort_tensors
 from guardsmith.models.tensor_files import Header, read_header, stored_tensor, stored_weights, write_copy
@@ -108,7 +107,7 @@ class Exported(NamedTuple):
 
     Attributes:
         replaced: how many tensors are the hardened model's.
-        left_out: tensors of the base's file that are copies of a hardened part, metadata with a credential.
+        left_out: tensors of the base's file that are copies of a hardened part, metadata that may say more than what the model is.
         widened: whether the hardened tensors are float32 where the file had less, for a weight does not fit.
     """
 
@@ -162,7 +161,7 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path, *, kee
             "weights; take them out, or keep them with --keep-unknown"
         )
     tensors = {name: entry for name, entry in header.tensors.items() if name not in left_out}
-    metadata = {key: text for key, text in header.metadata.items() if credential_in(f"{key}={text}") is None}
+    metadata = releasable_metadata(header.metadata, single_file=True)
     write_copy(like, header._replace(tensors=tensors, metadata=metadata), file, replaced=replaced)
     secrets = [f"metadata {key}" for key in header.metadata.keys() - metadata.keys()]
     widened = any(dtype == "F32" != header.tensors[name]["dtype"] for name, (dtype, _) in replaced.items())
