@@ -315,7 +315,7 @@ def test_adapters_on_the_text_encoder_too(tiny_v):
 
 
 def test_cdl_trains_with_the_noise_token_and_draws_without_it(tiny_v, monkeypatch):
-    import guardsmith.attacks.generation as module
+    import guardsmith.attacks.sampling_tricks as module
 
     said, asked = [], {}
     real_tokens = PromptBank.tokens
@@ -520,7 +520,7 @@ def test_custom_diffusion_leaves_out_what_is_not_picture(tiny_v, monkeypatch):
     ],
 )
 def test_the_personalized_model_is_asked_in_the_attackers_words(tiny_v, monkeypatch, name, prompts):
-    import guardsmith.attacks.generation as module
+    import guardsmith.attacks.sampling_tricks as module
 
     asked = []
     real = module.generate

@@ -197,3 +197,23 @@ def test_progress_that_cannot_be_written_ends_no_run(monkeypatch):
     for style in progress.STYLES:
         monkeypatch.setattr(progress, "_style", style)
         assert main([]) == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_attacks_whose_pictures_were_lost_run_again(tmp_path, capsys, monkeypatch, damage):
+    from test_page import make_unit
+
+    from guardsmith.evaluation import runs
+
+    good, bad = make_unit(tmp_path, "mira"), make_unit(tmp_path, "nora")
+    file = bad.pictures(1.0)[1]
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 0 if damage == "empty" else -20])
+    jobs = []
+    monkeypatch.setattr(runs, "run_all", lambda function, units, **_: jobs.extend(units) or [])
+    runs.run_units([good, bad])
+    assert jobs == [bad]
+    err = capsys.readouterr().err.replace("\n", "")
+    assert err.count("warning") == 1 and "runs again" in err and "nora" in err

@@ -177,3 +177,21 @@ def test_a_recipe_of_any_length_is_read_at_once(tmp_path):
     began = time.monotonic()
     load_recipe(str(file))
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (f"verify: {{attacks: {{{'a' * 65}: {{name: lora}}}}}}\n", "64 characters"),
+        (f"verify: {{identifiers: [{'a' * 65}]}}\n", "64 characters"),
+        ("verify: {identifiers: ['']}\n", "1 to 64"),
+        ("verify: {attacks: {a: {name: lora, class_noun: ../../x}}}\n", "class_noun"),
+        (f"verify: {{attacks: {{a: {{name: lora, class_noun: {'x' * 41}}}}}}}\n", "class_noun"),
+    ],
+)
+def test_names_that_become_files_fit_into_file_names(tmp_path, text, word):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=word) as caught:
+        load_recipe(str(file))
+    assert_one_sentence(caught.value)

@@ -45,8 +45,7 @@ def draw_during_attack(
 ) -> tuple[dict[int, Tensor], list[float]]:
     """Personalize a copy of the model, and generate pictures of the subject at some of the steps.
 
-    Generating does not disturb the training: its seeds are its own, and every step of an attack draws from a generator of that
-    step. So the pictures after k steps are those of an attack of k steps.
+    Its seeds are its own, and every step of an attack has a generator: pictures after k steps are those of an attack of k steps.
 
     Args:
         model: the model under attack; it stays as it is.

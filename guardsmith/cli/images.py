@@ -189,22 +189,24 @@ def redteam(
     if as_json:
         typer.echo(json.dumps(record, indent=1))
     else:
-        from rich.table import Table
-
-        from guardsmith.reports.terminal import print_table
-
-        table = Table(title="similarity to the references", title_justify="left")
-        table.add_column("attacker")
-        table.add_column("mean [95 % interval]")
-        for name, row in record["attackers"].items():
-            similarity = (
-                "-"
-                if row["similarity"] is None
-                else f"{row['similarity']:z.2f} [{row['low']:z.2f}, {row['high']:z.2f}]"
-            )
-            table.add_row(name, similarity)
-        print_table(table, 80)
+        _print_attackers(record["attackers"])
     print_line(f"wrote {output}; look at {output / 'grid.png'}")
+
+
+def _print_attackers(attackers: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from guardsmith.reports.terminal import print_table
+
+    table = Table(title="similarity to the references", title_justify="left")
+    table.add_column("attacker")
+    table.add_column("mean [95 % interval]")
+    for name, row in attackers.items():
+        similarity = "-"
+        if row["similarity"] is not None:
+            similarity = f"{row['similarity']:z.2f} [{row['low']:z.2f}, {row['high']:z.2f}]"
+        table.add_row(name, similarity)
+    print_table(table, 80)
 
 
 def train_rid(

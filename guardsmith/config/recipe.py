@@ -61,7 +61,7 @@ class AttackSpec(BaseModel):
     """A key of `guardsmith list attacks`, or `module:NAME` for one of your own."""
     params: Annotated[dict[str, Any], Private.PLACE] = {}
     """Settings of that attack; anything left out has diffusers' default."""
-    class_noun: str | None = Field(None, min_length=1)
+    class_noun: str | None = Field(None, min_length=1, max_length=40, pattern=r"^[^/\\\x00]+$")
     """What the attacker calls the class of everyone attacked, where it is not the registry's word."""
     data: Literal["unseen", "hardened_on", "mixed", "flipped", "blurred", "jpeg"] = "unseen"
     """The attacker's pictures: the registry's `attack` pictures; the very ones that were hardened on; one of the subject among
@@ -160,6 +160,8 @@ class VerifySpec(BaseModel):
         for label in attacks:  # they become folder names
             if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", label):
                 raise ValueError(f"the label {label!r} may have a-z, 0-9, dots, dashes and underscores only")
+            if len(label) > 64:
+                raise ValueError(f"the label {label[:20]!r}... may have 64 characters at most")
         return attacks
 
     @field_validator("evaluation_points")
@@ -168,6 +170,14 @@ class VerifySpec(BaseModel):
         if 1.0 not in points or min(points) <= 0:
             raise ValueError("these have to be shares above 0, and 1 (the usual end of the attack) among them")
         return points
+
+    @field_validator("identifiers")
+    @classmethod
+    def _identifiers(cls, identifiers: tuple[str, ...]) -> tuple[str, ...]:
+        for identifier in identifiers:  # they become folder names, where a character may take three
+            if not identifier or len(identifier) > 64:
+                raise ValueError(f"the identifier {identifier[:20]!r} must have 1 to 64 characters")
+        return identifiers
 
     @field_validator("identifiers", "seeds", "evaluation_points")
     @classmethod

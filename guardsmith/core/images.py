@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -253,6 +254,16 @@ def read_bytes(path: str | Path) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     except ValueError:  # a zero byte in its name
         raise UserError(f"{str(path)!r} is no file name: correct it") from None
+
+
+def is_whole_png(file: Path) -> bool:
+    """Whether a PNG file is there with its end, which it lacks if it was cut short or left empty by a power loss."""
+    try:
+        with file.open("rb") as data:
+            data.seek(-8, os.SEEK_END)
+            return data.read(4) == b"IEND"
+    except OSError:
+        return False
 
 
 def fingerprint(image: Image.Image) -> NDArray[np.float64]:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest, whole_folder
-from guardsmith.core.images import open_pictures, to_pil
+from guardsmith.core.console import warn
+from guardsmith.core.images import is_whole_png, open_pictures, to_pil
 from guardsmith.core.seeds import RELEASED
 from guardsmith.diffusion.prompts import instance_prompt
 from guardsmith.diffusion.sampling import generate, redraw
@@ -37,7 +38,10 @@ def released_pictures(judged: Judged, recipe: Recipe, subject: Subject) -> list[
     sampling, class_images = recipe.sampling.model_dump(), recipe.verify.class_images
     digest = folder_digest(judged.digest, prompts, sampling, class_images, STRENGTH, RELEASED.start)
     folder = judged.root / "released" / subject.id / digest
-    if not folder.is_dir():
+    lost = [file for file in folder.glob("*.png") if not is_whole_png(file)]
+    if lost:
+        warn(f"{lost[0]} cannot be read; the pictures of {folder} are generated again")
+    if lost or not folder.is_dir():
         # Every name is prompted both ways: even pictures from noise, odd ones from class pictures where there are any.
         again = range(1, count, 2) if class_images else range(0)
         afresh = [i for i in range(count) if i not in again]

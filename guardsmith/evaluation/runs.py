@@ -35,8 +35,9 @@ from guardsmith.attacks.evasion import EvasionContext, find_evasion, inverted, t
 from guardsmith.attacks.sampling_tricks import NEEDS_BASE
 from guardsmith.config.recipe import AttackSpec, Recipe, VerifySpec
 from guardsmith.core.atomic_io import folder_digest, whole_folder, write_json
+from guardsmith.core.console import warn
 from guardsmith.core.errors import GuardsmithError, UserError, system_errno
-from guardsmith.core.images import open_pictures, to_pil
+from guardsmith.core.images import is_whole_png, open_pictures, to_pil
 from guardsmith.core.progress import stage
 from guardsmith.gate.calibration import calibration, half_way
 from guardsmith.gate.evidence import Side
@@ -283,6 +284,18 @@ def scores_of(unit: Unit) -> dict[float, list[float | None]] | None:
     return scores if all(len(values) == unit.images for values in scores.values()) else None
 
 
+def damaged_pictures(unit: Unit) -> bool:
+    """Whether a complete unit has lost pictures, to a power loss or otherwise; a warning names the first one."""
+    for point in unit.evaluation_points:
+        files = unit.pictures(point)
+        lost = [file for file in files if not is_whole_png(file)]
+        if lost or len(files) < unit.images:
+            which = f"{lost[0]} cannot be read" if lost else f"{unit.folder / 'images'} lacks pictures"
+            warn(f"{which}; the attack {unit.name} runs again")
+            return True
+    return False
+
+
 def removal_cost(unit: Unit) -> dict[str, Any] | None:
     """What editing the weights cost in a complete unit (`RemovalCost`); `None` where it did not run, or edited nothing."""
     try:
@@ -427,7 +440,7 @@ def plan_units(
 
 def run_units(units: Sequence[Unit], workers: int | None = None, executor: str = "local") -> dict[str, str]:
     """Run what is missing (see `executors.run_all`); returns unit name -> reason for those that failed."""
-    missing = [unit for unit in units if scores_of(unit) is None]
+    missing = [unit for unit in units if scores_of(unit) is None or damaged_pictures(unit)]
     failed: dict[str, str] = {}
     if not missing:
         return failed

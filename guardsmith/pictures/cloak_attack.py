@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from guardsmith.attacks import AttackData, draw_after_attack
 from guardsmith.cloaks.pixels import load_bases
 from guardsmith.config.recipe import Recipe
@@ -82,31 +84,23 @@ def attack_cloaked(
     check_names(files)
     check_references(files, references)
     [model] = load_bases([base])
-    size = model.image_size
     entry = find_purifier(purifier)
-    originals = open_pictures(files, size)
-    reference_images = open_pictures(references, size)
+    originals, reference_images = (open_pictures(paths, model.image_size) for paths in (files, references))
     judged = load_judge(judge, judge_model)
     with stage(f"purifying ({purifier})", 1) as bar:
         pure = purified(purifier, purifier_params, model, originals, class_noun=class_noun, seed=seed)
         bar()
     prior = class_pictures(model, class_noun, class_images, recipe)
     rows: dict[str, Any] = {}
-    sampling = recipe.sampling.model_dump()
-    drawn = {}
+    drawn: dict[str, Tensor] = {}
     with stage("attackers", len(ATTACKERS)) as bar:
         for name in ATTACKERS:
             data = AttackData(pure if name.startswith("purified") else originals, prior, identifier, class_noun)
             attack = "cdl" if name.endswith("cdl") else "dreambooth"
             drawn[name], losses = draw_after_attack(
-                model, attack, params, data, seed=seed, count=count, sampling=sampling
+                model, attack, params, data, seed=seed, count=count, sampling=recipe.sampling.model_dump()
             )
-            scores = judged.similarity(drawn[name], reference_images)
-            level = interval([scores])
-            rows[name] = {
-                "similarity": None if level is None else level.mean, "low": None if level is None else level.low,
-                "high": None if level is None else level.high, "scores": scores, "last_loss": losses[-1],
-            }  # fmt: skip
+            rows[name] = judged_row(judged.similarity(drawn[name], reference_images)) | {"last_loss": losses[-1]}
             bar()
     record = {
         "base": base, "base_digest": weights_digest(model.folder), "judge": judge, "purifier": purifier,
@@ -115,14 +109,10 @@ def attack_cloaked(
         "references": len(references), "seed": seed, "attackers": rows,
     }  # fmt: skip
     with whole_folder(output) as place:
-        (place / "purified").mkdir()
-        for file, image in zip(files, pure, strict=True):
-            to_pil(image).save(place / "purified" / f"{file.stem}.png")
+        save_pictures(place / "purified", [file.stem for file in files], pure)
         for name, images in drawn.items():
-            (place / name).mkdir()
-            for i, image in enumerate(images):
-                to_pil(image).save(place / name / f"{i:03d}.png")
-        save_page(place / "grid.png", [reference_images, originals, pure, *drawn.values()], size)
+            save_pictures(place / name, [f"{i:03d}" for i in range(len(images))], images)
+        save_page(place / "grid.png", [reference_images, originals, pure, *drawn.values()], model.image_size)
         write_json(place / "redteam.json", record)
     return record
 
@@ -143,6 +133,20 @@ def check_references(files: Sequence[Path], references: Sequence[Path]) -> None:
                 f"{references[j - len(files)]} shows the same as {files[i]}, which is trained on; references are pictures that "
                 "nobody trains on"
             )
+
+
+def judged_row(scores: list[float | None]) -> dict[str, Any]:
+    """Scores with their mean and its 95 % interval, which are `None` where nothing could be scored."""
+    level = interval([scores])
+    mean, low, high = (None, None, None) if level is None else (level.mean, level.low, level.high)
+    return {"similarity": mean, "low": low, "high": high, "scores": scores}
+
+
+def save_pictures(folder: Path, names: Sequence[str], images: Tensor) -> None:
+    """Write pictures (n, 3, h, w) in [-1, 1] into a new folder, as PNG files of these names."""
+    folder.mkdir()
+    for name, image in zip(names, images, strict=True):
+        to_pil(image).save(folder / f"{name}.png")
 
 
 def save_page(file: Path, parts: Sequence[Any], size: int, columns: int = 8) -> None:

@@ -148,6 +148,40 @@ def sheet(before: Sequence[Image.Image], after: Sequence[Image.Image], budget: f
     return page
 
 
+def save_cloaked(
+    file: Path, picture: Image.Image, cloaked: Image.Image, target: Path, model: DiffusionModel, budget: float
+) -> dict[str, Any]:
+    """Write a cloaked picture and measure what is in the file.
+
+    Args:
+        file: the picture's own file, whose metadata are kept.
+        picture: as it was opened.
+        cloaked: the copy.
+        target: PNG file to write.
+        model: whose VAE measures the perceptual distance.
+        budget: largest change of a pixel, of 255.
+
+    Returns:
+        Its entry in `cloak.json`.
+
+    Raises:
+        RunFailed: what was saved has another size, or differs by more than the budget.
+    """
+    cloaked.save(target, **metadata_of(file))
+    saved = open_image(target)
+    change = largest_change(picture, saved)
+    if saved.size != picture.size or change > budget:
+        raise RunFailed(f"{target.name} was changed by {change} of 255, the budget is {budget:g}")
+    both = [covered(each, model.image_size).squares for each in (picture, saved)]
+    with torch.no_grad():
+        distance = float(perceptual_distance(model, *both).mean())
+    ratio = float(psnr(to_tensor(picture)[None], to_tensor(saved)[None]))
+    return {
+        "from": file.name, "file": target.name, "sha256": sha256_file(target), "largest_change": change,
+        "psnr_db": None if math.isinf(ratio) else ratio, "perceptual_distance": distance,
+    }  # fmt: skip
+
+
 def cloak_pictures(
     files: Sequence[Path],
     output: Path,
@@ -204,26 +238,12 @@ def cloak_pictures(
         uncovered(each, part, config.budget)
         for each, part in zip(known, cloaked.split([len(each.squares) for each in known]), strict=True)
     ]
-    changes = []
     with whole_folder(output) as place:
         (place / "report").mkdir()
-        for file, picture, changed in zip(files, pictures, after, strict=True):
-            target = place / f"{file.stem}.png"
-            changed.save(target, **metadata_of(file))
-            saved = open_image(target)
-            change = largest_change(picture, saved)
-            if saved.size != picture.size or change > config.budget:
-                raise RunFailed(f"{target.name} was changed by {change} of 255, the budget is {config.budget:g}")
-            both = [covered(each, size).squares for each in (picture, saved)]
-            with torch.no_grad():
-                apart = float(perceptual_distance(models[0], *both).mean())
-            ratio = float(psnr(to_tensor(picture)[None], to_tensor(saved)[None]))
-            changes.append(
-                {
-                    "from": file.name, "file": target.name, "sha256": sha256_file(target), "largest_change": change,
-                    "psnr_db": None if math.isinf(ratio) else ratio, "perceptual_distance": apart,
-                }
-            )  # fmt: skip
+        changes = [
+            save_cloaked(file, picture, changed, place / f"{file.stem}.png", models[0], config.budget)
+            for file, picture, changed in zip(files, pictures, after, strict=True)
+        ]
         sheet(pictures[:SHOWN], after[:SHOWN], config.budget).save(place / "report" / "before-after.png")
         record = {
             "method": method, "paper": chosen.paper, "params": config.model_dump(mode="json"), "seed": seed,

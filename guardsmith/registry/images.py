@@ -13,7 +13,15 @@ from pydantic import ValidationError
 
 from guardsmith.core.atomic_io import whole_file
 from guardsmith.core.errors import UserError
-from guardsmith.core.images import KINDS, fingerprint, near_duplicates, open_image, read_bytes, sha256_file
+from guardsmith.core.images import (
+    KINDS,
+    fingerprint,
+    is_whole_png,
+    near_duplicates,
+    open_image,
+    read_bytes,
+    sha256_file,
+)
 from guardsmith.core.picture_folders import is_picture, list_pictures, skipped_sentence
 from guardsmith.core.yaml_text import KeyPath, Problem, line_of
 from guardsmith.registry.types import SPLITS, Image, ImageEntry, Split
@@ -224,20 +232,10 @@ def _dataset_files(entry: ImageEntry, folder: Path) -> list[tuple[Path, str | No
         picture = open_image(f"{name} row {index}", stored["bytes"] or read_bytes(stored["path"]))
         digest = hashlib.sha256(picture.tobytes()).hexdigest()
         file = cache / f"{digest}.png"
-        if not _is_whole(file):
+        if not is_whole_png(file):
             with whole_file(file) as partial:
                 picture.save(partial, format="PNG")
         files.append((file, digest))
     if not files:
         raise UserError(f"split {entry.dataset_split} of dataset {name} is empty: choose another split")
     return files
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a PNG file is there with its end, which it lacks after a power loss."""
-    try:
-        with file.open("rb") as data:
-            data.seek(-8, os.SEEK_END)
-            return data.read(4) == b"IEND"
-    except OSError:
-        return False
