@@ -404,3 +404,15 @@ def test_an_undecided_check_says_how_many_pictures_would_decide_it():
     assert check.status == "pass" and "instead of" not in check.sentence
     check = check_control("tom", "db", same(1.0), same(1.0), LEVELS, SPEC)
     assert check.status == "pass" and "instead of" not in check.sentence
+
+
+def test_a_cell_whose_attack_does_not_work_on_the_base_is_no_evidence():
+    """Nothing came back on the hardened model, but nothing did on the base either."""
+    from guardsmith.gate.checks import Check, with_evidence, word
+
+    held = Check("protected", "mira", "lora", "pass", "reaches 0.01")
+    for status, expected in (("pass", ("pass", "pass")), ("inconclusive", ("inconclusive", "no evidence"))):
+        found = with_evidence(held, Check("attack works on base", "mira", "lora", status, "x"))
+        assert (found.status, word(found)) == expected
+    failed = Check("protected", "mira", "lora", "fail", "reaches 0.6")
+    assert with_evidence(failed, Check("attack works on base", "mira", "lora", "inconclusive", "x")) == failed

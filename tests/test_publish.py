@@ -147,6 +147,7 @@ def test_what_goes_up(output, capsys):
         "guardsmith/report.json",
         "guardsmith/report.html",
         "guardsmith/harden.json",
+        "guardsmith/recipe.yaml",
         "guardsmith/grid.png",
         "guardsmith/bom.cdx.json",
     }
@@ -295,6 +296,21 @@ def test_the_licence_has_to_be_known(tmp_path):
     assert licence_of(tmp_path, "builtin:avatar", None, tmp_path / "mine.txt").id == "apache-2.0"
 
 
+def test_every_licence_file_of_the_base_is_copied_whole(tmp_path):
+    (tmp_path / "LICENSE").write_text("the licence\n")
+    (tmp_path / "NOTICE.txt").write_text("the notice\n")
+    found = licence_of(tmp_path, "somebody/model", "openrail++", None)
+    assert found.text == "the licence\n\nthe notice\n" and found.restricts_use
+    assert not licence_of(tmp_path, "somebody/model", "apache-2.0", None).restricts_use
+    for text, said in ((b"", "is empty"), (b"\xff\xfe", "not UTF-8")):
+        (tmp_path / "own.txt").write_bytes(text)
+        with pytest.raises(UserError, match=said) as caught:
+            licence_of(tmp_path, "somebody/model", "openrail++", tmp_path / "own.txt")
+        assert_one_sentence(caught.value)
+    with pytest.raises(UserError, match="as the Hub calls it"):
+        licence_of(tmp_path, "somebody/model", "Open RAIL", None)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -316,7 +332,8 @@ def ran(monkeypatch, verdict):
 
     asked = []
     codes = {"pass": 0, "fail": 1, "inconclusive": 3}
-    monkeypatch.setattr(guardsmith.hardening.pipeline, "harden", lambda *_, **__: None)
+    monkeypatch.setattr(guardsmith.hardening.pipeline, "harden", lambda *_, **__: {})
+    monkeypatch.setattr("guardsmith.release.hub.check_rights", lambda repo_id: None)
     monkeypatch.setattr(
         guardsmith.evaluation.pipeline,
         "verify",

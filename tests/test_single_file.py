@@ -395,8 +395,19 @@ def test_the_command(tiny_v, single, hardened, tmp_path, capsys):
     digest = weights_digest(hardened[0])
     (output / "harden.json").write_text(json.dumps(record | {"base": str(tiny_v.folder), "model_digest": digest}))
     command = ["export", str(output), "--like", str(single), "--output", str(tmp_path / "new.safetensors")]
+    assert cli.main(command) == 2
+    assert "was never verified" in capsys.readouterr().err and not (tmp_path / "new.safetensors").exists()
+    command.insert(2, "--force-unverified")
     assert cli.main(command) == 0, capsys.readouterr().err
     assert (tmp_path / "new.safetensors").is_file()
+    (output / "verify").mkdir()
+    for verdict, code in (("fail", 1), ("inconclusive", 3), ("pass", 0)):
+        report = json.loads((Path(__file__).parent.parent / "docs/results/demo-report.json").read_text())
+        report |= {"verdict": verdict, "exit_code": code, "hardening": report["hardening"] | {"model_digest": digest}}
+        (output / "verify" / "report.json").write_text(json.dumps(report))
+        asked = ["export", str(output), "--like", str(single), "--output", str(tmp_path / f"{verdict}.safetensors")]
+        assert cli.main(asked) == (0 if verdict == "pass" else 2)
+        assert verdict == "pass" or f"is {verdict}, not pass" in capsys.readouterr().err
     assert cli.main(command) == 2
     assert "exists already" in capsys.readouterr().err
     assert cli.main([*command[:-1], str(single)]) == 2

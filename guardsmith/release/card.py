@@ -72,7 +72,7 @@ def licence_of(model: Path, base: str, named: str | None, file: Path | None) -> 
     if texts := [
         _text_of(place) for place in sorted(model.iterdir()) if place.is_file() and LICENCE.fullmatch(place.name)
     ]:
-        return Licence(known, "\n\n".join(text.strip("\n") for text in texts) + "\n")
+        return Licence(known, texts[0] if len(texts) == 1 else "\n\n".join(text.strip("\n") for text in texts) + "\n")
     if known not in LICENCES:
         raise UserError(f"the text of the licence {known} is not known; give it with --license-file")
     use = ", with its use restrictions" if Licence(known, "").restricts_use else ""
