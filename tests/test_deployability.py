@@ -22,7 +22,7 @@ from guardsmith.evaluation.deployability import (
     quantization,
     samplers,
 )
-from guardsmith.evaluation.deployability.bench import attempt, broken, differences
+from guardsmith.evaluation.deployability.bench import attempt, broken, compared_collapse, differences
 from guardsmith.evaluation.deployability.edges import edge_maps, followed
 from guardsmith.evaluation.deployability.half import as_half
 from guardsmith.evaluation.deployability.intervals import paired_excess, paired_ratio
@@ -231,11 +231,19 @@ def test_the_base_passes_against_itself(against_itself):
 
 def test_a_black_model_passes_nothing_that_looks_at_pictures(base, black, tmp_path):
     bench = bench_of(base, black, tmp_path)
-    found = [*precision.run(bench), *controlnet.run(bench), *merges.run(bench), *samplers.run(bench)]
-    passed = [m.case for m in found if m.status(LIMITS) == "pass"]
-    # Black in float16 as in float32 is no difference; that it is black is another case, and no weight of it is out of range.
-    assert set(passed) <= {"float16", "bfloat16", precision.STORED, precision.FILES}, passed
+    found = [m for run in (precision, controlnet, merges, quantization) for m in run.run(bench)]
+    found += attempt("samplers", "DDIM", "collapsed", lambda: _compared(bench, samplers.sliced))
     assert not [m for m in found if m.error]
+    passed = {(m.check, m.case) for m in found if m.status(LIMITS) == "pass"}
+    # The files are sound, and a merge with black is nearer to the base than black; that it collapses is its other case.
+    assert passed <= {("precision", precision.STORED), ("precision", precision.FILES), ("merges", merges.WITH_BASE)}
+    failed = {(m.check, m.measure) for m in found if m.status(LIMITS) == "fail"}
+    assert failed >= {("precision", "difference"), ("precision", "faults"), ("controlnet", "control"), ("merges", "collapsed"),
+                      ("quantization", "difference"), ("samplers", "collapsed")}  # fmt: skip
+
+
+def _compared(bench, draw):
+    return compared_collapse(bench, "samplers", "", *(draw(bench, side) for side in ("base", "hardened")))
 
 
 def test_float16_that_overflows_is_seen(base, tmp_path):

@@ -46,9 +46,9 @@ def broken(pictures: Tensor) -> Tensor:
 
 
 def differences(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Mean absolute difference of each picture in levels of 255, (n,); what is not finite differs by all of them."""
-    found = (pictures - reference).abs().flatten(1).mean(1) * 127.5
-    return torch.where(torch.isfinite(found), found, torch.full((), 255.0))
+    """Mean absolute difference of each picture in levels of 255, (n,); what is no picture (`broken`) differs by all of them."""
+    found = (torch.nan_to_num(pictures) - torch.nan_to_num(reference)).abs().flatten(1).mean(1) * 127.5
+    return torch.where(broken(pictures) | broken(reference), torch.full((), 255.0), found)
 
 
 @dataclass
