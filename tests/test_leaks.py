@@ -411,7 +411,8 @@ def test_only_known_evidence_goes_up(output):
     (output / "verify" / "public" / "state.safetensors").write_bytes(b"x")
     assert cli.main(["publish", str(output), *TO, "--dry-run"]) == 0
     assert {name for name in list_files(output / "release") if name.startswith("guardsmith/")} == {
-        f"guardsmith/{name}" for name in ("report.json", "report.html", "harden.json", "recipe.yaml", "bom.cdx.json", "grid.png")
+        f"guardsmith/{name}"
+        for name in ("report.json", "report.html", "harden.json", "recipe.yaml", "bom.cdx.json", "grid.png")
     }
 
 
