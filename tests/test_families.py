@@ -359,7 +359,7 @@ def test_tripwire_hardens_sd3_after_rehearsals_or_with_what_is_imagined(models, 
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "guardsmith", "harden", "--recipe", str(tmp_path / "job.yaml")]
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 4 and "wrecked the model" in done.stderr  # two steps of Tripwire fire on everything
     told = json.loads((tmp_path / "out" / "harden.json").read_text())
     assert told["unet_forward_equivalents"] == METHODS["tripwire"].cost(TripwireConfig(**params), ["person"])
     assert load_model(str(tmp_path / "out" / "model")).family is SD3

@@ -641,7 +641,7 @@ def test_no_registry_at_all(run, tmp_path):
         (["--set", "seed"], ["--set seed", "key=value"]),
         (["--set", "=1"], ["--set =1", "key=value"]),
         (["--set", "base.more=1"], ["--set base.more=1", "'base' is not a section"]),
-        (["--set", "seed=[1"], ["seed=[1", "YAML"]),
+        (["--set", "seed=[1"], ["--set seed=", "'[1'", "YAML"]),
     ],
 )
 def test_a_wrong_value_of_the_recipe(run, tmp_path, options, words):
@@ -671,7 +671,7 @@ verify:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("base: [", "not valid YAML"), ("", "mapping"), ("- base", "mapping"), ("b\xe4se: x".encode("latin-1"), "YAML")],
+    [("base: [", "not valid YAML"), ("", "mapping"), ("- base", "mapping"), ("b\xe4se: x".encode("latin-1"), "UTF-8")],
 )
 def test_a_file_that_is_no_recipe(guardsmith, tmp_path, text, words):
     (tmp_path / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -761,7 +761,7 @@ def test_persguard_gets_pictures_of_what_appears_instead(recipe, tmp_path):
 )
 def test_without_a_recipe_the_method_chooses_one_for_the_embedded_base(guardsmith, tmp_path, flags, method):
     registry = Path(__file__).parent.parent / "registries" / "demo.yaml"
-    done = guardsmith("harden", "--subjects", registry, "--dry-run", "--output", tmp_path / "out", *flags)
+    done = guardsmith("harden", "--subjects", registry, "--dry-run", "--json", "--output", tmp_path / "out", *flags)
     assert done.code == 0
     plan = json.loads(done.out)
     assert (plan["base"], plan["method"]) == ("builtin:avatar", method)
@@ -807,12 +807,12 @@ def test_shipped_recipes_are_in_order(name):
     method = METHODS[recipe.method.name]
     if name.endswith("-attacks"):
         return
-    if "# For pictures only" in text:
+    if text.startswith("# For cloak,"):
         assert recipe.cloaks and recipe.purifiers and recipe.defender
         return
-    assert "# Cost" in text
-    if "# For verification only" in text:
+    if text.startswith("# For verify only"):
         return
+    assert "Cost" in text
     told = f"{method.cost(method.config(**recipe.method.params), ['person']):,} U-Net forward equivalents"
     assert told in " ".join(text.replace("\n#", " ").split()) or name == "demo"  # which points to what was measured
 
@@ -931,7 +931,7 @@ def test_bystanders_reach_the_method_and_are_on_record(recipe, tmp_path, monkeyp
     done = run(
         "--recipe", str(chosen), "--bystanders", str(recipe.parent / "more"), "--output", str(tmp_path / "second")
     )
-    assert done.code == 0, done.err
+    assert done.code == 4 and "wrecked the model" in done.err  # one step of Tripwire fires on everything
     second = json.loads((tmp_path / "second/harden.json").read_text())
     assert first["bystanders_digest"] != second["bystanders_digest"]
     assert first["model_digest"] != second["model_digest"]

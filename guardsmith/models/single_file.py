@@ -107,7 +107,7 @@ class Exported(NamedTuple):
 
     Attributes:
         replaced: how many tensors are the hardened model's.
-        left_out: tensors of the base's file that are copies of a hardened part, metadata that may say more than what the model is.
+        left_out: tensors of the base's file that are copies of a hardened part, and metadata that may not be released.
         widened: whether the hardened tensors are float32 where the file had less, for a weight does not fit.
     """
 
