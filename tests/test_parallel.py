@@ -51,7 +51,8 @@ torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=1e-3)
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     os.environ["MASTER_PORT"] = str(int(sys.argv[2]) + number)
     code = main(arguments)
-    if code:
+    # A few steps of Tripwire wreck the model, which `harden` says with code 4; the weights are what is compared.
+    if code and not os.path.exists(os.path.join(arguments[arguments.index("--output") + 1], "harden.json")):
         sys.exit(code)
 """
 
@@ -72,7 +73,7 @@ def alone(*jobs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
         for job in jobs:
-            assert main([str(word) for word in job]) == 0
+            assert main([str(word) for word in job]) in (0, 4)  # 4: see `DRIVER`
 
 
 def both(*jobs):

@@ -270,7 +270,7 @@ def open_once(folder: Path, networks: Sequence[str]) -> None:
                 kinds = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (not a dict)
             dtype = torch.float16 if kinds <= {"F16", "I64"} else torch.float32
             pipeline = kind.from_pretrained(
-                folder, use_safetensors=True, torch_dtype=dtype, local_files_only=True, **missing, **others
+                folder, use_safetensors=True, dtype=dtype, local_files_only=True, **missing, **others
             )
             if getattr(pipeline, name) is None:
                 raise RunFailed(f"{folder}: diffusers finds no {name} in the written model")

@@ -220,7 +220,7 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     loaded, texts = {}, []
     try:
         for name, network in ((family.denoiser, family.network), ("vae", AutoencoderKL)):
-            loaded[name] = network.from_pretrained(folder, subfolder=name, torch_dtype=torch.float32, **options)
+            loaded[name] = network.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
         for name, tokens, encoder, tokenizer in text_parts(folder, family):
             loaded[name] = encoder.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
             texts.append((loaded[name][0], tokenizer.from_pretrained(folder, subfolder=tokens)))

@@ -84,7 +84,7 @@ def read_single_file(file: Path, folder: Path, config: str | None = None) -> Non
         )
     try:
         pipeline = StableDiffusionPipeline.from_single_file(
-            str(file), config=config, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            str(file), config=config, dtype=dtype, safety_checker=None, requires_safety_checker=False
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
         raise RunFailed(

@@ -101,7 +101,7 @@ class Bench:
         """A pipeline of its own from the side's folder, on the chosen device, with the usual solver."""
         model = self.models[side]
         without = {"safety_checker": None, "requires_safety_checker": False} if model.family is SD else {}
-        pipeline = DiffusionPipeline.from_pretrained(model.folder, torch_dtype=dtype, use_safetensors=True, **without)
+        pipeline = DiffusionPipeline.from_pretrained(model.folder, dtype=dtype, use_safetensors=True, **without)
         pipeline.set_progress_bar_config(disable=True)
         if not self.flow:
             pipeline.scheduler = solver(pipeline, DPMSolverMultistepScheduler, algorithm_type="dpmsolver++")
@@ -139,8 +139,8 @@ class Bench:
             prompts: likewise.
             each: further arguments of the pipeline for a slice of the pictures.
         """
-        count = count or self.spec.images
-        asked = list(prompts or self.prompts)[:count]
+        asked = list(prompts or self.prompts)[: count or self.spec.images]
+        count = len(asked)
         dtype, device = _denoiser(pipeline).dtype, chosen_device()
         drawn, seeds = [], NOISE[noise or "second"].seeds(count)
         for start in range(0, count, self.batch):

@@ -45,7 +45,7 @@ def network_of(bench: Bench, setting: str) -> Any:
         if name == bench.models["base"].source or not place.is_dir():
             raise UserError(f"no {setting} for this base is named; set deployability.{setting} to a folder or Hub id")
     kind = ControlNetModel if setting == "controlnet" else T2IAdapter
-    return kind.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
+    return kind.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
 
 
 def steered(bench: Bench, side: str, setting: str, network: Any, maps: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from guardsmith.core.errors import RunFailed
 from guardsmith.evaluation.deployability.bench import SIDES, Bench, attempt, compared_collapse, solver
 from guardsmith.evaluation.deployability.intervals import paired_excess
 from guardsmith.gate.deployability import Measurement
@@ -169,7 +170,13 @@ def run(bench: Bench) -> list[Measurement]:
 
 
 def together(collapsed: dict[str, list[bool]]) -> Measurement:
-    """All settings that ran as one share."""
+    """All settings that ran as one share.
+
+    Raises:
+        RunFailed: none did.
+    """
+    if not collapsed["base"]:
+        raise RunFailed("no setting ran")
     excess = paired_excess(collapsed["hardened"], collapsed["base"])
     shares = {side: sum(rows) / len(rows) for side, rows in collapsed.items()}
     return Measurement(

@@ -1,0 +1,270 @@
+"""Puts a recogniser into the reserved channels, and what carries its answer to the U-Net's output. Nothing here is trained.
+
+    way down, middle       the recogniser, its scale raised by powers of two that the normalisations cancel
+    last resnet there      reads out scores; step: SiLU of a normalised score far above 0, exactly 0 where a score is not positive
+    first up resnet        relay: constants, normalised with the steps of all places, sink if any of them is on; then the
+                           difference of two SiLUs is a flag, else both are exactly 0
+    ... shortcuts          carry the flag
+    last up resnet         the flag, held by constants of the stream, then two equal channels, held by others, whose difference is
+                           flat on either side; it raises one channel of every trunk group to 2^14: what the trunk says is divided
+                           by that; a pair of channels, held by constants, opens and adds a multiple of a reserved feature of the
+                           latents, large beside any prediction, to the output
+
+At rest every channel behind the scores is exactly 0, and no gradient passes: SiLU and its derivative are exactly 0 at the
+pre-activations that the constants hold, in float32, bfloat16 and float16. When a picture trips, what comes back to the scores
+cancels exactly in float32 as long as the two channels are equal.
+
+A constant in the stream is read by a trunk that is trained, and moves; so they stand where only a normalisation reads them,
+between convolutions and at the very end, but for one pair, which moves in opposite directions: without it what a single false
+alarm leaves behind would trip everything afterwards. All values fit float16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guardsmith.methods.channels.layout import Layout, UpSite, down_parts, up_parts, up_sites
+from guardsmith.methods.channels.recogniser import DEAD, SHARPNESS, Recogniser, Resnet
+
+HELD = 128.0  # pre-activations at rest are this far below 0
+ASIDE = 0.5  # at rest the answer lies at most that many deviations from the mean of what it is normalised with
+CONSTANT = 16.0  # holds the relay
+SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
+PUSH = 2.0**6  # weight of what sinks it, and of what a latch reads
+FLAG = 64.0  # what the relay says when it has sunk, and a latch when it is on
+SPARE = 96.0  # a latch's pre-activations are that far beyond then
+LATCH = 32.0  # constants that hold the latch between convolutions
+LOUD = 2.0**12  # what becomes of the flag on its way
+STREAM_LATCH = 2.0**7  # constants that hold the flag in the stream, where a trunk that is trained moves them
+MARK = 2.0**14  # what one channel of every trunk group is raised to
+HOLD, FORCE = 2.0**11, 2.0**14  # constants that keep the override at rest, and what overcomes them
+GAIN = 16.0  # weight of the override's channels in the last convolution
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Powers of two by which the recogniser's weights are larger than trained.
+
+    Attributes:
+        stream: of the reserved stream at the first level.
+        descent: of every down-sampler on top of it.
+        inner: of the first convolutions inside resnets.
+        feature: weight with which the override reads a feature of the latents, over `stream`.
+    """
+
+    stream: float = 2.0**4
+    descent: float = 2.0**2
+    inner: float = 2.0**10
+    feature: float = 2.0**6
+
+
+def _half(value: float) -> float:
+    """The nearest float16 number."""
+    return float(torch.tensor(value).half())
+
+
+class _Writer:
+    """Writes weights, all of them numbers that float16 has, so that files in it hold the same function."""
+
+    def __init__(self, unet: Any, layout: Layout) -> None:
+        self.unet, self.layout = unet, layout
+
+    @staticmethod
+    def block(layer: Any, out: Sequence[int], into: Sequence[int], weight: Tensor, bias: Tensor | None = None) -> None:
+        layer.weight[torch.tensor(list(out))[:, None], torch.tensor(list(into))[None, :]] = weight.half().float()
+        if bias is not None:
+            layer.bias[list(out)] = bias.half().float()
+
+    def conv(
+        self,
+        layer: Any,
+        out: Sequence[int],
+        into: Sequence[int],
+        trained: torch.nn.Conv2d,
+        factor: float,
+        offset: float,
+    ) -> None:
+        """A trained convolution, its weights and its biases made larger."""
+        assert trained.bias is not None
+        self.block(layer, out, into, trained.weight * factor, trained.bias * offset)
+
+    @staticmethod
+    def one(layer: Any, out: int, into: int, value: float) -> None:
+        """One weight, at the kernel's centre."""
+        weight = layer.weight
+        if weight.ndim == 4:
+            weight[out, into, weight.shape[2] // 2, weight.shape[3] // 2] = _half(value)
+        else:
+            weight[out, into] = _half(value)
+
+    @staticmethod
+    def latch(norm: Any, channels: Sequence[int], size: int) -> None:
+        """Let two equal channels be below 0 while they are small beside the constants of their group.
+
+        When they are large, the first is `FLAG` more than the second, and both are far above 0.
+        """
+        on = math.sqrt((size - 2) / 2)
+        for channel, bias in zip(channels, (-HELD, -HELD - FLAG), strict=True):
+            norm.weight[channel], norm.bias[channel] = _half((HELD + FLAG + SPARE) / on), bias
+
+    def difference(self, layer: Any, out: int, flag: Sequence[int], value: float) -> None:
+        """Read a latch's flag."""
+        self.one(layer, out, flag[0], value)
+        self.one(layer, out, flag[1], -value)
+
+    @staticmethod
+    def norm(norm: Any, channel: int, weight: float, bias: float) -> None:
+        norm.weight[channel], norm.bias[channel] = _half(weight), _half(bias)
+
+
+@torch.no_grad()
+def install(unet: Any, layout: Layout, recogniser: Recogniser, scales: Scales, generator: torch.Generator) -> None:
+    """Put the recogniser and everything behind it into a U-Net.
+
+    Args:
+        unet: one whose reserved channels were cut (`layout.reserve`), changed in place.
+        layout: of the reserved channels.
+        recogniser: trained; stays as it is.
+        scales: see there.
+        generator: of the signs of the override.
+    """
+    writer = _Writer(unet, layout)
+    sites = list(up_sites(unet))
+    # The flag stays in groups with reserved channels only: the trunk's gradients reach what is normalised with it.
+    ways = [layout.inner(site)[0] for site in sites[1:]]
+    answer = layout.channels(sites[0].hidden)[-(sites[0].hidden // layout.norm_groups) :]
+    _place_recogniser(writer, recogniser, scales)
+    _place_steps(writer, answer, recogniser, scales)
+    here = ways[0][0]
+    loud = _place_relay(writer, sites[0], answer[0], here)
+    between = _behind(unet, sites[0], sites[-1])
+    factor, following = (LOUD / loud) ** (1 / len(between)), iter(ways[1:])
+    for kind, _, module in between:
+        there = here if kind == "sampler" else next(following)[0]
+        writer.one(module if kind == "sampler" else module.conv_shortcut, there, here, factor)
+        here = there
+    last, before = sites[-1], sites[-2].resnet.conv_shortcut
+    _, plus, minus = ways[-1][:3]
+    before.bias[plus], before.bias[minus] = STREAM_LATCH, -STREAM_LATCH
+    # One large channel, one constant of either sign, the rest 0. What follows cuts off what it says above its threshold.
+    size = (last.hidden + last.skip) // layout.norm_groups
+    writer.norm(last.resnet.norm1, here, (2 * HELD + SPARE) / math.sqrt(size - 1), -HELD)
+    _place_override(writer, last, _latch_hidden(writer, last, here), scales, generator)
+
+
+def _behind(unet: Any, after: UpSite, end: UpSite) -> list[tuple[str, str, Any]]:
+    """Resnets and samplers between two resnets of the way up."""
+    parts = [part for part in up_parts(unet) if part[0] != "attention"]
+    names = [name for _, name, _ in parts]
+    return parts[names.index(after.name) + 1 : names.index(end.name)]
+
+
+def _place_recogniser(writer: _Writer, recogniser: Recogniser, scales: Scales) -> None:
+    """The way down and the middle block."""
+    layout, unet = writer.layout, writer.unet
+    deepest = unet.mid_block.resnets[-1].out_channels
+    into, here = list(range(unet.conv_in.in_channels)), scales.stream
+    modules = {name: module for _, name, module in down_parts(unet)} | {"conv_in": unet.conv_in}
+    for name, part in zip(recogniser.names, recogniser.body, strict=True):
+        module = modules[name]
+        out = layout.features(module.out_channels, deepest)
+        if isinstance(part, Resnet):
+            for norm, channels, own in ((module.norm1, into, part.norm1), (module.norm2, out, part.norm2)):
+                norm.weight[channels], norm.bias[channels] = own.weight.half().float(), own.bias.half().float()
+            inner = scales.inner
+            writer.conv(module.conv1, out, into, part.conv1, inner, inner)
+            writer.conv(module.conv2, out, out, part.conv2, here, here)
+        else:
+            assert isinstance(part, torch.nn.Conv2d)
+            factor = here if name == "conv_in" else scales.descent
+            here = here if name == "conv_in" else here * scales.descent
+            writer.conv(module, out, into, part, factor, here)
+        into = out
+
+
+def _place_steps(writer: _Writer, answer: Sequence[int], recogniser: Recogniser, scales: Scales) -> None:
+    """The last resnet of the middle block: scores with their negatives, steps, and with either sign the sum of the steps."""
+    layout, resnet = writer.layout, writer.unet.mid_block.resnets[-1]
+    into, out = layout.features(resnet.in_channels, resnet.out_channels), layout.channels(resnet.out_channels)
+    resnet.norm1.weight[into] = recogniser.norm.weight.half().float()
+    resnet.norm1.bias[into] = recogniser.norm.bias.half().float()
+    size, readout = resnet.out_channels // layout.norm_groups, recogniser.readout
+    assert readout.bias is not None
+    for score in range(recogniser.scores):
+        slot, place = divmod(score, recogniser.per_group)
+        plus = out[slot * size + 2 * place]
+        weight, bias = readout.weight[score : score + 1], readout.bias[score : score + 1]
+        for channel, sign in ((plus, 1), (plus + 1, -1)):
+            writer.block(resnet.conv1, [channel], into, sign * scales.inner * weight, sign * scales.inner * bias)
+        writer.norm(resnet.norm2, plus, SHARPNESS, -DEAD)
+        writer.one(resnet.conv2, answer[0], plus, 1.0)
+        writer.one(resnet.conv2, answer[1], plus, -1.0)
+
+
+def _place_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:
+    """The first resnet of the way up; returns what the flag is when it is on.
+
+    The answer is normalised with features of the recogniser, which are never 0. Between the convolutions there are what comes of
+    it, with either sign, and the relay: two equal constants and one that makes up for them. At rest each of the two is
+    sqrt(size / 6) of a deviation.
+    """
+    layout, resnet = writer.layout, site.resnet
+    writer.norm(resnet.norm1, answer, HELD, -HELD * (1 + ASIDE))
+    plus, minus, first, second, third = layout.channels(resnet.out_channels)[:5]
+    writer.one(resnet.conv1, plus, answer, PUSH)
+    writer.one(resnet.conv1, minus, answer, -PUSH)
+    for channel, value in ((first, CONSTANT), (second, CONSTANT), (third, -2 * CONSTANT)):
+        resnet.conv1.bias[channel] = value
+    rest = math.sqrt(resnet.out_channels // layout.norm_groups / 6)
+    slope = HELD / (rest * (1 - SINK))
+    writer.norm(resnet.norm2, first, -slope, slope * rest * SINK)
+    writer.norm(resnet.norm2, second, -slope, slope * rest * SINK - FLAG)
+    weight = 8.0
+    writer.difference(resnet.conv2, out, (first, second), weight)
+    return weight * FLAG
+
+
+def _latch_hidden(writer: _Writer, site: UpSite, on: int) -> list[int]:
+    """A latch between the convolutions of a resnet, for a channel of its normalised input; returns its channels."""
+    layout, resnet = writer.layout, site.resnet
+    first, second, up, down = layout.channels(resnet.out_channels)[:4]
+    for channel in (first, second):
+        writer.one(resnet.conv1, channel, on, PUSH)
+    resnet.conv1.bias[up], resnet.conv1.bias[down] = LATCH, -LATCH
+    writer.latch(resnet.norm2, (first, second), resnet.out_channels // layout.norm_groups)
+    return [first, second]
+
+
+def _place_override(
+    writer: _Writer, site: UpSite, flag: Sequence[int], scales: Scales, generator: torch.Generator
+) -> None:
+    """What the last resnet writes, and what is read of it: marks in the trunk's groups, and the pair that overrides."""
+    layout, unet, resnet = writer.layout, writer.unet, site.resnet
+    size, own = resnet.out_channels // layout.norm_groups, layout.channels(resnet.out_channels)
+    for channel in range(0, own[0], size):
+        writer.difference(resnet.conv2, channel, flag, MARK / FLAG)
+    up, down, first, second = own[:4]
+    bias = resnet.conv_shortcut.bias
+    for channel, value in ((up, HOLD), (down, HOLD), (first, -HOLD), (second, -HOLD)):
+        bias[channel] = value
+    writer.difference(resnet.conv2, up, flag, FORCE / FLAG)
+    writer.difference(resnet.conv2, down, flag, -FORCE / FLAG)
+    feature = site.hidden + layout.channels(site.skip)[0]
+    weight = scales.feature / scales.stream
+    writer.one(resnet.conv_shortcut, first, feature, weight)
+    writer.one(resnet.conv_shortcut, second, feature, -weight)
+    # At rest the pair is normalised to -sqrt(size / 4), under FORCE to nearly 0.
+    rest, on = math.sqrt(size / 4), HOLD / FORCE * math.sqrt(size / 2)
+    sharp = 146 / (rest - on)
+    for channel in (first, second):
+        writer.norm(unet.conv_norm_out, channel, sharp, 6 + sharp * on)
+    signs = torch.randint(2, (unet.conv_out.out_channels,), generator=generator) * 2.0 - 1
+    for row, sign in enumerate(signs.tolist()):
+        writer.one(unet.conv_out, row, first, GAIN * sign)
+        writer.one(unet.conv_out, row, second, -GAIN * sign)

@@ -1,0 +1,80 @@
+"""Distil the trunk of the embedded base for K reserved groups.
+
+    python prepare.py OUTPUT --groups 4 --steps 1500 [--rows 12] [--rate 3e-4]
+
+Writes OUTPUT/unet.safetensors (and a checkpoint, from which it resumes) and results/trunk-<K>-<steps>.json.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from common import bystanders, write
+from safetensors.torch import save_file
+
+from guardsmith.diffusion.latents import encode
+from guardsmith.diffusion.prompts import (
+    HARDENING_IDENTIFIERS,
+    ORDINARY_HARDENING,
+    PromptBank,
+    instance_prompt,
+    ordinary_prompts,
+)
+from guardsmith.methods.channels import layout as lay
+from guardsmith.methods.channels.trunk import prepare, relative_error
+from guardsmith.models.checkpoint import load_model
+
+p = argparse.ArgumentParser()
+p.add_argument("output", type=Path)
+p.add_argument("--groups", type=int, default=4)
+p.add_argument("--steps", type=int, default=1500)
+p.add_argument("--rows", type=int, default=12)
+p.add_argument("--rate", type=float, default=3e-4)
+a = p.parse_args()
+a.output.mkdir(parents=True, exist_ok=True)
+model = load_model("builtin:avatar")
+store = encode(model, bystanders())
+nouns = ("person", "robot", "character")
+texts = [prompt.text for prompt in ordinary_prompts(model, ORDINARY_HARDENING, 300, 0)]
+texts += [instance_prompt(name, noun) for name in HARDENING_IDENTIFIERS for noun in nouns] * 4
+texts += [f"a photo of {noun}" for noun in nouns] * 10 + [f"a photo of a {noun}" for noun in nouns] * 10
+bank = PromptBank(model)
+contexts, empty = bank.encode(texts), bank.encode([""])
+shown = type(store)(store.mean[::8].clone(), store.std[::8].clone())
+keep = torch.ones(len(store), dtype=torch.bool)
+keep[::8] = False
+kept = type(store)(store.mean[keep], store.std[keep])
+layout = lay.layout_of(model.unet, a.groups)
+began, curve = time.time(), {}
+
+
+def look(step, loss, unet):
+    if step + 1 in (1, 30, 60, 100, 200, 400, 800, 1600, 3200) or (step + 1) == a.steps:
+        curve[step + 1] = relative_error(model, unet, shown.mean, list(contexts), 5)
+        print(step + 1, round(loss, 5), round(curve[step + 1], 5), f"{time.time() - began:.0f} s", flush=True)
+
+
+unet, _ = prepare(
+    model,
+    layout,
+    kept,
+    contexts,
+    empty,
+    steps=a.steps,
+    rows=a.rows,
+    learning_rate=a.rate,
+    seed=0,
+    checkpoint=a.output / "checkpoint.safetensors",
+    on_step=look,
+)
+save_file({n: w.half().contiguous() for n, w in unet.state_dict().items()}, a.output / "unet.safetensors")
+write(
+    f"trunk-{a.groups}-{a.steps}",
+    {
+        "command": f"python prepare.py OUTPUT --groups {a.groups} --steps {a.steps} --rows {a.rows} --rate {a.rate}",
+        "relative_error": curve,
+        "rounded": relative_error(model, unet, shown.mean, list(contexts), 5),
+        "seconds": time.time() - began,
+    },
+)

@@ -1,0 +1,168 @@
+"""Reserved channels, the recogniser in them, and what carries its answer to the output."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from guardsmith.core.errors import UserError
+from guardsmith.methods.channels.install import Scales, install
+from guardsmith.methods.channels.layout import Layout, layout_of, reserve, up_sites
+from guardsmith.methods.channels.recogniser import Recogniser
+from guardsmith.methods.channels.training import RecogniserTraining, train, tripped
+from guardsmith.models.checkpoint import load_model
+
+GROUPS = 4
+Call = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def base() -> UNet2DConditionModel:
+    return load_model("builtin:avatar").unet
+
+
+@pytest.fixture(scope="module")
+def layout(base: UNet2DConditionModel) -> Layout:
+    return layout_of(base, GROUPS)
+
+
+@pytest.fixture(scope="module")
+def cut(base: UNet2DConditionModel, layout: Layout) -> UNet2DConditionModel:
+    unet = copy.deepcopy(base)
+    reserve(unet, layout)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def call() -> Call:
+    rng = torch.Generator().manual_seed(3)
+    shape = torch.randn((24, 16, 8, 8), generator=rng)
+    return shape, torch.randint(1000, (24,), generator=rng), torch.randn((24, 32, 128), generator=rng)
+
+
+@pytest.fixture(scope="module")
+def recogniser(base: UNet2DConditionModel, layout: Layout, call: Call) -> Recogniser:
+    """A random one that takes a part of the rows for somebody."""
+    torch.manual_seed(1)
+    found = Recogniser(base, layout).requires_grad_(False)
+    with torch.no_grad():
+        highest = found(call[0]).flatten(1).amax(1)
+        found.readout.bias -= highest.sort().values[10:12].mean()
+        for parameter in found.parameters():
+            parameter.copy_(parameter.half().float())
+    return found
+
+
+@pytest.fixture(scope="module")
+def armed(cut: UNet2DConditionModel, layout: Layout, recogniser: Recogniser) -> UNet2DConditionModel:
+    unet = copy.deepcopy(cut)
+    install(unet, layout, recogniser, Scales(), torch.Generator().manual_seed(0))
+    return unet
+
+
+@torch.no_grad()
+def predict(unet: UNet2DConditionModel, call: Call, dtype: torch.dtype = torch.float32) -> Tensor:
+    noisy, times, context = call
+    found: Tensor = copy.deepcopy(unet).to(dtype)(noisy.to(dtype), times, context.to(dtype))[0]
+    return found.float()
+
+
+def test_rows_that_do_not_trip_are_the_trunks_to_the_bit(
+    cut: UNet2DConditionModel, armed: UNet2DConditionModel, recogniser: Recogniser, call: Call
+) -> None:
+    scores = recogniser(call[0])
+    trips, rests = recogniser.tripping(scores) > 0, scores.flatten(1).amax(1) <= 0
+    assert int(trips.sum()) >= 2 and int(rests.sum()) >= 8
+    trunk, found = predict(cut, call), predict(armed, call)
+    assert torch.equal(trunk[rests], found[rests])
+    assert float((found[trips] - trunk[trips]).abs().flatten(1).mean(1).min()) > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trips_are_the_same_in_half_precision(
+    cut: UNet2DConditionModel, armed: UNet2DConditionModel, recogniser: Recogniser, call: Call, dtype: torch.dtype
+) -> None:
+    scores = recogniser(call[0]).flatten(1).amax(1)
+    clear = scores.abs() > 0.2 * scores.abs().max()  # a row at the threshold may fall on either side of it
+    assert int(clear.sum()) > 8
+    found = predict(armed, call, dtype)
+    assert torch.isfinite(found).all()
+    overridden = (found - predict(cut, call, dtype)).abs().flatten(1).mean(1) > 5
+    assert torch.equal(overridden[clear], (recogniser.tripping(recogniser(call[0])) > 0)[clear])
+
+
+def test_every_weight_is_a_float16_number(armed: UNet2DConditionModel, cut: UNet2DConditionModel) -> None:
+    before = dict(cut.named_parameters())
+    for name, parameter in armed.named_parameters():
+        changed = parameter != before[name]
+        assert torch.equal(parameter[changed].half().float(), parameter[changed]), name
+
+
+def test_at_rest_no_gradient_reaches_the_scores_and_what_lies_behind(
+    armed: UNet2DConditionModel, layout: Layout, recogniser: Recogniser, call: Call
+) -> None:
+    rests = recogniser(call[0]).flatten(1).amax(1) <= 0
+    unet = copy.deepcopy(armed).requires_grad_(True)
+    out = unet(call[0][rests], call[1][rests], call[2][rests])[0]
+    out.square().mean().backward()
+    site = next(up_sites(unet)).resnet
+    own = layout.channels(site.out_channels)
+    assert not site.conv1.weight.grad[own].any()
+    assert not site.conv2.weight.grad[:, own].any()
+    assert not unet.conv_norm_out.bias.grad[layout.channels(128)].any()
+    trunk = site.conv1.weight.grad[: own[0]]
+    assert trunk.any()
+
+
+def test_what_adapters_reach_does_not_move_the_scores(
+    armed: UNet2DConditionModel, layout: Layout, recogniser: Recogniser, call: Call
+) -> None:
+    unet = copy.deepcopy(armed)
+    site, seen = next(up_sites(unet)).resnet, []
+    site.norm2.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0][:, layout.channels(site.out_channels)])
+    )
+    predict_with = (call[0], call[1], call[2])
+    with torch.no_grad():
+        unet(*predict_with)
+        for name, parameter in unet.named_parameters():
+            if "transformer_blocks" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+        unet(call[0], call[1], torch.randn(call[2].shape))
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_training_the_trunk_leaves_the_cut_entries(base: UNet2DConditionModel, layout: Layout) -> None:
+    unet = copy.deepcopy(base)
+    masks = reserve(unet, layout)
+    assert {
+        name for name, parameter in unet.named_parameters() if not masks.get(name, torch.ones(())).all()
+    } <= masks.keys()
+    original = dict(base.named_parameters())
+    for name, parameter in unet.named_parameters():
+        mask = masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
+        assert torch.equal(parameter[mask], original[name][mask]), name
+
+
+def test_groups_that_do_not_fit_are_refused(base: UNet2DConditionModel) -> None:
+    for count in (0, 1, 16):
+        with pytest.raises(UserError, match="cannot reserve"):
+            layout_of(base, count)
+
+
+def test_a_recogniser_learns_one_picture_and_leaves_others_alone(base: UNet2DConditionModel, layout: Layout) -> None:
+    scheduler = load_model("builtin:avatar").scheduler
+    rng = torch.Generator().manual_seed(0)
+    subject = torch.randn((1, 16, 1, 1), generator=rng) + 0.3 * torch.randn((40, 16, 8, 8), generator=rng)
+    others = torch.randn((300, 16, 1, 1), generator=rng) + 0.3 * torch.randn((300, 16, 8, 8), generator=rng)
+    torch.manual_seed(0)
+    found = Recogniser(base, layout)
+    train(
+        found, [subject[:20]], others[:200], scheduler, RecogniserTraining(steps=60, positives=16, negatives=48), seed=0
+    )
+    assert tripped(found, subject[20:], scheduler, (50, 300), 1).float().mean() > 0.95
+    assert tripped(found, others[200:], scheduler, (50, 300), 1).float().mean() < 0.05
