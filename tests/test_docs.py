@@ -183,7 +183,8 @@ SMALL = {
         "identifiers": ["sks"],
         "images_per_unit": 8,
         "class_images": 4,
-        "ordinary_images": 24,
+        "benign_images": 24,
+        "deployability": {"checks": []},
     },
 }  # fmt: skip
 
