@@ -156,8 +156,9 @@ def test_every_unit_leaves_pictures_scores_and_settings(verified):
 
 def test_the_page_shows_both_subjects_and_ordinary_prompts(verified):
     text = (verified[0] / "verify" / "report.html").read_text()
-    # At a glance, in its section, and at the two checks that say that the attack learnt nothing on the base.
-    assert text.count("mira as drawn after lora on the hardened model") == 4 + 4 + 2 * 8
+    assert text.count("mira as drawn after lora on the hardened model") == 4 + 4 + 2 * 8, (
+        "at a glance, in its room, and where it learnt nothing: of the base, and of what then is no evidence"
+    )
     assert text.count("nora as drawn after lora on the base model") >= 4
     assert text.count("the hardened model&#39;s picture of: ") == 12
     assert str(ROOT) not in text
@@ -431,7 +432,7 @@ def test_a_verification_killed_on_the_way_goes_on_with_what_is_missing(verified,
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
         try:
             deadline = time.monotonic() + 300
-            while not (done := list((output / "verify").glob("*/*/lora/**/scores.json"))):
+            while not (done := list((output / "verify").glob("*/*/lora/*/*/[!.]*/scores.json"))):
                 assert child.poll() is None, child.communicate()[1]
                 assert time.monotonic() < deadline, "no unit within five minutes"
                 time.sleep(0.005)
@@ -535,7 +536,8 @@ def test_verification_judges_by_the_policy_and_names_it(copied, verified, regist
     assert report.calibration["person"].genuine == 0.5
     assert "house rules" in (copied / "verify/report.html").read_text()
     before = [c for c in verified[1].checks if c.name == "protected"]
-    assert (before[0].value, before[0].status) == (check.value, "inconclusive"), "the attack learns nothing on the base"
+    assert (before[0].value, before[0].status) == (check.value, "inconclusive")
+    assert before[0].sentence.startswith("no evidence"), "nor did two steps teach the attacker anything on the base"
     many = default_policy(GateSpec(minimum_images=9))
     report = verify(registry, load_recipe(str(recipe_file)), copied, workers=1, policy=many, quiet=True)
     [check] = [c for c in report.checks if c.name == "protected"]
