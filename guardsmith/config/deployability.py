@@ -48,7 +48,8 @@ class DeployabilitySpec(BaseModel):
     """Also what has to be trained first: adapters, and another fine-tune of the base to merge with. `--budget quick` leaves
     them out, and the report says so."""
     images: int = Field(16, ge=8)
-    """Pictures of every setting, by base and hardened model, of the same prompts from the same noise."""
+    """Pictures of every setting, by base and hardened model, of the same prompts from the same noise; never more than there are
+    benign prompts (`verify.benign_images`)."""
     adapter_images: int = Field(48, ge=8)
     """Pictures drawn with every adapter."""
     controlnet: Place | None = None

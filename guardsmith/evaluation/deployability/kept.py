@@ -27,6 +27,7 @@ def measure_everyday_use(plan: Plan, prompts: Sequence[str], known: tuple[Tensor
     recipe, spec = plan.recipe, plan.recipe.verify.deployability
     if not spec.checks:
         return []
+    spec = spec.model_copy(update={"images": min(spec.images, len(prompts))})  # every picture has a prompt of its own
     attacks = recipe.verify.attacks.values()
     dreambooth = next((attack.params for attack in attacks if attack.name == "dreambooth"), {})
     models: dict[str, DiffusionModel] = {side: judged.model for side, judged in plan.models.items()}
