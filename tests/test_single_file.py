@@ -327,7 +327,14 @@ def test_what_cannot_be_a_base_is_one_sentence_and_leaves_nothing(tiny_v, whole,
     with pytest.raises(GuardsmithError, match=said) as caught:
         read_single_file(file, tmp_path / "base", config)
     assert_one_sentence(caught.value)
+    assert str(tmp_path / "base") not in str(caught.value), "the folder that was written is gone"
     assert not list(tmp_path.glob("*base*"))
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tiny_v, tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        read_single_file(tmp_path / "model.safetensors", tmp_path / "base", str(tiny_v.folder))
 
 
 def spoil_another(file, unet):

@@ -27,7 +27,7 @@ from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.evaluation.preflight import check_attacks, check_policy, check_threat_model
 from guardsmith.evaluation.runs import attacked_subjects
 from guardsmith.gate.policy import Policy, recipe_policy
-from guardsmith.hardening.compatibility import check_against_base
+from guardsmith.hardening.compatibility import check_against_base, check_computes
 from guardsmith.hardening.data import bystander_files
 from guardsmith.hardening.memory import estimate
 from guardsmith.methods import find_method
@@ -117,6 +117,7 @@ def forecast(
     if base is not None:
         _judged(plan, lambda: check_apart(base.folder, output), "output")
         _judged(plan, lambda: check_against_base(base, registry, recipe), "base and method")
+        _judged(plan, lambda: check_computes(base), "base")
     _look_at_judge(plan, registry, recipe, base, policy, "problem" if verifies else "warning")
     if not registry.controls:
         plan.add(

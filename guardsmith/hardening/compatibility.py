@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from guardsmith.attacks import find_attack
 from guardsmith.config.recipe import Recipe
-from guardsmith.core.errors import UserError
-from guardsmith.diffusion.prompts import lost_words
+from guardsmith.core.errors import UserError, out_of_memory
+from guardsmith.diffusion.prompts import PromptBank, lost_words
 from guardsmith.methods import find_method
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.models.families import SD
 from guardsmith.registry.loader import Registry, unknown_class_nouns
 
+BLANK = 0.005  # deviation of a picture in [-1, 1]; black or of one colour
 CLASSES_OF_AVATAR = ("person", "character", "robot")
 
 
@@ -60,3 +64,55 @@ def _not_for_this_family(model: DiffusionModel, recipe: Recipe) -> list[str]:
         for what, trains in trains_text.items()
         if trains
     ]
+
+
+@torch.no_grad()
+def check_computes(model: DiffusionModel) -> None:
+    """Whether the base computes one picture in finite numbers: finite weights can be too large for that.
+
+    Raises:
+        UserError: which part does not, or why it cannot be computed at all.
+    """
+    side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
+    device = next(model.unet.parameters()).device
+    latents = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    half_way = torch.tensor([int(model.scheduler.config.num_train_timesteps) // 2], device=device)
+    part, computed = "text_encoder", dict[str, Tensor]()
+    try:
+        computed[part] = PromptBank(model).encode(["a photo"]).to(device)
+        part, context = model.family.denoiser, computed[part]
+        computed[part] = model.unet(latents, half_way, context, return_dict=False)[0]
+        part = "vae"
+        computed[part] = model.decode(latents)
+    except Exception as error:  # parts that do not belong together fail anywhere in the libraries
+        if out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(
+            f"{model.source}: its {part} cannot be computed ({reason}); its parts do not belong together."
+        ) from error
+    for part, values in computed.items():
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(
+                f"{model.source}: its {part} computes numbers that are not finite, so every picture would be black; the "
+                "checkpoint is broken."
+            )
+
+
+def check_class_pictures(noun: str, pictures: Tensor, source: str) -> None:
+    """Whether pictures of a class show anything.
+
+    Args:
+        noun: the class.
+        pictures: that the base drew, float32 (n, 3, h, w) in [-1, 1].
+        source: the base, for messages.
+
+    Raises:
+        UserError: most of them are of one colour.
+    """
+    blank = int((pictures.flatten(1).std(dim=1) < BLANK).sum())
+    if 2 * blank > len(pictures):
+        raise UserError(
+            f"{source}: {blank} of {len(pictures)} of its pictures of the class {noun} are blank; the base is broken, or its "
+            "half-precision VAE overflows: use one that draws."
+        )

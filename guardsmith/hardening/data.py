@@ -21,6 +21,7 @@ from guardsmith.core.seeds import HARDENING_BENIGN, HARDENING_CLASS, HARDENING_R
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
 from guardsmith.diffusion.prompts import ORDINARY_HARDENING, class_prompt, ordinary_prompts
 from guardsmith.diffusion.states import States
+from guardsmith.hardening.compatibility import check_class_pictures
 from guardsmith.methods.base import MethodConfig
 from guardsmith.methods.data import OrdinaryData, SubjectData
 from guardsmith.models.checkpoint import DiffusionModel
@@ -113,6 +114,7 @@ def subject_data(
         class_images[noun], class_states[noun] = drawn_with_states(
             model, recipe.sampling, prompts, HARDENING_CLASS.start, file, f"class pictures: {noun}"
         )
+        check_class_pictures(noun, class_images[noun], model.source)
     data = []
     for number, subject in enumerate(subjects):
         noun, images = subject.class_noun, load_pictures(model, subject, "harden")

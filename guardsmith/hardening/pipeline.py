@@ -25,7 +25,7 @@ from guardsmith.core.atomic_io import read_kept, write_json
 from guardsmith.core.console import first_process
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import console, stage
-from guardsmith.hardening.compatibility import check_against_base
+from guardsmith.hardening.compatibility import check_against_base, check_computes
 from guardsmith.hardening.data import draw_prompt, load_bystanders, ordinary_data, subject_data
 from guardsmith.hardening.probes import Probes
 from guardsmith.hardening.record import StepCosts, earlier_run, read_hardening, run_info
@@ -188,6 +188,7 @@ def _preflight(registry: Registry, recipe: Recipe, output: Path, add_to: Path | 
     model = load_model(recipe.base, recipe.revision)
     check_apart(model.folder, output)
     check_against_base(model, registry, recipe)
+    check_computes(model)
     if recipe.compute.optimizer == "adamw8bit":
         eight_bits()  # whether it is installed
     configure_denoiser(model.unet, recipe.compute)
@@ -343,7 +344,8 @@ def _save_hardened(job: _Job, model: DiffusionModel) -> tuple[Built, float]:
     if changed == 0:
         shutil.rmtree(folder)
         raise UserError(
-            "Hardening changed no stored weight: the learning rate is too small for the precision of the base."
+            f"Hardening changed no stored weight in {job.method.steps(job.config)} steps: there are too few, or the learning rate "
+            "is too small for the precision of the base."
         )
     leaks = [f"{file}: {what}" for file, what in base_weights_in(base.folder, folder, parts)]
     if leaks:

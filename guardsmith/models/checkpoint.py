@@ -20,11 +20,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.errors import RunFailed, UserError, out_of_memory
 from guardsmith.core.images import sha256_file
+from guardsmith.models.base_checks import check_schedule, check_shapes, check_weight_files, check_widths, read_config
 from guardsmith.models.building import Built, build_folder, open_once, remove_folder
-from guardsmith.models.contents import EVIDENCE, HALF, list_files, weight_files
-from guardsmith.models.families import PIPELINES, SD, SD3, SDXL, Family
+from guardsmith.models.contents import EVIDENCE, HALF, is_named, list_files, weight_files
+from guardsmith.models.families import PIPELINES, SD, SDXL, Family
 from guardsmith.runtime.device import chosen_device, put, settle
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
@@ -169,7 +170,7 @@ def _check_folder(folder: Path) -> None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{index}: not valid JSON ({error}).") from error
     kind = parts.get("_class_name") if isinstance(parts, dict) else None
-    if kind not in PIPELINES:
+    if not isinstance(kind, str) or kind not in PIPELINES:
         known = ", ".join(family.name for family in PIPELINES.values())
         raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes {known}.")
     family = PIPELINES[kind]
@@ -198,7 +199,7 @@ def text_parts(folder: Path, family: Family) -> list[tuple[str, str, Any, Any]]:
     index = json.loads((folder / "model_index.json").read_text())
     return [
         part for part in family.text_parts()
-        if part[2] is not T5EncoderModel or (index.get(part[0]) or [None])[0] is not None
+        if part[2] is not T5EncoderModel or is_named(index, part[0])
     ]  # fmt: skip
 
 
@@ -218,20 +219,28 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     family = family_of(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     loaded, texts = {}, []
+    for name in (family.denoiser, "vae", *(name for name, *_ in text_parts(folder, family))):
+        read_config(folder / name / "config.json")
+        check_weight_files(folder, name)
+    check_shapes(folder, family)
+    check_schedule(folder, family)
+    name = ""  # of the part that is being read
     try:
         for name, network in ((family.denoiser, family.network), ("vae", AutoencoderKL)):
             loaded[name] = network.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
         for name, tokens, encoder, tokenizer in text_parts(folder, family):
             loaded[name] = encoder.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
-            texts.append((loaded[name][0], tokenizer.from_pretrained(folder, subfolder=tokens)))
+            read, name = loaded[name][0], tokens
+            texts.append((read, tokenizer.from_pretrained(folder, subfolder=tokens)))
+        name = "scheduler"
         scheduler = family.scheduler.from_pretrained(folder, subfolder="scheduler")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source}: the checkpoint cannot be read ({reason}).") from error
-    except Exception as error:  # safetensors' own error class is not exported everywhere
-        if type(error).__name__ != "SafetensorError":
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the libraries raise at odd files; a base is input, and no bug of ours
+        if out_of_memory(error):
             raise
-        raise UserError(f"{source}: a weight file is truncated or corrupt ({error}).") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source}: its {name} cannot be read ({reason[:300]}).") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "flow"):
         raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
     for name, (part, told) in loaded.items():
@@ -250,7 +259,7 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
                 "they do not belong together."
             )
     unet, vae = loaded[family.denoiser][0], loaded["vae"][0]
-    _check_widths(source, family, unet, [encoder for encoder, _ in texts])
+    check_widths(source, family, unet, [encoder for encoder, _ in texts])
     settle()
     device = chosen_device()
     for network, _ in loaded.values():
@@ -261,37 +270,6 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         model.empty_is_zero = bool(index.get("force_zeros_for_empty_prompt", True))
         unet.picture_size = model.image_size
     return model
-
-
-def _check_widths(source: str, family: Family, unet: Any, encoders: list[Any]) -> None:
-    """What the text encoders give is what the denoiser takes.
-
-    Raises:
-        UserError: it is not.
-    """
-    network = "transformer" if family is SD3 else "U-Net"
-    clips = [encoder for encoder in encoders if not isinstance(encoder, T5EncoderModel)]
-    given = sum(encoder.config.hidden_size for encoder in clips)
-    wanted = unet.config.joint_attention_dim if family is SD3 else unet.config.cross_attention_dim
-    if given > wanted if family is SD3 else given != wanted:
-        raise UserError(
-            f"{source}: the text encoder gives {given} numbers per token and the {network} takes {wanted}; they do not belong "
-            "together."
-        )
-    for t5 in encoders[len(clips) :]:
-        if t5.config.d_model != wanted:
-            raise UserError(
-                f"{source}: T5 gives {t5.config.d_model} numbers per token and the {network} takes {wanted}; they do not "
-                "belong together."
-            )
-    if family is not SD:
-        pooled = sum(encoder.config.projection_dim for encoder in (clips if family is SD3 else clips[-1:]))
-        wanted = unet.config.pooled_projection_dim if family is SD3 else unet.pooled_size
-        if pooled != wanted:
-            raise UserError(
-                f"{source}: the text encoders give a pooled embedding of {pooled} numbers and the {network} takes {wanted}; "
-                "they do not belong together."
-            )
 
 
 def with_own_unet(model: DiffusionModel) -> DiffusionModel:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from guardsmith.core.atomic_io import whole_folder
 from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.models.base_checks import refuse_pointer
 from guardsmith.models.base_weights import ChangedWeights
 from guardsmith.models.building import plain_name
 from guardsmith.models.checkpoint import PICKLES, load_model
@@ -73,6 +74,8 @@ def read_single_file(file: Path, folder: Path, config: str | None = None) -> Non
 
     if file.suffix.lower() in PICKLES:
         raise UserError(f"{file}: pickled weights can run code when opened and are refused; get it as safetensors")
+    with file.open("rb") as stream:
+        refuse_pointer(file, stream.read(64))
     header = read_header(file)
     unet = [entry for name, entry in header.tensors.items() if name.startswith("model.diffusion_model.")]
     if not unet or unet[0]["dtype"] not in DTYPES:
@@ -99,7 +102,10 @@ def read_single_file(file: Path, folder: Path, config: str | None = None) -> Non
         ) from error
     with whole_folder(folder) as place:
         pipeline.save_pretrained(place, safe_serialization=True)
-        load_model(str(place))  # incomplete parts, or weights that are not finite, are told now
+        try:  # incomplete parts, or weights that are not finite, are named now
+            load_model(str(place))
+        except UserError as error:  # the folder is gone when the message is read
+            raise UserError(str(error).replace(str(place), str(file))) from error
 
 
 class Exported(NamedTuple):
