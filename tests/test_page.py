@@ -15,7 +15,7 @@ from PIL import Image
 from reports import check as plain_check
 from reports import demo_report, report_data
 
-from guardsmith.evaluation.runs import Unit
+from guardsmith.evaluation.units import Unit
 from guardsmith.gate.calibration import Levels
 from guardsmith.gate.statistics import Interval
 from guardsmith.registry.loader import Subject

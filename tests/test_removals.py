@@ -23,7 +23,8 @@ from guardsmith.config.loading import load_recipe
 from guardsmith.config.threat_model import threat_model_of
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.losses import predict
-from guardsmith.evaluation.runs import Judged, plan_units, run_unit
+from guardsmith.evaluation.planning import TargetModel, plan_units
+from guardsmith.evaluation.runs import run_unit
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.registry.loader import load_registry
 
@@ -168,11 +169,11 @@ def test_rounded_weights_have_few_values():
 
 def units_of(tmp_path, change, seed=0):
     base = load_model("builtin:avatar")
-    judged = {side: Judged(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
+    target = {side: TargetModel(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
     attacks = {"other": {"name": "lora", "params": PARAMS} | change}
     recipe = load_recipe("demo", ["verify.attacks=" + json.dumps(attacks), f"verify.seeds=[{seed}]", "verify.identifiers=[zwx]",
                                   "verify.class_images=0", "verify.images_per_unit=2"])  # fmt: skip
-    return list(plan_units(load_registry(ROOT / "registries" / "demo.yaml"), recipe, judged))
+    return list(plan_units(load_registry(ROOT / "registries" / "demo.yaml"), recipe, target))
 
 
 def test_a_unit_trains_on_the_edited_model_and_records_the_cost(tmp_path, monkeypatch):

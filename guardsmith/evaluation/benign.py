@@ -12,7 +12,7 @@ from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.seeds import BENIGN_AGAIN, BENIGN_BASE, SeedRange
 from guardsmith.diffusion.cache import drawn_by
 from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, ordinary_prompts
-from guardsmith.evaluation.runs import Judged
+from guardsmith.evaluation.planning import TargetModel
 from guardsmith.gate.evidence import Side, Utility
 from guardsmith.metrics import Judge
 from guardsmith.metrics.collapse import destroyed as collapsed
@@ -26,7 +26,7 @@ SETS: tuple[tuple[str, Side, SeedRange], ...] = (
 """Name of a set of pictures, the model that draws it, and its seeds."""
 
 
-def draw_benign(models: Mapping[Side, Judged], recipe: Recipe) -> tuple[list[OrdinaryPrompt], dict[str, Tensor]]:
+def draw_benign(models: Mapping[Side, TargetModel], recipe: Recipe) -> tuple[list[OrdinaryPrompt], dict[str, Tensor]]:
     """Benign prompts, and pictures of them by name of the set (`SETS`), float32 (n, 3, h, w) in [-1, 1]."""
     prompts = ordinary_prompts(
         models["base"].model, ORDINARY_VERIFICATION, recipe.verify.benign_images, recipe.seed + 1
@@ -34,10 +34,10 @@ def draw_benign(models: Mapping[Side, Judged], recipe: Recipe) -> tuple[list[Ord
     texts = [prompt.text for prompt in prompts]
     pictures: dict[str, Tensor] = {}
     for name, side, seeds in SETS:
-        judged, seed = models[side], seeds.seeds(len(texts)).start
-        key = folder_digest(judged.digest, texts, seed, recipe.sampling.model_dump())
-        file = judged.root / f"ordinary-{key}.safetensors"
-        pictures[name] = drawn_by(judged.model, recipe.sampling, texts, seed, file, f"benign prompts: {name}")
+        target, seed = models[side], seeds.seeds(len(texts)).start
+        key = folder_digest(target.digest, texts, seed, recipe.sampling.model_dump())
+        file = target.root / f"ordinary-{key}.safetensors"
+        pictures[name] = drawn_by(target.model, recipe.sampling, texts, seed, file, f"benign prompts: {name}")
     return prompts, pictures
 
 

@@ -24,8 +24,8 @@ from guardsmith.config.recipe import AttackSpec, Recipe
 from guardsmith.core.console import warn
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.evaluation.planning import attacked_subjects
 from guardsmith.evaluation.preflight import check_attacks, check_policy, check_threat_model
-from guardsmith.evaluation.runs import attacked_subjects
 from guardsmith.gate.policy import Policy, recipe_policy
 from guardsmith.hardening.compatibility import check_against_base, check_computes
 from guardsmith.hardening.data import bystander_files

@@ -11,7 +11,7 @@ from guardsmith.config.recipe import GateSpec
 from guardsmith.config.threat_model import threat_model_of
 from guardsmith.evaluation.measuring import Measurements
 from guardsmith.evaluation.preflight import Plan
-from guardsmith.evaluation.runs import Unit, removal_cost
+from guardsmith.evaluation.units import Unit, removal_cost
 from guardsmith.gate.calibration import Levels, half_way, personalized_level
 from guardsmith.gate.checks import EXIT_CODES
 from guardsmith.gate.evidence import SIDES, Evidence, Side
@@ -63,7 +63,7 @@ def steps_to_break(
     classes: Mapping[str, Levels],
     spec: GateSpec,
 ) -> list[StepsToBreak]:
-    """After how many steps an attack has learnt half of what it usually learns on the base, for protected subjects.
+    """After how many steps an attack has half of the likeness that it usually reaches on the base, for protected subjects.
 
     That is the first evaluation point at which the mean similarity is half-way from chance to the level that the attack reaches
     on the base with its usual steps; `None` where it is so at none ("tried" says how far they went).
@@ -72,7 +72,7 @@ def steps_to_break(
         units: of both sides.
         intervals: what they reached, by (side, subject, attack label, evaluation point).
         classes: levels of every class noun.
-        spec: an attack that has not learnt the subject on the base by these rules breaks nothing.
+        spec: an attack that does not personalize the base by these rules breaks nothing.
     """
     points = {(unit.side, unit.subject, unit.label): unit.evaluation_points for unit in units}
     longer = [unit for unit in units if max(unit.evaluation_points) > 1]

@@ -53,7 +53,10 @@ from guardsmith.core.errors import GuardsmithError
 from guardsmith.diffusion.cache import drawn_by
 from guardsmith.diffusion.losses import draw_rows, row_losses
 from guardsmith.diffusion.prompts import class_prompt
-from guardsmith.evaluation.runs import Judged, Side, Unit, class_file, plan_units, run_unit, run_units
+from guardsmith.evaluation.planning import TargetModel, class_file, plan_units
+from guardsmith.evaluation.runs import run_unit, run_units
+from guardsmith.evaluation.units import Unit
+from guardsmith.gate.evidence import Side
 from guardsmith.hardening.memory import GIB
 from guardsmith.hardening.pipeline import harden
 from guardsmith.methods import METHODS, HardeningContext
@@ -320,7 +323,9 @@ def growth() -> dict[str, Any]:
             names = list(ATTACKS)[:count]
             attacks = {name: ATTACKS[name] | {"params": ATTACKS[name]["params"] | {"steps": 60}} for name in names}
             recipe = load_recipe("avatar-attacks", [f"verify.attacks={json.dumps(attacks)}"])
-            shared = Judged(load_model(recipe.base), weights_digest(builtin_path("avatar")), place / f"attacks-{count}")
+            shared = TargetModel(
+                load_model(recipe.base), weights_digest(builtin_path("avatar")), place / f"attacks-{count}"
+            )
             units = list(plan_units(registry, recipe, {"base": shared}))
             draw_classes(shared, units, recipe)
             began = time.perf_counter()
@@ -368,14 +373,14 @@ def matrix(steps: int) -> dict[str, Any]:
         for parameter in second.unet.parameters():
             parameter.mul_(1.001)
         save_model(second, place / "second")
-        models: dict[Side, Judged] = {}
+        models: dict[Side, TargetModel] = {}
         for side, source in (("base", recipe.base), ("hardened", str(place / "second"))):
             model = load_model(source)
-            models[side] = Judged(model, weights_digest(model.folder), place / side)
+            models[side] = TargetModel(model, weights_digest(model.folder), place / side)
         units = list(plan_units(registry, recipe, models))
         began = time.perf_counter()
-        for judged in models.values():
-            draw_classes(judged, units, recipe)
+        for target in models.values():
+            draw_classes(target, units, recipe)
         run_units(units)
         seconds = time.perf_counter() - began
         times = {}
@@ -384,7 +389,7 @@ def matrix(steps: int) -> dict[str, Any]:
         for number, unit in enumerate(sampled):
             began = time.perf_counter()
             model = load_model(recipe.base if unit.side == "base" else str(place / "second"))
-            alone = Judged(model, unit.model_digest, place / str(number))
+            alone = TargetModel(model, unit.model_digest, place / str(number))
             draw_classes(alone, [unit], recipe)
             pictures = str(class_file(alone, unit.noun, recipe))
             run_unit(dataclasses.replace(unit, root=str(alone.root), class_pictures=pictures))
@@ -396,12 +401,12 @@ def matrix(steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw_classes(judged: Judged, units: Sequence[Unit], recipe: Recipe) -> None:
+def draw_classes(target: TargetModel, units: Sequence[Unit], recipe: Recipe) -> None:
     """What attackers draw of their classes before."""
     for noun in dict.fromkeys(unit.noun for unit in units):
         prompts = [class_prompt(noun)] * recipe.verify.class_images
         drawn_by(
-            judged.model, recipe.sampling, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}"
+            target.model, recipe.sampling, prompts, 60_000, class_file(target, noun, recipe), f"class pictures: {noun}"
         )
 
 

@@ -30,7 +30,7 @@ def measure_everyday_use(plan: Plan, prompts: Sequence[str], known: tuple[Tensor
     spec = spec.model_copy(update={"images": min(spec.images, len(prompts))})  # every picture has a prompt of its own
     attacks = recipe.verify.attacks.values()
     dreambooth = next((attack.params for attack in attacks if attack.name == "dreambooth"), {})
-    models: dict[str, DiffusionModel] = {side: judged.model for side, judged in plan.models.items()}
+    models: dict[str, DiffusionModel] = {side: target.model for side, target in plan.models.items()}
     bench = Bench(
         models, prompts, plan.judge, spec, recipe.sampling.steps, recipe.sampling.guidance, recipe.sampling.batch, plan.root,
         plan.registry.controls, recipe.verify.identifiers[0], dreambooth, recipe.verify.seeds[0], known,
