@@ -58,10 +58,10 @@ def cloak(
     """
     prompt = instance_prompt(data.identifier, data.class_noun)
     surrogates = [Surrogate(model, config) for model in models]
-    kept = [surrogate.snapshot() for surrogate in surrogates]
+    snapshots = [surrogate.snapshot() for surrogate in surrogates]
     pixels = data.images
     for number in range(config.rounds):
-        for which, (surrogate, before) in enumerate(zip(surrogates, kept, strict=True)):
+        for which, (surrogate, before) in enumerate(zip(surrogates, snapshots, strict=True)):
             before.take()
             stream = seed + (number * len(models) + which) * 2
             surrogate.learn(data, data.images, config.surrogate_steps, stream)

@@ -57,10 +57,10 @@ def kind_of_base(base: str) -> str | None:
 
 def _setting(file: Path) -> dict[str, object]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # loading the base says what is wrong with it
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def methods_and_recipes(base: str, shipped: list[str]) -> list[str]:

@@ -100,13 +100,13 @@ def load_levels(file: Path) -> MeasuredLevels:
         ) from None
 
 
-def with_levels(judge: RecipeJudge, folder: Path, given: bool) -> RecipeJudge:
+def with_levels(judge: RecipeJudge, folder: Path, names_judge: bool) -> RecipeJudge:
     """The judge of a recipe with the content of its file of levels in place of the file's name.
 
     Args:
         judge: as the recipe has it.
         folder: of the recipe; a relative name of a file begins there.
-        given: whether the recipe names a judge; otherwise it is the one of the file.
+        names_judge: whether the recipe names a judge; otherwise it is the one of the file.
 
     Raises:
         UserError: there is no such file, it has problems, or it is of another judge.
@@ -119,7 +119,7 @@ def with_levels(judge: RecipeJudge, folder: Path, given: bool) -> RecipeJudge:
             f"judge.levels: there is no file {file}; measure one with `guardsmith levels FOLDER --judge NAME`"
         )
     measured = load_levels(file)
-    if given and judge.name != measured.judge:
+    if names_judge and judge.name != measured.judge:
         raise UserError(
             f"judge.levels: {file} has the levels of {measured.judge}, and the recipe's judge is {judge.name}"
         )

@@ -81,9 +81,9 @@ def _cached(
 ) -> dict[str, Tensor]:
     needed = {"images"} if recorder is None else {"images", "states", "timesteps"}
     if cache is not None:
-        kept = read_kept(cache, lambda file: _load(file, needed), "what it held is generated again")
-        if kept is not None:
-            return kept
+        stored = read_kept(cache, lambda file: _load(file, needed), "what it held is generated again")
+        if stored is not None:
+            return stored
     # Contiguous, as they come back from the file: the layout decides the last bits of what the VAE makes of them.
     calls = -(-len(prompts) // settings.batch) * settings.steps
     with stage(title, calls) as bar:

@@ -118,21 +118,21 @@ def clean_coefficients(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tenso
 
     (1 / a, s / a) where it is the noise, (a, s) where it is a velocity, (1, s) for a flow.
     """
-    kept, added = alpha_sigma(scheduler, timesteps)
+    alpha, sigma = alpha_sigma(scheduler, timesteps)
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
-        return 1 / kept, added / kept
-    return (kept, added) if kind == "v_prediction" else (torch.ones_like(kept), added)
+        return 1 / alpha, sigma / alpha
+    return (alpha, sigma) if kind == "v_prediction" else (torch.ones_like(alpha), sigma)
 
 
 def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
     """The noise that a prediction y says is in z_t: eps = a y + s z_t where it is a velocity, a y + z_t for a flow."""
     if scheduler.config.prediction_type == "epsilon":
         return prediction
-    kept, added = (share.to(noisy) for share in alpha_sigma(scheduler, timesteps))
+    alpha, sigma = (share.to(noisy) for share in alpha_sigma(scheduler, timesteps))
     if scheduler.config.prediction_type == "flow":
-        added = torch.ones_like(added)
-    noise: Tensor = kept * prediction + added * noisy
+        sigma = torch.ones_like(sigma)
+    noise: Tensor = alpha * prediction + sigma * noisy
     return noise
 
 

@@ -165,8 +165,8 @@ def before_hardening(
     """
 
     def check(base: DiffusionModel) -> None:
-        found = forecast(registry, recipe, output, verifies=verifies, policy=policy, model=base, today=today)
-        for sentence in refuse_or_warn(found):
+        result = forecast(registry, recipe, output, verifies=verifies, policy=policy, model=base, today=today)
+        for sentence in refuse_or_warn(result):
             warn(sentence)
 
     return check
@@ -324,10 +324,10 @@ def _look_at_room(plan: Forecast, recipe: Recipe, output: Path, base: DiffusionM
     plan.add("disk", f"{needed:.2f} GiB needed in {place}, {free:.1f} GiB free", "problem" if needed > free else "fine")
     method = find_method(recipe.method.name)
     try:
-        found = estimate(recipe, method, method.config(**recipe.method.params))
+        needs = estimate(recipe, method, method.config(**recipe.method.params))
     except RunFailed:
         return
-    plan.data["memory_gib"] = {key: round(value, 2) for key, value in found.items()}
+    plan.data["memory_gib"] = {key: round(value, 2) for key, value in needs.items()}
     on_cpu = next(base.unet.parameters()).device.type == "cpu"
     room = (
         psutil.virtual_memory().total / GIB
@@ -336,8 +336,8 @@ def _look_at_room(plan: Forecast, recipe: Recipe, output: Path, base: DiffusionM
         if torch.cuda.is_available()
         else None
     )
-    detail = f"{found['together']:.1f} GiB estimated" + (f", this machine has {room:.1f} GiB" if room else "")
-    plan.add("memory", detail, "warning" if room and found["together"] > room else "fine")
+    detail = f"{needs['together']:.1f} GiB estimated" + (f", this machine has {room:.1f} GiB" if room else "")
+    plan.add("memory", detail, "warning" if room and needs["together"] > room else "fine")
 
 
 def _look_at_consents(plan: Forecast, registry: Registry, hours: float | None, today: date) -> None:

@@ -77,7 +77,7 @@ def identities(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; it has a folder for each class, and in it one for each identity")
-    found: dict[str, dict[str, list[Path]]] = {}
+    files: dict[str, dict[str, list[Path]]] = {}
     for place in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         for person in sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")):
             inside, skipped = list_pictures(person)
@@ -87,22 +87,22 @@ def identities(folder: Path) -> dict[str, dict[str, list[Path]]]:
                 warn(sentence)
             if len(pictures) < 2:
                 raise UserError(f"{person} has {len(pictures)} usable pictures; every identity needs two at least")
-            found.setdefault(place.name.replace("_", " "), {})[person.name] = pictures
-    if not found:
+            files.setdefault(place.name.replace("_", " "), {})[person.name] = pictures
+    if not files:
         raise UserError(
             f"{folder} holds no identities; it needs a folder for each class (named as in prompts: person, dog), and in it one "
             "for each identity with its pictures"
         )
-    return found
+    return files
 
 
 def measure_levels(
-    found: Mapping[str, Mapping[str, Sequence[Path]]], judge: JudgeSpec, size: int, where: str
+    files: Mapping[str, Mapping[str, Sequence[Path]]], judge: JudgeSpec, size: int, where: str
 ) -> MeasuredLevels:
     """Levels of a judge.
 
     Args:
-        found: see `identities`.
+        files: see `identities`.
         judge: whose.
         size: pictures are opened at, in pixels.
         where: they are, for messages.
@@ -111,7 +111,7 @@ def measure_levels(
         UserError: see `class_levels`.
     """
     loaded, classes, measured_on = load_judge(judge.name, judge.model), {}, []
-    for noun, people in found.items():
+    for noun, people in files.items():
         halves = [
             [open_pictures(list(files[start::2]), loaded.size or size) for files in people.values()] for start in (0, 1)
         ]

@@ -251,11 +251,11 @@ def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
     steps = method.steps(job.config)
     counter, costs = UNetCost(), StepCosts(output / "checkpoints" / "cost.jsonl")
     probes = Probes(job.model, prepared.subjects, recipe.probe, recipe.sampling, steps, output / "probes", recipe.seed)
-    taken = 0
+    steps_taken = 0
 
     def on_step(step: int, losses: dict[str, float]) -> None:
-        nonlocal taken
-        taken += 1
+        nonlocal steps_taken
+        steps_taken += 1
         if first_process():
             costs.add(step, counter.forwards * world_size(), counter.backwards * world_size())
         counter.forwards = counter.backwards = 0
@@ -284,7 +284,7 @@ def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
     backwards += counter.backwards * world_size()
     with single_process():
         class_loss = probes.class_loss(result.model) if first_process() else None
-    return _Trained(result, taken, forwards, backwards, probes.results(), class_loss)
+    return _Trained(result, steps_taken, forwards, backwards, probes.results(), class_loss)
 
 
 def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dict[str, Any]:

@@ -143,11 +143,11 @@ class Probes:
                 grid(drawn, count, scale=2).save(self.folder / f"step-{step + 1:06d}.png")
             except RunFailed as error:  # a probe does not end a run; broken weights will
                 console.print(f"probe at step {step + 1}: {error}", highlight=False, soft_wrap=True)
-        met = self.target_met(measured)
+        end_now = self.target_met(measured)
         text = ", ".join(f"{key.replace('_', ' ')} x{value:.3g}" for key, value in measured.items())
-        end = "; the target is met, the hardening ends here" if met else ""
+        end = "; the target is met, the hardening ends here" if end_now else ""
         console.print(f"probe at step {step + 1}, against the base: {text}{end}", highlight=False, soft_wrap=True)
-        return met
+        return end_now
 
     def results(self) -> list[dict[str, float | None]]:
         """The numbers of all probes so far, of earlier sessions too; one that was taken again after a kill counts once."""

@@ -31,14 +31,14 @@ def read_config(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
     refuse_pointer(file, data)
     try:
-        found = json.loads(data)
+        config = json.loads(data)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}).") from error
     except RecursionError as error:
         raise UserError(f"{file}: nested too deeply.") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise UserError(f"{file}: a mapping of settings is expected, and it holds something else.")
-    return found
+    return config
 
 
 def refuse_pointer(file: Path, data: bytes) -> None:
@@ -87,10 +87,10 @@ def check_weight_files(folder: Path, part: str) -> None:
 
 
 def _shards(index: Path) -> list[str]:
-    found = read_config(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+    weight_map = read_config(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: it has no 'weight_map' of tensors to files; fetch it again.")
-    return list(dict.fromkeys(found.values()))
+    return list(dict.fromkeys(weight_map.values()))
 
 
 def _check_shards(index: Path, files: Iterable[str]) -> None:
@@ -129,19 +129,22 @@ def check_shapes(folder: Path, family: Family) -> None:
         raise UserError(
             f"{file}: sample_size is {size!r}; guardsmith needs one side of square latents, a whole number."
         )
-    latent, taken = vae.get("latent_channels", 4), shape.get("in_channels", 16 if family is SD3 else 4)
-    if taken != latent:
+    latent_channels, in_channels = vae.get("latent_channels", 4), shape.get("in_channels", 16 if family is SD3 else 4)
+    if in_channels != latent_channels:
         what = (
             "an inpainting or instruction model, which is not supported"
-            if taken in (8, 9) and latent == 4
+            if in_channels in (8, 9) and latent_channels == 4
             else "another"
         )
         raise UserError(
-            f"{file}: it takes {taken} channels and the VAE gives {latent}; this is {what}: use the text-to-image model."
+            f"{file}: it takes {in_channels} channels and the VAE gives {latent_channels}; this is {what}: use the "
+            "text-to-image model."
         )
-    given = shape.get("out_channels", taken)
-    if given not in (latent, None):
-        raise UserError(f"{file}: it gives {given} channels and the VAE has {latent}; they do not belong together.")
+    out_channels = shape.get("out_channels", in_channels)
+    if out_channels not in (latent_channels, None):
+        raise UserError(
+            f"{file}: it gives {out_channels} channels and the VAE has {latent_channels}; they do not belong together."
+        )
     scale = vae.get("scaling_factor", 0.18215)
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < float("inf"):
         raise UserError(
@@ -207,24 +210,24 @@ def check_widths(source: str, family: Family, unet: Any, encoders: list[Any]) ->
     """
     network = "transformer" if family is SD3 else "U-Net"
     clips = [encoder for encoder in encoders if not isinstance(encoder, T5EncoderModel)]
-    given = sum(encoder.config.hidden_size for encoder in clips)
-    wanted = unet.config.joint_attention_dim if family is SD3 else unet.config.cross_attention_dim
-    if given > wanted if family is SD3 else given != wanted:
+    encoder_width = sum(encoder.config.hidden_size for encoder in clips)
+    context_width = unet.config.joint_attention_dim if family is SD3 else unet.config.cross_attention_dim
+    if encoder_width > context_width if family is SD3 else encoder_width != context_width:
         raise UserError(
-            f"{source}: the text encoder gives {given} numbers per token and the {network} takes {wanted}; they do not belong "
-            "together."
+            f"{source}: the text encoder gives {encoder_width} numbers per token and the {network} takes {context_width}; "
+            "they do not belong together."
         )
     for t5 in encoders[len(clips) :]:
-        if t5.config.d_model != wanted:
+        if t5.config.d_model != context_width:
             raise UserError(
-                f"{source}: T5 gives {t5.config.d_model} numbers per token and the {network} takes {wanted}; they do not "
+                f"{source}: T5 gives {t5.config.d_model} numbers per token and the {network} takes {context_width}; they do not "
                 "belong together."
             )
     if family is not SD:
         pooled = sum(encoder.config.projection_dim for encoder in (clips if family is SD3 else clips[-1:]))
-        wanted = unet.config.pooled_projection_dim if family is SD3 else unet.pooled_size
-        if pooled != wanted:
+        pooled_width = unet.config.pooled_projection_dim if family is SD3 else unet.pooled_size
+        if pooled != pooled_width:
             raise UserError(
-                f"{source}: the text encoders give a pooled embedding of {pooled} numbers and the {network} takes {wanted}; "
-                "they do not belong together."
+                f"{source}: the text encoders give a pooled embedding of {pooled} numbers and the {network} takes "
+                f"{pooled_width}; they do not belong together."
             )

@@ -74,9 +74,9 @@ class DiffusionModel:
         """Mean and deviation of the scaled latents of pictures in [-1, 1], float32 (n, c, h, w) each, with gradients to them."""
         if not (images.min() >= -1.001 and images.max() <= 1.001):  # NaN is in no range
             raise ValueError(f"pictures must be in [-1, 1], found [{images.min():.2f}, {images.max():.2f}]")
-        found, scale = self.vae.encode(images).latent_dist, float(self.vae.config.scaling_factor)
+        distribution, scale = self.vae.encode(images).latent_dist, float(self.vae.config.scaling_factor)
         shift = self.vae.config.shift_factor
-        return (found.mean if shift is None else found.mean - shift) * scale, found.std * scale
+        return (distribution.mean if shift is None else distribution.mean - shift) * scale, distribution.std * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of scaled latents, float32 (n, 3, h, w), not clipped."""
@@ -243,8 +243,8 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         raise UserError(f"{source}: its {name} cannot be read ({reason[:300]}).") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "flow"):
         raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
-    for name, (part, told) in loaded.items():
-        if missing := sorted(told["missing_keys"]):  # the libraries would go on with random numbers
+    for name, (part, info) in loaded.items():
+        if missing := sorted(info["missing_keys"]):  # the libraries would go on with random numbers
             raise UserError(
                 f"{source}: {name} lacks {len(missing)} of its weights ({missing[0]}); the checkpoint is incomplete."
             )

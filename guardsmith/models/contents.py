@@ -125,9 +125,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a network's folder that its library reads; all of them where none has a name that it reads."""
     names = {f"{folder.name}/{file.name}": file for file in folder.glob("*") if file.is_file()}
     for kind in STEMS:
-        found = weight_names(Part(folder.name, kind), names, lambda name: names[name].read_bytes())
-        if found:
-            return [names[name] for name in found if name.endswith(".safetensors") and name in names]
+        weights = weight_names(Part(folder.name, kind), names, lambda name: names[name].read_bytes())
+        if weights:
+            return [names[name] for name in weights if name.endswith(".safetensors") and name in names]
     return sorted(folder.glob("*.safetensors"), key=lambda file: file.name.count("."))
 
 
@@ -173,13 +173,13 @@ def expected_files(paths: Collection[str], read: Read, *, published: bool = Fals
 
 def list_files(folder: Path) -> dict[str, Path]:
     """Every file below a folder by its name relative to it: dot-files, links (not followed into folders) and all."""
-    found = {}
+    result = {}
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         for name in (*files, *links):
             file = Path(place) / name
-            found[file.relative_to(folder).as_posix()] = file
-    return dict(sorted(found.items()))
+            result[file.relative_to(folder).as_posix()] = file
+    return dict(sorted(result.items()))
 
 
 def lies_within(folder: Path, file: Path) -> bool:
@@ -200,20 +200,20 @@ def lies_within(folder: Path, file: Path) -> bool:
     return snapshot is not None and real.parent == (snapshot.parent / "blobs").resolve()
 
 
-def summary(paths: Iterable[str], kept: Collection[str]) -> list[str]:
+def summary(paths: Iterable[str], known: Collection[str]) -> list[str]:
     """Names of files, a folder of which nothing is kept as one name with a slash at its end."""
-    above = {parent.as_posix() for path in kept for parent in Path(path).parents}
+    above = {parent.as_posix() for path in known for parent in Path(path).parents}
     names: dict[str, None] = {}
     for path in sorted(paths):
-        gone = next((p for p in reversed(Path(path).parents) if p.as_posix() not in {".", *above}), None)
-        names[path if gone is None else f"{gone.as_posix()}/"] = None
+        folder = next((p for p in reversed(Path(path).parents) if p.as_posix() not in {".", *above}), None)
+        names[path if folder is None else f"{folder.as_posix()}/"] = None
     return list(names)
 
 
 def in_words(names: Collection[str], most: int = 6) -> str:
     """The first names, and how many more there are."""
-    shown = ", ".join(list(names)[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+    listed = ", ".join(list(names)[:most])
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
 
 
 def releasable_metadata(metadata: Mapping[str, str], *, single_file: bool = False) -> dict[str, str]:
@@ -224,11 +224,11 @@ def releasable_metadata(metadata: Mapping[str, str], *, single_file: bool = Fals
         single_file: whether it is a checkpoint for A1111 and ComfyUI, whose `modelspec.*` says what the model is. A thumbnail
             may show anybody, and hashes are those of the weights before.
     """
-    kept = {}
+    result = {}
     for key, text in metadata.items():
         described = (
             single_file and key.startswith("modelspec.") and not key.startswith(("modelspec.thumb", "modelspec.hash"))
         )
         if (key == "format" or described) and credential_in(f"{key}={text}") is None:
-            kept[key] = text
-    return kept
+            result[key] = text
+    return result

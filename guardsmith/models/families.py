@@ -138,8 +138,8 @@ class FlowSchedule:
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t, (n, c, h, w)."""
-        kept, added = (share.to(latents) for share in self.alpha_sigma(timesteps))
-        return kept * latents + added * noise
+        alpha, sigma = (share.to(latents) for share in self.alpha_sigma(timesteps))
+        return alpha * latents + sigma * noise
 
     def solver(self) -> DPMSolverMultistepScheduler:
         """DPM-Solver++ (2M) for it; its noise levels are shifted as the checkpoint asks."""

@@ -43,15 +43,15 @@ class Sorted(NamedTuple):
 
 def sort_tensors(names: Iterable[str], replaced: Iterable[str]) -> Sorted:
     """What becomes of the tensors of a single-file checkpoint that are not replaced by hardened ones."""
-    found = Sorted([], [], [])
-    gone = set(replaced)
+    result = Sorted([], [], [])
+    replaced_names = set(replaced)
     for name in names:
-        if name in gone:
+        if name in replaced_names:
             continue
         if COPY.search(name) or name.startswith("model."):
-            found.copies.append(name)
+            result.copies.append(name)
         elif KNOWN.match(name):
-            found.copied.append(name)
+            result.copied.append(name)
         else:
-            found.unknown.append(name)
-    return found
+            result.unknown.append(name)
+    return result

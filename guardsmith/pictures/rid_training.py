@@ -39,22 +39,22 @@ def make_pairs(
     models: Sequence[DiffusionModel], pictures: Tensor, config: RidTraining, seed: int, file: Path
 ) -> Tensor:
     """Cloaked copies of the first pictures, group by group; kept in a file after every group, from which it goes on."""
-    wanted = round(len(pictures) * config.pair_share) if config.regression_weight else 0
-    kept = read_kept(file, lambda path: load_file(path)["pairs"], "its pictures are cloaked again")
-    done = torch.empty(0, *pictures.shape[1:]) if kept is None else kept
+    count = round(len(pictures) * config.pair_share) if config.regression_weight else 0
+    stored = read_kept(file, lambda path: load_file(path)["pairs"], "its pictures are cloaked again")
+    pairs = torch.empty(0, *pictures.shape[1:]) if stored is None else stored
     chosen = find_cloak(config.pair_cloak)
     settings = chosen.config(**{"budget": config.budget} | config.pair_params)
     nobody = torch.empty(0, *pictures.shape[1:])
-    with stage(f"pairs ({config.pair_cloak})", wanted) as bar:
-        bar(done=min(len(done), wanted))
-        while len(done) < wanted:
-            group = pictures[len(done) : min(len(done) + config.pair_group, wanted)]
+    with stage(f"pairs ({config.pair_cloak})", count) as bar:
+        bar(done=min(len(pairs), count))
+        while len(pairs) < count:
+            group = pictures[len(pairs) : min(len(pairs) + config.pair_group, count)]
             data = AttackData(group, nobody, "sks", "person")
-            done = torch.cat([done, chosen.run(models, data, settings, seed=seed + len(done))])
+            pairs = torch.cat([pairs, chosen.run(models, data, settings, seed=seed + len(pairs))])
             with whole_file(file) as temporary:
-                save_file({"pairs": done}, temporary)
-            bar(done=len(done))
-    return done[:wanted]
+                save_file({"pairs": pairs}, temporary)
+            bar(done=len(pairs))
+    return pairs[:count]
 
 
 def train_defender(
@@ -127,7 +127,7 @@ def _train(
         "seconds": time.monotonic() - began, "parameters": sum(p.numel() for p in defender.parameters()),
         "history": history[:: max(1, len(history) // 100)],
     }  # fmt: skip
-    kept = {key: record[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
-    save_network(defender, defender.shape, output / DEFENDER, kept)
+    settings = {key: record[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
+    save_network(defender, defender.shape, output / DEFENDER, settings)
     write_json(output / "training.json", record)
     return record

@@ -46,13 +46,13 @@ def purify(model: DiffusionModel, images: Tensor, config: ImpressConfig, *, clas
     """
     purified = []
     for start in range(0, len(images), config.batch_size):
-        given = images[start : start + config.batch_size]
-        noise = torch.randn(given.shape, generator=generator(seed, start))
-        pixels = (given + config.noise * noise).clamp(-1, 1).requires_grad_()
+        originals = images[start : start + config.batch_size]
+        noise = torch.randn(originals.shape, generator=generator(seed, start))
+        pixels = (originals + config.noise * noise).clamp(-1, 1).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=config.learning_rate)
         for _ in range(config.steps):
             again = model.vae.decode(model.vae.encode(pixels).latent_dist.mean, return_dict=False)[0]
-            looks = perceptual_distance(model, pixels, given)
+            looks = perceptual_distance(model, pixels, originals)
             loss = (again - pixels).square().mean() + config.weight * (looks - config.allowed).clamp(min=0).mean()
             if not bool(torch.isfinite(loss)):
                 raise RunFailed("purification by IMPRESS diverged: its loss is not finite; lower its rate")

@@ -134,23 +134,23 @@ def _split_folder(
             if skipped:
                 on_warning(skipped_sentence(folder / split, skipped))
         return files
-    wanted = [split for split in SPLITS if ratios.get(split, 0) > 0]
-    if not wanted:
+    splits = [split for split in SPLITS if ratios.get(split, 0) > 0]
+    if not splits:
         raise UserError("the ratios of the splits are all zero: give harden, attack or reference a positive one")
-    if len(loose) < len(wanted):
+    if len(loose) < len(splits):
         raise UserError(
             f"{folder} holds {len(loose)} pictures ({KINDS}), but the splits "
-            f"{', '.join(wanted)} need at least one each: add pictures"
+            f"{', '.join(splits)} need at least one each: add pictures"
         )
     # In proportion, but at least one picture each.
-    total = sum(ratios[split] for split in wanted)
-    shares = {split: len(loose) * ratios[split] / total for split in wanted}
-    sizes = {split: max(1, int(shares[split])) for split in wanted}
+    total = sum(ratios[split] for split in splits)
+    shares = {split: len(loose) * ratios[split] / total for split in splits}
+    sizes = {split: max(1, int(shares[split])) for split in splits}
     while sum(sizes.values()) < len(loose):
-        sizes[max(wanted, key=lambda split: shares[split] - sizes[split])] += 1
+        sizes[max(splits, key=lambda split: shares[split] - sizes[split])] += 1
     while sum(sizes.values()) > len(loose):
-        sizes[max(wanted, key=lambda split: sizes[split] - shares[split] if sizes[split] > 1 else -1)] -= 1
-    order = [split for split in wanted for _ in range(sizes[split])]
+        sizes[max(splits, key=lambda split: sizes[split] - shares[split] if sizes[split] > 1 else -1)] -= 1
+    order = [split for split in splits for _ in range(sizes[split])]
     return list(zip(loose, order, strict=True))
 
 

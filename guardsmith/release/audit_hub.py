@@ -118,12 +118,12 @@ def _commits(api: Any, repo_id: str, head: str) -> dict[str, str]:
     """Every other commit that a branch, a tag or a pull request leads to -> which."""
     refs = with_retries(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
     names = [each.name for each in (*refs.branches, *refs.tags)] + [each.ref for each in refs.pull_requests or []]
-    found: dict[str, str] = {}
+    commits: dict[str, str] = {}
     for name in names:
         for commit in with_retries(repo_id, lambda name=name: api.list_repo_commits(repo_id, revision=name)):  # type: ignore[misc]
-            found.setdefault(commit.commit_id, name)
-    found.pop(head, None)
-    return found
+            commits.setdefault(commit.commit_id, name)
+    commits.pop(head, None)
+    return commits
 
 
 def _same_bytes(files: Mapping[str, Any], secret: Mapping[str, str], at: str) -> list[Finding]:

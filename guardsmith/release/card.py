@@ -124,13 +124,13 @@ def access_form(prompt: str | None, fields: Sequence[str]) -> AccessForm:
     Raises:
         UserError: a pair is none, or a kind is unknown.
     """
-    found = {}
+    kinds = {}
     for field in fields:
         name, equals, kind = field.rpartition("=")
         if not equals or not name.strip() or kind not in FIELDS:
             raise UserError(f"--gated-field {field}: write it as NAME=KIND, a kind being one of {', '.join(FIELDS)}")
-        found[name.strip()] = kind
-    return AccessForm((prompt or "").strip(), found)
+        kinds[name.strip()] = kind
+    return AccessForm((prompt or "").strip(), kinds)
 
 
 class Measured(NamedTuple):
@@ -172,19 +172,19 @@ def measured(report: Report) -> list[Measured]:
 
 def limits(report: Report) -> list[str]:
     """What the model does not stop, one sentence each."""
-    found = [
+    sentences = [
         "Anyone who still has the base, or another model: hardening protects subjects on this model only.",
         "Attackers who know the method and work against it, longer or other attacks than those that were tried, and subjects "
         "that were not in the registry.",
         "Somebody who looks much like a protected subject may not be learnable either.",
     ]
     if report.hardening.method == "tripwire":
-        found += [
+        sentences += [
             "Whoever finds the neurons of the wire and cuts them has the base's model back.",
             "Adapters that were made for the base may do less here than there. Use float32 or bfloat16: some weights do not fit "
             "float16.",
         ]
-    return found
+    return sentences
 
 
 def results(report: Report, repo_id: str) -> list[Any]:
@@ -229,10 +229,10 @@ def model_card(
 
     base = report.hardening.base
     on_the_hub = base.count("/") == 1
-    asked: dict[str, Any] = {}
+    gate_metadata: dict[str, Any] = {}
     if form is not None:
-        asked |= {"extra_gated_prompt": form.prompt} if form.prompt else {}
-        asked |= {"extra_gated_fields": form.fields} if form.fields else {}
+        gate_metadata |= {"extra_gated_prompt": form.prompt} if form.prompt else {}
+        gate_metadata |= {"extra_gated_fields": form.fields} if form.fields else {}
     data = ModelCardData(
         base_model=base if on_the_hub else None,
         base_model_relation="finetune" if on_the_hub else None,
@@ -248,7 +248,7 @@ def model_card(
         model_name=repo_id,
         eval_results=results(report, repo_id),
         inference=False,
-        **asked,
+        **gate_metadata,
     )
     statuses = {title: [check.status for check in report.checks if check.name == title] for title in
                 dict.fromkeys([*(rule.title for rule in RULES), *(check.name for check in report.checks)])}  # fmt: skip

@@ -1,7 +1,7 @@
 """Uploading a release folder to the Hugging Face Hub: in one commit, with retries, and verified afterwards.
 
-`create_commit` leaves out files that have not changed. `upload_folder` may split a large folder into several commits, and a release
-would be incomplete for a while. Tokens are found by the Hub's client and never read or printed here.
+`create_commit` leaves out files that have not changed. `upload_folder` is not used: it may split a large folder into several
+commits, and a release would be incomplete for a while. Tokens are found by the Hub's client and never read or printed here.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ def release_notes(report: Report, earlier: Report | None = None, name: str | Non
     """
     hardening, attacked = report.hardening, report.attacked
     mine, theirs = rows(report), {} if earlier is None else rows(earlier)
-    made = f"{hardening.base}" + (f", hardened with {hardening.method}" if hardening.method else "")
+    origin = f"{hardening.base}" + (f", hardened with {hardening.method}" if hardening.method else "")
     lines = [f"## {name or 'Hardened model'}: {report.verdict}", ""]
     lines += [
-        f"{made}. Protected subjects: {attacked.of}, of whom {attacked.protected} were attacked; unprotected controls: "
+        f"{origin}. Protected subjects: {attacked.of}, of whom {attacked.protected} were attacked; unprotected controls: "
         f"{attacked.controls}. The attacks were run on the base as well. 95 % intervals in brackets.",
         "",
     ]

@@ -63,12 +63,12 @@ def objections(output: Path, registry: Registry, today: date) -> list[str]:
         raise UserError(f"{output} holds no model; run `guardsmith harden` first.")
     if not file.is_file() or not public.is_file():
         raise UserError(f"{output} holds no report with public evidence; run `guardsmith verify` first.")
-    report, released = Report.load(file), Report.load(public)
-    found = []
+    report, public_report = Report.load(file), Report.load(public)
+    sentences = []
     if report.verdict != "pass":
         failed = [check.name for check in report.checks if check.status == report.verdict]
         which = ", ".join(dict.fromkeys(failed)) or "nothing was checked"
-        found.append(f"the verdict of {file} is {report.verdict}, not pass ({which})")
+        sentences.append(f"the verdict of {file} is {report.verdict}, not pass ({which})")
     digests = _digests(report, file)
     if surplus := surplus_files(output / "model", digests):
         raise Refused(
@@ -77,18 +77,18 @@ def objections(output: Path, registry: Registry, today: date) -> list[str]:
         )
     wrong = changed_files(output / "model", digests)
     if wrong or weights_digest(output / "model") != report.hardening.model_digest:
-        found.append(
+        sentences.append(
             f"{output / 'model'} is not what was verified (the digests differ from the report's: {in_words(wrong)})"
         )
     if registry.digest != report.hardening.registry_digest:
-        found.append(f"{registry.path} is not the registry that was verified (the digests differ)")
-    if (released.verdict, released.run) != (report.verdict, report.run):
-        found.append(f"{public} is not of the same verification as {file}")
+        sentences.append(f"{registry.path} is not the registry that was verified (the digests differ)")
+    if (public_report.verdict, public_report.run) != (report.verdict, report.run):
+        sentences.append(f"{public} is not of the same verification as {file}")
     for subject in registry.subjects:
         until = None if subject.consent is None else subject.consent.expires_on
         if until is not None and until < today:
-            found.append(f"the consent for {subject.id} expired on {until}")
-    return found
+            sentences.append(f"the consent for {subject.id} expired on {until}")
+    return sentences
 
 
 def gather(
@@ -229,18 +229,18 @@ def publish(
         check_key(sign_key)
     elif keyless:
         check_package()
-    found = objections(output, registry, today)
-    if found and force is None:
-        raise Refused("not published: " + "; ".join(found))
+    broken_rules = objections(output, registry, today)
+    if broken_rules and force is None:
+        raise Refused("not published: " + "; ".join(broken_rules))
     release = gather(
         output, registry, repo_id, contact=contact, licence=licence, licence_file=licence_file,
-        unverified=force if found else None, sign_key=sign_key, keyless=keyless and not dry_run, form=form,
+        unverified=force if broken_rules else None, sign_key=sign_key, keyless=keyless and not dry_run, form=form,
     )  # fmt: skip
     digest = weights_digest(release)
-    if not found and digest != Report.load(output / "verify" / "report.json").hardening.model_digest:
+    if not broken_rules and digest != Report.load(output / "verify" / "report.json").hardening.model_digest:
         raise RunFailed(f"{output / 'model'} was changed while {release} was gathered from it; verify again")
     digests = _digests(Report.load(output / "verify" / "report.json"), output)
-    if not found and (wrong := [name for name in changed_files(release, digests) if (release / name).is_file()
+    if not broken_rules and (wrong := [name for name in changed_files(release, digests) if (release / name).is_file()
                                 and name != README and not LICENCE.fullmatch(name)]):  # fmt: skip
         raise RunFailed(f"{release} is not what was verified ({in_words(wrong)}); verify again")
     check_release(release, digests)

@@ -44,11 +44,11 @@ class Cell(NamedTuple):
 
 def group_units(report: Report, side: str, ids: set[str], attack: str, point: float) -> Units:
     """Scores of a group of subjects, unit by unit."""
-    wanted = side, attack, point
+    key = side, attack, point
     return [
         unit
         for score in report.scores
-        if (score.side, score.attack, score.evaluation_point) == wanted and score.subject in ids
+        if (score.side, score.attack, score.evaluation_point) == key and score.subject in ids
         for unit in score.units
     ]
 
@@ -119,13 +119,13 @@ def retention(report: Report, attack: str, ids: set[str]) -> Interval | None:
     return ratio_interval(units("hardened"), units("base"))
 
 
-def control_cell(report: Report, attack: str, same_class: bool, wanted: float) -> Cell:
+def control_cell(report: Report, attack: str, same_class: bool, ratio: float) -> Cell:
     """Share of the base's similarity that controls keep."""
     measured = retention(report, attack, group(report, "control", same_class))
-    return Cell("-") if measured is None else Cell(_text(measured, 100, " %"), measured.mean >= wanted)
+    return Cell("-") if measured is None else Cell(_text(measured, 100, " %"), measured.mean >= ratio)
 
 
-def break_cell(report: Report, attack: str, wanted: float) -> Cell:
+def break_cell(report: Report, attack: str, ratio: float) -> Cell:
     """Steps to break, hardened over base: the median over subjects. Who was not broken counts with the steps tried."""
     ratios, broken = [], []
     for each in report.steps_to_break:
@@ -138,9 +138,9 @@ def break_cell(report: Report, attack: str, wanted: float) -> Cell:
         return Cell("-")
     sign = "at least " if len(broken) < len(ratios) else ""
     text = f"{sign}{median(ratios):.1f} x; {len(broken)} of {len(ratios)} broken"
-    if min(ratios) >= wanted:
+    if min(ratios) >= ratio:
         return Cell(text, True)
-    return Cell(text, False if min(broken, default=wanted) < wanted else None)
+    return Cell(text, False if min(broken, default=ratio) < ratio else None)
 
 
 @dataclass(frozen=True)

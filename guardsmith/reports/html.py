@@ -175,9 +175,9 @@ class Evidence:
 
     def measured(self, side: str, subject: Subject, label: str, point: float) -> Interval | None:
         """The similarity that an attack reached."""
-        wanted = side, subject.id, label, point
+        key = side, subject.id, label, point
         for score in self.report.scores:
-            if (score.side, score.subject, score.attack, score.evaluation_point) == wanted:
+            if (score.side, score.subject, score.attack, score.evaluation_point) == key:
                 return score.interval
         return None
 
@@ -265,7 +265,7 @@ class Cell(NamedTuple):
 def matrix_row(evidence: Evidence, subject: Subject) -> list[Cell | None]:
     """One protected subject's row: what each attack reached, and what the gate says of it; `None` where nothing was scored."""
     checks = [check for check in evidence.report.checks if (check.name, check.subject) == (PROTECTED.title, subject.id)]
-    found = {check.attack: (check.status, word(check)) for check in checks}
+    statuses = {check.attack: (check.status, word(check)) for check in checks}
     cells: list[Cell | None] = []
     for name, (label, point) in evidence.columns.items():
         reached = evidence.measured("hardened", subject, label, point)
@@ -274,7 +274,7 @@ def matrix_row(evidence: Evidence, subject: Subject) -> list[Cell | None]:
             continue
         hot = heat(reached.mean, evidence.levels_of(subject))
         unknown: tuple[Status, str] = ("inconclusive", "inconclusive")  # the rule failed to run
-        cells.append(Cell(reached.mean, reached.low, reached.high, hot, *found.get(name, unknown)))
+        cells.append(Cell(reached.mean, reached.low, reached.high, hot, *statuses.get(name, unknown)))
     return cells
 
 
@@ -307,12 +307,12 @@ def opening_strips(evidence: Evidence, protected: Sequence[Subject], controls: S
 
     Those who come first in the registry and the recipe, not the best ones; empty where nobody may be shown.
     """
-    shown = next((subject for subject in protected if evidence.shows(subject)), None)
+    first = next((subject for subject in protected if evidence.shows(subject)), None)
     label = next(iter(evidence.attacks), None)
-    if shown is None or label is None:
+    if first is None or label is None:
         return []
-    strips = [real_strip(shown)._replace(title=f"{shown.id}, protected: real pictures")]
-    strips += evidence.strips(shown, label, 1.0, ROW)
+    strips = [real_strip(first)._replace(title=f"{first.id}, protected: real pictures")]
+    strips += evidence.strips(first, label, 1.0, ROW)
     control = next((subject for subject in controls if evidence.shows(subject)), None)
     if control is not None:
         units = evidence.units_of(control, label, "hardened")

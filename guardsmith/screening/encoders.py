@@ -36,8 +36,8 @@ class Encoder:
 
 
 def _faces(images: Tensor) -> Tensor:
-    found = [face.load_faces().embed(image) for image in images]
-    return torch.stack([torch.zeros(128) if one is None else one for one in found])
+    embeddings = [face.load_faces().embed(image) for image in images]
+    return torch.stack([torch.zeros(128) if one is None else one for one in embeddings])
 
 
 def load_encoder(name: str, model: str | None = None) -> Encoder:

@@ -66,9 +66,9 @@ def load_index(registry: Registry, encoder: Encoder, folder: Path | None = None)
     """
     digest = index_digest(registry, encoder)
     file = (folder or cache_folder()) / f"{digest}.safetensors"
-    kept = _read(file)
-    if kept is not None:
-        return kept
+    cached = _read(file)
+    if cached is not None:
+        return cached
     vectors = []
     with stage("index of the registry", len(registry.subjects)) as bar:
         for subject in registry.subjects:

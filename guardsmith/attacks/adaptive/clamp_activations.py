@@ -45,8 +45,8 @@ def limits(model: DiffusionModel, data: AttackData, config: ClampActivationsConf
     for name, layer in weight_layers(model.unet).items():
 
         def keep(layer: torch.nn.Module, _: Any, output: Tensor, name: str = name) -> None:
-            found = per_channel(layer, output)
-            largest[name] = torch.maximum(largest[name], found) if name in largest else found
+            values = per_channel(layer, output)
+            largest[name] = torch.maximum(largest[name], values) if name in largest else values
 
         handles.append(layer.register_forward_hook(keep))
     try:
@@ -76,10 +76,10 @@ def clamp_activations(
     Raises:
         ValueError: there are no class pictures.
     """
-    found = limits(model, data, config, seed=seed)
+    bounds = limits(model, data, config, seed=seed)
     own = with_own_unet(model)
     for name, layer in weight_layers(own.unet).items():
-        limit = config.factor * found[name]
+        limit = config.factor * bounds[name]
 
         def clamp(_: Any, __: Any, output: Tensor, limit: Tensor = limit) -> Tensor:
             # Not a number becomes zero: saturated activations that cancel give it.

@@ -43,8 +43,8 @@ def channel_statistics(
         def keep(layer: torch.nn.Module, _: Any, output: Tensor, name: str = name) -> None:
             values = output.movedim(1, -1) if isinstance(layer, torch.nn.Conv2d) else output
             values = torch.nan_to_num(values.double().flatten(0, -2))
-            found = [values.sum(0), values.square().sum(0), torch.tensor(float(len(values)))]
-            sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
+            new = [values.sum(0), values.square().sum(0), torch.tensor(float(len(values)))]
+            sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
 
         handles.append(layer.register_forward_hook(keep))
     try:

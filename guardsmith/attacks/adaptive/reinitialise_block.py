@@ -75,8 +75,8 @@ def reinitialise_block(
         context = contexts[torch.arange(config.batch_size) % 2]
         rows = draw_rows(store.draw(config.batch_size, rng), context, rng, steps=timesteps)
         with torch.no_grad():
-            wanted = predict(model.unet, model.scheduler, rows)
-        return (predict(own.unet, model.scheduler, rows) - wanted).square().mean()
+            target = predict(model.unet, model.scheduler, rows)
+        return (predict(own.unet, model.scheduler, rows) - target).square().mean()
 
     parameters = list(block.requires_grad_(True).parameters())
     train(own, loss_at, parameters, steps=config.steps, learning_rate=config.learning_rate, max_grad_norm=1.0)

@@ -40,14 +40,14 @@ def measure_everyday_use(plan: Plan, prompts: Sequence[str], known: tuple[Tensor
     settings = spec.model_dump(mode="json"), recipe.sampling.model_dump(), plan.policy.judge.model_dump()
     key = folder_digest(digests, list(prompts), settings, controls, bench.identifier, dict(dreambooth), bench.seed)
     file = bench.folder / f"{key}.json"
-    kept = _read(file)
-    if kept is not None and all(one.pictures is None or (plan.root / one.pictures).is_file() for one in kept):
-        return kept
-    found = measure(bench)
-    if not any(one.error for one in found):  # what failed to run is tried again the next time
+    cached = _read(file)
+    if cached is not None and all(one.pictures is None or (plan.root / one.pictures).is_file() for one in cached):
+        return cached
+    measurements = measure(bench)
+    if not any(one.error for one in measurements):  # what failed to run is tried again the next time
         bench.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, [one.model_dump(mode="json") for one in found])
-    return found
+        write_json(file, [one.model_dump(mode="json") for one in measurements])
+    return measurements
 
 
 def _read(file: Path) -> list[Measurement] | None:

@@ -104,18 +104,18 @@ def files_case(bench: Bench) -> Measurement:
     base, hardened = (bench.models[side] for side in SIDES)
     other = [part for part in base.networks
              if stored_dtype(base.folder, part) != stored_dtype(hardened.folder, part)]  # fmt: skip
-    told = ", ".join(f"{part} in {_name(hardened, part)} instead of {_name(base, part)}" for part in other)
-    return compared_faults("precision", FILES, 0, len(other), len(base.networks), how=told)
+    difference = ", ".join(f"{part} in {_name(hardened, part)} instead of {_name(base, part)}" for part in other)
+    return compared_faults("precision", FILES, 0, len(other), len(base.networks), how=difference)
 
 
 def run(bench: Bench) -> list[Measurement]:
     """Every precision, then the files."""
-    found = []
+    measurements = []
     for name in ("float16", "bfloat16"):
-        found += attempt("precision", name, "difference", partial(drawn_case, bench, name))
-    found += attempt("precision", PLAIN, "faults", partial(plain_case, bench))
-    found += attempt("precision", STORED, "faults", partial(stored_case, bench))
-    return found + attempt("precision", FILES, "faults", partial(files_case, bench))
+        measurements += attempt("precision", name, "difference", partial(drawn_case, bench, name))
+    measurements += attempt("precision", PLAIN, "faults", partial(plain_case, bench))
+    measurements += attempt("precision", STORED, "faults", partial(stored_case, bench))
+    return measurements + attempt("precision", FILES, "faults", partial(files_case, bench))
 
 
 def _name(model: DiffusionModel, part: str) -> str:

@@ -154,7 +154,7 @@ def _sampled(kind: Any, steps: int, guidance: float | None, further: dict[str, A
 
 def run(bench: Bench) -> list[Measurement]:
     """Every setting, and all of them together."""
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     collapsed: dict[str, list[bool]] = {side: [] for side in SIDES}
 
     def one(name: str, draw: Draw, how: str) -> Measurement:
@@ -165,8 +165,8 @@ def run(bench: Bench) -> list[Measurement]:
         return measured
 
     for name, (draw, how) in settings(bench).items():
-        found += attempt("samplers", name, "collapsed", partial(one, name, draw, how))
-    return found + attempt("samplers", TOGETHER, "collapsed", partial(together, collapsed))
+        measurements += attempt("samplers", name, "collapsed", partial(one, name, draw, how))
+    return measurements + attempt("samplers", TOGETHER, "collapsed", partial(together, collapsed))
 
 
 def together(collapsed: dict[str, list[bool]]) -> Measurement:
