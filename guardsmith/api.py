@@ -161,9 +161,9 @@ def harden(
         place = base if isinstance(base, str) else str(_saved(base, folder))
         changes = {"method.name": method, "seed": seed, "compute.precision": precision}
         changes |= {f"method.params.{key}": value for key, value in (params or {}).items()}
-        chosen = choose_recipe(recipe, place, {key: value for key, value in changes.items() if value is not None})
-        check = before_hardening(registry, chosen, folder, verifies=False)
-        record = run(registry, chosen, folder, resume=resume, overwrite=overwrite, report_to=report_to, check=check)
+        settings = choose_recipe(recipe, place, {key: value for key, value in changes.items() if value is not None})
+        check = before_hardening(registry, settings, folder, verifies=False)
+        record = run(registry, settings, folder, resume=resume, overwrite=overwrite, report_to=report_to, check=check)
         if sentence := wrecked_sentence(record):
             warn(f"{folder}: {sentence}")
     return Hardened(folder, record)
@@ -214,16 +214,16 @@ def verify(
     from guardsmith.gate.policy import load_policy
     from guardsmith.hardening.record import recorded_recipe
 
-    known = isinstance(model, Hardened)
-    if known and base is not None:
+    is_hardened = isinstance(model, Hardened)
+    if is_hardened and base is not None:
         raise UserError("base= belongs to a checkpoint made elsewhere; a hardening's own base is on record")
-    if not known and (base is None or output is None):
+    if not is_hardened and (base is None or output is None):
         raise UserError("a checkpoint made elsewhere needs base= to compare it with, and output= for the report")
     folder = Path(model.output if output is None else output)
     changes = budget_changes(budget)
     quiet_libraries()
     with _computing(device, deterministic):
-        if known:
+        if is_hardened:
             source, place = None, None
             recipe = recorded_recipe(model.record) if recipe is None else recipe
             if recipe is None and not is_embedded(model.record["base"]):
@@ -231,10 +231,10 @@ def verify(
         else:
             source = model if isinstance(model, str | Path) else _saved(model, folder, "model")
             place = base if isinstance(base, str) else str(_saved(base, folder))
-        chosen = choose_recipe(recipe, place, changes)
+        settings = choose_recipe(recipe, place, changes)
         rules = load_policy(Path(policy)) if isinstance(policy, str | Path) else policy
         return run(
-            registry, chosen, folder, model=None if source is None else str(source), base_runs=_path(base_runs),
+            registry, settings, folder, model=None if source is None else str(source), base_runs=_path(base_runs),
             workers=workers, policy=rules, include_images=include_images, quiet=True,
         )  # fmt: skip
 

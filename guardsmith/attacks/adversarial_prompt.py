@@ -82,19 +82,19 @@ def attack(
     Raises:
         RunFailed: a loss is not finite; the tokenizer has no whole words, or has such a name.
     """
-    known = torch.tensor(whole_words(model.tokenizer), dtype=torch.long)
-    if not len(known):
+    word_tokens = torch.tensor(whole_words(model.tokenizer), dtype=torch.long)
+    if not len(word_tokens):
         raise RunFailed("the tokenizer has no whole words to search among; leave adversarial_prompt out")
     own = copy.copy(model)
     name, noun = prompt_words(data.identifier, data.class_noun)
     parts = add_words(own, dict.fromkeys(word_parts(name, config.words), noun))
     table = own.text_encoder.get_input_embeddings().weight
-    vectors = table[known.to(table.device)].clone()
+    vectors = table[word_tokens.to(table.device)].clone()
     pictures = encode(own, data.images)
     tokens = PromptBank(own).tokens([template.format(f"{name} {noun}") for template in INVERSION_TEMPLATES])
     timesteps = int(own.scheduler.config.num_train_timesteps)
     stream = int.from_bytes(data.identifier.encode()[:7], "big")  # as for textual inversion
-    rows = torch.nn.Parameter(torch.full((config.words, len(known)), 1 / len(known), device=table.device))
+    rows = torch.nn.Parameter(torch.full((config.words, len(word_tokens)), 1 / len(word_tokens), device=table.device))
 
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, stream, step)

@@ -49,8 +49,8 @@ class TwoDenoisers(torch.nn.Module):
 
     def forward(self, latents: Tensor, timestep: Any, context: Tensor, **options: Any) -> Any:
         """The chosen network's prediction; all rows are at one timestep."""
-        chosen = self.early if float(torch.as_tensor(timestep).flatten()[0]) > self.boundary else self.late
-        return chosen(latents, timestep, context, **options)
+        denoiser = self.early if float(torch.as_tensor(timestep).flatten()[0]) > self.boundary else self.late
+        return denoiser(latents, timestep, context, **options)
 
 
 def handed_over(early: DiffusionModel, late: DiffusionModel, share: float, words: DiffusionModel) -> DiffusionModel:
@@ -107,7 +107,7 @@ def one_step(
     """
     bank = PromptBank(model)
     timestep = torch.tensor([int(model.scheduler.config.num_train_timesteps) - 1])
-    drawn = []
+    pictures = []
     for start in range(0, len(prompts), batch):
         some = slice(start, start + batch)
         context = bank.encode(prompts[some])
@@ -115,8 +115,8 @@ def one_step(
         noise = first_noise(model, seeds[some])
         prediction = guided(model, noise, timestep[0], context, empty, guidance)
         kept, taken = (share.to(noise) for share in clean_coefficients(model.scheduler, timestep))
-        drawn.append(decode(model, kept * noise - taken * prediction).clamp(-1, 1))
-    return torch.cat(drawn)
+        pictures.append(decode(model, kept * noise - taken * prediction).clamp(-1, 1))
+    return torch.cat(pictures)
 
 
 def draw(

@@ -65,7 +65,7 @@ def add_words(model: DiffusionModel, words: Mapping[str, str]) -> list[int]:
     Raises:
         RunFailed: the tokenizer has a token of that name.
     """
-    known_tokens = [model.tokenizer(known, add_special_tokens=False).input_ids for known in words.values()]
+    known_tokens = [model.tokenizer(word, add_special_tokens=False).input_ids for word in words.values()]
     model.tokenizer, model.text_encoder = copy.deepcopy(model.tokenizer), copy.deepcopy(model.text_encoder)
     for word in words:
         if model.tokenizer.add_tokens(word) != 1:

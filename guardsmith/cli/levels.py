@@ -34,6 +34,6 @@ def levels(
     find_judge(judge)
     quiet_libraries()
     spec = JudgeSpec.model_validate({"name": judge, "model": judge_model})
-    measured = measure_levels(identities(folder), spec, size, str(folder))
-    typer.echo(levels_as_yaml(measured), nl=False)
+    result = measure_levels(identities(folder), spec, size, str(folder))
+    typer.echo(levels_as_yaml(result), nl=False)
     print_line("next: put it into a file, and name it as judge.levels in the recipe or with --levels")

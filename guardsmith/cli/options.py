@@ -119,10 +119,10 @@ def verified_recipe(output: Path, name: str | None, changes: list[str]) -> Recip
     hardening = read_hardening(record)
     recipe = recorded_recipe(hardening)
     if recipe is None:
-        lost = f"{record} does not say which recipe it is of"
+        problem = f"{record} does not say which recipe it is of"
         if not is_embedded(hardening["base"]):
-            raise UserError(f"{lost}; name the one whose attacks are to be tried with --recipe")
-        warn(f"{lost}: the attacks are those of `demo`; name yours with --recipe")
+            raise UserError(f"{problem}; name the one whose attacks are to be tried with --recipe")
+        warn(f"{problem}: the attacks are those of `demo`; name yours with --recipe")
     return choose_recipe(recipe, None, changes)
 
 

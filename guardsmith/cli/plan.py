@@ -83,15 +83,15 @@ def plan(
 ) -> None:
     """Say what a run will cost and what stands in its way, before anything is drawn; exit 2 if something does."""
     flags = [*budget_as_changes(budget), *levels_as_changes(levels), *(changes or [])]
-    chosen = recipe_of(recipe, base, flags, negatives=negatives)
-    registry = registry_of(subjects, chosen, today)
+    settings = recipe_of(recipe, base, flags, negatives=negatives)
+    registry = registry_of(subjects, settings, today)
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.evaluation.forecast import forecast
 
     quiet_libraries()
-    result = forecast(registry, chosen, output, policy=policy_of(policy), today=day(today))
+    result = forecast(registry, settings, output, policy=policy_of(policy), today=day(today))
     show_forecast(result, as_json)
-    flags_of_run: list[Any] = ["--base", chosen.base] if base is not None else []
+    flags_of_run: list[Any] = ["--base", settings.base] if base is not None else []
     words = ["guardsmith", "run", recipe, *flags_of_run, "--subjects", str(registry.path), "--output", str(output)]
     words += ["--levels", str(levels)] if levels is not None else []
     words += ["--policy", str(policy)] if policy is not None else []

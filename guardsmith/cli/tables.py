@@ -101,8 +101,8 @@ def print_policy(
         from guardsmith.registry.loader import load_registry
 
         quiet_libraries()
-        chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model, "clip_t": clip_t})
-        policy = measure_policy(load_registry(subjects, today=day(today)), chosen, size)
+        spec = JudgeSpec.model_validate({"name": judge, "model": judge_model, "clip_t": clip_t})
+        policy = measure_policy(load_registry(subjects, today=day(today)), spec, size)
     typer.echo(as_yaml(policy), nl=False)
     print_line("next: put it into a file; plan, verify and run take it as --policy FILE")
 

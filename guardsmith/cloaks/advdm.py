@@ -107,8 +107,8 @@ def cloak(
         if config.mode == "advdm":
             return denoising_loss(model, part, context, rng)
         apart = (model.posterior(part)[0] - target).square().sum() / len(part)
-        climbed = config.loss_weight * denoising_loss(model, part, context, rng) if config.loss_weight else 0.0
-        return climbed - apart
+        objective = config.loss_weight * denoising_loss(model, part, context, rng) if config.loss_weight else 0.0
+        return objective - apart
 
     pixels = data.images
     for step in range(config.steps):

@@ -69,13 +69,13 @@ def cloak(
         RunFailed: it diverged.
     """
     count = len(data.images)
-    styled = redraw(
+    style_images = redraw(
         models[0], data.images, [config.style] * count, range(seed, seed + count), strength=config.strength,
         steps=config.solver_steps, guidance=config.guidance,
     )  # fmt: skip
     cloaked = []
     for start in range(0, count, config.batch_size):
-        clean, goal = (each[start : start + config.batch_size] for each in (data.images, styled))
+        clean, goal = (each[start : start + config.batch_size] for each in (data.images, style_images))
         with torch.no_grad():
             targets = [model.posterior(goal)[0] for model in models]
         noise = torch.rand(clean.shape, generator=generator(seed, start)) * 2 - 1

@@ -63,8 +63,8 @@ def transformed(pixels: Tensor, config: MetaCloakConfig, rng: torch.Generator) -
     if side != size:
         cropped = F.interpolate(cropped, (size, size), mode="bilinear", align_corners=False, antialias=True)
     kernel = max(3, round(config.blur_kernel * size / 512) // 2 * 2 + 1)
-    seen = blurred(cropped, kernel, 0.1 + 1.9 * deviation * min(1.0, size / 512))
-    return (seen.flip(3) if mirror < 0.5 else seen).clamp(-1, 1)
+    result = blurred(cropped, kernel, 0.1 + 1.9 * deviation * min(1.0, size / 512))
+    return (result.flip(3) if mirror < 0.5 else result).clamp(-1, 1)
 
 
 def cloak(
@@ -109,8 +109,8 @@ def cloak(
                         rng = generator(seed, place, step)
 
                         def gain(part: Tensor, _: slice) -> Tensor:
-                            seen = transformed(part, config, rng)  # noqa: B023 (called at once)
-                            return denoising_loss(surrogate.model, seen, context, rng)  # noqa: B023
+                            view = transformed(part, config, rng)  # noqa: B023 (called at once)
+                            return denoising_loss(surrogate.model, view, context, rng)  # noqa: B023
 
                         pixels, value = ascend(pixels, data.images, gain, config)
                         if on_step is not None:

@@ -139,10 +139,10 @@ class Surrogate:
             learning_rate=config.learning_rate, steps=steps, batch_size=config.surrogate_batch,
             prior_weight=config.prior_weight, train_text_encoder=config.train_text_encoder,
         )  # fmt: skip
-        known = AttackData(images.detach(), data.class_images, data.identifier, data.class_noun)
+        own_data = AttackData(images.detach(), data.class_images, data.identifier, data.class_noun)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        train_on_subject(self.model, known, settings, self.parameters, seed=seed)
+        train_on_subject(self.model, own_data, settings, self.parameters, seed=seed)
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 

@@ -103,8 +103,8 @@ class Block(nn.Module):
         """(n, tokens, width) -> the same."""
         n, count, width = tokens.shape
         q, k, v = self.qkv(self.norms[0](tokens)).reshape(n, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, count, width)
-        tokens = tokens + self.gates[0] * self.out(seen)
+        attention = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, count, width)
+        tokens = tokens + self.gates[0] * self.out(attention)
         inside: Tensor = self.narrow(F.gelu(self.widen(self.norms[1](tokens)), approximate="tanh"))
         return tokens + self.gates[1] * inside
 
@@ -271,8 +271,8 @@ def train(
     for step in loop:
         rng = generator(seed, step)
         optimizer.param_groups[0]["lr"] = rate_at(step, config)
-        chosen = pictures[torch.randint(len(pictures), (config.batch_size,), generator=rng)]
-        cloaked = applied(defender, chosen, config.budget)
+        batch = pictures[torch.randint(len(pictures), (config.batch_size,), generator=rng)]
+        cloaked = applied(defender, batch, config.budget)
         losses = [
             config.adversarial_weight * adversarial_loss(model, cloaked, context, rng)
             for model, context in zip(models, contexts, strict=True)
@@ -285,6 +285,6 @@ def train(
             numbers["regression"] = float(apart.detach())
         torch.stack(losses).mean().backward()
         norm = optimizer_step(optimizer, parameters)
-        numbers["change"] = float((cloaked.detach() - chosen).abs().mean() / PIXEL)
+        numbers["change"] = float((cloaked.detach() - batch).abs().mean() / PIXEL)
         loop.finish_step(step, numbers, finite_weights=math.isfinite(norm))
     return defender.eval().requires_grad_(False), loop.history

@@ -118,17 +118,17 @@ def with_levels(judge: RecipeJudge, folder: Path, names_judge: bool) -> RecipeJu
         raise UserError(
             f"judge.levels: there is no file {file}; measure one with `guardsmith levels FOLDER --judge NAME`"
         )
-    measured = load_levels(file)
-    if names_judge and judge.name != measured.judge:
+    levels = load_levels(file)
+    if names_judge and judge.name != levels.judge:
         raise UserError(
-            f"judge.levels: {file} has the levels of {measured.judge}, and the recipe's judge is {judge.name}"
+            f"judge.levels: {file} has the levels of {levels.judge}, and the recipe's judge is {judge.name}"
         )
-    values: dict[str, Any] = {"name": measured.judge, "model": judge.model or measured.model, "clip_t": judge.clip_t}
-    if judge.model is not None and judge.model != measured.model:
+    values: dict[str, Any] = {"name": levels.judge, "model": judge.model or levels.model, "clip_t": judge.clip_t}
+    if judge.model is not None and judge.model != levels.model:
         raise UserError(
-            f"judge.levels: {file} was measured with {measured.model or 'the usual encoder'}, and judge.model is {judge.model}"
+            f"judge.levels: {file} was measured with {levels.model or 'the usual encoder'}, and judge.model is {judge.model}"
         )
     try:
-        return RecipeJudge.model_validate(values | {"measured": measured.model_dump(mode="json")})
+        return RecipeJudge.model_validate(values | {"measured": levels.model_dump(mode="json")})
     except ValidationError as error:
         raise UserError(f"judge.levels: {file}: {error.errors()[0]['msg']}") from None

@@ -24,8 +24,8 @@ from guardsmith.core.yaml_text import Problem, odd_numbers, parse, read_yaml
 
 def recipe_folder() -> Path:
     """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
-    installed = Path(__file__).parents[1] / "builtin" / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+    in_package = Path(__file__).parents[1] / "builtin" / "recipes"
+    return in_package if in_package.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def recipe_names() -> list[str]:
@@ -42,9 +42,9 @@ def find_recipe(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
-    shipped = recipe_folder() / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
+    in_folder = recipe_folder() / f"{name}.yaml"
+    if in_folder.is_file():
+        return in_folder
     hint = did_you_mean(name, recipe_names()) or "; `guardsmith list recipes` prints the shipped ones, such as demo"
     raise UserError(f"there is no recipe {name!r}, neither as a file nor by name{hint}")
 
@@ -78,13 +78,13 @@ def _leave_out_params_of_another_method(data: dict[str, Any], changes: Sequence[
         data["method"] = {key: value for key, value in method.items() if key != "params"}
 
 
-def explain(error: ValidationError, where: str, known: Sequence[str]) -> list[str]:
+def explain(error: ValidationError, where: str, keys: Sequence[str]) -> list[str]:
     """Pydantic's findings as sentences, with a near word for unknown keys."""
     sentences = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            hint = did_you_mean(problem["loc"][-1], known) or "; remove it"
+            hint = did_you_mean(problem["loc"][-1], keys) or "; remove it"
             sentences.append(f"{where}: {place!r} is not a known key{hint}")
         else:
             reason = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
@@ -122,9 +122,9 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     if recipe.negatives is not None:
         places["negatives"] = beside(path.parent, recipe.negatives)
     section = data.get("judge")
-    named = isinstance(section, dict) and "name" in section
+    replaces = isinstance(section, dict) and "name" in section
     changed = any(change.split("=")[0].strip() == "judge.levels" for change in changes)  # typed here, so it begins here
-    places["judge"] = with_levels(recipe.judge, Path() if changed else path.parent, named)
+    places["judge"] = with_levels(recipe.judge, Path() if changed else path.parent, replaces)
     return recipe.model_copy(update=places)
 
 

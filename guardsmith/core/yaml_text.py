@@ -116,8 +116,8 @@ def _map_lines(node: yaml.Node, where: KeyPath, line: int, lines: dict[KeyPath, 
         return
     for key, value in node.value:
         if key.tag == "tag:yaml.org,2002:merge":
-            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                _map_lines(merged, where, line, lines, problems)
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                _map_lines(source, where, line, lines, problems)
     first_lines: dict[str, int] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):

@@ -67,10 +67,10 @@ def sample_prompts(identifier: str, class_noun: str, count: int) -> list[str]:
 
 
 def _spelt_out(prompt: str, tokenizer: Any) -> str:
-    known = tokenizer.get_added_vocab()
-    for word in [word for word in known if f"{word}_1" in known and word in prompt]:
+    vocabulary = tokenizer.get_added_vocab()
+    for word in [word for word in vocabulary if f"{word}_1" in vocabulary and word in prompt]:
         parts, number = [word], 1
-        while f"{word}_{number}" in known:
+        while f"{word}_{number}" in vocabulary:
             parts.append(f"{word}_{number}")
             number += 1
         prompt = prompt.replace(word, " ".join(parts))

@@ -249,10 +249,10 @@ def attack_forwards(attack: AttackSpec, recipe: Recipe, steps: int) -> int:
     """
     settings = find_attack(attack.name).config(**attack.params).model_dump()
     prior = 2 if settings.get("prior_weight", 0) else 1
-    trained = steps * settings.get("batch_size", 1) * settings.get("gradient_accumulation", 1) * prior * BACKWARD
+    training = steps * settings.get("batch_size", 1) * settings.get("gradient_accumulation", 1) * prior * BACKWARD
     points = len(recipe.verify.evaluation_points)
-    drawn = points * recipe.verify.images_per_unit * recipe.sampling.steps * GUIDED
-    return int(trained * (2 if attack.two_stage else 1) + drawn)
+    sampling = points * recipe.verify.images_per_unit * recipe.sampling.steps * GUIDED
+    return int(training * (2 if attack.two_stage else 1) + sampling)
 
 
 def verification_forwards(recipe: Recipe, registry: Registry) -> int:
@@ -266,8 +266,8 @@ def verification_forwards(recipe: Recipe, registry: Registry) -> int:
         usual, longer = attack_forwards(attack, recipe, steps), attack_forwards(attack, recipe, ceil(longest * steps))
         total += pairs * (protected * (usual + longer) + 2 * controls * usual)
     nouns = {subject.class_noun for subject in (*registry.subjects, *registry.controls)}
-    drawn = 2 * len(nouns) * verify.class_images + 3 * verify.benign_images
-    return total + drawn * recipe.sampling.steps * GUIDED
+    images = 2 * len(nouns) * verify.class_images + 3 * verify.benign_images
+    return total + images * recipe.sampling.steps * GUIDED
 
 
 @torch.no_grad()

@@ -51,10 +51,10 @@ def evidence_of(plan: Plan, measurements: Measurements) -> Evidence:
 
 def face_detection_failure(units: Units, judge: Judge) -> float | None:
     """Share of pictures in which a judge of faces detects none (FDFR); `None` for other judges, and where nothing was scored."""
-    scored = [score for unit in units for score in unit if score is not None]
-    if judge.nobody is None or not scored:
+    values = [score for unit in units for score in unit if score is not None]
+    if judge.nobody is None or not values:
         return None
-    return scored.count(judge.nobody) / len(scored)
+    return values.count(judge.nobody) / len(values)
 
 
 def steps_to_break(
@@ -84,8 +84,8 @@ def steps_to_break(
             level = half_way(classes[noun], usual.mean)
             for side in SIDES:
                 for point, steps in sorted(points[side, subject, label].items()):
-                    reached = intervals[side, subject, label, point]
-                    if reached is not None and reached.mean >= level:
+                    similarity = intervals[side, subject, label, point]
+                    if similarity is not None and similarity.mean >= level:
                         first[side] = steps
                         break
         tried = max(points["hardened", subject, label].values())

@@ -128,11 +128,11 @@ def check_threat_model(policy: Policy, recipe: Recipe) -> None:
     Raises:
         UserError: they are not.
     """
-    tested = threat_model_of(recipe.verify)
-    if policy.threat_model not in (None, tested):
+    threat_model = threat_model_of(recipe.verify)
+    if policy.threat_model not in (None, threat_model):
         raise UserError(
-            f"The policy '{policy.name}' judges the threat model {policy.threat_model}, and the recipe's attacks test {tested}; "
-            "choose a recipe with such attacks, or another policy."
+            f"The policy '{policy.name}' judges the threat model {policy.threat_model}, and the recipe's attacks test "
+            f"{threat_model}; choose a recipe with such attacks, or another policy."
         )
 
 

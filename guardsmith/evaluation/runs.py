@@ -155,7 +155,7 @@ def collect(units: Sequence[Unit]) -> dict[tuple[Side, str, str, float], Units]:
     """Scores by (side, subject, attack label, evaluation point); a failed unit counts as one with nothing scored."""
     scores: dict[tuple[Side, str, str, float], list[list[float | None]]] = {}
     for unit in units:
-        measured = scores_of(unit) or {point: [None] * unit.images for point in unit.evaluation_points}
-        for point, values in measured.items():
+        by_point = scores_of(unit) or {point: [None] * unit.images for point in unit.evaluation_points}
+        for point, values in by_point.items():
             scores.setdefault((unit.side, unit.subject, unit.label, point), []).append(values)
     return dict(scores)

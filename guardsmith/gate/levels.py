@@ -50,8 +50,10 @@ def class_levels(
         raise UserError(f"{where}: class {noun} has one subject only; levels need two at least, better twenty.")
     scores = [[judge.similarity(mine, theirs) for theirs in compared_with] for mine in drawn_from]
     for i, name in enumerate(names):
-        if judge.nobody is not None and (lost := scores[i][i].count(judge.nobody)):
-            raise UserError(f"{where}: no face is found in {lost} of the attack pictures of {name}; leave them out.")
+        if judge.nobody is not None and (without_face := scores[i][i].count(judge.nobody)):
+            raise UserError(
+                f"{where}: no face is found in {without_face} of the attack pictures of {name}; leave them out."
+            )
     means = [[_mean(each) for each in row] for row in scores]
     own = [means[i][i] for i in range(len(names))]
     pairs = [means[i][j] for i in range(len(names)) for j in range(len(names)) if i != j]
@@ -110,12 +112,13 @@ def measure_levels(
     Raises:
         UserError: see `class_levels`.
     """
-    loaded, classes, measured_on = load_judge(judge.name, judge.model), {}, []
+    loaded_judge, classes, measured_on = load_judge(judge.name, judge.model), {}, []
     for noun, people in files.items():
         halves = [
-            [open_pictures(list(files[start::2]), loaded.size or size) for files in people.values()] for start in (0, 1)
+            [open_pictures(list(files[start::2]), loaded_judge.size or size) for files in people.values()]
+            for start in (0, 1)
         ]
-        classes[noun] = class_levels(loaded, list(people), halves[0], halves[1], noun, where)
+        classes[noun] = class_levels(loaded_judge, list(people), halves[0], halves[1], noun, where)
         measured_on.append(f"{len(people)} identities of class {noun} ({sum(map(len, people.values()))} pictures)")
     return MeasuredLevels(
         judge=judge.name,

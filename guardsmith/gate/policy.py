@@ -99,7 +99,7 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
     Raises:
         UserError: a class has one subject only, or the judge cannot tell its subjects apart.
     """
-    loaded = load_judge(judge.name, judge.model)
+    loaded_judge = load_judge(judge.name, judge.model)
     everyone = (*registry.subjects, *registry.controls)
     classes, measured_on = {}, []
     for noun in dict.fromkeys(subject.class_noun for subject in everyone):
@@ -109,7 +109,9 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
             for split in ("attack", "reference")
         )
         names = [person.id for person in people]
-        classes[noun] = levels_of(class_levels(loaded, names, drawn_from, compared_with, noun, str(registry.path)))
+        classes[noun] = levels_of(
+            class_levels(loaded_judge, names, drawn_from, compared_with, noun, str(registry.path))
+        )
         measured_on.append(f"{len(people)} of class {noun}")
     return Policy(
         name=f"measured with {judge.name}", dated=datetime.now(UTC).date(),
@@ -117,9 +119,9 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
     )  # fmt: skip
 
 
-def levels_of(measured: ClassLevels) -> Levels:
+def levels_of(levels: ClassLevels) -> Levels:
     """Levels as the gate compares with them."""
-    return Levels(measured.chance, measured.chance_high, measured.genuine)
+    return Levels(levels.chance, levels.chance_high, levels.genuine)
 
 
 def recipe_policy(recipe: Recipe, policy: Policy | None = None) -> Policy:
@@ -165,8 +167,8 @@ def load_policy(path: Path) -> Policy:
     try:
         policy = Policy.model_validate(data)
     except ValidationError as error:
-        known = [*Policy.model_fields, *GateSpec.model_fields, *(field.name for field in fields(Levels))]
-        raise UserError("\n".join(explain(error, str(path), known))) from None
+        keys = [*Policy.model_fields, *GateSpec.model_fields, *(field.name for field in fields(Levels))]
+        raise UserError("\n".join(explain(error, str(path), keys))) from None
     problems = [f"{path}: {sentence}" for sentence in odd_numbers(data, policy)]
     if problems:
         raise UserError("\n".join(problems))

@@ -45,10 +45,10 @@ def bystander_files(place: str) -> list[Path]:
         UserError: there are none.
     """
     kind, colon, rest = place.partition(":")
-    named = {"dataset": rest if kind == "hub" else place} if colon else {"path": place}
+    arguments = {"dataset": rest if kind == "hub" else place} if colon else {"path": place}
     if not colon and not Path(place).is_dir() and not any(sign in place for sign in "*?["):
         raise UserError(f"negatives: there is no folder {place}; name a folder, a glob or a dataset of pictures.")
-    entry = ImageEntry.model_validate(named | {"split": "harden"})
+    entry = ImageEntry.model_validate(arguments | {"split": "harden"})
     try:
         return [file for file, _ in files_of(entry, Path())]
     except UserError as error:

@@ -83,10 +83,10 @@ def similarity(images: Tensor, references: Tensor) -> list[float | None]:
     Raises:
         UserError: there is no face in any reference picture.
     """
-    known = [face for face in map(load_faces().embed, references) if face is not None]
-    if not known:
+    reference_faces = [face for face in map(load_faces().embed, references) if face is not None]
+    if not reference_faces:
         raise UserError("no face is found in the reference pictures; choose pictures that show it, or another judge")
-    mean = F.normalize(torch.stack(known).mean(0), dim=0)
+    mean = F.normalize(torch.stack(reference_faces).mean(0), dim=0)
     scores: list[float | None] = []
     for image in images:
         if not torch.isfinite(image).all():

@@ -94,10 +94,10 @@ def _shards(index: Path) -> list[str]:
 
 
 def _check_shards(index: Path, files: Iterable[str]) -> None:
-    lost = [name for name in _shards(index) if name not in set(files)]
-    if lost:
+    missing = [name for name in _shards(index) if name not in set(files)]
+    if missing:
         raise UserError(
-            f"{index.parent}: {len(lost)} of its files are missing ({lost[0]}, named in {index.name}); fetch them again."
+            f"{index.parent}: {len(missing)} of its files are missing ({missing[0]}, named in {index.name}); fetch them again."
         )
 
 
@@ -181,12 +181,12 @@ def check_schedule(folder: Path, family: Family) -> None:
     for key in ("beta_start", "beta_end"):
         if key in schedule and not _numbers([schedule[key]]):
             raise UserError(f"{file}: {key} is {schedule[key]!r}; it has to be a number between 0 and 1.")
-    named = schedule.get("beta_schedule")
-    if named not in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"):
+    name = schedule.get("beta_schedule")
+    if name not in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"):
         raise UserError(
-            f"{file}: beta_schedule is {named!r}; without it nobody knows which noise the model was trained with."
+            f"{file}: beta_schedule is {name!r}; without it nobody knows which noise the model was trained with."
         )
-    if named not in ("squaredcos_cap_v2", "laplace") and not {"beta_start", "beta_end"} <= schedule.keys():
+    if name not in ("squaredcos_cap_v2", "laplace") and not {"beta_start", "beta_end"} <= schedule.keys():
         raise UserError(
             f"{file}: beta_start or beta_end is missing; without them nobody knows the noise of the training."
         )

@@ -101,15 +101,15 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
     if INDEX not in files:
         raise UserError(f"{base} has no {INDEX}.")
     family, index = parse_index(read(INDEX), str(base / INDEX))
-    copied, nulled, notes = {INDEX}, _without(family, index, files, base), []
+    names, nulls, notes = {INDEX}, _without(family, index, files, base), []
     for part in parts_of(family, index):
-        if part.name in nulled:
+        if part.name in nulls:
             continue
         if part.name in files:
             raise UserError(f"{files[part.name]}: no folder, or a link to one; put the folder itself in its place.")
         weights = weight_names(part, files, read) if part.kind in STEMS else []
         for name in part_names(part, files, read):
-            copied.add(name)
+            names.add(name)
             if name in weights and part.name in hardened:
                 continue
             target = place / name
@@ -120,13 +120,13 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
                 _check_text(name, read(name))
                 shutil.copyfile(files[name], target)
         if part.kind in STEMS:
-            copied |= {name for name in weight_names(part, files, read, HALF) if part.name in networks}
+            names |= {name for name in weight_names(part, files, read, HALF) if part.name in networks}
     for name, file in files.items():
         if (name == README or LICENCE.fullmatch(name)) and _is_plain_text(base, file):
             shutil.copyfile(file, place / name)
-            copied.add(name)
-    _write_index(base / INDEX, place / INDEX, index, nulled)
-    return Built([*summary(files.keys() - copied, copied), *notes], nulled)
+            names.add(name)
+    _write_index(base / INDEX, place / INDEX, index, nulls)
+    return Built([*summary(files.keys() - names, names), *notes], nulls)
 
 
 def _without(family: Family, index: dict[str, Any], files: Mapping[str, Path], base: Path) -> dict[str, str]:
@@ -219,7 +219,7 @@ def plain_name(name: str) -> str:
     )
 
 
-def _copy_weights(source: Path, target: Path, known: Collection[str], name: str) -> list[str]:
+def _copy_weights(source: Path, target: Path, network_tensors: Collection[str], name: str) -> list[str]:
     """Copy the tensors that a network has; byte for byte the file where it holds nothing else."""
     try:
         header = read_header(source)
@@ -228,7 +228,7 @@ def _copy_weights(source: Path, target: Path, known: Collection[str], name: str)
         raise UserError(
             f"{source} is no safetensors file, or not whole; get it again, or set {part} to null in {INDEX}."
         ) from error
-    plain = {plain_name(each) for each in known}
+    plain = {plain_name(each) for each in network_tensors}
     tensors = {
         each: entry
         for each, entry in header.tensors.items()

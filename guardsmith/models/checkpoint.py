@@ -171,8 +171,8 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{index}: not valid JSON ({error}).") from error
     kind = parts.get("_class_name") if isinstance(parts, dict) else None
     if not isinstance(kind, str) or kind not in PIPELINES:
-        known = ", ".join(family.name for family in PIPELINES.values())
-        raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes {known}.")
+        names = ", ".join(family.name for family in PIPELINES.values())
+        raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes {names}.")
     family = PIPELINES[kind]
     texts = [(encoder, tokenizer) for encoder, tokenizer, *_ in text_parts(folder, family)]
     for part in (family.denoiser, "vae", *(encoder for encoder, _ in texts)):
@@ -230,8 +230,8 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
             loaded[name] = network.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
         for name, tokens, encoder, tokenizer in text_parts(folder, family):
             loaded[name] = encoder.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
-            read, name = loaded[name][0], tokens
-            texts.append((read, tokenizer.from_pretrained(folder, subfolder=tokens)))
+            text_encoder, name = loaded[name][0], tokens
+            texts.append((text_encoder, tokenizer.from_pretrained(folder, subfolder=tokens)))
         name = "scheduler"
         scheduler = family.scheduler.from_pretrained(folder, subfolder="scheduler")
     except MemoryError:

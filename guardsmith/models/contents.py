@@ -76,18 +76,18 @@ def is_named(index: dict[str, Any], part: str) -> bool:
 
 def parts_of(family: Family, index: dict[str, Any]) -> list[Part]:
     """The parts that this pipeline has and guardsmith knows; see `unknown_parts` for others."""
-    known = [Part(family.denoiser, "diffusers"), Part("vae", "diffusers"), Part("scheduler", "scheduler")]
+    parts = [Part(family.denoiser, "diffusers"), Part("vae", "diffusers"), Part("scheduler", "scheduler")]
     for encoder, tokenizer, *_ in family.text_parts():
-        known += [Part(encoder, "transformers"), Part(tokenizer, "tokenizer")]
-    known += [Part(name, "transformers", False) for name in EXTRA_NETWORKS]
-    known.append(Part("feature_extractor", "processor", False))
-    return [part for part in known if is_named(index, part.name)]
+        parts += [Part(encoder, "transformers"), Part(tokenizer, "tokenizer")]
+    parts += [Part(name, "transformers", False) for name in EXTRA_NETWORKS]
+    parts.append(Part("feature_extractor", "processor", False))
+    return [part for part in parts if is_named(index, part.name)]
 
 
 def unknown_parts(family: Family, index: dict[str, Any]) -> list[str]:
     """Parts that this kind of pipeline does not have, such as a second U-Net (`unet_ema`)."""
-    known = {part.name for part in parts_of(family, index)}
-    return [name for name in index if is_named(index, name) and name not in known]
+    names = {part.name for part in parts_of(family, index)}
+    return [name for name in index if is_named(index, name) and name not in names]
 
 
 def weight_names(part: Part, paths: Collection[str], read: Read, variant: str | None = None) -> list[str]:
@@ -106,10 +106,10 @@ def weight_names(part: Part, paths: Collection[str], read: Read, variant: str | 
     single = f"{part.name}/{stem}{dot}.safetensors"
     index = f"{part.name}/{stem}.safetensors.index{dot}.json"
     first, second = (index, single) if part.kind == "diffusers" else (single, index)  # the order of either library
-    chosen = first if first in paths else second
-    if chosen not in paths:
+    name = first if first in paths else second
+    if name not in paths:
         return []
-    if chosen == single:
+    if name == single:
         return [single]
     try:
         shards = sorted(set(json.loads(read(index))["weight_map"].values()))
@@ -212,8 +212,8 @@ def summary(paths: Iterable[str], known: Collection[str]) -> list[str]:
 
 def in_words(names: Collection[str], most: int = 6) -> str:
     """The first names, and how many more there are."""
-    listed = ", ".join(list(names)[:most])
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+    text = ", ".join(list(names)[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
 def releasable_metadata(metadata: Mapping[str, str], *, single_file: bool = False) -> dict[str, str]:
@@ -226,9 +226,9 @@ def releasable_metadata(metadata: Mapping[str, str], *, single_file: bool = Fals
     """
     result = {}
     for key, text in metadata.items():
-        described = (
+        describes = (
             single_file and key.startswith("modelspec.") and not key.startswith(("modelspec.thumb", "modelspec.hash"))
         )
-        if (key == "format" or described) and credential_in(f"{key}={text}") is None:
+        if (key == "format" or describes) and credential_in(f"{key}={text}") is None:
             result[key] = text
     return result

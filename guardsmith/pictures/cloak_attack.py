@@ -86,21 +86,23 @@ def attack_cloaked(
     [model] = load_bases([base])
     entry = find_purifier(purifier)
     originals, reference_images = (open_pictures(paths, model.image_size) for paths in (files, references))
-    judged = load_judge(judge, judge_model)
+    loaded_judge = load_judge(judge, judge_model)
     with stage(f"purifying ({purifier})", 1) as bar:
         pure = purified(purifier, purifier_params, model, originals, class_noun=class_noun, seed=seed)
         bar()
     prior = class_pictures(model, class_noun, class_images, recipe)
     rows: dict[str, Any] = {}
-    drawn: dict[str, Tensor] = {}
+    pictures: dict[str, Tensor] = {}
     with stage("attackers", len(ATTACKERS)) as bar:
         for name in ATTACKERS:
             data = AttackData(pure if name.startswith("purified") else originals, prior, identifier, class_noun)
             attack = "cdl" if name.endswith("cdl") else "dreambooth"
-            drawn[name], losses = draw_after_attack(
+            pictures[name], losses = draw_after_attack(
                 model, attack, params, data, seed=seed, count=count, sampling=recipe.sampling.model_dump()
             )
-            rows[name] = judged_row(judged.similarity(drawn[name], reference_images)) | {"last_loss": losses[-1]}
+            rows[name] = judged_row(loaded_judge.similarity(pictures[name], reference_images)) | {
+                "last_loss": losses[-1]
+            }
             bar()
     record = {
         "base": base, "base_digest": weights_digest(model.folder), "judge": judge, "purifier": purifier,
@@ -110,9 +112,9 @@ def attack_cloaked(
     }  # fmt: skip
     with whole_folder(output) as place:
         save_pictures(place / "purified", [file.stem for file in files], pure)
-        for name, images in drawn.items():
+        for name, images in pictures.items():
             save_pictures(place / name, [f"{i:03d}" for i in range(len(images))], images)
-        save_page(place / "grid.png", [reference_images, originals, pure, *drawn.values()], model.image_size)
+        save_page(place / "grid.png", [reference_images, originals, pure, *pictures.values()], model.image_size)
         write_json(place / "redteam.json", record)
     return record
 

@@ -42,15 +42,15 @@ def make_pairs(
     count = round(len(pictures) * config.pair_share) if config.regression_weight else 0
     stored = read_kept(file, lambda path: load_file(path)["pairs"], "its pictures are cloaked again")
     pairs = torch.empty(0, *pictures.shape[1:]) if stored is None else stored
-    chosen = find_cloak(config.pair_cloak)
-    settings = chosen.config(**{"budget": config.budget} | config.pair_params)
+    entry = find_cloak(config.pair_cloak)
+    settings = entry.config(**{"budget": config.budget} | config.pair_params)
     nobody = torch.empty(0, *pictures.shape[1:])
     with stage(f"pairs ({config.pair_cloak})", count) as bar:
         bar(done=min(len(pairs), count))
         while len(pairs) < count:
             group = pictures[len(pairs) : min(len(pairs) + config.pair_group, count)]
             data = AttackData(group, nobody, "sks", "person")
-            pairs = torch.cat([pairs, chosen.run(models, data, settings, seed=seed + len(pairs))])
+            pairs = torch.cat([pairs, entry.run(models, data, settings, seed=seed + len(pairs))])
             with whole_file(file) as temporary:
                 save_file({"pairs": pairs}, temporary)
             bar(done=len(pairs))
@@ -96,9 +96,9 @@ def train_defender(
     prepare_output(output, settings, resume=resume, overwrite=overwrite, mark="picture_digest", written_here=WRITTEN)
     with ExitStack() as stack:
         lock_output(output, stack)
-        finished = read_kept(output / "training.json", _finished, "the defender is trained again")
-        if finished is not None:
-            return finished
+        record = read_kept(output / "training.json", _finished, "the defender is trained again")
+        if record is not None:
+            return record
         return _train(output, files, models, bases, digests, config, seed)
 
 

@@ -120,15 +120,15 @@ def _split_folder(
 ) -> list[tuple[Path, Split]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name a folder of pictures")
-    named = [split for split in SPLITS if (folder / split).is_dir()]
-    loose, skipped = list_pictures(folder, but=named)
-    if named and loose:
-        raise UserError(f"{loose[0]} lies beside the folders {', '.join(named)}: move it into one of them")
+    split_folders = [split for split in SPLITS if (folder / split).is_dir()]
+    loose, skipped = list_pictures(folder, but=split_folders)
+    if split_folders and loose:
+        raise UserError(f"{loose[0]} lies beside the folders {', '.join(split_folders)}: move it into one of them")
     if skipped:
         on_warning(skipped_sentence(folder, skipped))
-    if named:
+    if split_folders:
         files = []
-        for split in named:
+        for split in split_folders:
             inside, skipped = list_pictures(folder / split)
             files += [(file, split) for file in inside]
             if skipped:

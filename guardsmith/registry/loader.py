@@ -54,14 +54,14 @@ def load_registry(path: str | Path, *, today: date | None = None, check_images: 
     return check_registry(path, text, today or present_day(), check_images)
 
 
-def unknown_class_nouns(registry: Registry, known: Sequence[str]) -> list[str]:
+def unknown_class_nouns(registry: Registry, classes: Sequence[str]) -> list[str]:
     """One sentence `file:line: ...` for every subject and control whose class noun is not among `known`."""
     return [
         f"{registry._class_noun_places.get(subject.id, registry.path)}: {subject.id!r} has the class noun "
-        f"{subject.class_noun!r}, but the base model knows only {', '.join(known)}"
-        f"{did_you_mean(subject.class_noun, known)}"
+        f"{subject.class_noun!r}, but the base model knows only {', '.join(classes)}"
+        f"{did_you_mean(subject.class_noun, classes)}"
         for subject in (*registry.subjects, *registry.controls)
-        if subject.class_noun not in known
+        if subject.class_noun not in classes
     ]
 
 

@@ -106,11 +106,11 @@ def _weights_of_base(folder: Path, base: Path, files: Collection[str]) -> list[F
     for file, what in base_weights_in(base, folder, parts, files):
         reasons.setdefault(file, []).append(what)
     for part in parts:
-        known = {plain_name(name) for file in weight_files(base / part) for name in read_header(file).tensors}
+        names_of_base = {plain_name(name) for file in weight_files(base / part) for name in read_header(file).tensors}
         for file in files:
             if file.startswith(f"{part}/"):
                 names = [plain_name(name) for name in read_header(folder / file).tensors]
-                surplus = [name for name in names if name not in known and not name.endswith("position_ids")]
+                surplus = [name for name in names if name not in names_of_base and not name.endswith("position_ids")]
                 if surplus:
                     reasons.setdefault(file, []).append(
                         f"{len(surplus)} tensors are no part of a {part} ({surplus[0]})"

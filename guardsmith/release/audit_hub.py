@@ -95,13 +95,13 @@ def audit_repository(
     findings = [Finding("file", name, "is no part of a release") for name in files if name not in expected]
     findings += [each for each in audit_folder(folder, base_folder) if each not in findings]
     findings += _same_bytes(files, secret, "")
-    seen = {(name, entry.blob_id) for name, entry in files.items()}
+    compared_files = {(name, entry.blob_id) for name, entry in files.items()}
     index = (folder / INDEX).read_bytes()
     not_compared, commits = 0, _commits(api, repo_id, head)
     for commit, ref in commits.items():
         older = _tree(api, repo_id, commit)
-        new = {name: entry for name, entry in older.items() if (name, entry.blob_id) not in seen}
-        seen |= {(name, entry.blob_id) for name, entry in new.items()}
+        new = {name: entry for name, entry in older.items() if (name, entry.blob_id) not in compared_files}
+        compared_files |= {(name, entry.blob_id) for name, entry in new.items()}
         if not new:
             continue
         at = f" (commit {commit[:10]}, reached from {ref})"

@@ -45,39 +45,41 @@ class Licence(NamedTuple):
         return any(part in self.id for part in RESTRICTED)
 
 
-def licence_of(model: Path, base: str, named: str | None, file: Path | None) -> Licence:
+def licence_of(model: Path, base: str, option: str | None, file: Path | None) -> Licence:
     """The licence of the base, which the hardened model has as well.
 
     Args:
         model: folder of the hardened model, with the licence files of its base if that had some.
         base: as the recipe names it.
-        named: id that the user gives.
+        option: id that the user gives.
         file: its text, if the user gives it.
 
     Raises:
         UserError: it is not known which, or its text is not, or cannot be read.
     """
-    known = named or ("apache-2.0" if base == "builtin:avatar" else None)
-    if known is None:
+    licence_id = option or ("apache-2.0" if base == "builtin:avatar" else None)
+    if licence_id is None:
         raise UserError(
             f"the licence of {base} is not known; name it with --license (SD 1.x: creativeml-openrail-m, SD 2.x: openrail++)"
         )
-    if not LICENCE_ID.fullmatch(known):
+    if not LICENCE_ID.fullmatch(licence_id):
         raise UserError(
-            f"--license {known!r}: write it as the Hub calls it, such as creativeml-openrail-m, or say other"
+            f"--license {licence_id!r}: write it as the Hub calls it, such as creativeml-openrail-m, or say other"
         )
     if file is not None:
-        return Licence(known, _text_of(file))
+        return Licence(licence_id, _text_of(file))
     # Some bases have several: the licence itself, its attachments, notices of the parts.
     if texts := [
         _text_of(place) for place in sorted(model.iterdir()) if place.is_file() and LICENCE.fullmatch(place.name)
     ]:
-        return Licence(known, texts[0] if len(texts) == 1 else "\n\n".join(text.strip("\n") for text in texts) + "\n")
-    if known not in LICENCES:
-        raise UserError(f"the text of the licence {known} is not known; give it with --license-file")
-    use = ", with its use restrictions" if Licence(known, "").restricts_use else ""
-    text = f"This model was made from {base} and is under the licence of that model, {known}{use}: {LICENCES[known]}\n"
-    return Licence(known, text)
+        return Licence(
+            licence_id, texts[0] if len(texts) == 1 else "\n\n".join(text.strip("\n") for text in texts) + "\n"
+        )
+    if licence_id not in LICENCES:
+        raise UserError(f"the text of the licence {licence_id} is not known; give it with --license-file")
+    use = ", with its use restrictions" if Licence(licence_id, "").restricts_use else ""
+    text = f"This model was made from {base} and is under the licence of that model, {licence_id}{use}: {LICENCES[licence_id]}\n"
+    return Licence(licence_id, text)
 
 
 LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -94,13 +96,13 @@ def _text_of(file: Path) -> str:
     return text
 
 
-def licence_before(base: str, revision: str | None, named: str | None, file: Path | None) -> Licence:
+def licence_before(base: str, revision: str | None, option: str | None, file: Path | None) -> Licence:
     """The licence that a hardened model of a base will be published under, before it is there; see `licence_of`.
 
     Raises:
         UserError: see `licence_of`.
     """
-    return licence_of(resolve(base, revision), base, named, file)
+    return licence_of(resolve(base, revision), base, option, file)
 
 
 class AccessForm(NamedTuple):
@@ -155,10 +157,10 @@ def measured(report: Report) -> list[Measured]:
     """What a report comes down to: similarities, what controls keep, ordinary prompts."""
     results = []
     for attack in report.recipe.verify.attacks:
-        reached = interval(group_units(report, "hardened", group(report, "protected"), attack, 1))
-        if reached is not None:
+        similarity = interval(group_units(report, "hardened", group(report, "protected"), attack, 1))
+        if similarity is not None:
             name = f"similarity of protected subjects after {attack} (lower is better)"
-            results.append(Measured("identity_similarity", name, *reached.ends))
+            results.append(Measured("identity_similarity", name, *similarity.ends))
         share = retention(report, attack, group(report, "control"))
         if share is not None:
             name = f"share of the base's similarity that controls keep after {attack}"

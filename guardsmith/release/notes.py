@@ -35,10 +35,10 @@ def release_notes(report: Report, earlier: Report | None = None, name: str | Non
             cells.insert(0, theirs.get(question, Cell("-")))
         lines.append(f"| {question} | " + " | ".join(cell.text + MARKS[cell.reached] for cell in cells) + " |")
     if earlier is not None:
-        also, listed = circumstances(earlier, report), changes(earlier, report)
+        also, differences = circumstances(earlier, report), changes(earlier, report)
         lines += ["", "### What changed", "", f"Different besides the figures: {', '.join(also) or 'nothing'}."]
-        lines += [""] if listed else []
-        lines += [f"- {c.kind}: {c.check} ({c.before or 'not made'} -> {c.after or 'not made'})" for c in listed]
+        lines += [""] if differences else []
+        lines += [f"- {c.kind}: {c.check} ({c.before or 'not made'} -> {c.after or 'not made'})" for c in differences]
     lines += ["", "### What it does not stop", ""]
     lines += [f"- {sentence}" for sentence in limits(report)]
     before = "" if earlier is None else f" (before: `{earlier.hardening.model_digest}`)"

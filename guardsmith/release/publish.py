@@ -122,11 +122,11 @@ def gather(
         UserError: the licence is not known.
         RunFailed: see `sign`.
     """
-    model, verified = output / "model", output / "verify"
-    report = Report.load(verified / "public" / "report.json")
-    known = licence_of(model, report.hardening.base, licence, licence_file)
+    model, evidence = output / "model", output / "verify"
+    report = Report.load(evidence / "public" / "report.json")
+    terms = licence_of(model, report.hardening.base, licence, licence_file)
     open_to_all = all(subject.is_invented for subject in (*registry.subjects, *registry.controls))
-    digests = _digests(report, verified / "public" / "report.json")
+    digests = _digests(report, evidence / "public" / "report.json")
     with whole_folder(output / "release") as place:
         for name in digests:
             if name != README and not LICENCE.fullmatch(name) and (model / name).is_file():
@@ -134,16 +134,16 @@ def gather(
                 shutil.copyfile(model / name, place / name)
         (place / EVIDENCE).mkdir()
         for name in ("report.json", "report.html", "harden.json"):
-            if (verified / "public" / name).is_file():
-                shutil.copyfile(verified / "public" / name, place / EVIDENCE / name)
+            if (evidence / "public" / name).is_file():
+                shutil.copyfile(evidence / "public" / name, place / EVIDENCE / name)
         write_text(place / EVIDENCE / "recipe.yaml", recipe_as_yaml(report))
-        if open_to_all and (verified / "grid.png").is_file():
-            shutil.copyfile(verified / "grid.png", place / EVIDENCE / "grid.png")
-        write_text(place / "LICENSE.md", known.text)
-        write_json(place / EVIDENCE / "bom.cdx.json", bill_of_materials(report, known, repo_id))
+        if open_to_all and (evidence / "grid.png").is_file():
+            shutil.copyfile(evidence / "grid.png", place / EVIDENCE / "grid.png")
+        write_text(place / "LICENSE.md", terms.text)
+        write_json(place / EVIDENCE / "bom.cdx.json", bill_of_materials(report, terms, repo_id))
         card = model_card(
             report,
-            known,
+            terms,
             repo_id,
             contact=contact,
             unverified=unverified,
@@ -179,8 +179,8 @@ def check_release(release: Path, model_files: Collection[str]) -> None:
     Raises:
         Refused: it is not.
     """
-    known = {*model_files, README, "LICENSE.md", *(f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES)}
-    if surplus := surplus_files(release, known):
+    names = {*model_files, README, "LICENSE.md", *(f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES)}
+    if surplus := surplus_files(release, names):
         raise Refused(f"not published: nobody knows what these files are for: {in_words(surplus)}")
     for name, file in list_files(release).items():
         if kind := credential_in_file(file):

@@ -127,7 +127,7 @@ def save_exports(root: Path, report: Report, registry: Path, lines: Mapping[str,
     The registry is named relative to the working directory if it is below it, else by its name alone.
     """
     here = Path.cwd()
-    named = registry.relative_to(here).as_posix() if registry.is_relative_to(here) else registry.name
+    name = registry.relative_to(here).as_posix() if registry.is_relative_to(here) else registry.name
     write_text(root / "report.md", as_markdown(report))
     write_text(root / "report.junit.xml", as_junit(report))
-    write_text(root / "report.sarif", as_sarif(report, named, lines))
+    write_text(root / "report.sarif", as_sarif(report, name, lines))

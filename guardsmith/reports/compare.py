@@ -63,11 +63,11 @@ def group(report: Report, role: str, same_class: bool | None = None) -> set[str]
     }
 
 
-def _text(measured: Interval | None, scale: float = 1, unit: str = "") -> str:
-    if measured is None:
+def _text(result: Interval | None, scale: float = 1, unit: str = "") -> str:
+    if result is None:
         return "-"
     digits = 0 if scale == 100 else 2
-    mean, low, high = (f"{scale * value:z.{digits}f}" for value in measured.ends)
+    mean, low, high = (f"{scale * value:z.{digits}f}" for value in result.ends)
     return f"{mean}{unit} [{low}, {high}]"
 
 
@@ -78,22 +78,22 @@ def _checks(report: Report, rule: Rule, attack: str) -> list[Check]:
 def protected_cell(report: Report, attack: str, point: float) -> Cell:
     """Similarity of the protected subjects after an attack, and for how many of them the gate says "protected"."""
     checks = _checks(report, PROTECTED, attack_at(attack, point))
-    measured = interval(group_units(report, "hardened", group(report, "protected"), attack, point))
-    if measured is None or not checks:
+    similarity = interval(group_units(report, "hardened", group(report, "protected"), attack, point))
+    if similarity is None or not checks:
         return Cell("-")
     passed = sum(check.status == "pass" for check in checks)
-    return Cell(f"{_text(measured)}; {passed} of {len(checks)}", passed == len(checks))
+    return Cell(f"{_text(similarity)}; {passed} of {len(checks)}", passed == len(checks))
 
 
 def base_cell(report: Report, attack: str) -> Cell:
     """What the attack reaches on the base, protected subjects."""
     protected = group(report, "protected")
     checks = [check for check in _checks(report, BASE_ATTACK, attack) if check.subject in protected]
-    measured = interval(group_units(report, "base", protected, attack, 1))
-    if measured is None or not checks:
+    similarity = interval(group_units(report, "base", protected, attack, 1))
+    if similarity is None or not checks:
         return Cell("-")
     passed = sum(check.status == "pass" for check in checks)
-    return Cell(f"{_text(measured)}; {passed} of {len(checks)}", passed == len(checks))
+    return Cell(f"{_text(similarity)}; {passed} of {len(checks)}", passed == len(checks))
 
 
 def trains(report: Report, attack: str) -> bool:
@@ -121,8 +121,8 @@ def retention(report: Report, attack: str, ids: set[str]) -> Interval | None:
 
 def control_cell(report: Report, attack: str, same_class: bool, ratio: float) -> Cell:
     """Share of the base's similarity that controls keep."""
-    measured = retention(report, attack, group(report, "control", same_class))
-    return Cell("-") if measured is None else Cell(_text(measured, 100, " %"), measured.mean >= ratio)
+    ratios = retention(report, attack, group(report, "control", same_class))
+    return Cell("-") if ratios is None else Cell(_text(ratios, 100, " %"), ratios.mean >= ratio)
 
 
 def break_cell(report: Report, attack: str, ratio: float) -> Cell:
@@ -192,12 +192,12 @@ def kid_cell(report: Report) -> Cell:
     return Cell(_text(Interval(ratio, low, high, 0, 0)), high <= report.recipe.gate.kid_ratio)
 
 
-def fidelity_cell(report: Report, allowed: float) -> Cell:
+def fidelity_cell(report: Report, limit: float) -> Cell:
     """Prompt fidelity, and the base's in brackets."""
     now, before = report.utility.fidelity_hardened, report.utility.fidelity_base
     if now is None or before is None:
         return Cell("-")
-    return Cell(f"{100 * now:.1f} % ({100 * before:.1f} %)", now >= before - allowed)
+    return Cell(f"{100 * now:.1f} % ({100 * before:.1f} %)", now >= before - limit)
 
 
 def check_cell(check: Check, scale: float = 1, unit: str = "") -> Cell:

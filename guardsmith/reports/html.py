@@ -212,8 +212,8 @@ def failures(evidence: Evidence, subjects: Mapping[str, Subject]) -> list[Failur
                 strips = [real_strip(subject)]
                 if check.attack in evidence.columns:
                     strips += evidence.strips(subject, *evidence.columns[check.attack], FAILED_ROW)
-                elif (drawn := released_strip(evidence, subject, FAILED_ROW)) is not None:
-                    strips.append(drawn)
+                elif (strip := released_strip(evidence, subject, FAILED_ROW)) is not None:
+                    strips.append(strip)
             result.append(Failure(check, strips))
     return result
 
@@ -222,14 +222,14 @@ def subject_section(evidence: Evidence, subject: Subject, role: str) -> dict[str
     """Everything about one subject, attack by attack."""
     attacks = []
     for label, attack in evidence.attacks.items():
-        measured: dict[str, dict[int, Interval]] = {}
+        points: dict[str, dict[int, Interval]] = {}
         for side, _ in SIDES:
             for unit in evidence.units_of(subject, label, side)[:1]:
                 for point, steps in unit.evaluation_points.items():
-                    if (reached := evidence.measured(side, subject, label, point)) is not None:
-                        measured.setdefault(side, {})[steps] = reached
+                    if (similarity := evidence.measured(side, subject, label, point)) is not None:
+                        points.setdefault(side, {})[steps] = similarity
         attacks.append({
-            "label": label, "name": attack.name, "curve": curve(measured, evidence.levels_of(subject), label),
+            "label": label, "name": attack.name, "curve": curve(points, evidence.levels_of(subject), label),
             "strips": evidence.strips(subject, label, 1.0, ROW) if evidence.shows(subject) else [],
             "checks": [c for c in evidence.report.checks
                        if c.subject == subject.id and evidence.columns.get(c.attack, ("",))[0] == label],
@@ -268,13 +268,13 @@ def matrix_row(evidence: Evidence, subject: Subject) -> list[Cell | None]:
     statuses = {check.attack: (check.status, word(check)) for check in checks}
     cells: list[Cell | None] = []
     for name, (label, point) in evidence.columns.items():
-        reached = evidence.measured("hardened", subject, label, point)
-        if reached is None:
+        similarity = evidence.measured("hardened", subject, label, point)
+        if similarity is None:
             cells.append(None)
             continue
-        hot = heat(reached.mean, evidence.levels_of(subject))
+        hot = heat(similarity.mean, evidence.levels_of(subject))
         unknown: tuple[Status, str] = ("inconclusive", "inconclusive")  # the rule failed to run
-        cells.append(Cell(reached.mean, reached.low, reached.high, hot, *statuses.get(name, unknown)))
+        cells.append(Cell(similarity.mean, similarity.low, similarity.high, hot, *statuses.get(name, unknown)))
     return cells
 
 

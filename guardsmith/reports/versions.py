@@ -40,28 +40,28 @@ def upgraded(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[
     if schema != 1:
         return dict(data), []
     result = dict(data) | {"schema": SCHEMA}
-    used: dict[str, str] = {}
+    old_keys: dict[str, str] = {}
     if isinstance(data.get("scores"), list):
-        result["scores"] = [_renamed(score, SCORE_KEYS, "scores.", used) for score in data["scores"]]
-    result["utility"] = _renamed(data.get("utility"), UTILITY_KEYS, "utility.", used)
+        result["scores"] = [_renamed(score, SCORE_KEYS, "scores.", old_keys) for score in data["scores"]]
+    result["utility"] = _renamed(data.get("utility"), UTILITY_KEYS, "utility.", old_keys)
     if isinstance(data.get("recipe"), dict):
         result["recipe"], warnings = with_new_keys(data["recipe"], RECIPE_KEYS, where)
-        used |= {
+        old_keys |= {
             f"recipe.{old}": f"recipe.{new}"
             for old, new in RECIPE_KEYS.items()
             if f"{old!r} is called" in " ".join(warnings)
         }
     if result.get("released") is None:
         result.pop("released", None)
-    if not used:
+    if not old_keys:
         return result, []
-    names = ", ".join(f"{old.rsplit('.', 1)[-1]} ({new.rsplit('.', 1)[-1]})" for old, new in used.items())
+    names = ", ".join(f"{old.rsplit('.', 1)[-1]} ({new.rsplit('.', 1)[-1]})" for old, new in old_keys.items())
     return result, [f"{where} is of schema 1; keys that have another name now: {names}"]
 
 
-def _renamed(part: Any, table: Mapping[str, str], prefix: str, used: dict[str, str]) -> Any:
+def _renamed(part: Any, table: Mapping[str, str], prefix: str, old_keys: dict[str, str]) -> Any:
     """One mapping of the report under new keys; what was renamed is added to `used`."""
     if not isinstance(part, dict):
         return part
-    used |= {prefix + old: prefix + new for old, new in table.items() if old in part}
+    old_keys |= {prefix + old: prefix + new for old, new in table.items() if old in part}
     return {table.get(key, key): value for key, value in part.items()}

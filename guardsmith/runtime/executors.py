@@ -126,15 +126,15 @@ def _with_ray(
         running = {remote.remote(function, job, variables): job for job in jobs}
         while running:
             [ready], _ = ray.wait(list(running), num_returns=1)
-            raised: Exception | None = None
+            failure: Exception | None = None
             try:
                 ray.get(ready)
             except ray.exceptions.RayTaskError as error:
-                raised = error.cause if isinstance(error.cause, Exception) else error
+                failure = error.cause if isinstance(error.cause, Exception) else error
             except ray.exceptions.RayError as lost:
                 raise RunFailed(
                     f"Ray lost a job's worker {RETRIES + 1} times (out of memory?); run the same command again to go on."
                 ) from lost
-            yield running.pop(ready), raised
+            yield running.pop(ready), failure
     finally:
         ray.shutdown()

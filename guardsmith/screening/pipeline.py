@@ -124,8 +124,8 @@ def decide(screening: Screening, embeddings: Tensor, names: Sequence[str], reaso
                     }
                 )
     matches.sort(key=lambda match: (-match["seen"], -match["similarity"]))
-    seen = any(match["seen"] for match in matches)
-    verdict = "seen" if seen else "undecided" if matches or reasons else "clear"
+    is_seen = any(match["seen"] for match in matches)
+    verdict = "seen" if is_seen else "undecided" if matches or reasons else "clear"
     return {
         "verdict": verdict,
         "subjects": matches[:MOST_SHOWN],

@@ -94,8 +94,8 @@ def read_upload(paths: Sequence[Path]) -> Upload:
 
 def holds_model(path: Path) -> bool:
     """Whether a path is an adapter or a checkpoint, and not pictures; without reading it."""
-    known = ("model_index.json", *ADAPTER_FILES)
-    return path.suffix.lower() == ".safetensors" or any((path / name).is_file() for name in known)
+    names = ("model_index.json", *ADAPTER_FILES)
+    return path.suffix.lower() == ".safetensors" or any((path / name).is_file() for name in names)
 
 
 def read_batch(folder: Path) -> list[Path]:

@@ -27,8 +27,8 @@ def _turned(quarters: int, mirrored: bool, negative: bool) -> Undo:
     sign = -1 if negative else 1
 
     def undo(images: Tensor) -> Tensor:
-        turned = images.rot90(quarters, dims=(-2, -1))
-        return sign * (turned.flip(-1) if mirrored else turned)
+        result = images.rot90(quarters, dims=(-2, -1))
+        return sign * (result.flip(-1) if mirrored else result)
 
     return undo
 

@@ -93,10 +93,10 @@ def prune_activations(
     own = with_own_unet(model)
     for name, layer in weight_layers(own.unet).items():
         if name in apart:
-            cut = apart[name] >= limit
-            layer.weight[cut] = 0
+            prune = apart[name] >= limit
+            layer.weight[prune] = 0
             if layer.bias is not None:
-                layer.bias[cut] = 0
+                layer.bias[prune] = 0
     return own
 
 

@@ -73,8 +73,8 @@ def disturbed(images: Tensor, context: EvasionContext) -> Tensor:
         after = middle_features(model, model.posterior(pixels)[0], timesteps, noise, prompt)
         apart = ((after - before).norm(dim=1) / before.norm(dim=1)).sum()
         [gradient] = torch.autograd.grad(apart, pixels)
-        moved = pixels.detach() + STEP * torch.nan_to_num(gradient).sign()
-        pixels = images + (moved - images).clamp(-BUDGET, BUDGET)
+        ascent = pixels.detach() + STEP * torch.nan_to_num(gradient).sign()
+        pixels = images + (ascent - images).clamp(-BUDGET, BUDGET)
     return pixels.clamp(-1, 1)
 
 

@@ -55,8 +55,8 @@ def _blocks(images: Tensor, order: Tensor) -> Tensor:
     n, channels, side, _ = images.shape
     size = side // BLOCKS
     blocks = images.reshape(n, channels, BLOCKS, size, BLOCKS, size).permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
-    moved = blocks[order].unflatten(0, (BLOCKS, BLOCKS)).permute(2, 3, 0, 4, 1, 5)
-    whole: Tensor = moved.reshape(n, channels, side, side)
+    result = blocks[order].unflatten(0, (BLOCKS, BLOCKS)).permute(2, 3, 0, 4, 1, 5)
+    whole: Tensor = result.reshape(n, channels, side, side)
     return whole
 
 

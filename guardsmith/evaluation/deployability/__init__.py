@@ -52,8 +52,8 @@ def measure(bench: Bench) -> list[Measurement]:
     measurements: list[Measurement] = []
     with stage("everyday use", len(names)) as bar:
         for name in names:
-            measured = attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench))  # type: ignore[misc]
-            measurements += measured or [
+            results = attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench))  # type: ignore[misc]
+            measurements += results or [
                 Measurement(check=name, case=name, measure="faults", error="nothing was measured")
             ]
             bar()

@@ -86,11 +86,11 @@ def case(bench: Bench, kind: AdapterKind, subject: Subject) -> list[Measurement]
     floor = sum(similarities(bench, bench.plain("base"), subject, 0.0)) / bench.spec.images
     models = {side: trained(bench, side, kind, subject) for side in SIDES}
     prompts = find_attack(ADAPTERS[kind][0]).prompts(bench.identifier, subject.class_noun, bench.spec.adapter_images)
-    drawn, scores = {}, {}
+    pictures, scores = {}, {}
     for maker, user in (("base", "base"), ("base", "hardened"), ("hardened", "base")):
         pipeline = load_onto(bench, user, kind, *models[maker])
-        drawn[maker, user] = bench.draw(pipeline, prompts=prompts, count=len(prompts))
-        scores[maker, user] = similarities(bench, drawn[maker, user], subject, floor)
+        pictures[maker, user] = bench.draw(pipeline, prompts=prompts, count=len(prompts))
+        scores[maker, user] = similarities(bench, pictures[maker, user], subject, floor)
     own = scores["base", "base"]
     measurements = []
     for maker, user in (("base", "hardened"), ("hardened", "base")):
@@ -101,7 +101,7 @@ def case(bench: Bench, kind: AdapterKind, subject: Subject) -> list[Measurement]
         measurements.append(Measurement(
             check="adapters", case=name, measure="retention", value=ratio.mean, low=ratio.low, high=ratio.high, n=len(own),
             base=sum(own) / len(own), hardened=sum(retention) / len(retention), subject=subject.id,
-            pictures=bench.strip("adapters", name, drawn["base", "base"], drawn[maker, user]),
+            pictures=bench.strip("adapters", name, pictures["base", "base"], pictures[maker, user]),
         ))  # fmt: skip
     return measurements
 

@@ -16,13 +16,13 @@ from guardsmith.gate.deployability import Measurement
 from guardsmith.models.checkpoint import DiffusionModel
 
 
-def measure_everyday_use(plan: Plan, prompts: Sequence[str], known: tuple[Tensor, Tensor]) -> list[Measurement]:
+def measure_everyday_use(plan: Plan, prompts: Sequence[str], benign: tuple[Tensor, Tensor]) -> list[Measurement]:
     """Every case that the recipe asks for; those that ran are kept in `deployability/<digest>.json` under the plan's root.
 
     Args:
         plan: of the verification.
         prompts: benign ones; the first are drawn in every setting.
-        known: the base's pictures of them from two sets of noise, float32 (n, 3, h, w) in [-1, 1].
+        benign: the base's pictures of them from two sets of noise, float32 (n, 3, h, w) in [-1, 1].
     """
     recipe, spec = plan.recipe, plan.recipe.verify.deployability
     if not spec.checks:
@@ -33,7 +33,7 @@ def measure_everyday_use(plan: Plan, prompts: Sequence[str], known: tuple[Tensor
     models: dict[str, DiffusionModel] = {side: target.model for side, target in plan.models.items()}
     bench = Bench(
         models, prompts, plan.judge, spec, recipe.sampling.steps, recipe.sampling.guidance, recipe.sampling.batch, plan.root,
-        plan.registry.controls, recipe.verify.identifiers[0], dreambooth, recipe.verify.seeds[0], known,
+        plan.registry.controls, recipe.verify.identifiers[0], dreambooth, recipe.verify.seeds[0], benign,
     )  # fmt: skip
     digests = [plan.models[side].digest for side in plan.models]
     controls = [image.sha256 for subject in bench.controls[:1] for image in subject.images]

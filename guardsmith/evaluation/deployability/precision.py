@@ -67,10 +67,10 @@ def drawn_case(bench: Bench, name: str) -> list[Measurement]:
     dtype, how = getattr(torch, name), ""
     if dtype == torch.float16 and chosen_device().type == "cpu":
         how = EMULATED
-    drawn = {side: in_precision(bench, side, dtype) for side in SIDES}
-    strip = bench.strip("precision", name, drawn["base"], drawn["hardened"])
-    away = {side: differences(pictures, bench.plain(side)) for side, pictures in drawn.items()}
-    faults = {side: int(broken(pictures).sum()) for side, pictures in drawn.items()}
+    pictures = {side: in_precision(bench, side, dtype) for side in SIDES}
+    strip = bench.strip("precision", name, pictures["base"], pictures["hardened"])
+    away = {side: differences(images, bench.plain(side)) for side, images in pictures.items()}
+    faults = {side: int(broken(images).sum()) for side, images in pictures.items()}
     return [
         compared_difference("precision", name, away["base"], away["hardened"], how=how, pictures=strip),
         compared_faults(
