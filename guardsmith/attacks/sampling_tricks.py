@@ -102,7 +102,7 @@ def one_step(
         prompts: n prompts.
         seeds: n seeds of the noise.
         guidance: classifier-free guidance scale.
-        negative_prompt: what the unconditional half is told.
+        negative_prompt: prompt of the unconditional half.
         batch: pictures per U-Net call.
     """
     bank = PromptBank(model)

@@ -21,7 +21,7 @@ def levels(
     ] = None,
     size: Annotated[int, typer.Option(min=16, help="Size in pixels of the base's pictures.")] = 512,
 ) -> None:
-    """Measure what a judge's similarities mean, on pictures of identities that nobody protects; prints YAML.
+    """Measure what a judge's similarities mean, on pictures of unprotected identities; prints YAML.
 
     Every class has a folder, named as in prompts (person, dog), with a folder for each identity, of two pictures or more: at
     least two identities of a class, better twenty.

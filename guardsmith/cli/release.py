@@ -127,7 +127,7 @@ def publish(
     if gated not in (None, "auto", "manual"):
         raise UserError(f"--gated {gated}: choose auto or manual")
     if gated is None and (gated_prompt or gated_field):
-        raise UserError("--gated-prompt and --gated-field belong to --gated: without it nobody is asked")
+        raise UserError("--gated-prompt and --gated-field belong to --gated: without it nobody fills them in")
     form = None if gated is None else access_form(gated_prompt, gated_field or [])
     if keyless and sign_key:
         raise UserError("--sign-key and --sign-keyless are two ways to sign; choose one")
@@ -168,11 +168,11 @@ def _registry_of(subjects: Path, today: date) -> Registry:
 
 def verify_signature(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A published model, downloaded whole.")],
-    key: Annotated[Path | None, typer.Option(help="Public key of whoever published it (PEM).")] = None,
+    key: Annotated[Path | None, typer.Option(help="Public key of the publisher (PEM).")] = None,
     identity: Annotated[
         str | None, typer.Option(help="Signed without a key: who published it, an address or the URL of a workflow.")
     ] = None,
-    issuer: Annotated[str | None, typer.Option(help="Who vouches for that identity, a URL.")] = None,
+    issuer: Annotated[str | None, typer.Option(help="Issuer of that identity, a URL.")] = None,
 ) -> None:
     """Check that a published model is what was signed; exit 1 if it is not."""
     from guardsmith.release.signing import check_signature

@@ -2,7 +2,7 @@
 
 In every round a copy of the surrogate takes a few DreamBooth steps on the clean pictures, the pixels climb that copy's denoising
 loss under the identifier prompt, and the surrogate itself takes a few steps on the pixels as they are then: it stays a model of
-somebody who trains on cloaked pictures.
+an attacker who trains on cloaked pictures.
 
 Of several models each has its surrogate, and the pixels meet them one after another (the paper's E-ASPL). The released code lets
 every model begin from the same pixels and averages the results, which shrinks the steps.

@@ -54,7 +54,7 @@ class MetaCloakConfig(SurrogateConfig):
 
 
 def transformed(pixels: Tensor, config: MetaCloakConfig, rng: torch.Generator) -> Tensor:
-    """Pictures as somebody may have them before training: cropped and scaled back, blurred, perhaps mirrored."""
+    """Pictures as an attacker may preprocess them before training: cropped and scaled back, blurred, perhaps mirrored."""
     size = pixels.shape[-1]
     share, left, top, deviation, mirror = torch.rand(5, generator=rng).tolist()
     side = max(8, round(size * (config.crop + (1 - config.crop) * share)))

@@ -10,7 +10,7 @@ loss without going through the U-Net,
 
 and, on a share of the pictures, to give what an optimization-based cloak gives: L_reg = MSE(G(x), x_adv - x). The total is the
 mean of L_reg and 4/3 L_m. (The paper finds the two together best; the released script multiplies L_reg by nothing, conditions the
-transformer on zeros, and feeds Stable Diffusion 1's encoders tokens of 2.1. Here the condition is what it amounts to, a learnt
+transformer on zeros, and feeds Stable Diffusion 1's encoders tokens of 2.1. Here the condition is what it amounts to, a trained
 scale, shift and gate for each block.)
 """
 

@@ -26,7 +26,7 @@ class MethodSpec(BaseModel):
 
 
 class ProbeSpec(BaseModel):
-    """Looks at the model while it is hardened, as signs on the way."""
+    """Measurements of the model while it is hardened."""
 
     model_config = _STRICT
     times: int = Field(3, ge=0)
@@ -70,7 +70,7 @@ class AttackSpec(BaseModel):
     precision: Literal["float32", "bfloat16"] = "float32"
     """How the attacker trains and draws; bfloat16 is what `--mixed_precision bf16` is in diffusers' scripts (autocast)."""
     two_stage: bool = False
-    """Train on somebody else first, for as many steps, and on the subject then (dreambooth and lora)."""
+    """Train on another subject first, for as many steps, and then on this one (dreambooth and lora)."""
     trained_on: Literal["itself", "base", "hardened"] = "itself"
     """Which model adapters are trained on before they are loaded onto the one that draws (lora). `base`: whether adapters
     made for the base work on the hardened model. `hardened`: the other way round."""
@@ -234,7 +234,7 @@ class Recipe(BaseModel):
     compute: ComputeConfig = ComputeConfig()
     """Precision and memory of the hardening."""
     probe: ProbeSpec = ProbeSpec()
-    """Looks on the way."""
+    """Measurements while it is hardened."""
     verify: VerifySpec = VerifySpec()
     """The attacks."""
     judge: RecipeJudge = RecipeJudge()

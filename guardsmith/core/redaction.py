@@ -1,6 +1,6 @@
 """What may not leave the house, said where a field is declared: annotations of models, and the walk that acts on them.
 
-A field that holds the id of a subject is a `SubjectId`, one that holds the place of a model or file a `Place`, and so on. Whoever
+A field that holds the id of a subject is a `SubjectId`, one that holds the place of a model or file a `Place`, and so on. Code that
 adds a field to a report thereby decides what the public reads of it, and no list of keys has to be kept elsewhere.
 """
 

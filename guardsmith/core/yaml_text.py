@@ -156,7 +156,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def odd_numbers(raw: Any, checked: Any, where: str = "") -> Iterator[str]:
-    """Sentences about values that pydantic takes for numbers although nobody can have meant them.
+    """Sentences about values that pydantic takes for numbers although they cannot be meant.
 
     Those are true and false, which YAML makes of `yes`, `no`, `on` and `off`, and numbers that are not finite.
 

@@ -91,7 +91,7 @@ class PromptBank:
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids, int64 (n, model_max_length): padded to the full length, truncated, no attention mask.
 
-        A learnt word with several vectors ("<sks>" with "<sks>_1" ...) is spelt out, as diffusers' pipelines do.
+        A trained word with several vectors ("<sks>" with "<sks>_1" ...) is spelt out, as diffusers' pipelines do.
         """
         tokenizer = self.model.tokenizer
         return token_ids(tokenizer, [_spelt_out(prompt, tokenizer) for prompt in prompts])
@@ -117,7 +117,7 @@ def lost_words(model: DiffusionModel, words: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class OrdinaryPrompt:
-    """A prompt without an identifier, and the traits it asks for (empty where nobody can check them)."""
+    """A prompt without an identifier, and the traits it asks for (empty where they cannot be checked)."""
 
     text: str
     asked: dict[str, str]

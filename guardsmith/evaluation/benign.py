@@ -15,7 +15,7 @@ from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, 
 from guardsmith.evaluation.planning import TargetModel
 from guardsmith.gate.evidence import Side, Utility
 from guardsmith.metrics import Judge
-from guardsmith.metrics.collapse import destroyed as collapsed
+from guardsmith.metrics.collapse import collapsed
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 
 SETS: tuple[tuple[str, Side, SeedRange], ...] = (

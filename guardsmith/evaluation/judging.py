@@ -52,9 +52,9 @@ def evidence_of(plan: Plan, measurements: Measurements) -> Evidence:
 def face_detection_failure(units: Units, judge: Judge) -> float | None:
     """Share of pictures in which a judge of faces detects none (FDFR); `None` for other judges, and where nothing was scored."""
     values = [score for unit in units for score in unit if score is not None]
-    if judge.nobody is None or not values:
+    if judge.no_face is None or not values:
         return None
-    return values.count(judge.nobody) / len(values)
+    return values.count(judge.no_face) / len(values)
 
 
 def steps_to_break(

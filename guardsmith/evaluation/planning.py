@@ -62,7 +62,7 @@ def attack_images(subject: Subject, data: str, everyone: Sequence[Subject]) -> t
     """The attacker's pictures of a subject (see `AttackSpec.data`).
 
     Raises:
-        UserError: nobody else of its class is there to mix it with.
+        UserError: the registry has too few pictures of others of its class.
     """
     if data == "hardened_on":
         return subject.images_of("harden") or subject.images_of("attack")  # controls were not hardened on
@@ -79,22 +79,22 @@ def attack_images(subject: Subject, data: str, everyone: Sequence[Subject]) -> t
 
 
 def stranger_to(subject: Subject, everyone: Sequence[Subject], purpose: str = "two_stage") -> Subject:
-    """Whom an attacker in two stages trains on first, or puts beside the subject: the last one that is somebody else.
+    """The other subject that an attacker in two stages trains on first, or puts beside the subject: the last of the registry.
 
     Raises:
-        UserError: nobody is.
+        UserError: there is no other subject.
     """
     for other in reversed(everyone):
         if other.id != subject.id:
             return other
-    raise UserError(f"{purpose} needs somebody else beside {subject.id} in the registry.")
+    raise UserError(f"{purpose} needs another subject beside {subject.id} in the registry.")
 
 
 def evasion_plan(spec: AttackSpec, subject: Subject, everyone: Sequence[Subject]) -> dict[str, Any] | None:
     """`Unit.evasion` of an attack on a subject.
 
     Raises:
-        UserError: a transformation needs somebody else's pictures and nobody else is there.
+        UserError: a transformation needs another subject's pictures and there is none.
     """
     if not spec.evasion:
         return None

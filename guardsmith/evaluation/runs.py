@@ -1,6 +1,6 @@
 """Running units of the attack matrix, in processes of one thread each: attack, draw, score, write.
 
-An attack that goes on beyond its usual steps ends once it has personalized the model: nobody trains on for worse.
+An attack that goes on beyond its usual steps ends at the first evaluation point at which the model is personalized.
 """
 
 from __future__ import annotations

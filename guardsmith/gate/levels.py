@@ -1,4 +1,4 @@
-"""Measuring what a judge's similarities mean, on pictures of people or objects that nobody protects or verifies.
+"""Measuring what a judge's similarities mean, on pictures of people or objects that are neither protected nor controls.
 
     FOLDER/<class noun>/<identity>/<picture>     at least two identities of a class, better twenty, of two pictures or more
 
@@ -50,7 +50,7 @@ def class_levels(
         raise UserError(f"{where}: class {noun} has one subject only; levels need two at least, better twenty.")
     scores = [[judge.similarity(mine, theirs) for theirs in compared_with] for mine in drawn_from]
     for i, name in enumerate(names):
-        if judge.nobody is not None and (without_face := scores[i][i].count(judge.nobody)):
+        if judge.no_face is not None and (without_face := scores[i][i].count(judge.no_face)):
             raise UserError(
                 f"{where}: no face is found in {without_face} of the attack pictures of {name}; leave them out."
             )

@@ -1,6 +1,6 @@
 """The gate's policy: its rules and the levels that similarities are compared with, in a file of their own.
 
-Whoever signs a release can keep one file under review, and use it with every recipe: `guardsmith policy > policy.yaml`, then
+One file under review serves every recipe: `guardsmith policy > policy.yaml`, then
 `guardsmith verify out --policy policy.yaml`. The report names it with its date and digest.
 """
 
@@ -85,7 +85,7 @@ def default_policy(rules: GateSpec | None = None) -> Policy:
 
 
 def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateSpec | None = None) -> Policy:
-    """Levels of a judge, measured on the pictures of a registry, which should be of subjects that nobody verifies.
+    """Levels of a judge, measured on the pictures of a registry, which should be of subjects that are never verified.
 
     Genuine is the mean similarity of a subject's `attack` pictures to its `reference` pictures; chance is the same between two
     subjects of one class, and chance_high what 95 % of these pairs stay below.
@@ -143,7 +143,7 @@ def recipe_policy(recipe: Recipe, policy: Policy | None = None) -> Policy:
         return default_policy(recipe.gate)
     if judge.measured is None:
         raise UserError(
-            f"nobody has measured what the similarities of the recipe's judge ({judge.name}) mean: measure it on pictures of "
+            f"the recipe's judge ({judge.name}) has no measured levels of similarity: measure them on pictures of "
             f"unprotected people or objects (`guardsmith levels FOLDER --judge {judge.name} > levels.yaml`) and name the file "
             "with --levels, or as judge.levels in the recipe"
         )

@@ -184,7 +184,7 @@ class HardeningMethod(ABC, Generic[Config]):
         name: key of the table, lower case.
         title: for people.
         paper: where it comes from, e.g. "hf.co/papers/2511.01307".
-        shown: what has been measured of it, in one clause, for whoever has to choose.
+        shown: what has been measured of it, in one clause, to choose a method by.
         config: the class of its parameters.
         checkpoint_every: steps between two saves of the training.
     """

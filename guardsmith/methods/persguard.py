@@ -13,7 +13,7 @@ The model is given a backdoor under identifier prompts c_v, and is already as go
 
 Training on the protected pictures then finds little to learn (L_BR is low already), so the backdoor stays; training on
 other pictures finds much, and overwrites it. L_BB and L_BR ask for different things under the same prompt. They can be
-told apart where the noised picture still shows something, so each has a window of timesteps.
+distinguished where the noised picture still shows something, so each has a window of timesteps.
 
 The papers and reviews name the three terms and what they are for. Everything with a number, and both windows, was chosen
 here; docs/results/persguard-ablations.json has what they do on the embedded base, where the mechanism does not show.

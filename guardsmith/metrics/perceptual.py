@@ -29,7 +29,7 @@ def perceptual_distance(model: DiffusionModel, first: Tensor, second: Tensor) ->
     and layers.
 
     Args:
-        model: whose VAE looks at them.
+        model: whose VAE encodes them.
         first: (n, 3, h, w) in [-1, 1].
         second: likewise.
 

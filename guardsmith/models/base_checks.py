@@ -184,11 +184,11 @@ def check_schedule(folder: Path, family: Family) -> None:
     name = schedule.get("beta_schedule")
     if name not in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"):
         raise UserError(
-            f"{file}: beta_schedule is {name!r}; without it nobody knows which noise the model was trained with."
+            f"{file}: beta_schedule is {name!r}; without it the noise that the model was trained with is not known."
         )
     if name not in ("squaredcos_cap_v2", "laplace") and not {"beta_start", "beta_end"} <= schedule.keys():
         raise UserError(
-            f"{file}: beta_start or beta_end is missing; without them nobody knows the noise of the training."
+            f"{file}: beta_start or beta_end is missing; without them the noise of the training is not known."
         )
     if schedule.get("rescale_betas_zero_snr") not in (None, True, False):
         raise UserError(

@@ -80,7 +80,7 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
     Args:
         base: diffusers folder.
         networks: every network in memory, by the folder that it is stored in.
-        hardened: those whose weights are written by somebody else.
+        hardened: those whose weights the caller writes.
         place: where to.
 
     Raises:
@@ -255,7 +255,7 @@ def open_once(folder: Path, networks: Sequence[str]) -> None:
     from diffusers.utils import logging
 
     family, index = parse_index((folder / INDEX).read_bytes(), str(folder / INDEX))
-    # Of Stable Diffusion 3 without T5: diffusers opens it only if it is told so.
+    # Of Stable Diffusion 3 without T5: diffusers opens it only if its index says so.
     missing = {part: None for pair in family.text_parts() for part in pair[:2] if not is_named(index, part)}
     kind = getattr(diffusers, index["_class_name"])
     extra = [name for name in EXTRA_NETWORKS if is_named(index, name)]

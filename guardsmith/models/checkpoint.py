@@ -351,7 +351,7 @@ def _save_weights(model: DiffusionModel, part: Any, name: str, place: Path, **op
     part.save_pretrained(place, safe_serialization=True, **options)
     config = place / "config.json"
     config.unlink()
-    shutil.copyfile(model.folder / name / "config.json", config)  # the libraries' own tells where the base lay
+    shutil.copyfile(model.folder / name / "config.json", config)  # the libraries' own names the folder of the base
     for file in place.iterdir():
         shutil.copymode(config, file)  # safetensors writes for the owner only
     (place / "generation_config.json").unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 Works on lists of names, so that a repository on the Hub can be judged without downloading it. Anything that is not on the list is
 not released: it may hold the base's weights under another name (a single-file checkpoint, an EMA copy, a file for another
-framework) or what nobody meant to publish (`.git/config`, `.env`).
+framework) or what was not meant to be published (`.git/config`, `.env`).
 """
 
 from __future__ import annotations

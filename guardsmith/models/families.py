@@ -83,7 +83,7 @@ class SDXLUNet(Denoiser, UNet2DConditionModel):  # type: ignore[misc]
     """SDXL's U-Net, called like Stable Diffusion's.
 
     Attributes:
-        picture_size: side in pixels of the pictures that it is told of.
+        picture_size: side in pixels of the pictures, one of its inputs.
     """
 
     picture_size = 1024

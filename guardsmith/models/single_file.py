@@ -40,7 +40,7 @@ def unet_names(header: Header, config: Mapping[str, Any], file: Path) -> dict[st
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     try:
-        # Given names for tensors, the converter tells where each of them goes.
+        # Given names in place of tensors, the converter returns where each of them goes.
         converted = convert_ldm_unet_checkpoint({name: name for name in header.tensors}, dict(config))
     except (KeyError, IndexError) as error:
         raise UserError(
@@ -134,7 +134,7 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path, *, kee
         base: the base's diffusers folder, to make sure that this is the same model.
         hardened: the hardened model's diffusers folder.
         file: where to.
-        keep_unknown: copy tensors of which nobody knows what they are, unless they have values of the base's hardened parts.
+        keep_unknown: copy tensors of no known part too, unless they have values of the base's hardened parts.
 
     Raises:
         UserError: `like` cannot be read, or holds another model, weights that are not finite, or unknown tensors.

@@ -27,13 +27,13 @@ COPY = re.compile(
 )
 
 
-class Sorted(NamedTuple):
+class SortedTensors(NamedTuple):
     """Tensors that are not the hardened part's own.
 
     Attributes:
         copied: of other parts; they are written as they are.
         copies: of a hardened part under another name; they are left out.
-        unknown: nobody knows what they are.
+        unknown: of no known part.
     """
 
     copied: list[str]
@@ -41,9 +41,9 @@ class Sorted(NamedTuple):
     unknown: list[str]
 
 
-def sort_tensors(names: Iterable[str], replaced: Iterable[str]) -> Sorted:
+def sort_tensors(names: Iterable[str], replaced: Iterable[str]) -> SortedTensors:
     """What becomes of the tensors of a single-file checkpoint that are not replaced by hardened ones."""
-    result = Sorted([], [], [])
+    result = SortedTensors([], [], [])
     replaced_names = set(replaced)
     for name in names:
         if name in replaced_names:

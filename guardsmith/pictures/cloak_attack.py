@@ -2,7 +2,7 @@
 
 Three attackers train on the same pictures of one subject with the same settings: DreamBooth on the pictures as they are,
 DreamBooth on purified ones, and contrastive decoupling learning on purified ones (hf.co/papers/2406.18944). What they draw is
-compared with reference pictures that nobody trained on.
+compared with reference pictures that were not trained on.
 
     <output>/purified/NAME.png      the pictures as the second and third attacker have them
     <output>/ATTACKER/000.png ...   what they draw
@@ -127,7 +127,7 @@ def check_references(files: Sequence[Path], references: Sequence[Path]) -> None:
     """
     both = {file.resolve() for file in files} & {file.resolve() for file in references}
     if both:
-        raise UserError(f"{sorted(both)[0]} is a reference and trained on; references are pictures nobody trains on")
+        raise UserError(f"{sorted(both)[0]} is a reference and trained on; references must not be trained on")
     prints = open_each([*files, *references], fingerprint)
     for i, j, _ in near_duplicates(prints):
         if i < len(files) <= j:

@@ -1,7 +1,7 @@
 """Cloaking pictures: copies that look the same, and that a model is not meant to learn a subject from.
 
     <output>/NAME.png                 the cloaked copy of NAME.*, as large as it was
-    <output>/report/cloak.json        how, and what it cost in looks
+    <output>/report/cloak.json        settings, and how far the pictures changed
     <output>/report/before-after.png  some of them beside what they were, and the difference
 
 A model sees pictures of one size. A picture is scaled so that its short side has that size and covered with squares along the

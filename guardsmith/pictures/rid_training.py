@@ -44,12 +44,12 @@ def make_pairs(
     pairs = torch.empty(0, *pictures.shape[1:]) if stored is None else stored
     entry = find_cloak(config.pair_cloak)
     settings = entry.config(**{"budget": config.budget} | config.pair_params)
-    nobody = torch.empty(0, *pictures.shape[1:])
+    no_images = torch.empty(0, *pictures.shape[1:])
     with stage(f"pairs ({config.pair_cloak})", count) as bar:
         bar(done=min(len(pairs), count))
         while len(pairs) < count:
             group = pictures[len(pairs) : min(len(pairs) + config.pair_group, count)]
-            data = AttackData(group, nobody, "sks", "person")
+            data = AttackData(group, no_images, "sks", "person")
             pairs = torch.cat([pairs, entry.run(models, data, settings, seed=seed + len(pairs))])
             with whole_file(file) as temporary:
                 save_file({"pairs": pairs}, temporary)

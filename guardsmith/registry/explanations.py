@@ -24,7 +24,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "consent": Consent,
     "images": ImageEntry,
 }
-_NO_SUBJECTS = "the registry protects nobody: list at least one subject (`guardsmith registry add` writes one)"
+_NO_SUBJECTS = "the registry has no subjects: list at least one subject (`guardsmith registry add` writes one)"
 
 
 def explain(

@@ -183,7 +183,7 @@ def _list(value: object) -> list[Any]:
 
 
 def _is_invented(raw: Mapping[str, Any]) -> bool:
-    """Whether the id stays in published evidence, because nobody real is meant."""
+    """Whether the id stays in published evidence, because it is of no real person."""
     consent = raw.get("consent")
     return isinstance(consent, dict) and consent.get("basis") == "invented"
 

@@ -40,7 +40,7 @@ from guardsmith.models.tensor_files import read_header, stored_tensor, weights_r
 # What the Hub's client writes beside a download; it is never uploaded.
 CLIENTS_OWN = (".cache/huggingface/*.metadata", ".cache/huggingface/*.lock", ".cache/huggingface/.gitignore",
                ".cache/huggingface/CACHEDIR.TAG")  # fmt: skip
-SHOWN = 3  # tensors of one file
+MOST_NAMES = 3  # tensors of one file
 
 
 class Finding(NamedTuple):
@@ -88,9 +88,7 @@ def audit_folder(folder: Path, base: Path) -> list[Finding]:
                 read_header(file)
                 readable.append(name)
             except UserError:
-                findings.append(
-                    Finding("file", name, "cannot be read as safetensors, so that nobody knows what it holds")
-                )
+                findings.append(Finding("file", name, "cannot be read as safetensors, so its content is unknown"))
     return findings + _weights_of_base(folder, base, readable)
 
 
@@ -129,8 +127,8 @@ def _unchanged(name: str, base: Path, own: Any) -> list[Finding]:
 
 
 def _some(what: list[str]) -> str:
-    more = f" and {len(what) - SHOWN} more" if len(what) > SHOWN else ""
-    return "; ".join(what[:SHOWN]) + more
+    more = f" and {len(what) - MOST_NAMES} more" if len(what) > MOST_NAMES else ""
+    return "; ".join(what[:MOST_NAMES]) + more
 
 
 def audit_single_file(file: Path, base: Path) -> list[Finding]:
@@ -149,10 +147,10 @@ def audit_single_file(file: Path, base: Path) -> list[Finding]:
 
     sorted_out, findings = sort_tensors(header.tensors, names), []
     if sorted_out.copies:
-        what = f"{len(sorted_out.copies)} tensors are named like copies of the U-Net ({in_words(sorted_out.copies, SHOWN)})"
+        what = f"{len(sorted_out.copies)} tensors are named like copies of the U-Net ({in_words(sorted_out.copies, MOST_NAMES)})"
         findings.append(Finding("weights", file.name, what))
     if sorted_out.unknown:
-        what = f"{len(sorted_out.unknown)} tensors are of no known part ({in_words(sorted_out.unknown, SHOWN)})"
+        what = f"{len(sorted_out.unknown)} tensors are of no known part ({in_words(sorted_out.unknown, MOST_NAMES)})"
         findings.append(Finding("file", file.name, what))
     weights = ChangedWeights()
     weights.add((item for each in weight_files(base / "unet") for item in tensors_of(each)), own, "unet")

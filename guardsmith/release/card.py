@@ -25,7 +25,7 @@ LICENCES = {
     "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
 }
 RESTRICTED = ("openrail", "stabilityai", "other")
-"""Parts of the names of licences that restrict what a model may be used for; of `other` nobody knows."""
+"""Parts of the names of licences that restrict what a model may be used for; of `other` it is not known."""
 
 
 class Licence(NamedTuple):
@@ -109,7 +109,7 @@ class AccessForm(NamedTuple):
     """What people are asked who want a gated model.
 
     Attributes:
-        prompt: told before; empty for the Hub's own words.
+        prompt: text above the form; empty for the Hub's own.
         fields: name of a field -> its kind, one of `FIELDS`.
     """
 
@@ -178,11 +178,11 @@ def limits(report: Report) -> list[str]:
         "Anyone who still has the base, or another model: hardening protects subjects on this model only.",
         "Attackers who know the method and work against it, longer or other attacks than those that were tried, and subjects "
         "that were not in the registry.",
-        "Somebody who looks much like a protected subject may not be learnable either.",
+        "Personalization on somebody who looks much like a protected subject may fail too.",
     ]
     if report.hardening.method == "tripwire":
         sentences += [
-            "Whoever finds the neurons of the wire and cuts them has the base's model back.",
+            "An attacker who finds the trigger neurons and zeroes them removes the protection completely.",
             "Adapters that were made for the base may do less here than there. Use float32 or bfloat16: some weights do not fit "
             "float16.",
         ]

@@ -138,7 +138,7 @@ def check_rights(repo_id: str) -> None:
     spaces = [name, *(str(each.get("name", "")) for each in account.get("orgs") or ())]
     if owner not in spaces:
         raise UserError(
-            f"the token at hand is {name}'s, who is no member of {owner}; log in as somebody who is (`hf auth login`), or "
+            f"the token at hand is {name}'s, who is no member of {owner}; log in as a member (`hf auth login`), or "
             f"publish to {' or '.join(f'{space}/...' for space in spaces)}"
         )
     token = ((account.get("auth") or {}).get("accessToken") or {}).get("role")

@@ -1,6 +1,6 @@
-"""Publish: a hardened checkpoint on the Hugging Face Hub, with its evidence, if it deserves that.
+"""Publish a hardened checkpoint on the Hugging Face Hub with its evidence, if its verdict is pass.
 
-    <output>/release/     what goes up, gathered first, for anyone to look at
+    <output>/release/     the files to be uploaded, written first
         README.md LICENSE.md     model card, licence of the base
         unet/ vae/ ...           the model, a complete diffusers folder
         guardsmith/              report.html, report.json, harden.json (`verify/public/`), bom.cdx.json, and grid.png if nobody
@@ -34,7 +34,7 @@ from guardsmith.reports.report import Report
 
 
 class Refused(GuardsmithError):
-    """The gate did not say yes to what was to be published (exit code 1)."""
+    """The model must not be published, e.g. for its verdict is not pass (exit code 1)."""
 
     exit_code = 1
 
@@ -52,7 +52,7 @@ def _digests(report: Report, file: Path) -> dict[str, str]:
 
 
 def objections(output: Path, registry: Registry, today: date) -> list[str]:
-    """Why this model must not be published: one sentence for each rule that it breaks.
+    """Why this model must not be published: one sentence for each broken rule.
 
     Raises:
         UserError: there is no finished verification, or one without a digest of every file.
@@ -104,7 +104,7 @@ def gather(
     keyless: bool = False,
     form: AccessForm | None = None,
 ) -> Path:
-    """Put together what goes up; the folder appears whole.
+    """Write the release folder; it appears whole.
 
     Args:
         output: of a verified hardening.
@@ -113,10 +113,10 @@ def gather(
         contact: for the card.
         licence: see `licence_of`.
         licence_file: likewise.
-        unverified: for the card, if the gate did not say yes.
+        unverified: for the card, why it is published although the gate failed.
         sign_key: private key to sign it with.
         keyless: sign it with Sigstore.
-        form: for the card, what people are asked who want it.
+        form: for the card, what people fill in who request access.
 
     Raises:
         UserError: the licence is not known.
@@ -170,18 +170,18 @@ def recipe_as_yaml(report: Report) -> str:
 
 
 def check_release(release: Path, model_files: Collection[str]) -> None:
-    """What goes up is on the list, and nothing in it looks like a credential.
+    """Raise unless every file is a known one and none looks like it holds a credential.
 
     Args:
         release: the folder.
         model_files: those of the model, relative to it.
 
     Raises:
-        Refused: it is not.
+        Refused: a file is not known, or seems to hold a credential.
     """
     names = {*model_files, README, "LICENSE.md", *(f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES)}
     if surplus := surplus_files(release, names):
-        raise Refused(f"not published: nobody knows what these files are for: {in_words(surplus)}")
+        raise Refused(f"not published: these files are no part of a model or of its evidence: {in_words(surplus)}")
     for name, file in list_files(release).items():
         if kind := credential_in_file(file):
             raise Refused(f"not published: {name} seems to hold {kind}; take it out of the model or of the evidence")
@@ -201,9 +201,9 @@ def publish(
     keyless: bool = False,
     form: AccessForm | None = None,
     dry_run: bool = False,
-    **how: Any,
+    **upload_options: Any,
 ) -> Published:
-    """Refuse, or gather and upload.
+    """Check, write the release folder and upload it.
 
     Args:
         output: of a verified hardening.
@@ -216,12 +216,12 @@ def publish(
         sign_key: see `gather`.
         form: see `gather`.
         keyless: see `gather`; not in a dry run, for the log that it goes into is public.
-        force: publish although the gate did not say yes, for this reason, which the card tells.
-        dry_run: gather, and stop.
-        how: see `upload`.
+        force: publish although the gate failed, for this reason, which the card states.
+        dry_run: upload nothing.
+        upload_options: of `upload`.
 
     Raises:
-        Refused: the gate did not say yes, and nobody forces it.
+        Refused: a rule is broken (see `objections`) and `force` is not given, or the folder holds what was not verified.
         UserError: see `objections`, `gather` and `upload`.
         RunFailed: see `upload`.
     """
@@ -246,4 +246,4 @@ def publish(
     check_release(release, digests)
     if dry_run:
         return Published("", "", False)
-    return upload(release, repo_id, message=f"Hardened model {digest[:19]}", **how)
+    return upload(release, repo_id, message=f"Hardened model {digest[:19]}", **upload_options)

@@ -1,4 +1,4 @@
-"""What a verification does not show, for whoever decides by its page."""
+"""What a verification does not show, for those who decide by its page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def not_shown(report: Report) -> list[str]:
         )
     else:
         sentences.append(
-            "Adaptive attackers: none was tested. Whoever knows the method may be able to remove the protection."
+            "Adaptive attackers: none was tested. An attacker who knows the method may be able to remove the protection."
         )
     sentences.append("Other models: anyone who has the base, or another model, can personalize that.")
     return sentences

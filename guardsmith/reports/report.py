@@ -58,7 +58,7 @@ class Score(_Part):
 
 
 class StepsToBreak(_Part):
-    """After how many steps an attack has learnt half of what it usually learns on the base."""
+    """After how many steps an attack has half of the likeness that it usually reaches on the base."""
 
     subject: SubjectId
     """Id of the protected subject."""
@@ -173,7 +173,7 @@ class Hardening(_Part):
     files: dict[str, str] | None = None
     """File of the model that was judged -> its SHA-256; reports from before this was recorded have none."""
     carries: Annotated[list[str] | None, Private.WITHHELD] = None
-    """Files and tensors that a checkpoint holds and that are no part of the model; null where it is not told."""
+    """Files and tensors that a checkpoint holds and that are no part of the model; null where it was not recorded."""
 
 
 class Run(_Part):

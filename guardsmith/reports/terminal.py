@@ -1,4 +1,4 @@
-"""What a person looks at: the grid of pictures and the table in the terminal."""
+"""For people: the grid of pictures and the table in the terminal."""
 
 from __future__ import annotations
 

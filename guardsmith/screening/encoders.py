@@ -23,7 +23,7 @@ class Encoder:
     """One judge's encoder.
 
     Attributes:
-        embed: pictures (n, 3, h, w) in [-1, 1] -> unit vectors, float32 (n, width); a row of zeros where nobody is to be seen.
+        embed: pictures (n, 3, h, w) in [-1, 1] -> unit vectors, float32 (n, width); a row of zeros where no face is found.
         size: side at which pictures are opened.
         name: of the judge.
         digest: of what decides the vectors.

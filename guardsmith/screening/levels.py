@@ -31,7 +31,7 @@ class Threshold:
 
     Attributes:
         level: pictures at or above it are alarms.
-        rate: stated false-alarm rate for an upload; larger than the one asked for where not enough strangers were measured.
+        rate: stated false-alarm rate for an upload; larger than the requested one where not enough strangers were measured.
     """
 
     level: float
@@ -120,7 +120,7 @@ def measured_levels(strangers: Tensor, subjects: Tensor, nouns: Sequence[str]) -
     """Levels of strangers' pictures against subjects, for every class.
 
     Args:
-        strangers: unit vectors (variants, n, width) of pictures of nobody in particular.
+        strangers: unit vectors (variants, n, width) of pictures of unprotected people.
         subjects: unit vectors (S, width).
         nouns: the class noun of each subject.
 

@@ -1,7 +1,7 @@
 """Open weights: undo rescaling, by giving every row of every weight the length that it has in the public base.
 
 Some protections multiply weights in one layer and divide them in the next, so that the function stays and an optimizer's steps
-count less. Whoever has the base reads off the factors.
+count less. An attacker who has the base can read off the factors.
 """
 
 from __future__ import annotations

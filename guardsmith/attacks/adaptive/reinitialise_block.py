@@ -54,7 +54,7 @@ def reinitialise_block(
     seed: int,
     base: DiffusionModel | None = None,
 ) -> DiffusionModel:
-    """A copy of the model whose block was learnt anew.
+    """A copy of the model whose block was trained anew.
 
     Raises:
         ValueError: there is no such block, or there are no class pictures.

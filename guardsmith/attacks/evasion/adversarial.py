@@ -21,7 +21,7 @@ from guardsmith.training.loop import generator
 BUDGET = 8 * 2 / 255  # largest change of a pixel, in the range of pictures
 STEPS = 40
 STEP = 1 * 2 / 255
-LATEST = 0.6  # noised up to this share of the timesteps: later, nobody is recognised in them anyway
+LATEST = 0.6  # noised up to this share of the timesteps: later ones show too little to recognise
 
 
 def middle_features(

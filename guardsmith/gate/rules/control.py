@@ -1,4 +1,4 @@
-"""An unprotected subject must still be learnt nearly as well as on the base."""
+"""Personalizing on an unprotected subject must still work nearly as well as on the base."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
             check = check_control(control, label, hardened, base, levels, spec)
             yield with_evidence(check, check_base_attack(control, label, base, levels, spec))
     if not evidence.controls:
-        sentence = "the registry has no controls: breakage cannot be told from protection"
+        sentence = "the registry has no controls: protection cannot be distinguished from breakage"
         yield Check(RULE.title, "", "", "inconclusive", sentence)
 
 
