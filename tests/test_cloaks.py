@@ -27,7 +27,7 @@ from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import open_image, to_tensor
 from guardsmith.core.picture_folders import select_pictures
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
+from guardsmith.diffusion.losses import add_noise, epsilon_of, noise_samples, own_target, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.families import SD
 from guardsmith.models.networks import save_network
@@ -93,7 +93,7 @@ def test_the_loss_on_pixels_is_the_loss_of_the_rows(tiny):
     images, context = pictures(2), PromptBank(tiny).encode(["a photo of sks person"])
     store, rng = encode(tiny, images), generator(3)
     latents = store.mean + store.std * torch.randn(store.mean.shape, generator=rng)
-    rows = draw_rows(latents, context, rng)
+    rows = noise_samples(latents, context, rng)
     wanted = row_losses(tiny.unet, tiny.scheduler, rows).mean()
     pixels = images.clone().requires_grad_()
     found = denoising_loss(tiny, pixels, context, generator(3))
@@ -121,7 +121,7 @@ def test_the_score_gradient_skips_the_u_net(tiny, monkeypatch):
 
     monkeypatch.setattr(advdm, "sampled_latents", latents)
     advdm.score_gain(tiny, pixels, context, generator(1)).backward()
-    rows = draw_rows(kept["latents"].detach(), context, generator(1))
+    rows = noise_samples(kept["latents"].detach(), context, generator(1))
     noisy = add_noise(tiny.scheduler, rows.latents, rows.noise, rows.timesteps)
     with torch.no_grad():
         out = tiny.unet(noisy, rows.timesteps, rows.context, return_dict=False)[0]

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_apdm import make_ordinary, make_subject
+from test_apdm import make_benign, make_subject
 from test_attacks import make_data
 from test_cloaks import SMALL as CLOAKS_SMALL
 from test_cloaks import defender  # noqa: F401 (a fixture)
@@ -111,7 +111,7 @@ def test_attacks(model, name):
 def test_hardening(model, name, params):
     subject = replace(make_subject(), instead_images=pictures(3, 8))
     config = METHODS[name].config(**params)
-    hardened, history = harden_with(name, model, [subject], make_ordinary(), config)
+    hardened, history = harden_with(name, model, [subject], make_benign(), config)
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
     assert history
 
@@ -120,7 +120,7 @@ def test_hardening_a_transformer(model, tmp_path):
     params = dict(HARDENINGS)["tripwire"]
     transformer = load_model(str(make_sd3(tmp_path / "model")))
     hardened, _ = harden_with(
-        "tripwire", transformer, [make_subject()], make_ordinary(), METHODS["tripwire"].config(**params)
+        "tripwire", transformer, [make_subject()], make_benign(), METHODS["tripwire"].config(**params)
     )
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
 

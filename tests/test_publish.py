@@ -182,7 +182,7 @@ def test_the_card_has_the_numbers_of_the_report(output, registry):
     found = measured["similarity of protected subjects after dreambooth (lower is better)"]
     assert found["value"] == pytest.approx(check["value"], abs=1e-4)
     assert found["args"]["interval_95"] == pytest.approx([check["low"], check["high"]], abs=1e-2)
-    assert measured["KID of ordinary pictures to the base's, over that of two sets of seeds"]["value"] == pytest.approx(
+    assert measured["KID of benign pictures to the base's, over that of two sets of seeds"]["value"] == pytest.approx(
         report["utility"]["kid_ratio"], abs=1e-4
     )
     assert "Verdict: **pass**" in body and "takedown@example.org" in body and "cuts them" in body

@@ -194,7 +194,7 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, both_encod
     asked = {
         "base": str(v_folder), "subjects": str(registry), "sampling": {"steps": 2, "batch": 8, "guidance": 2.0},
         "verify": {"attacks": {"lora": attack}, "identifiers": ["zwx"], "images_per_unit": 8, "class_images": 2,
-                   "ordinary_images": 12},
+                   "benign_images": 12},
     }  # fmt: skip
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(asked))
@@ -211,10 +211,8 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, both_encod
     told = json.loads((unit / "attack.json").read_text())
     assert told["judge"] == {"name": "dino", "model": judge["model"], "learnt": pytest.approx(-0.05)}
     assert report.utility.fidelity_base is None and report.utility.kid_base > 0
-    ordinary = [check.name for check in report.checks if check.name.startswith("ordinary")]
-    assert ordinary == [f"ordinary prompts ({what})" for what in ("KID", "destroyed", "CLIP-T")], (
-        "traits cannot be read"
-    )
+    benign = [check.name for check in report.checks if check.name.startswith("benign")]
+    assert benign == [f"benign prompts ({what})" for what in ("KID", "collapsed", "CLIP-T")], "traits cannot be read"
     assert next(check for check in report.checks if "CLIP-T" in check.name).value == 0, "the model is its base"
     everyday = [case for case in report.deployability if case.error and case.check != "controlnet"]
     assert not everyday, "what base and judge allow has to run; a ControlNet for this base is not named"

@@ -239,11 +239,11 @@ def make_sd3(folder, seed=0, t5=True):
     return folder
 
 
-def harden_with(method, model, subjects, ordinary, config, **options):
+def harden_with(method, model, subjects, benign, config, **options):
     """Run a method of the table: what `HardeningMethod.run` returns; options are further fields of `HardeningContext`."""
     from guardsmith.methods import METHODS, HardeningContext
 
     options = {"seed": 0, "checkpoint_every": METHODS[method].checkpoint_every} | options
     return METHODS[method].run(
-        HardeningContext(model=model, subjects=subjects, ordinary=ordinary, config=config, **options)
+        HardeningContext(model=model, subjects=subjects, benign=benign, config=config, **options)
     )

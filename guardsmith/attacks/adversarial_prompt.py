@@ -19,7 +19,7 @@ from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.attacks.textual_inversion import add_words, with_embedding, word_parts
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import generator
@@ -103,7 +103,7 @@ def attack(
             for token, vector in zip(parts, rows @ vectors, strict=True):
                 stack.enter_context(with_embedding(own, token, vector))
             context = own.text_encoder(prompts).last_hidden_state
-        samples = draw_rows(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
+        samples = noise_samples(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
         return row_losses(own.unet, own.scheduler, samples).mean()
 
     def project(step: int, loss: float, _: DiffusionModel) -> bool | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import generator, torch_seed
@@ -141,7 +141,7 @@ def attack(
         rng = generator(seed, stream, step)
         prompts = tokens[torch.randint(len(tokens), (config.batch_size,), generator=rng)]
         context = own.text_encoder(prompts).last_hidden_state
-        rows = draw_rows(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
+        rows = noise_samples(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
         return row_losses(own.unet, own.scheduler, rows).mean()
 
     with trained_words(own, new) as vectors:

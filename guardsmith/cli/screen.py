@@ -117,9 +117,9 @@ def _screening(
     index = load_index(registry, encoder, folder)
     if strangers is not None:
         from guardsmith.core.images import open_pictures
-        from guardsmith.hardening.data import bystander_files
+        from guardsmith.hardening.data import negative_files
 
-        pictures = open_pictures(bystander_files(strangers), encoder.size)
+        pictures = open_pictures(negative_files(strangers), encoder.size)
         tables = levels_against(index, encoder, pictures, LEVELS[settings.undo])
     elif judge == "avatar":
         tables = shipped_levels()[settings.undo]

@@ -74,7 +74,7 @@ def print_policy(
     ] = None,
     clip_t: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a CLIP that measures how well pictures fit ordinary prompts."),
+        typer.Option(help="Folder or Hub id of a CLIP that measures how well pictures fit benign prompts."),
     ] = None,
     subjects: Annotated[
         Path | None, typer.Option(help="Registry to measure on, best with subjects that no verification uses.")

@@ -5,8 +5,8 @@ of the restyled picture, while they look as before:
 
     min over delta   MSE(E(x + delta), E(style(x))) + weight * max(distance(x, x + delta) - allowed, 0)
 
-Budget and weights are those of the re-implementation in IMPRESS. Glaze measures visibility by LPIPS; here it is `perceptual_distance`,
-whose numbers are smaller, so `allowed` is not theirs.
+Budget and weights are those of the re-implementation in IMPRESS. Glaze measures visibility by LPIPS; here it is
+`perceptual_distance`, whose numbers are smaller, so `allowed` is not theirs.
 """
 
 from __future__ import annotations

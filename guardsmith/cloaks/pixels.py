@@ -18,7 +18,7 @@ from torch import Tensor
 from guardsmith.attacks.base import AttackData
 from guardsmith.attacks.dreambooth import DreamBoothConfig, train_on_subject
 from guardsmith.core.errors import RunFailed, UserError
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
 from guardsmith.models.families import SD
@@ -97,7 +97,7 @@ def denoising_loss(model: DiffusionModel, pixels: Tensor, context: Tensor, gener
     """L_simple with gradients to the pixels: a fresh timestep and noise for every picture; a scalar."""
     latents = sampled_latents(model, pixels, generator)
     steps = int(model.scheduler.config.num_train_timesteps)
-    rows = draw_rows(latents, context, generator, steps=steps)
+    rows = noise_samples(latents, context, generator, steps=steps)
     return row_losses(model.unet, model.scheduler, rows).mean()
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, sampled_latents
 from guardsmith.core.errors import UserError
-from guardsmith.diffusion.losses import add_noise, alpha_sigma, draw_rows, score_residual
+from guardsmith.diffusion.losses import add_noise, alpha_sigma, noise_samples, score_residual
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.models.networks import load_network
@@ -207,7 +207,7 @@ def adversarial_loss(model: DiffusionModel, pictures: Tensor, context: Tensor, r
         rng: of timesteps, noise and the VAE's sample.
     """
     latents = sampled_latents(model, pictures, rng)
-    rows = draw_rows(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
+    rows = noise_samples(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
     noisy = add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps)
     weight = alpha_sigma(model.scheduler, rows.timesteps)[1].square()
     target = noisy.detach() + weight * score_residual(model.unet, model.scheduler, rows)

@@ -25,9 +25,9 @@ class JudgeSpec(BaseModel):
     """`avatar`: the embedded encoder, for the embedded world only. `dino`, `clip`: vision transformers of the Hub. `face`: dlib's
     face recognition (`pip install guardsmith[face]`). `module:NAME`: one of your own."""
     model: Place | None = None
-    """Folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that compares pictures of benign prompts."""
+    """Folder or Hub id of the encoder, if not the usual one; for `face`, the DINO that compares pictures of benign prompts."""
     clip_t: Place | None = None
-    """Folder or Hub id of a CLIP that measures how well pictures of benign prompts fit their prompts (CLIP-T); `null`: not measured."""
+    """Folder or Hub id of a CLIP that measures how well pictures fit their benign prompts (CLIP-T); `null`: not measured."""
 
     @field_validator("name")
     @classmethod

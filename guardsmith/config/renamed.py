@@ -15,6 +15,7 @@ RECIPE_KEYS = {
     "verify.looks": "verify.evaluation_points",
     "verify.crossed": "verify.full_factorial",
     "verify.ordinary_images": "verify.benign_images",
+    "method.params.ordinary_images": "method.params.benign_images",
     **{f"gate.{old}": f"gate.{new}" for old, new in GATE_KEYS.items()},
 }
 """Of a recipe, with dots between a section and its key. A key stays in its section."""

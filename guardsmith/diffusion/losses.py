@@ -26,7 +26,7 @@ Reduction = Literal["mean", "element"]
 
 
 @dataclass(frozen=True)
-class Rows:
+class NoisedSamples:
     """n rows for one U-Net call.
 
     Attributes:
@@ -47,12 +47,12 @@ class Rows:
         return len(self.latents)
 
 
-def join(*parts: Rows) -> Rows:
+def join(*parts: NoisedSamples) -> NoisedSamples:
     """Rows of several kinds as one batch, in order (all with a target of their own, or none)."""
     targets = [p.target for p in parts if p.target is not None]
     if targets and len(targets) != len(parts):
         raise ValueError("rows with and without a target of their own cannot share a batch")
-    return Rows(
+    return NoisedSamples(
         torch.cat([p.latents for p in parts]),
         torch.cat([p.timesteps for p in parts]),
         torch.cat([p.noise for p in parts]),
@@ -61,15 +61,15 @@ def join(*parts: Rows) -> Rows:
     )
 
 
-def cut(rows: Rows, size: int) -> list[Rows]:
+def cut(rows: NoisedSamples, size: int) -> list[NoisedSamples]:
     """The rows in batches of at most `size`."""
     parts = [[None] * -(-len(rows) // size) if p is None else p.split(size) for p in vars(rows).values()]
-    return [Rows(*part) for part in zip(*parts, strict=True)]
+    return [NoisedSamples(*part) for part in zip(*parts, strict=True)]
 
 
-def draw_rows(
+def noise_samples(
     latents: Tensor, context: Tensor, generator: torch.Generator, *, timesteps: Tensor | None = None, steps: int = 1000
-) -> Rows:
+) -> NoisedSamples:
     """Rows for these latents with fresh noise and uniform timesteps (or the given ones).
 
     Args:
@@ -83,7 +83,7 @@ def draw_rows(
     if timesteps is None:
         timesteps = torch.randint(steps, (count,), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
-    return Rows(latents, timesteps, noise, context.expand(count, -1, -1))
+    return NoisedSamples(latents, timesteps, noise, context.expand(count, -1, -1))
 
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Ten
     return noise
 
 
-def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def predict(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """The U-Net's prediction for all rows, (n, c, h, w); each of several processes computes its part (`runtime.distributed`)."""
     noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
     timesteps, context = rows.timesteps, rows.context
@@ -148,13 +148,13 @@ def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def score_residual(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def score_residual(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """eps_theta(z_t, t, c) - eps of every row, (n, c, h, w), without a graph: what score distillation moves latents by."""
     noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
     return epsilon_of(scheduler, predict(unet, scheduler, rows), noisy, rows.timesteps) - rows.noise
 
 
-def squared_errors(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def squared_errors(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """Element-wise squared errors of all rows, float32 (n, c, h, w); average over dims 1-3 for a per-row loss."""
     target = rows.target
     if target is None:
@@ -162,7 +162,7 @@ def squared_errors(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
     return (predict(unet, scheduler, rows).float() - target.float()).square()
 
 
-def row_losses(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def row_losses(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """Mean squared error per row, float32 (n,)."""
     return squared_errors(unet, scheduler, rows).mean(dim=(1, 2, 3))
 

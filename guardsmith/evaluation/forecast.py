@@ -28,7 +28,7 @@ from guardsmith.evaluation.planning import attacked_subjects
 from guardsmith.evaluation.preflight import check_attacks, check_policy, check_threat_model
 from guardsmith.gate.policy import Policy, recipe_policy
 from guardsmith.hardening.compatibility import check_against_base, check_computes
-from guardsmith.hardening.data import bystander_files
+from guardsmith.hardening.data import negative_files
 from guardsmith.hardening.memory import estimate
 from guardsmith.methods import find_method
 from guardsmith.metrics import load_judge
@@ -235,7 +235,7 @@ def _hardening_forwards(recipe: Recipe, registry: Registry) -> int:
     config, nouns = method.config(**recipe.method.params), [subject.class_noun for subject in registry.subjects]
     cost = method.cost(config, nouns)
     if recipe.negatives is not None:
-        cost += method.negatives_cost(config, nouns, len(bystander_files(recipe.negatives)), recipe.sampling.steps)
+        cost += method.negatives_cost(config, nouns, len(negative_files(recipe.negatives)), recipe.sampling.steps)
     return cost
 
 

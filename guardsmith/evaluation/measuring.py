@@ -11,7 +11,7 @@ from torch import Tensor
 from guardsmith.core.progress import stage
 from guardsmith.core.seeds import ATTACK_CLASS
 from guardsmith.diffusion.cache import drawn_by
-from guardsmith.diffusion.prompts import OrdinaryPrompt, class_prompt
+from guardsmith.diffusion.prompts import BenignPrompt, class_prompt
 from guardsmith.evaluation.benign import draw_benign, measure_benign
 from guardsmith.evaluation.deployability.kept import measure_everyday_use
 from guardsmith.evaluation.no_attack import likeness_of, released_pictures
@@ -45,7 +45,7 @@ class Measurements:
     utility: Utility
     released: dict[str, list[Path]]
     released_scores: dict[str, list[float | None]]
-    prompts: list[OrdinaryPrompt]
+    prompts: list[BenignPrompt]
     benign: dict[str, Tensor]
     deployability: Sequence[Measurement] = ()
 

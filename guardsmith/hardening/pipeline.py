@@ -26,7 +26,7 @@ from guardsmith.core.console import first_process
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import console, stage
 from guardsmith.hardening.compatibility import check_against_base, check_computes
-from guardsmith.hardening.data import draw_prompt, load_bystanders, ordinary_data, subject_data
+from guardsmith.hardening.data import benign_data, draw_prompt, load_negatives, subject_data
 from guardsmith.hardening.probes import Probes
 from guardsmith.hardening.record import StepCosts, earlier_run, read_hardening, run_info
 from guardsmith.methods import (
@@ -204,7 +204,7 @@ def _preflight(registry: Registry, recipe: Recipe, output: Path, add_to: Path | 
     if recipe.compute != ComputeConfig():
         settings["compute"] = recipe.compute.model_dump()
     protected = [image.path for subject in registry.subjects for image in subject.images if image.path.is_file()]
-    negatives, negatives_digest = load_bystanders(model, recipe.negatives, protected)
+    negatives, negatives_digest = load_negatives(model, recipe.negatives, protected)
     if negatives_digest is not None:
         settings["bystanders_digest"] = negatives_digest
     subjects = list(registry.subjects)
@@ -234,11 +234,11 @@ def _prepare(job: _Job) -> Prepared:
     cache, model, recipe, config = job.output / "cache", job.model, job.recipe, job.config
     with main_process_first():  # the others find everything in the cache
         subjects = subject_data(model, recipe, job.subjects, config, cache)
-        ordinary = None
-        if job.method.needs_ordinary(config):
-            ordinary = ordinary_data(model, recipe, job.negatives, config, cache)
+        benign = None
+        if job.method.needs_benign(config):
+            benign = benign_data(model, recipe, job.negatives, config, cache)
         preparation = Preparation(
-            model=model, subjects=subjects, ordinary=ordinary, config=config, seed=recipe.seed,
+            model=model, subjects=subjects, benign=benign, config=config, seed=recipe.seed,
             sampling_steps=recipe.sampling.steps, guidance=recipe.sampling.guidance, cache=cache,
             draw=partial(draw_prompt, model, recipe, count=config.class_images, cache=cache),
         )  # fmt: skip
@@ -272,7 +272,7 @@ def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
     settings |= {key: value for key, value in job.settings["params"].items() if isinstance(value, int | float | str)}
     tracking = tracked(report_to if first_process() else (), output, settings)
     context = HardeningContext(
-        model=job.model, subjects=prepared.subjects, ordinary=prepared.ordinary, config=job.config, seed=recipe.seed,
+        model=job.model, subjects=prepared.subjects, benign=prepared.benign, config=job.config, seed=recipe.seed,
         compute=recipe.compute, start=job.start, checkpoint=job.checkpoint, checkpoint_every=method.checkpoint_every,
         on_step=on_step, probe=probe,
     )  # fmt: skip
@@ -315,7 +315,7 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         # Steps of earlier sessions; the rows below include theirs, the seconds do not.
         "resumed_after": len(history) - trained.steps_taken,
         "seconds": round(time.monotonic() - began, 1),
-        # Pictures of the class and of ordinary prompts, which serve every run on this base, do not count.
+        # Pictures of the class and of benign prompts, which serve every run on this base, do not count.
         "unet_forward_rows": forwards,
         "unet_backward_rows": backwards,
         "unet_forward_equivalents": forwards + 2 * backwards,

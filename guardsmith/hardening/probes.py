@@ -21,7 +21,7 @@ from guardsmith.core.errors import RunFailed
 from guardsmith.core.progress import console
 from guardsmith.core.seeds import PROBE
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.sampling import generate, grid
 from guardsmith.methods.data import SubjectData
@@ -73,7 +73,7 @@ class Probes:
         # Evenly spread over the schedule; the middle of every sixteenth.
         times = (torch.arange(ROWS) * 2 + 1) * int(model.scheduler.config.num_train_timesteps) // (2 * ROWS)
         context = PromptBank(model).encode([prompt])  # its text encoder may be hardened as well
-        return row_losses(model.unet, model.scheduler, draw_rows(latents, context, rng, timesteps=times))
+        return row_losses(model.unet, model.scheduler, noise_samples(latents, context, rng, timesteps=times))
 
     def _look(self, model: DiffusionModel) -> tuple[list[torch.Tensor], list[float], list[float]]:
         """Row losses of every subject, the norms of their gradients, mean losses of every class."""

@@ -87,8 +87,8 @@ def load_judge(name: str, model: str | None = None, clip_t: str | None = None) -
 
     Args:
         name: see `find_judge`.
-        model: folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that pictures of benign prompts are
-            compared by.
+        model: folder or Hub id of the encoder, if not the usual one; for `face`, of the DINO that compares pictures of benign
+            prompts.
         clip_t: folder or Hub id of a CLIP that says how well pictures fit their prompts.
 
     Raises:

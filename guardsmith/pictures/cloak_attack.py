@@ -79,10 +79,7 @@ def attack_cloaked(
         UserError: a picture or the base cannot be used; the output is there already.
         RunFailed: an attack diverged.
     """
-    if output.exists():
-        raise UserError(f"{output} exists already; name another folder")
-    check_names(files)
-    check_references(files, references)
+    check_inputs(files, references, output)
     [model] = load_bases([base])
     entry = find_purifier(purifier)
     originals, reference_images = (open_pictures(paths, model.image_size) for paths in (files, references))
@@ -100,9 +97,8 @@ def attack_cloaked(
             pictures[name], losses = draw_after_attack(
                 model, attack, params, data, seed=seed, count=count, sampling=recipe.sampling.model_dump()
             )
-            rows[name] = judged_row(loaded_judge.similarity(pictures[name], reference_images)) | {
-                "last_loss": losses[-1]
-            }
+            scores = loaded_judge.similarity(pictures[name], reference_images)
+            rows[name] = judged_row(scores) | {"last_loss": losses[-1]}
             bar()
     record = {
         "base": base, "base_digest": weights_digest(model.folder), "judge": judge, "purifier": purifier,
@@ -117,6 +113,18 @@ def attack_cloaked(
         save_page(place / "grid.png", [reference_images, originals, pure, *pictures.values()], model.image_size)
         write_json(place / "redteam.json", record)
     return record
+
+
+def check_inputs(files: Sequence[Path], references: Sequence[Path], output: Path) -> None:
+    """Refuse an output that exists, two files of one name, and references that are trained on.
+
+    Raises:
+        UserError: one of these.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; name another folder")
+    check_names(files)
+    check_references(files, references)
 
 
 def check_references(files: Sequence[Path], references: Sequence[Path]) -> None:

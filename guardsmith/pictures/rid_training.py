@@ -26,7 +26,7 @@ from guardsmith.cloaks.rid import RidTraining, train
 from guardsmith.core.atomic_io import folder_digest, read_kept, read_record, whole_file, write_json
 from guardsmith.core.images import open_pictures, sha256_file
 from guardsmith.core.progress import stage
-from guardsmith.hardening.data import bystander_files
+from guardsmith.hardening.data import negative_files
 from guardsmith.models.checkpoint import DiffusionModel, weights_digest
 from guardsmith.models.networks import save_network
 from guardsmith.runtime.output import lock_output, prepare_output
@@ -86,7 +86,7 @@ def train_defender(
         RunFailed: it diverged.
     """
     config = RidTraining(**params)
-    files = bystander_files(place)
+    files = negative_files(place)
     models = load_bases(bases)
     digests = [weights_digest(model.folder) for model in models]
     settings = {

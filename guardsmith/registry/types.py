@@ -129,7 +129,7 @@ class Subject(SubjectFields):
 
     @property
     def is_invented(self) -> bool:
-        """Whether it is an invented person or thing, so that its id and pictures may be shown to everyone: its consent has the basis "invented"."""
+        """Whether it is no real person, so that everyone may see its id and pictures: its consent has the basis "invented"."""
         return self.consent is not None and self.consent.basis == "invented"
 
     def images_of(self, split: Split) -> tuple[Image, ...]:

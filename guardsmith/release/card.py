@@ -154,7 +154,7 @@ class Measured(NamedTuple):
 
 
 def measured(report: Report) -> list[Measured]:
-    """What a report comes down to: similarities, what controls keep, ordinary prompts."""
+    """What a report comes down to: similarities, what controls keep, benign prompts."""
     results = []
     for attack in report.recipe.verify.attacks:
         similarity = interval(group_units(report, "hardened", group(report, "protected"), attack, 1))
@@ -167,7 +167,7 @@ def measured(report: Report) -> list[Measured]:
             results.append(Measured("control_retention", name, *share.ends))
     ratio, low, high = report.utility.kid_ratio, report.utility.kid_ratio_low, report.utility.kid_ratio_high
     if ratio is not None and low is not None and high is not None:
-        name = "KID of ordinary pictures to the base's, over that of two sets of seeds"
+        name = "KID of benign pictures to the base's, over that of two sets of seeds"
         results.append(Measured("kid_ratio", name, ratio, low, high))
     return results
 

@@ -217,12 +217,12 @@ def model_rows(report: Report, demands: Demands) -> Iterator[tuple[str, Cell]]:
         checks = [check for check in report.checks if check.name == rule.title and check.attack not in attacks]
         whole = [check for check in checks if not check.subject]
         if rule is BENIGN_KID:
-            yield "ordinary prompts: KID over that of two seeds", kid_cell(report)
+            yield "benign prompts: KID over that of two seeds", kid_cell(report)
         elif rule is BENIGN_FIDELITY:
-            yield "ordinary prompts: fidelity (base)", fidelity_cell(report, demands.fidelity)
+            yield "benign prompts: fidelity (base)", fidelity_cell(report, demands.fidelity)
         elif rule is BENIGN_COLLAPSE:
             if whole and whole[0].value is not None:
-                yield "ordinary prompts: pictures destroyed", check_cell(whole[0], 100, " %")
+                yield "benign prompts: pictures collapsed", check_cell(whole[0], 100, " %")
         elif rule is not CONTROL and checks:
             yield rule.title, check_cell(whole[0]) if len(whole) == len(checks) == 1 else count_cell(checks)
 
@@ -274,10 +274,17 @@ def in_common(reports: Mapping[str, Report]) -> tuple[dict[str, Report], list[st
     points = [point for point in all_points if all(point in spec.evaluation_points for spec in specs.values())]
     left_out = [label for label in everything if label not in attacks]
     left_out += [f"{point:g} x steps" for point in all_points if point not in points and point > 1]
+    compared_attacks = {attack_at(label, point) for label in attacks for point in points}
     result = {}
     for name, report in reports.items():
         verify = specs[name].model_copy(update={"attacks": attacks, "evaluation_points": tuple(points)})
-        result[name] = report.model_copy(update={"recipe": report.recipe.model_copy(update={"verify": verify})})
+        checks = [
+            check
+            for check in report.checks
+            if check.attack in compared_attacks or check.attack.partition(",")[0] not in everything
+        ]
+        recipe = report.recipe.model_copy(update={"verify": verify})
+        result[name] = report.model_copy(update={"recipe": recipe, "checks": checks})
     return result, left_out
 
 

@@ -200,7 +200,7 @@ class Run(_Part):
 class Report(_Part):
     """The result of a verification (`report.json`): verdict, checks, scores, settings and versions."""
 
-    version: Literal[2] = Field(SCHEMA, alias="schema")
+    version: Literal[3] = Field(SCHEMA, alias="schema")
     """Version of this schema."""
     verdict: Status
     """The worst of the checks."""

@@ -25,7 +25,7 @@ from guardsmith.attacks.evasion import EVASIONS, EvasionContext, transformed
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.images import open_pictures
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import cut, draw_rows, row_losses
+from guardsmith.diffusion.losses import cut, noise_samples, row_losses
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.sampling import generate
 from guardsmith.models.checkpoint import DiffusionModel, load_model
@@ -44,7 +44,7 @@ def errors(model: DiffusionModel, images: Tensor) -> Tensor:
     times = torch.tensor(TIMESTEPS).repeat_interleave(NOISES * len(images))
     latents = encode(model, images).mean.repeat(len(TIMESTEPS) * NOISES, 1, 1, 1)
     context = PromptBank(model).encode([instance_prompt("zwx", "person")])
-    rows = draw_rows(latents, context, generator(0, 9), timesteps=times)
+    rows = noise_samples(latents, context, generator(0, 9), timesteps=times)
     return torch.cat([row_losses(model.unet, model.scheduler, part) for part in cut(rows, 64)])
 
 

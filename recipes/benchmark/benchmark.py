@@ -51,7 +51,7 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.errors import GuardsmithError
 from guardsmith.diffusion.cache import drawn_by
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import class_prompt
 from guardsmith.evaluation.planning import TargetModel, class_file, plan_units
 from guardsmith.evaluation.runs import run_unit, run_units
@@ -102,7 +102,7 @@ def by_turns(model: DiffusionModel, config: ApdmConfig, times: int = TIMES) -> d
     for turn in range(times):
         began.clear()
         two = config.model_copy(update={"outer_steps": 2})
-        context = HardeningContext(model=model, subjects=[subject], ordinary=None, config=two, seed=0, on_step=on_step)
+        context = HardeningContext(model=model, subjects=[subject], benign=None, config=two, seed=0, on_step=on_step)
         _, losses = METHODS["apdm"].run(context)
         ours.append((began[1] - began[0]) / config.inner_steps)
         told = plain.step(turn + 1)
@@ -219,7 +219,7 @@ def unet_step(
     side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
     latents = torch.randn(rows, channels, side, side, generator=generator(2))
     width, tokens = model.unet.config.cross_attention_dim, model.tokenizer.model_max_length
-    batch = draw_rows(latents, torch.randn(1, tokens, width, generator=generator(3)), generator(4))
+    batch = noise_samples(latents, torch.randn(1, tokens, width, generator=generator(3)), generator(4))
 
     def step() -> None:
         row_losses(unet, own.scheduler, batch).mean().backward()
@@ -299,7 +299,7 @@ def part_of(registry: Registry, subjects: int, pictures: int) -> Registry:
 
 def growth() -> dict[str, Any]:
     """Short hardenings by Tripwire with 1 to 6 subjects and 1 to 4 pictures, short verifications, U-Nets of several sizes."""
-    short = ["steps=20", "rehearsal_steps=20", "rehearsal_images=4", "class_images=8", "ordinary_images=16"]
+    short = ["steps=20", "rehearsal_steps=20", "rehearsal_images=4", "class_images=8", "benign_images=16"]
     changes = [f"method.params.{change}" for change in short] + ["probe.times=0"]
     known = load_registry(ROOT / "registries" / "avatars.yaml")
     found: dict[str, Any] = {}
@@ -416,9 +416,9 @@ SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm, moments in 8 bits": ("apdm", APDM, {"optimizer": "adamw8bit"}),
     "apdm, activations computed again": ("apdm", APDM, {"gradient_checkpointing": True}),
     "apdm along adapters, attention": ("apdm", APDM | {"path": "lora", "parameters": "attention"}, {}),
-    "persguard": ("persguard", {"steps": 2, "batch_size": 1, "ordinary_images": 2}, {}),
-    "imma": ("imma", {"steps": 4, "batch_size": 1, "ordinary_images": 2}, {}),
-    "tripwire": ("tripwire", {"steps": 2, "batch_size": 2, "rehearsal_steps": 0, "ordinary_images": 2}, {}),
+    "persguard": ("persguard", {"steps": 2, "batch_size": 1, "benign_images": 2}, {}),
+    "imma": ("imma", {"steps": 4, "batch_size": 1, "benign_images": 2}, {}),
+    "tripwire": ("tripwire", {"steps": 2, "batch_size": 2, "rehearsal_steps": 0, "benign_images": 2}, {}),
 }  # method, as few steps as its peak needs, how it computes
 LEAN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm along adapters, attention": SHORT["apdm along adapters, attention"],

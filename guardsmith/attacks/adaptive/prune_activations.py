@@ -16,7 +16,7 @@ from torch import Tensor
 from guardsmith.attacks.adaptive.base import Removal, RemovalConfig, class_pictures, weight_layers
 from guardsmith.attacks.base import AttackData
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.losses import draw_rows, predict
+from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank, class_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator
@@ -53,7 +53,7 @@ def channel_statistics(
         for batch in range(batches):
             rng = generator(seed, batch)
             timesteps = torch.randint(steps // 2, (16,), generator=rng)  # where a subject can be recognised
-            rows = draw_rows(store.draw(16, rng), context, rng, timesteps=timesteps)
+            rows = noise_samples(store.draw(16, rng), context, rng, timesteps=timesteps)
             predict(model.unet, model.scheduler, rows)
     finally:
         for handle in handles:

@@ -17,7 +17,7 @@ from guardsmith.attacks import dreambooth
 from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, predict
+from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator
@@ -46,7 +46,7 @@ def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig,
 
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, -1, step)
-        rows = draw_rows(store.draw(2 * config.batch_size, rng), plain, rng, steps=steps)
+        rows = noise_samples(store.draw(2 * config.batch_size, rng), plain, rng, steps=steps)
         with torch.no_grad():
             target = predict(model.unet, model.scheduler, rows)
         instance_rows = replace(rows, context=instance_context.expand(len(rows), -1, -1))

@@ -31,7 +31,7 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 def in_precision(bench: Bench, side: str, dtype: torch.dtype) -> Tensor:
-    """Ordinary pictures by a side in another precision; float16 is emulated on CPUs."""
+    """Benign pictures by a side in another precision; float16 is emulated on CPUs."""
     if dtype == torch.float16 and chosen_device().type == "cpu":
         pipeline = bench.load(side)
         for part in pipeline.components.values():

@@ -33,5 +33,5 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
 
 
 RULE = Rule(
-    "ordinary-prompts-clip-t", "ordinary prompts (CLIP-T)", "pictures of ordinary prompts fit their prompts", evaluate
+    "benign-prompts-clip-t", "benign prompts (CLIP-T)", "pictures of benign prompts fit their prompts", evaluate
 )
