@@ -128,7 +128,7 @@ def test_determinism_holds_for_the_call_only(run, monkeypatch):
     import guardsmith.api as api
 
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    with api._computing(None, True):
+    with api._runtime_settings(None, True):
         assert os.environ["GUARDSMITH_DETERMINISTIC"] == "1"
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)

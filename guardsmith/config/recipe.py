@@ -210,7 +210,10 @@ class GateSpec(BaseModel):
 
 
 class Recipe(BaseModel):
-    """One way of running guardsmith."""
+    """Base, method, attacks, judge and gate of a run; keys are those of a recipe file.
+
+    `load_recipe` reads and checks one. A recipe does not change; `model_copy(update=...)` gives another.
+    """
 
     model_config = _STRICT
     base: Place = "builtin:avatar"

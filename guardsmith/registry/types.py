@@ -122,7 +122,7 @@ class SubjectEntry(SubjectFields):
 
 
 class Subject(SubjectFields):
-    """Someone or something to protect, or a control that must stay learnable."""
+    """Someone or something to protect, or a control on which attacks must still succeed."""
 
     images: tuple[Image, ...]
     """Its pictures, in the order of the file."""
@@ -138,7 +138,7 @@ class Subject(SubjectFields):
 
 
 class RegistryFile(BaseModel):
-    """Who is protected from personalization, and who must stay learnable."""
+    """Who is protected from personalization, and on whom attacks must still succeed."""
 
     model_config = _STRICT | ConfigDict(title="guardsmith registry")
 
@@ -151,7 +151,7 @@ class RegistryFile(BaseModel):
 
 
 class Registry(BaseModel):
-    """A registry that passed every check."""
+    """A registry that passed every check, as `load_registry` returns it."""
 
     model_config = _STRICT
 
