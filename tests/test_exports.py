@@ -49,7 +49,7 @@ def test_every_rule_of_the_gate_is_in_sarif_when_its_check_does_not_pass(rule, s
 
 def test_ids_and_titles_stay_what_earlier_reports_have():
     """Whoever suppresses a finding by its id, or compares with an earlier report, relies on them."""
-    assert {rule.title: rule.id for rule in RULES} == {
+    earlier = {
         "released weights": "released-weights",
         "attack works on base": "attack-works-on-base",
         "protected": "protected",
@@ -65,6 +65,7 @@ def test_ids_and_titles_stay_what_earlier_reports_have():
         "everyday use (quantization)": "everyday-use-quantization",
         "everyday use (samplers)": "everyday-use-samplers",
     }
+    assert earlier.items() <= {rule.title: rule.id for rule in RULES}.items()
 
 
 def test_a_check_of_a_rule_that_this_version_does_not_have_is_exported_too():

@@ -121,6 +121,11 @@ def test_every_method_declares_what_is_needed(tiny_v, name):
         assert info.description, f"{name}: {field} has no docstring"
 
 
+def test_every_method_has_short_settings():
+    missing = METHODS.keys() - SHORT.keys()
+    assert not missing, f"add settings of a few steps for {missing} to METHODS in tests/test_parallel.py"
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_run_needs_is_what_prepare_gives(tiny_v, tmp_path, name):
     """No method needs anything at the start of its training that it did not ask for before."""
