@@ -1,4 +1,4 @@
-"""The registry: who is protected, with which pictures and whose consent, and who must stay learnable.
+"""The registry: who is protected, with which pictures and whose consent, and who are the controls.
 
 A registry is a YAML file (docs/how-to/registry.md, registries/schema.json). `load_registry` checks all of it, reports every
 error at once as `file:line: sentence`, and returns a `Registry` in which every picture is a file with its hash.

@@ -316,7 +316,7 @@ def opening_strips(evidence: Evidence, protected: Sequence[Subject], controls: S
     control = next((subject for subject in controls if evidence.shows(subject)), None)
     if control is not None:
         units = evidence.units_of(control, label, "hardened")
-        title = f"{control.id}, a control, who has to stay learnable: {label} on the hardened model"
+        title = f"{control.id}, a control, on which attacks have to succeed: {label} on the hardened model"
         strips.append(drawn_strip(units, title, 1.0, ROW))
     return strips
 

@@ -114,7 +114,7 @@ class AttackedSubject(_Part):
     class_noun: str
     """Its class."""
     role: Role
-    """Whether it has to be protected, or to stay learnable."""
+    """Whether attacks on it have to fail (protected), or to succeed (control)."""
 
 
 class JudgeRecord(_Part):
