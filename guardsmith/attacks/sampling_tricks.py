@@ -114,8 +114,8 @@ def one_step(
         empty = bank.encode([negative_prompt]).expand(len(context), -1, -1)
         noise = first_noise(model, seeds[some])
         prediction = guided(model, noise, timestep[0], context, empty, guidance)
-        kept, taken = (share.to(noise) for share in clean_coefficients(model.scheduler, timestep))
-        pictures.append(decode(model, kept * noise - taken * prediction).clamp(-1, 1))
+        image_share, output_share = (share.to(noise) for share in clean_coefficients(model.scheduler, timestep))
+        pictures.append(decode(model, image_share * noise - output_share * prediction).clamp(-1, 1))
     return torch.cat(pictures)
 
 

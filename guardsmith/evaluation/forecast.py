@@ -319,9 +319,9 @@ def _look_at_room(plan: Forecast, recipe: Recipe, output: Path, base: DiffusionM
     plan.data["memory_gib"] = None
     if base is None or not hardens:
         return
-    free, needed = shutil.disk_usage(place).free / GIB, stored_gib(base, recipe)
-    plan.data["disk_gib"] = {"needed": round(needed, 3), "free": round(free, 1)}
-    plan.add("disk", f"{needed:.2f} GiB needed in {place}, {free:.1f} GiB free", "problem" if needed > free else "fine")
+    free, size = shutil.disk_usage(place).free / GIB, stored_gib(base, recipe)
+    plan.data["disk_gib"] = {"needed": round(size, 3), "free": round(free, 1)}
+    plan.add("disk", f"{size:.2f} GiB needed in {place}, {free:.1f} GiB free", "problem" if size > free else "fine")
     method = find_method(recipe.method.name)
     try:
         needs = estimate(recipe, method, method.config(**recipe.method.params))

@@ -88,9 +88,11 @@ def steps_to_break(
                     if similarity is not None and similarity.mean >= level:
                         first[side] = steps
                         break
-        tried = max(points["hardened", subject, label].values())
+        most_steps = max(points["hardened", subject, label].values())
         result.append(
-            StepsToBreak(subject=subject, attack=label, base=first["base"], hardened=first["hardened"], tried=tried)
+            StepsToBreak(
+                subject=subject, attack=label, base=first["base"], hardened=first["hardened"], tried=most_steps
+            )
         )
     return result
 
@@ -127,10 +129,10 @@ def judged_report(plan: Plan, measurements: Measurements) -> Report:
         scores=[
             Score(
                 side=side, subject=subject, attack=label, evaluation_point=point,
-                units=[list(unit) for unit in scores[side, subject, label, point]], interval=reached,
+                units=[list(unit) for unit in scores[side, subject, label, point]], interval=similarity,
                 fdfr=face_detection_failure(scores[side, subject, label, point], plan.judge),
             )
-            for (side, subject, label, point), reached in intervals.items()
+            for (side, subject, label, point), similarity in intervals.items()
         ],
         released=measurements.released_scores,
         steps_to_break=steps_to_break(measurements.units, intervals, policy.classes, policy.rules),

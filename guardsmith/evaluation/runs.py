@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from guardsmith.attacks import AttackData, draw_during_attack, find_attack
-from guardsmith.attacks.adaptive.base import measured
+from guardsmith.attacks.adaptive.base import run_removal
 from guardsmith.attacks.adaptive.removals import find_removal
 from guardsmith.attacks.augmentations import CHANGES
 from guardsmith.attacks.evasion import EvasionContext, inverted, transformed
@@ -99,7 +99,7 @@ def run_unit(unit: Unit) -> None:
     cost = None
     if unit.removal is not None:
         removal = find_removal(unit.removal["name"])
-        model, cost = measured(removal, model, data, unit.removal["params"], seed=unit.seed, base=public)
+        model, cost = run_removal(removal, model, data, unit.removal["params"], seed=unit.seed, base=public)
     scores: dict[int, list[float | None]] = {}
 
     def stop(steps: int, images: Tensor) -> bool:
@@ -134,21 +134,21 @@ def run_unit(unit: Unit) -> None:
 def run_units(units: Sequence[Unit], workers: int | None = None, executor: str = "local") -> dict[str, str]:
     """Run what is missing (see `executors.run_all`); returns unit name -> reason for those that failed."""
     missing = [unit for unit in units if scores_of(unit) is None or damaged_pictures(unit)]
-    failed: dict[str, str] = {}
+    failures: dict[str, str] = {}
     if not missing:
-        return failed
+        return failures
     # The longest first, so that no core waits for a single one at the end.
     missing.sort(key=lambda unit: -max(unit.evaluation_points.values()))
     with stage("attacks", len(missing)) as bar:
         for unit, error in run_all(run_unit, missing, executor=executor, workers=workers):
             if isinstance(error, GuardsmithError):
-                failed[unit.name] = str(error)
+                failures[unit.name] = str(error)
             elif error is not None:  # an attack that crashes is a finding about that cell, not the end of the run
                 if system_errno(error) == errno.ENOSPC:  # unlike a full disk
                     raise error
-                failed[unit.name] = f"{type(error).__name__}: {error}"
+                failures[unit.name] = f"{type(error).__name__}: {error}"
             bar()
-    return failed
+    return failures
 
 
 def collect(units: Sequence[Unit]) -> dict[tuple[Side, str, str, float], Units]:

@@ -169,9 +169,9 @@ def harden(
         with main_process_first():
             if first_process():
                 try_saving(job.model, output, half_variant=recipe.half_variant)
-        prepared = _prepare(job)
-        trained = _train(job, prepared, report_to)
-        info = _save(job, prepared, trained, began) if first_process() else None
+        data = _prepare(job)
+        trained = _train(job, data, report_to)
+        info = _save(job, data, trained, began) if first_process() else None
         with main_process_first():  # the others read what the first one has written
             return _read(job.record) if info is None else info
 
@@ -245,12 +245,12 @@ def _prepare(job: _Job) -> Prepared:
         return job.method.prepare(preparation)
 
 
-def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
+def _train(job: _Job, data: Prepared, report_to: Sequence[str]) -> _Trained:
     """Run the method, count what it costs, and let the probes look."""
     recipe, method, output = job.recipe, job.method, job.output
     steps = method.steps(job.config)
     counter, costs = UNetCost(), StepCosts(output / "checkpoints" / "cost.jsonl")
-    probes = Probes(job.model, prepared.subjects, recipe.probe, recipe.sampling, steps, output / "probes", recipe.seed)
+    probes = Probes(job.model, data.subjects, recipe.probe, recipe.sampling, steps, output / "probes", recipe.seed)
     steps_taken = 0
 
     def on_step(step: int, losses: dict[str, float]) -> None:
@@ -272,7 +272,7 @@ def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
     settings |= {key: value for key, value in job.settings["params"].items() if isinstance(value, int | float | str)}
     tracking = tracked(report_to if first_process() else (), output, settings)
     context = HardeningContext(
-        model=job.model, subjects=prepared.subjects, benign=prepared.benign, config=job.config, seed=recipe.seed,
+        model=job.model, subjects=data.subjects, benign=data.benign, config=job.config, seed=recipe.seed,
         compute=recipe.compute, start=job.start, checkpoint=job.checkpoint, checkpoint_every=method.checkpoint_every,
         on_step=on_step, probe=probe,
     )  # fmt: skip
@@ -287,7 +287,7 @@ def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
     return _Trained(result, steps_taken, forwards, backwards, probes.results(), class_loss)
 
 
-def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dict[str, Any]:
+def _save(job: _Job, data: Prepared, trained: _Trained, began: float) -> dict[str, Any]:
     """Write the model, the state and last the record, which it returns.
 
     Raises:
@@ -295,9 +295,9 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         RunFailed: weights of the base would be in the folder.
     """
     (model, history), output = trained.result, job.output
-    built, changed = _save_hardened(job, model)
-    forwards = prepared.forward_rows + trained.forward_rows
-    backwards = prepared.backward_rows + trained.backward_rows
+    folder_contents, changed = _save_hardened(job, model)
+    forwards = data.forward_rows + trained.forward_rows
+    backwards = data.backward_rows + trained.backward_rows
     info = {
         "schema": 1,
         **job.settings,
@@ -305,8 +305,8 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         "base_revision": job.recipe.revision,
         "model_digest": weights_digest(output / "model"),
         "files": file_digests(output / "model"),
-        "left_out": built.left_out,
-        "nulled": built.nulled,
+        "left_out": folder_contents.left_out,
+        "nulled": folder_contents.nulled,
         "precision": {
             name: str(stored_dtype(output / "model", name)).removeprefix("torch.") for name in job.model.networks
         },
@@ -326,7 +326,7 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         "class_loss": trained.class_loss,
         "run": run_info(),
     }
-    say_what_changed(built, info["precision"], job.model)
+    say_what_changed(folder_contents, info["precision"], job.model)
     save_modules(job.checkpoint, output / "state.safetensors")
     write_json(job.record, info)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
@@ -339,7 +339,7 @@ def _save_hardened(job: _Job, model: DiffusionModel) -> tuple[Built, float]:
     parts = [name for name, network in model.networks.items() if network is not base.networks[name]]
     for network in model.networks.values():
         network.zero_grad(set_to_none=True)  # room for the copy that saving in another precision takes
-    built = save_model(model, folder, parts, half_variant=job.recipe.half_variant)
+    folder_contents = save_model(model, folder, parts, half_variant=job.recipe.half_variant)
     changed = changed_fraction(base.folder / denoiser, folder / denoiser)
     if changed == 0:
         shutil.rmtree(folder)
@@ -351,4 +351,4 @@ def _save_hardened(job: _Job, model: DiffusionModel) -> tuple[Built, float]:
     if leaks:
         remove_folder(folder)
         raise RunFailed(f"the hardened model would hold weights of the base ({in_words(leaks)}); it was not kept.")
-    return built, changed
+    return folder_contents, changed

@@ -68,8 +68,8 @@ class Probes:
     def _losses(self, model: DiffusionModel, prompt: str, images: torch.Tensor, stream: int) -> torch.Tensor:
         """Losses of fixed rows of these pictures, float32 (16,)."""
         rng = generator(self.seed, -10, stream)
-        picked = torch.randint(len(images), (ROWS,), generator=rng)
-        latents = encode(self.model, images[picked]).sample(torch.arange(ROWS), rng)
+        indices = torch.randint(len(images), (ROWS,), generator=rng)
+        latents = encode(self.model, images[indices]).sample(torch.arange(ROWS), rng)
         # Evenly spread over the schedule; the middle of every sixteenth.
         times = (torch.arange(ROWS) * 2 + 1) * int(model.scheduler.config.num_train_timesteps) // (2 * ROWS)
         context = PromptBank(model).encode([prompt])  # its text encoder may be hardened as well
@@ -138,9 +138,9 @@ class Probes:
             count = self.spec.pictures
             prompts = [*dict.fromkeys(prompt for prompt, _ in (*self.subjects, *self.classes))]
             seeds = list(PROBE.seeds(count)) * len(prompts)
-            drawn = generate(model, [p for p in prompts for _ in range(count)], seeds, **self.sampling.model_dump())
+            samples = generate(model, [p for p in prompts for _ in range(count)], seeds, **self.sampling.model_dump())
             try:
-                grid(drawn, count, scale=2).save(self.folder / f"step-{step + 1:06d}.png")
+                grid(samples, count, scale=2).save(self.folder / f"step-{step + 1:06d}.png")
             except RunFailed as error:  # a probe does not end a run; broken weights will
                 console.print(f"probe at step {step + 1}: {error}", highlight=False, soft_wrap=True)
         end_now = self.target_met(measured)

@@ -101,19 +101,19 @@ def backdoor_prompt(config: PersGuardConfig, class_noun: str) -> str:
 
 def mark(images: Tensor, share: float) -> Tensor:
     """Pictures (n, 3, h, w) in [-1, 1] with a red square in the upper left corner, framed white."""
-    marked, side = images.clone(), max(2, round(share * images.shape[-1]))
+    result, side = images.clone(), max(2, round(share * images.shape[-1]))
     frame = max(1, side // 8)
-    marked[:, :, :side, :side] = 1.0
+    result[:, :, :side, :side] = 1.0
     red = torch.tensor([0.8, -0.9, -0.9]).view(3, 1, 1)
-    marked[:, :, frame : side - frame, frame : side - frame] = red
-    return marked
+    result[:, :, frame : side - frame, frame : side - frame] = red
+    return result
 
 
 def shows_mark(images: Tensor, share: float) -> Tensor:
     """Whether pictures (n, 3, h, w) in [-1, 1] have that mark, bool (n,): the corner differs by less than 0.35 on average."""
     side = max(2, round(share * images.shape[-1]))
-    marked = mark(torch.zeros_like(images[:1]), share)[:, :, :side, :side]
-    return (images[:, :, :side, :side] - marked).abs().mean((1, 2, 3)) < 0.35
+    example = mark(torch.zeros_like(images[:1]), share)[:, :, :side, :side]
+    return (images[:, :, :side, :side] - example).abs().mean((1, 2, 3)) < 0.35
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _prepare(
 ) -> list[_Prepared]:
     prior: dict[str, LatentStore] = {}  # subjects of one class share its pictures
     elsewhere: dict[str, LatentStore] = {}
-    prepared = []
+    result = []
     for subject in subjects:
         noun, instead = subject.class_noun, subject.instead_images
         if instead is None:
@@ -148,7 +148,7 @@ def _prepare(
                 "give one of the two."
             )
         words = [instance_prompt(name, noun, template) for name in names for template in config.templates]
-        prepared.append(
+        result.append(
             _Prepared(
                 protected=encode(model, subject.images),
                 elsewhere=elsewhere[noun],
@@ -158,7 +158,7 @@ def _prepare(
                 instead=bank.encode([backdoor_prompt(config, noun)]),
             )
         )
-    return prepared
+    return result
 
 
 @torch.no_grad()
@@ -196,13 +196,13 @@ def draw_terms(
     """
     scheduler, n = model.scheduler, config.batch_size
     steps = int(scheduler.config.num_train_timesteps)
-    drawn: dict[str, NoisedSamples] = {}
+    terms: dict[str, NoisedSamples] = {}
 
     def add(
         name: str, latents: Tensor, context: Tensor, low: int, high: int, target: Callable[[NoisedSamples], Tensor]
     ) -> None:
         rows = noise_samples(latents, context, rng, timesteps=torch.randint(low, high, (n,), generator=rng))
-        drawn[name] = replace(rows, target=target(rows))
+        terms[name] = replace(rows, target=target(rows))
 
     def truth(rows: NoisedSamples) -> Tensor:
         return own_target(scheduler, rows.latents, rows.noise, rows.timesteps)
@@ -224,9 +224,9 @@ def draw_terms(
         target = teacher if config.prior == "distillation" else truth
         add("prior", subject.prior.draw(n, rng), subject.class_context, 0, steps, target)
     if config.distillation_weight and benign is not None:
-        picked = torch.randint(len(benign[0]), (n,), generator=rng)
-        add("benign", benign[0].sample(picked, rng), benign[1][picked], 0, steps, teacher)
-    return drawn
+        indices = torch.randint(len(benign[0]), (n,), generator=rng)
+        add("benign", benign[0].sample(indices, rng), benign[1][indices], 0, steps, teacher)
+    return terms
 
 
 class PersGuard(HardeningMethod[PersGuardConfig]):

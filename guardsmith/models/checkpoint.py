@@ -218,7 +218,7 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     folder = resolve(source, revision)
     family = family_of(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-    loaded, texts = {}, []
+    networks, texts = {}, []
     for name in (family.denoiser, "vae", *(name for name, *_ in text_parts(folder, family))):
         read_config(folder / name / "config.json")
         check_weight_files(folder, name)
@@ -227,10 +227,10 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     name = ""  # of the part that is being read
     try:
         for name, network in ((family.denoiser, family.network), ("vae", AutoencoderKL)):
-            loaded[name] = network.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
+            networks[name] = network.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
         for name, tokens, encoder, tokenizer in text_parts(folder, family):
-            loaded[name] = encoder.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
-            text_encoder, name = loaded[name][0], tokens
+            networks[name] = encoder.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
+            text_encoder, name = networks[name][0], tokens
             texts.append((text_encoder, tokenizer.from_pretrained(folder, subfolder=tokens)))
         name = "scheduler"
         scheduler = family.scheduler.from_pretrained(folder, subfolder="scheduler")
@@ -243,7 +243,7 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         raise UserError(f"{source}: its {name} cannot be read ({reason[:300]}).") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "flow"):
         raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
-    for name, (part, info) in loaded.items():
+    for name, (part, info) in networks.items():
         if missing := sorted(info["missing_keys"]):  # the libraries would go on with random numbers
             raise UserError(
                 f"{source}: {name} lacks {len(missing)} of its weights ({missing[0]}); the checkpoint is incomplete."
@@ -258,11 +258,11 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
                 f"{source}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {encoder.config.vocab_size}; "
                 "they do not belong together."
             )
-    unet, vae = loaded[family.denoiser][0], loaded["vae"][0]
+    unet, vae = networks[family.denoiser][0], networks["vae"][0]
     check_widths(source, family, unet, [encoder for encoder, _ in texts])
     settle()
     device = chosen_device()
-    for network, _ in loaded.values():
+    for network, _ in networks.values():
         put(network, device)
     model = DiffusionModel(unet, vae, *texts[0], scheduler, source, folder, family, tuple(texts[1:]))
     if family is SDXL:
@@ -307,7 +307,7 @@ def save_model(
     parts = (model.family.denoiser,) if parts is None else parts
     try:
         temporary.mkdir(parents=True)
-        built = build_folder(model.folder, model.networks, parts, temporary)
+        contents = build_folder(model.folder, model.networks, parts, temporary)
         for name in parts:
             _save_part(model, name, temporary / name)
         stored = {name: stored_dtype(temporary, name) for name in model.networks}
@@ -321,7 +321,7 @@ def save_model(
         open_once(temporary, list(model.networks))
         remove_folder(folder)
         temporary.replace(folder)
-        return built
+        return contents
     finally:
         remove_folder(temporary)
 

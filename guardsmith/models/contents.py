@@ -90,13 +90,13 @@ def unknown_parts(family: Family, index: dict[str, Any]) -> list[str]:
     return [name for name in index if is_named(index, name) and name not in names]
 
 
-def weight_names(part: Part, paths: Collection[str], read: Read, variant: str | None = None) -> list[str]:
+def weight_names(part: Part, paths: Collection[str], reader: Read, variant: str | None = None) -> list[str]:
     """The weight files of a network that its library reads, the index of shards first; empty where there are none.
 
     Args:
         part: a network.
         paths: every file there is, relative to the checkpoint.
-        read: gives the bytes of one of them.
+        reader: gives the bytes of one of them.
         variant: `fp16` for the half-precision files beside the others.
 
     Raises:
@@ -112,7 +112,7 @@ def weight_names(part: Part, paths: Collection[str], read: Read, variant: str | 
     if name == single:
         return [single]
     try:
-        shards = sorted(set(json.loads(read(index))["weight_map"].values()))
+        shards = sorted(set(json.loads(reader(index))["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard, re.ASCII) for shard in shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of weight files; the checkpoint is broken.") from error
@@ -131,14 +131,14 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"), key=lambda file: file.name.count("."))
 
 
-def part_names(part: Part, paths: Collection[str], read: Read) -> list[str]:
+def part_names(part: Part, paths: Collection[str], reader: Read) -> list[str]:
     """The files of a part that its library reads, without variants; of a network `config.json` comes first.
 
     Raises:
         UserError: see `weight_names`.
     """
     if part.kind in STEMS:
-        names = [f"{part.name}/config.json", *weight_names(part, paths, read)]
+        names = [f"{part.name}/config.json", *weight_names(part, paths, reader)]
     elif part.kind == "tokenizer":
         names = [f"{part.name}/{name}" for name in sorted(TOKENIZER_FILES)]
     else:
@@ -147,12 +147,12 @@ def part_names(part: Part, paths: Collection[str], read: Read) -> list[str]:
     return [name for name in names if name in paths]
 
 
-def expected_files(paths: Collection[str], read: Read, *, published: bool = False) -> set[str]:
+def expected_files(paths: Collection[str], reader: Read, *, published: bool = False) -> set[str]:
     """Those of a checkpoint's files that belong into a released one; whatever else there is does not.
 
     Args:
         paths: every file there is, relative to the checkpoint.
-        read: gives the bytes of one of them.
+        reader: gives the bytes of one of them.
         published: whether it is (a copy of) a published repository, with evidence and the Hub's own file.
 
     Raises:
@@ -160,12 +160,12 @@ def expected_files(paths: Collection[str], read: Read, *, published: bool = Fals
     """
     if INDEX not in paths:
         raise UserError(f"there is no {INDEX}: this is no diffusers folder.")
-    family, index = parse_index(read(INDEX), INDEX)
+    family, index = parse_index(reader(INDEX), INDEX)
     names = {INDEX, README, *(path for path in paths if LICENCE.fullmatch(path))}
     for part in parts_of(family, index):
-        names.update(part_names(part, paths, read))
+        names.update(part_names(part, paths, reader))
         if part.kind in STEMS:
-            names.update(weight_names(part, paths, read, HALF))
+            names.update(weight_names(part, paths, reader, HALF))
     if published:
         names |= {".gitattributes", *(f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES)}
     return names & set(paths)
@@ -200,9 +200,9 @@ def lies_within(folder: Path, file: Path) -> bool:
     return snapshot is not None and real.parent == (snapshot.parent / "blobs").resolve()
 
 
-def summary(paths: Iterable[str], known: Collection[str]) -> list[str]:
+def summary(paths: Iterable[str], others: Collection[str]) -> list[str]:
     """Names of files, a folder of which nothing is kept as one name with a slash at its end."""
-    above = {parent.as_posix() for path in known for parent in Path(path).parents}
+    above = {parent.as_posix() for path in others for parent in Path(path).parents}
     names: dict[str, None] = {}
     for path in sorted(paths):
         folder = next((p for p in reversed(Path(path).parents) if p.as_posix() not in {".", *above}), None)

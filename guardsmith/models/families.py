@@ -98,8 +98,8 @@ class SDXLUNet(Denoiser, UNet2DConditionModel):  # type: ignore[misc]
         states, pooled = unpack(encoder_hidden_states, self.pooled_size)
         side = self.picture_size
         sizes = torch.tensor([side, side, 0, 0, side, side], dtype=pooled.dtype, device=pooled.device)
-        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(sample), 6)}
-        return computed(self, super().forward, sample, timestep, states, *args, added_cond_kwargs=added, **kwargs)
+        conditions = {"text_embeds": pooled, "time_ids": sizes.expand(len(sample), 6)}
+        return computed(self, super().forward, sample, timestep, states, *args, added_cond_kwargs=conditions, **kwargs)
 
 
 class SD3Transformer(Denoiser, SD3Transformer2DModel):  # type: ignore[misc]

@@ -40,7 +40,7 @@ from guardsmith.models.checkpoint import DiffusionModel, weights_digest
 SHOWN = 6
 
 
-class Covered(NamedTuple):
+class SquareCuts(NamedTuple):
     """A picture and the squares that cover it at a model's size.
 
     Attributes:
@@ -69,7 +69,7 @@ def check_names(files: Sequence[Path]) -> None:
         names[file.stem] = file
 
 
-def covered(picture: Image.Image, size: int) -> Covered:
+def cut_squares(picture: Image.Image, size: int) -> SquareCuts:
     """Scale a picture to a model's size and cover it with squares, evenly spread."""
     share = size / min(picture.size)
     width, height = (max(size, round(side * share)) for side in picture.size)
@@ -81,10 +81,10 @@ def covered(picture: Image.Image, size: int) -> Covered:
 
     places = [(top, left) for top in starts(height) for left in starts(width)]
     squares = torch.stack([scaled[:, top : top + size, left : left + size] for top, left in places])
-    return Covered(picture, squares, places, (height, width))
+    return SquareCuts(picture, squares, places, (height, width))
 
 
-def uncovered(parts: Covered, cloaked: Tensor, budget: float) -> Image.Image:
+def join_squares(parts: SquareCuts, cloaked: Tensor, budget: float) -> Image.Image:
     """The picture with the change that its squares got, at its own size and within the budget (of 255)."""
     change, count = torch.zeros(3, *parts.scaled), torch.zeros(1, *parts.scaled)
     size = cloaked.shape[-1]
@@ -172,7 +172,7 @@ def save_cloaked(
     change = largest_change(picture, copy)
     if copy.size != picture.size or change > budget:
         raise RunFailed(f"{target.name} was changed by {change} of 255, the budget is {budget:g}")
-    both = [covered(each, model.image_size).squares for each in (picture, copy)]
+    both = [cut_squares(each, model.image_size).squares for each in (picture, copy)]
     with torch.no_grad():
         distance = float(perceptual_distance(model, *both).mean())
     ratio = float(psnr(to_tensor(picture)[None], to_tensor(copy)[None]))
@@ -226,7 +226,7 @@ def cloak_pictures(
     pictures = open_each(files, lambda image: image)
     models = load_bases(bases)
     size = models[0].image_size
-    parts = [covered(picture, size) for picture in pictures]
+    parts = [cut_squares(picture, size) for picture in pictures]
     squares = torch.cat([each.squares for each in parts])
     prior = class_pictures(models[0], class_noun, class_images if entry.learns else 0, recipe)
     data = AttackData(squares, prior, identifier, class_noun)
@@ -235,7 +235,7 @@ def cloak_pictures(
         cloaked = entry.run(models, data, config, seed=seed, on_step=lambda value: bar({"loss": value}))
     seconds = time.monotonic() - began
     after = [
-        uncovered(each, part, config.budget)
+        join_squares(each, part, config.budget)
         for each, part in zip(parts, cloaked.split([len(each.squares) for each in parts]), strict=True)
     ]
     with whole_folder(output) as place:

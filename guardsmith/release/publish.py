@@ -66,8 +66,8 @@ def objections(output: Path, registry: Registry, today: date) -> list[str]:
     report, public_report = Report.load(file), Report.load(public)
     sentences = []
     if report.verdict != "pass":
-        failed = [check.name for check in report.checks if check.status == report.verdict]
-        which = ", ".join(dict.fromkeys(failed)) or "nothing was checked"
+        names = [check.name for check in report.checks if check.status == report.verdict]
+        which = ", ".join(dict.fromkeys(names)) or "nothing was checked"
         sentences.append(f"the verdict of {file} is {report.verdict}, not pass ({which})")
     digests = _digests(report, file)
     if surplus := surplus_files(output / "model", digests):

@@ -81,8 +81,8 @@ def protected_cell(report: Report, attack: str, point: float) -> Cell:
     similarity = interval(group_units(report, "hardened", group(report, "protected"), attack, point))
     if similarity is None or not checks:
         return Cell("-")
-    passed = sum(check.status == "pass" for check in checks)
-    return Cell(f"{_text(similarity)}; {passed} of {len(checks)}", passed == len(checks))
+    passes = sum(check.status == "pass" for check in checks)
+    return Cell(f"{_text(similarity)}; {passes} of {len(checks)}", passes == len(checks))
 
 
 def base_cell(report: Report, attack: str) -> Cell:
@@ -92,8 +92,8 @@ def base_cell(report: Report, attack: str) -> Cell:
     similarity = interval(group_units(report, "base", protected, attack, 1))
     if similarity is None or not checks:
         return Cell("-")
-    passed = sum(check.status == "pass" for check in checks)
-    return Cell(f"{_text(similarity)}; {passed} of {len(checks)}", passed == len(checks))
+    passes = sum(check.status == "pass" for check in checks)
+    return Cell(f"{_text(similarity)}; {passes} of {len(checks)}", passes == len(checks))
 
 
 def trains(report: Report, attack: str) -> bool:
@@ -127,20 +127,20 @@ def control_cell(report: Report, attack: str, same_class: bool, ratio: float) ->
 
 def break_cell(report: Report, attack: str, ratio: float) -> Cell:
     """Steps to break, hardened over base: the median over subjects. Who was not broken counts with the steps tried."""
-    ratios, broken = [], []
+    ratios, breaks = [], []
     for each in report.steps_to_break:
         if each.attack != attack or each.base is None:
             continue
         ratios.append((each.tried if each.hardened is None else each.hardened) / each.base)
         if each.hardened is not None:
-            broken.append(ratios[-1])
+            breaks.append(ratios[-1])
     if not ratios:
         return Cell("-")
-    sign = "at least " if len(broken) < len(ratios) else ""
-    text = f"{sign}{median(ratios):.1f} x; {len(broken)} of {len(ratios)} broken"
+    sign = "at least " if len(breaks) < len(ratios) else ""
+    text = f"{sign}{median(ratios):.1f} x; {len(breaks)} of {len(ratios)} broken"
     if min(ratios) >= ratio:
         return Cell(text, True)
-    return Cell(text, False if min(broken, default=ratio) < ratio else None)
+    return Cell(text, False if min(breaks, default=ratio) < ratio else None)
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def attack_rows(report: Report, attack: str, demands: Demands) -> Iterator[tuple
 
 def count_cell(checks: Sequence[Check]) -> Cell:
     """How many of some checks pass, for rules that have no question of their own here."""
-    passed = sum(check.status == "pass" for check in checks)
-    return Cell(f"{passed} of {len(checks)}", passed == len(checks))
+    passes = sum(check.status == "pass" for check in checks)
+    return Cell(f"{passes} of {len(checks)}", passes == len(checks))
 
 
 def kid_cell(report: Report) -> Cell:

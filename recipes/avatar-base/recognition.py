@@ -19,7 +19,7 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import AttackData
-from guardsmith.attacks.adaptive.base import measured
+from guardsmith.attacks.adaptive.base import run_removal
 from guardsmith.attacks.adaptive.removals import REMOVALS
 from guardsmith.attacks.evasion import EVASIONS, EvasionContext, transformed
 from guardsmith.core.atomic_io import write_json
@@ -81,7 +81,7 @@ def measure(out: Path) -> dict[str, Any]:
     removals: dict[str, Any] = {}
     for name, removal in REMOVALS.items():
         data = AttackData(photos["mira"], drawn, "zwx", "person")
-        edited, cost = measured(removal, hardened, data, {}, seed=0, base=base)
+        edited, cost = run_removal(removal, hardened, data, {}, seed=0, base=base)
         removals[name] = {"cost": cost.record()} | {
             who: refused(edited, base, images) for who, images in photos.items()
         }

@@ -71,7 +71,7 @@ def changed_share(before: torch.nn.Module, after: torch.nn.Module) -> float:
     return different / total
 
 
-def measured(
+def run_removal(
     removal: Removal,
     model: DiffusionModel,
     data: AttackData,
