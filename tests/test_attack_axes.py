@@ -134,7 +134,7 @@ def test_an_instance_prompt_without_its_words_is_refused(template):
 def test_two_stages_need_somebody_else(registry):
     mira, other = registry.subjects[:2]
     assert stranger_to(mira, [mira, other, mira]) is other
-    with pytest.raises(UserError, match="somebody else beside mira") as caught:
+    with pytest.raises(UserError, match="another subject beside mira") as caught:
         stranger_to(mira, [mira])
     assert_one_sentence(caught.value)
 

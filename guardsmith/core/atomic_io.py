@@ -86,7 +86,7 @@ def read_record(record: Path, keys: Sequence[str], remedy: str) -> dict[str, Any
 
     Args:
         record: a JSON file.
-        keys: keys that it must have.
+        keys: those that it must have.
         remedy: advice where it does not, e.g. "harden again".
 
     Raises:

@@ -84,7 +84,7 @@ def _sentence(kind: str, where: KeyPath, value: object, message: str, context: M
         return _NO_SUBJECTS
     if kind == "extra_forbidden":
         keys = _keys(where[:-1])
-        return f"unknown key {key!r}{did_you_mean(key, keys) or '; keys keys are ' + ', '.join(keys)}"
+        return f"unknown key {key!r}{did_you_mean(key, keys) or '; known keys are ' + ', '.join(keys)}"
     if kind == "missing":
         return f"the key {key!r} is missing"
     if kind == "literal_error" and key == "version":
