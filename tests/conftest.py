@@ -18,6 +18,29 @@ def offline():
     assert constants.HF_HUB_OFFLINE, "huggingface_hub was imported before conftest.py could switch the network off"
 
 
+USERS = ("guardsmith.runtime.executors.processes", "guardsmith.methods.tripwire.rehearsal.processes")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jobs_in_this_process():
+    """What would run in processes runs here (see inprocess.py); commands that tests start as processes do as they always do."""
+    import inprocess
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in USERS:
+            patch.setattr(name, inprocess.processes)
+        yield
+
+
+@pytest.fixture
+def real_processes(monkeypatch):
+    """For tests of what only processes of their own can show."""
+    from guardsmith.runtime.processes import processes
+
+    for name in USERS:
+        monkeypatch.setattr(name, processes)
+
+
 @pytest.fixture(scope="session")
 def epsilon_folder(tmp_path_factory):
     """A tiny checkpoint that predicts noise, on Stable Diffusion 1's schedule; copy it before changing it."""

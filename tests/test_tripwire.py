@@ -876,7 +876,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path, one_thread):
+def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path, one_thread, real_processes):
     (found, forwards, backwards), config, subjects = rehearsed_model(tiny_v, tmp_path)
     for subject, told in zip(subjects, found, strict=True):
         with UNetCost() as counter:

@@ -198,7 +198,8 @@ def scores_in(unit):
     return json.loads((unit / "scores.json").read_text())["identity"]
 
 
-def test_a_missing_unit_is_run_again_with_the_same_result(copied, registry, recipe_file):
+def test_a_missing_unit_is_run_again_with_the_same_result(copied, registry, recipe_file, real_processes):
+    """In a process of its own, as all of them run outside of these tests."""
     unit = unit_of(copied, "hardened", "mira")
     before = scores_in(unit)["2"]
     (unit / "scores.json").unlink()  # what a kill leaves behind
