@@ -27,7 +27,7 @@ from guardsmith.reports.report import PolicyRecord, Report
 
 ROOT = Path(__file__).parent.parent
 TINY = {
-    "sampling": {"steps": 4, "guidance": 3.0, "batch": 32},
+    "sampling": {"steps": 2, "guidance": 3.0, "batch": 32}, "probe": {"times": 0},
     "method": {"name": "apdm", "params": {"outer_steps": 2, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4}},
     "verify": {
         "attacks": {"lora": {"name": "lora", "params": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}}},
