@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from guardsmith.core.console import in_words
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import sha256_file
 from guardsmith.core.progress import console
-from guardsmith.models.contents import in_words
 
 ATTEMPTS = 5
 LONGEST_WAIT = 300.0  # seconds between two attempts
