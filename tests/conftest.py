@@ -18,6 +18,16 @@ def offline():
     assert constants.HF_HUB_OFFLINE, "huggingface_hub was imported before conftest.py could switch the network off"
 
 
+# Files of a minute and more: they begin first, so that no worker waits for the other at the end.
+LONG = ("test_parallel", "test_deployability", "test_verify", "test_families", "test_path", "test_harden", "test_tripwire",
+        "test_attacks", "test_audit", "test_optimizers", "test_notebook", "test_vision", "test_processes", "test_executors",
+        "test_publish_hub", "test_docs")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 USERS = ("guardsmith.runtime.executors.processes", "guardsmith.methods.tripwire.rehearsal.processes")
 
 
