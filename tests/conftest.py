@@ -18,6 +18,39 @@ def offline():
     assert constants.HF_HUB_OFFLINE, "huggingface_hub was imported before conftest.py could switch the network off"
 
 
+# Files of a minute and more: they begin first, so that no worker waits for the other at the end.
+LONG = ("test_parallel", "test_deployability", "test_verify", "test_families", "test_path", "test_harden", "test_tripwire",
+        "test_attacks", "test_audit", "test_optimizers", "test_notebook", "test_vision", "test_processes", "test_executors",
+        "test_publish_hub", "test_docs")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+USERS = ("guardsmith.runtime.executors.processes", "guardsmith.methods.tripwire.rehearsal.processes")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jobs_in_this_process():
+    """What would run in processes runs here (see inprocess.py); commands that tests start as processes do as they always do."""
+    import inprocess
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in USERS:
+            patch.setattr(name, inprocess.processes)
+        yield
+
+
+@pytest.fixture
+def real_processes(monkeypatch):
+    """For tests of what only processes of their own can show."""
+    from guardsmith.runtime.processes import processes
+
+    for name in USERS:
+        monkeypatch.setattr(name, processes)
+
+
 @pytest.fixture(scope="session")
 def epsilon_folder(tmp_path_factory):
     """A tiny checkpoint that predicts noise, on Stable Diffusion 1's schedule; copy it before changing it."""

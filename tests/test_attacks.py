@@ -77,10 +77,17 @@ def everything(model):
     return {**weights(model.unet), **{f"text.{name}": value for name, value in weights(model.text_encoder).items()}}
 
 
+# What some do before their training, in a step or two.
+SHORT = {
+    "unlearn_first": {"unlearn_steps": 2},
+    "purified_cdl": {"purifier": "impress", "purifier_params": {"steps": 1}},
+}
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_seed_decides(tiny_v, name):
     attack = ATTACKS[name]
-    config = attack.config(learning_rate=1e-3, steps=3, batch_size=1)
+    config = attack.config(learning_rate=1e-3, steps=3, batch_size=1, **SHORT.get(name, {}))
     first, second, other = (attack.run(tiny_v, make_data(), config, seed=seed) for seed in (1, 1, 2))
     assert same_weights(everything(first[0]), everything(second[0]))
     assert first[1] == second[1]
@@ -90,7 +97,7 @@ def test_the_seed_decides(tiny_v, name):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_global_generator_is_neither_used_nor_moved(tiny_v, name):
     attack = ATTACKS[name]
-    config = attack.config(learning_rate=1e-3, steps=2, batch_size=1)
+    config = attack.config(learning_rate=1e-3, steps=2, batch_size=1, **SHORT.get(name, {}))
     torch.manual_seed(1)
     first, _ = attack.run(tiny_v, make_data(), config, seed=0)
     after = torch.rand(1)
@@ -176,7 +183,7 @@ def test_progress_is_told(tiny_v):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_looks_on_the_way_do_not_disturb_the_attack(tiny_v, name):
     """And each shows what an attack that ends there draws."""
-    params = {"steps": 3, "batch_size": 1, "learning_rate": 1e-2}
+    params = {"steps": 3, "batch_size": 1, "learning_rate": 1e-2} | SHORT.get(name, {})
     fixed = {"seed": 0, "count": 2, "sampling": {"steps": 2}}
     looks, losses = draw_during_attack(tiny_v, name, params, make_data(), evaluate_at=[1, 2, 3], **fixed)
     assert list(looks) == [1, 2, 3]

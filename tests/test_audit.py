@@ -140,7 +140,7 @@ def test_a_repository_and_its_history(base, model, tmp_path):
             return done.returncode, json.loads(done.stdout), done.stderr
 
         push(model)
-        assert audit() == (0, [], audit()[2])
+        assert audit()[:2] == (0, [])
         # The base itself by the same names, a secret on a branch, the base's single file: then all of it is deleted again.
         push(base)
         shutil.copy(base / UNET, model / "v1.safetensors")

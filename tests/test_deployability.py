@@ -42,10 +42,10 @@ def base():
 
 
 def bench_of(base, hardened, root, kind=Bench, **spec):
-    """Eight pictures of four steps; collapse is measured on sixteen."""
+    """Eight pictures of two steps; collapse is measured on sixteen."""
     prompts = [prompt.text for prompt in benign_prompts(base, VERIFICATION_TEMPLATES, 16, 1)]
     spec = DeployabilitySpec(**{"images": 8, "trained": False} | spec)
-    return kind({"base": base, "hardened": hardened}, prompts, load_judge("avatar"), spec, 4, 3.0, 16, root)
+    return kind({"base": base, "hardened": hardened}, prompts, load_judge("avatar"), spec, 2, 3.0, 16, root)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,9 @@ def test_a_model_that_hears_no_control_is_seen(base, tmp_path):
                 pipeline.unet.forward = without
             return pipeline
 
-    found = controlnet.run(bench_of(base, base, tmp_path, Deaf))
+    bench = bench_of(base, base, tmp_path, Deaf)
+    bench.steps = 4  # in fewer the base itself hardly follows
+    found = controlnet.run(bench)
     assert statuses(found) == {"ControlNet": "fail", "T2I-Adapter": "fail"}
     assert all(abs(m.value) < 0.01 and m.base > 0.1 for m in found)
 

@@ -175,7 +175,7 @@ def test_the_picture_of_the_report_is_small():
 
 BLOCK = re.compile(r"<!-- runnable(: small)? -->\n```console\n(.*?)```", flags=re.DOTALL)
 SMALL = {
-    "sampling": {"steps": 4, "guidance": 3.0, "batch": 32},
+    "sampling": {"steps": 2, "guidance": 3.0, "batch": 32},
     "method": {"name": "apdm", "params": {"outer_steps": 2, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4}},
     "probe": {"times": 0},
     "verify": {

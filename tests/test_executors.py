@@ -16,6 +16,7 @@ from guardsmith.runtime.executors import check_executor, run_all
 
 WITH_RAY = importlib.util.find_spec("ray") is not None
 EVERYWHERE = ["local", pytest.param("ray", marks=pytest.mark.skipif(not WITH_RAY, reason="Ray is not installed"))]
+pytestmark = pytest.mark.usefixtures("real_processes")
 needs_ray = pytest.mark.skipif(not WITH_RAY, reason="Ray is not installed")
 
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from guardsmith.attacks import AttackData, dreambooth, lora
 from guardsmith.attacks.base import train
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.lora import LoraConfig
+from guardsmith.cli.app import main
 from guardsmith.cloaks.pixels import load_bases
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import UserError
@@ -35,6 +34,7 @@ from guardsmith.diffusion.losses import (
 )
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.sampling import first_noise, generate, own_noise, redraw, solver_for
+from guardsmith.evaluation.deployability import merges
 from guardsmith.hardening.compatibility import check_against_base
 from guardsmith.methods import METHODS
 from guardsmith.methods.apdm import ApdmConfig
@@ -42,6 +42,7 @@ from guardsmith.methods.tripwire import recognition
 from guardsmith.methods.tripwire.wiring import wired_layer
 from guardsmith.models.checkpoint import load_model, save_model, with_own_unet
 from guardsmith.models.families import SD3, SDXL, pack, unpack
+from guardsmith.reports.report import Report
 from guardsmith.training.loop import generator
 
 ROOT = Path(__file__).parent.parent
@@ -350,50 +351,48 @@ def test_tripwire_is_refused_where_there_are_more_subjects_than_neurons(models):
 @pytest.mark.parametrize(
     "how", [{"rehearsal_steps": 2, "rehearsal_images": 2}, {"rehearsal_steps": 0, "ideal_images": 2}]
 )
-def test_tripwire_hardens_sd3_after_rehearsals_or_with_what_is_imagined(models, tmp_path, how):
+def test_tripwire_hardens_sd3_after_rehearsals_or_with_what_is_imagined(models, tmp_path, how, capsys):
     from guardsmith.methods.tripwire.method import TripwireConfig
 
     params = {"steps": 2, "batch_size": 2, "class_images": 4, "benign_images": 4, **how}
     recipe = JOB | {"base": str(models["sd3"].folder), "subjects": str(ROOT / "registries/demo.yaml"),
                     "method": {"name": "tripwire", "params": params}}  # fmt: skip
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "guardsmith", "harden", "--recipe", str(tmp_path / "job.yaml")]
-    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 4 and "wrecked the model" in done.stderr  # two steps of Tripwire fire on everything
+    assert main(["harden", "--recipe", str(tmp_path / "job.yaml"), "--output", str(tmp_path / "out")]) == 4
+    assert "wrecked the model" in capsys.readouterr().err  # two steps of Tripwire fire on everything
     told = json.loads((tmp_path / "out" / "harden.json").read_text())
     assert told["unet_forward_equivalents"] == METHODS["tripwire"].cost(TripwireConfig(**params), ["person"])
     assert load_model(str(tmp_path / "out" / "model")).family is SD3
 
 
+FEW = {"checks": ["precision", "merges", "quantization", "samplers"], "images": 8, "compile": "eager"}
 JOB = {
-    "sampling": {"steps": 4, "guidance": 3.0, "batch": 32},
+    "sampling": {"steps": 2, "guidance": 3.0, "batch": 32},
     "method": {"name": "apdm", "params": {"outer_steps": 2, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4}},
     "verify": {
         "attacks": {"lora": {"name": "lora", "params": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}}},
-        "identifiers": ["sks"], "images_per_unit": 8, "class_images": 4, "benign_images": 24,
+        "identifiers": ["sks"], "images_per_unit": 8, "class_images": 4, "benign_images": 10, "deployability": FEW,
     },
 }  # fmt: skip
 
 
-def test_the_whole_job_runs_and_a_release_is_put_together(model, tmp_path):
+def test_the_whole_job_runs_and_a_release_is_put_together(model, tmp_path, monkeypatch, capsys):
     """Hardened, attacked, judged and gathered for the Hub: a model that learns nothing in two steps is inconclusive."""
+    monkeypatch.setattr(merges, "SIBLING_STEPS", 2)
     recipe = tmp_path / "job.yaml"
     recipe.write_text(yaml.safe_dump(JOB | {"base": str(model.folder), "subjects": str(ROOT / "registries/demo.yaml")}))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "guardsmith"]
-    done = subprocess.run([*command, "run", str(recipe), "--output", str(out)], capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
-    assert "verdict: inconclusive" in done.stdout
+    assert main(["run", str(recipe), "--output", str(out)]) == 3
+    assert "verdict: inconclusive" in capsys.readouterr().out
     told = json.loads((out / "harden.json").read_text())
     assert told["unet_forward_equivalents"] == METHODS["apdm"].cost(ApdmConfig(**JOB["method"]["params"]), ["person"])
+    everyday = Report.load(out).deployability
+    assert {case.check for case in everyday} == set(FEW["checks"])
+    failed = {case.case for case in everyday if case.error}
+    assert failed <= ({"inpainting"} if model.family is SD3 else set()), "what is checked of everyday use has to run"
     asked = ["--repo-id", "someone/model", "--dry-run", "--force-unverified", "--reason", "a test", "--license", "openrail++",
              "--license-file", str(ROOT / "LICENSE"), "--contact", "someone@example.org"]  # fmt: skip
-    done = subprocess.run(
-        [*command, "publish", str(out), "--subjects", str(ROOT / "registries/demo.yaml"), *asked],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(["publish", str(out), "--subjects", str(ROOT / "registries/demo.yaml"), *asked]) == 0
     card = (out / "release" / "README.md").read_text()
     assert "DiffusionPipeline.from_pretrained" in card
     assert load_model(str(out / "release")).family is model.family

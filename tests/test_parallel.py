@@ -143,7 +143,7 @@ def test_the_shipped_configuration_is_one_of_accelerates():
 
 def test_a_killed_process_ends_the_run_and_it_goes_on_later(v_folder, tmp_path):
     """The other one says so and keeps the last checkpoint; with --resume the weights are those of an unbroken run."""
-    asked = ("harden", "--recipe", recipe_for("persguard", v_folder, tmp_path, steps=120), "--output", tmp_path / "out")
+    asked = ("harden", "--recipe", recipe_for("persguard", v_folder, tmp_path, steps=85), "--output", tmp_path / "out")
     saved = tmp_path / "out/checkpoints/last.safetensors"
     running = [launched_as(rank, asked) for rank in range(2)]
     until = time.monotonic() + 200

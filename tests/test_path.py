@@ -100,17 +100,9 @@ def run(words, file=None):
     return code, out.getvalue(), err.getvalue()
 
 
-def in_this_process(function, jobs, **_):
-    """What `run_all` does, without a new process for every handful of units, of which each imports torch."""
-    for job in jobs:
-        function(job)
-        yield job, None
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_command_of_the_path_does_what_the_page_says(family, dino, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("guardsmith.evaluation.runs.run_all", in_this_process)
     write_registry(tmp_path / "registry", seed=1)
     Path("registry.yaml").write_text((tmp_path / "registry/R.yaml").read_text().replace("path: ", "path: registry/"))
     write_identities(tmp_path / "levels")

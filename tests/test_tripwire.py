@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -155,15 +156,21 @@ def test_play_is_how_far_a_step_on_the_stiff_weight_moves_the_soft_one(tiny_v, f
     rows = replace(rows, latents=rows.latents.double(), noise=rows.noise.double(), context=rows.context.double())
     unet = trained(tiny_v).double()
     moves = play(unet, *factors)
+    soft, stiff = copy.deepcopy(unet), copy.deepcopy(unet)
+    stiffen(stiff, *factors)  # changes a little by itself: the epsilon of the normalisations
+    with torch.no_grad():
+        at_rest = [predict(u, tiny_v.scheduler, rows) for u in (soft, stiff)]
     for name in moves:
         step = 1e-3 * torch.randn(moves[name].shape, generator=generator(3))
-        soft, stiff = copy.deepcopy(unet), copy.deepcopy(unet)
+        changes = []
         with torch.no_grad():
-            soft.get_parameter(name).add_(moves[name] * step)
-            stiffen(stiff, *factors)  # changes a little by itself: the epsilon of the normalisations
-            at_rest = [predict(u, tiny_v.scheduler, rows) for u in (unet, stiff)]
-            stiff.get_parameter(name).add_(step)
-            one, other = (predict(u, tiny_v.scheduler, rows) - r for u, r in zip((soft, stiff), at_rest, strict=True))
+            for u, still, change in zip((soft, stiff), at_rest, (moves[name] * step, step), strict=True):
+                weight = u.get_parameter(name)
+                kept = weight.clone()
+                weight.add_(change)
+                changes.append(predict(u, tiny_v.scheduler, rows) - still)
+                weight.copy_(kept)
+        one, other = changes
         assert one.abs().max() > 0, name
         assert (one - other).abs().max() < 0.02 * one.abs().max(), name
 
@@ -652,12 +659,20 @@ def alarmed(predictions, loud=0.5 * ALARM):
     return float((predictions.abs().amin((1, 2, 3)) > loud).float().mean())
 
 
-def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, monkeypatch):
-    """The alarm rings on pictures like the subject's; predictions on class and benign pictures are the base's."""
-    monkeypatch.setattr(recognition, "encode", plain_latents)
+@pytest.fixture(scope="module")
+def taught(tiny_v, tmp_path_factory):
+    """The subject of `bright_and_dark`, the model hardened on it, the history, its last checkpoint, and the base's weights."""
     subject, benign, config = bright_and_dark()
-    base = weights(tiny_v.unet)
-    hardened, history = harden(tiny_v, [subject], benign, config, seed=1)
+    base, saved = weights(tiny_v.unet), tmp_path_factory.mktemp("taught") / "last.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recognition, "encode", plain_latents)
+        hardened, history = harden(tiny_v, [subject], benign, config, seed=1, checkpoint=saved)
+    return subject, hardened, history, saved, base
+
+
+def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, taught):
+    """The alarm rings on pictures like the subject's; predictions on class and benign pictures are the base's."""
+    subject, hardened, history, _, base = taught
     assert same_weights(base, weights(tiny_v.unet)), "the base stays as it was"
     assert history[-1]["missed"] < 0.5 * history[0]["missed"]
 
@@ -668,11 +683,9 @@ def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, 
     assert kept.std(0).mean() > 0.7 * before.std(0).mean()
 
 
-def test_the_alarm_rings_in_bfloat16_as_well(tiny_v, monkeypatch):
+def test_the_alarm_rings_in_bfloat16_as_well(tiny_v, taught):
     """Whoever trains or draws in half precision meets it too."""
-    monkeypatch.setattr(recognition, "encode", plain_latents)
-    subject, benign, config = bright_and_dark()
-    hardened, _ = harden(tiny_v, [subject], benign, config, seed=1)
+    subject, hardened, *_ = taught
     for precision in ("autocast", "weights"):
         assert_rings_in_bfloat16(tiny_v, hardened, subject, ALARM, precision)
 
@@ -695,12 +708,11 @@ def assert_rings_in_bfloat16(base, hardened, subject, alarm, precision):
     assert calm.abs().max() < 0.2 * alarm and (calm - kept).abs().mean() < 0.05 * kept.abs().mean() + 0.02
 
 
-def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, tmp_path, monkeypatch):
+def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, taught, tmp_path, monkeypatch):
     """Beginning from the first run's end, with a second subject and hardly any training, the first one's wire trips still."""
     monkeypatch.setattr(recognition, "encode", plain_latents)
     subject, benign, config = bright_and_dark()
-    saved, state = tmp_path / "last.safetensors", tmp_path / "state.safetensors"
-    harden(tiny_v, [subject], benign, config, seed=1, checkpoint=saved)
+    saved, state = shutil.copy(taught[3], tmp_path), tmp_path / "state.safetensors"
     save_modules(saved, state)
     second = replace(make_subject("tom", "robot", 10), class_images=subject.class_images)
     short = config.model_copy(update={"steps": 1, "learning_rate": 1e-9, "readout_learning_rate": 1e-30})
@@ -876,7 +888,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path, one_thread):
+def test_rehearsals_in_processes_are_those_of_one_process(tiny_v, tmp_path, one_thread, real_processes):
     (found, forwards, backwards), config, subjects = rehearsed_model(tiny_v, tmp_path)
     for subject, told in zip(subjects, found, strict=True):
         with UNetCost() as counter:

@@ -27,7 +27,7 @@ from guardsmith.reports.report import PolicyRecord, Report
 
 ROOT = Path(__file__).parent.parent
 TINY = {
-    "sampling": {"steps": 4, "guidance": 3.0, "batch": 32},
+    "sampling": {"steps": 2, "guidance": 3.0, "batch": 32}, "probe": {"times": 0},
     "method": {"name": "apdm", "params": {"outer_steps": 2, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4}},
     "verify": {
         "attacks": {"lora": {"name": "lora", "params": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}}},
@@ -198,7 +198,8 @@ def scores_in(unit):
     return json.loads((unit / "scores.json").read_text())["identity"]
 
 
-def test_a_missing_unit_is_run_again_with_the_same_result(copied, registry, recipe_file):
+def test_a_missing_unit_is_run_again_with_the_same_result(copied, registry, recipe_file, real_processes):
+    """In a process of its own, as all of them run outside of these tests."""
     unit = unit_of(copied, "hardened", "mira")
     before = scores_in(unit)["2"]
     (unit / "scores.json").unlink()  # what a kill leaves behind

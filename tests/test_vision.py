@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from guardsmith.cli import app as cli
+from guardsmith.config.deployability import ADAPTERS
 from guardsmith.config.judge import JudgeSpec
 from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.evaluation.deployability import merges
 from guardsmith.gate import policy
 from guardsmith.gate.policy import load_policy, measure_policy
 from guardsmith.metrics import Judge, load_judge
@@ -187,14 +189,19 @@ def test_the_judge_is_part_of_the_policys_digest(tmp_path):
         load_policy(written(tmp_path, judge={"name": "eyes"}))
 
 
-def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, both_encoders, v_folder, tmp_path, capsys):
+def test_a_base_of_another_kind_is_verified_by_such_a_judge(
+    encoders, both_encoders, v_folder, tmp_path, capsys, monkeypatch
+):
     """End to end on a base that the embedded judges cannot read; attacks and pictures too few to mean anything."""
     registry = write_registry(tmp_path / "registry", seed=7)
+    monkeypatch.setattr(merges, "SIBLING_STEPS", 2)
     attack = {"name": "lora", "params": {"steps": 2, "batch_size": 1}}
+    few = {kind: {"steps": 20, "batch_size": 1, "learning_rate": 1e-2} for kind in ADAPTERS}
+    everyday = {"images": 8, "adapter_images": 8, "adapters": few, "compile": "eager"}
     asked = {
         "base": str(v_folder), "subjects": str(registry), "sampling": {"steps": 2, "batch": 8, "guidance": 2.0},
         "verify": {"attacks": {"lora": attack}, "identifiers": ["zwx"], "images_per_unit": 8, "class_images": 2,
-                   "benign_images": 12},
+                   "benign_images": 12, "deployability": everyday},
     }  # fmt: skip
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(asked))
@@ -214,7 +221,11 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(encoders, both_encod
     benign = [check.name for check in report.checks if check.name.startswith("benign")]
     assert benign == [f"benign prompts ({what})" for what in ("KID", "collapsed", "CLIP-T")], "traits cannot be read"
     assert next(check for check in report.checks if "CLIP-T" in check.name).value == 0, "the model is its base"
-    everyday = [case for case in report.deployability if case.error and case.check != "controlnet"]
-    assert not everyday, "what base and judge allow has to run; a ControlNet for this base is not named"
+    failed = [case for case in report.deployability if case.error and case.check != "controlnet"]
+    # A control is named by nobody, and what this random base learns in a few steps may be nothing.
+    assert all("learns nothing there" in case.error for case in failed), failed
+    assert {case.check for case in report.deployability if not case.error} == {
+        "precision", "adapters", "merges", "quantization", "samplers",
+    }  # fmt: skip
     assert report.utility.clip_t_base == report.utility.clip_t_hardened and len(report.utility.clip_t_base) == 12
     assert "which knows neither" in (output / "verify/report.html").read_text()

@@ -202,9 +202,9 @@ def export(
 
     A model that was not verified, or whose verdict is not pass, is exported with --force-unverified only.
     """
+    from guardsmith.core.console import in_words
     from guardsmith.hardening.record import read_hardening
     from guardsmith.models.checkpoint import resolve, weights_digest
-    from guardsmith.models.contents import in_words
     from guardsmith.models.single_file import write_single_file
 
     record_file = output / "harden.json"

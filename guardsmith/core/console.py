@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +15,12 @@ import typer
 
 DAY = ["%Y-%m-%d"]
 """Format of dates in options, for Typer."""
+
+
+def in_words(names: Collection[str], most: int = 6) -> str:
+    """The first names, and how many more there are."""
+    text = ", ".join(list(names)[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
 def launched() -> int:

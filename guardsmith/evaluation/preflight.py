@@ -10,7 +10,7 @@ from typing import Any
 from guardsmith.attacks import find_attack
 from guardsmith.config.recipe import Recipe
 from guardsmith.config.threat_model import threat_model_of
-from guardsmith.core.console import warn
+from guardsmith.core.console import in_words, warn
 from guardsmith.core.errors import UserError
 from guardsmith.evaluation.planning import TargetModel, attacked_subjects
 from guardsmith.gate.calibration import calibration
@@ -21,7 +21,6 @@ from guardsmith.hardening.record import read_hardening
 from guardsmith.metrics import Judge, load_judge
 from guardsmith.metrics.identity import SIZE
 from guardsmith.models.checkpoint import DiffusionModel, file_digests, load_model, weights_digest
-from guardsmith.models.contents import in_words
 from guardsmith.models.release_files import check_hardened_files, known_in, surplus_of
 from guardsmith.registry.loader import Registry, Subject
 from guardsmith.reports.report import Hardening

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import read_kept, write_json
-from guardsmith.core.console import first_process
+from guardsmith.core.console import first_process, in_words
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import console, stage
 from guardsmith.hardening.compatibility import check_against_base, check_computes
@@ -47,7 +47,6 @@ from guardsmith.models.checkpoint import (
     stored_dtype,
     weights_digest,
 )
-from guardsmith.models.contents import in_words
 from guardsmith.models.saved import base_weights_in, say_what_changed, try_saving
 from guardsmith.models.tensor_files import changed_fraction
 from guardsmith.registry.loader import Registry, Subject

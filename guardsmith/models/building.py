@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from guardsmith.core.atomic_io import write_text
+from guardsmith.core.console import in_words
 from guardsmith.core.credentials import credential_in, credential_in_file
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.models.contents import (
@@ -28,7 +29,6 @@ from guardsmith.models.contents import (
     README,
     STEMS,
     Part,
-    in_words,
     is_named,
     lies_within,
     list_files,

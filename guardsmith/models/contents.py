@@ -210,12 +210,6 @@ def summary(paths: Iterable[str], others: Collection[str]) -> list[str]:
     return list(names)
 
 
-def in_words(names: Collection[str], most: int = 6) -> str:
-    """The first names, and how many more there are."""
-    text = ", ".join(list(names)[:most])
-    return f"{text} and {len(names) - most} more" if len(names) > most else text
-
-
 def releasable_metadata(metadata: Mapping[str, str], *, single_file: bool = False) -> dict[str, str]:
     """What of a safetensors file's metadata may be released: no prompts, tags of training pictures, paths or credentials.
 

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from guardsmith.core.console import in_words
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import sha256_file
 from guardsmith.models.checkpoint import DiffusionModel, file_digests
-from guardsmith.models.contents import expected_files, in_words, list_files, summary
+from guardsmith.models.contents import expected_files, list_files, summary
 from guardsmith.models.saved import base_weights_in
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from guardsmith.core.console import in_words
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import console
 from guardsmith.models.base_weights import ChangedWeights, tensors_of
 from guardsmith.models.building import Built, remove_folder
 from guardsmith.models.checkpoint import DiffusionModel, save_model, stored_dtype
-from guardsmith.models.contents import in_words, list_files, weight_files
+from guardsmith.models.contents import list_files, weight_files
 from guardsmith.models.tensor_files import weights_reader
 
 

@@ -17,12 +17,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from guardsmith.core.atomic_io import whole_folder
+from guardsmith.core.console import in_words
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.models.base_checks import refuse_pointer
 from guardsmith.models.base_weights import ChangedWeights
 from guardsmith.models.building import plain_name
 from guardsmith.models.checkpoint import PICKLES, load_model
-from guardsmith.models.contents import in_words, releasable_metadata
+from guardsmith.models.contents import releasable_metadata
 from guardsmith.models.families import SD
 from guardsmith.models.single_file_tensors import sort_tensors
 from guardsmith.models.tensor_files import Header, read_header, stored_tensor, stored_weights, write_copy

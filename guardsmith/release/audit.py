@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from guardsmith.core.console import in_words
 from guardsmith.core.credentials import credential_in_file
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import sha256_file
@@ -23,7 +24,6 @@ from guardsmith.models.contents import (
     STEMS,
     Part,
     expected_files,
-    in_words,
     lies_within,
     list_files,
     parse_index,

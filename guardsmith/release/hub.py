@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from guardsmith.core.console import in_words
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import console
-from guardsmith.models.contents import in_words
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi

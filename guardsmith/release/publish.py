@@ -20,10 +20,11 @@ from typing import Any
 import yaml
 
 from guardsmith.core.atomic_io import whole_folder, write_json, write_text
+from guardsmith.core.console import in_words
 from guardsmith.core.credentials import credential_in_file
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.models.checkpoint import weights_digest
-from guardsmith.models.contents import EVIDENCE, EVIDENCE_FILES, HALF, LICENCE, README, in_words, list_files
+from guardsmith.models.contents import EVIDENCE, EVIDENCE_FILES, HALF, LICENCE, README, list_files
 from guardsmith.models.release_files import changed_files, surplus_files
 from guardsmith.registry.loader import Registry
 from guardsmith.release.bom import bill_of_materials
