@@ -272,8 +272,8 @@ def _train(job: _Job, data: Prepared, report_to: Sequence[str]) -> _Trained:
     tracking = tracked(report_to if first_process() else (), output, settings)
     context = HardeningContext(
         model=job.model, subjects=data.subjects, benign=data.benign, config=job.config, seed=recipe.seed,
-        compute=recipe.compute, start=job.start, checkpoint=job.checkpoint, checkpoint_every=method.checkpoint_every,
-        on_step=on_step, probe=probe,
+        compute=recipe.compute, start=job.start, cache=output / "cache", checkpoint=job.checkpoint,
+        checkpoint_every=method.checkpoint_every, on_step=on_step, probe=probe,
     )  # fmt: skip
     with tracking as report, stage(f"hardening ({recipe.method.name})", steps) as bar, counter:
         result = method.run(context)

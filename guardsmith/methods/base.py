@@ -124,6 +124,7 @@ class HardeningContext(Generic[Config]):
         compute: optimizer, precision and gradient checkpointing; the last two are set already on the denoiser of `model`, and
             copies of it inherit them.
         start: `state.safetensors` of an earlier run on the first of these subjects, to begin from.
+        cache: the folder in which `prepare` kept what it collected.
         checkpoint: file to resume from if it exists, and to save to.
         checkpoint_every: steps between two saves.
         on_step: called after every step with its number and its losses.
@@ -137,6 +138,7 @@ class HardeningContext(Generic[Config]):
     seed: int
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     start: Path | None = None
+    cache: Path | None = None
     checkpoint: Path | None = None
     checkpoint_every: int = 50
     on_step: OnStep | None = None
