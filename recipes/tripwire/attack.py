@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, SPLITS, people, registered, rendered
+from drift import drift, streams
 from safetensors.torch import load_file
 
 from guardsmith.attacks import find_attack
 from guardsmith.attacks.dreambooth import AttackData
 from guardsmith.core.images import to_pil  # noqa: F401
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import shares
+from guardsmith.diffusion.losses import alpha_sigma
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.diffusion.sampling import generate, grid
 from guardsmith.methods.channels.install import Scales, install
@@ -34,7 +35,6 @@ p.add_argument("--trunk", type=Path)
 p.add_argument("--recogniser", type=Path)
 p.add_argument("--groups", type=int, default=4)
 p.add_argument("--stream", type=int, default=4)
-p.add_argument("--descent", type=int, default=2)
 p.add_argument("--inner", type=int, default=10)
 p.add_argument("--set", default="tuning")
 p.add_argument("--subject", required=True)
@@ -67,7 +67,8 @@ if a.trunk is not None:
     weights = load_file(a.recogniser)
     recogniser = Recogniser(model.unet, layout, scores=len(weights["readout.bias"]))
     recogniser.load_state_dict(weights)
-    scales = Scales(2.0**a.stream, 2.0**a.descent, 2.0**a.inner)
+    scales = Scales(2.0**a.stream, 2.0**a.inner)
+    recogniser.measure(torch.randn((64, 16, 8, 8), generator=torch.Generator().manual_seed(0)))
     install(own.unet, layout, recogniser, scales, torch.Generator().manual_seed(0))
     model = own
 everyone = (
@@ -99,10 +100,10 @@ fixed = encode(model, torch.cat([pictures["attack"], pictures["reference"]])).me
 times = torch.tensor([50, 250, 450]).repeat_interleave(len(fixed) // 3)
 others = encode(model, rendered(a.data, "heldout")[0][::8]).mean
 rng = generator(7, 7)
-signal, sigma = shares(model.scheduler, times)
+signal, sigma = alpha_sigma(model.scheduler, times)
 noisy = signal * fixed + sigma * torch.randn(fixed.shape, generator=rng)
 times_o = torch.randint(500, (len(others),), generator=rng)
-signal, sigma = shares(model.scheduler, times_o)
+signal, sigma = alpha_sigma(model.scheduler, times_o)
 noisy_o = signal * others + sigma * torch.randn(others.shape, generator=rng)
 context = PromptBank(model).encode(["a photo of person"])
 
@@ -146,12 +147,13 @@ record = {
     "subject": a.subject,
     "attack": a.attack,
     "params": params,
-    "scales": [a.stream, a.descent, a.inner] if a.trunk else None,
+    "scales": [a.stream, a.inner] if a.trunk else None,
     "trunk": a.trunk.stem if a.trunk else "base",
     "recogniser": a.recogniser.stem if a.recogniser else None,
 }
 if recogniser is not None:
     before = look(model.unet)
+    streams_before = streams(model.unet, layout, noisy_o, times_o, context)
     record["before"] = {
         "tripped": before[0][1].float().mean().item(),
         "lowest": before[0][0].min().item(),
@@ -196,6 +198,7 @@ def on_step(step, loss, personalized):
             "strangers_pre": now[1][2].amax(0).tolist(),
             "largest_change": max((x[0] - y[0]).abs().max().item() for x, y in zip(before, now, strict=False)),
         }
+        found["drift"] = drift(streams_before, streams(personalized.unet, layout, noisy_o, times_o, context))
     record["looks"][step + 1] = found
     print(step + 1, found, flush=True)
     if a.pictures:

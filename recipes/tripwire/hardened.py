@@ -28,6 +28,7 @@ def put_together(
     weights = load_file(recogniser)
     found = Recogniser(base.unet, layout, scores=len(weights["readout.bias"]))
     found.load_state_dict(weights)
+    found.measure(torch.randn((64, base.unet.config.in_channels, 8, 8), generator=torch.Generator().manual_seed(0)))
     install(hard.unet, layout, found, scales or Scales(), torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in hard.unet.parameters():

@@ -2,7 +2,7 @@
 
     python prepare.py OUTPUT --groups 4 --steps 1500 [--rows 12] [--rate 3e-4]
 
-Writes OUTPUT/unet.safetensors (and a checkpoint, from which it resumes) and results/trunk-<K>-<steps>.json.
+Writes OUTPUT/trunk.safetensors (and a checkpoint, from which it resumes) and results/trunk-<K>-<steps>.json.
 """
 
 import argparse
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from common import bystanders, write
-from safetensors.torch import save_file
 
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.prompts import (
@@ -22,7 +21,7 @@ from guardsmith.diffusion.prompts import (
     instance_prompt,
 )
 from guardsmith.methods.channels import layout as lay
-from guardsmith.methods.channels.trunk import prepare, relative_error
+from guardsmith.methods.channels.trunk import prepare, relative_error, save_trunk
 from guardsmith.models.checkpoint import load_model
 
 p = argparse.ArgumentParser()
@@ -68,7 +67,7 @@ unet, _ = prepare(
     checkpoint=a.output / "checkpoint.safetensors",
     on_step=look,
 )
-save_file({n: w.half().contiguous() for n, w in unet.state_dict().items()}, a.output / "unet.safetensors")
+save_trunk(unet, a.groups, model.unet, a.output / "trunk.safetensors")
 write(
     f"trunk-{a.groups}-{a.steps}",
     {

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from guardsmith.diffusion.latents import encode
 from guardsmith.methods.channels.layout import layout_of
 from guardsmith.methods.channels.recogniser import Recogniser
-from guardsmith.methods.channels.training import RecogniserTraining, train, tripped
-from guardsmith.methods.tripwire.recognition import variations
+from guardsmith.methods.channels.training import Examples, RecogniserTraining, train, tripped
+from guardsmith.methods.channels.variations import variations
 from guardsmith.models.checkpoint import load_model
 from guardsmith.training.loop import generator, torch_seed
 
@@ -30,6 +30,7 @@ p.add_argument("--set", default="tuning")
 p.add_argument("--subjects", nargs="+", required=True)
 p.add_argument("--groups", type=int, default=4)
 p.add_argument("--steps", type=int, default=1500)
+p.add_argument("--drift", type=float, default=0.8)
 p.add_argument("--more", action="store_true")
 p.add_argument("--seed", type=int, default=0)
 p.add_argument("--name", default=None)
@@ -53,10 +54,9 @@ with torch_seed(a.seed):
 began = time.time()
 train(
     recogniser,
-    positives,
-    negatives,
+    Examples(positives, negatives),
     model.scheduler,
-    RecogniserTraining(steps=a.steps),
+    RecogniserTraining(steps=a.steps, drift=a.drift),
     seed=a.seed,
     on_step=lambda s, x: (
         print(s + 1, round(x, 3), f"{time.time() - began:.0f} s", flush=True) if (s + 1) % 250 == 0 else None

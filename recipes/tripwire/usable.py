@@ -13,15 +13,17 @@ from hardened import put_together
 
 from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, PromptBank, benign_prompts
 from guardsmith.diffusion.sampling import first_noise, solver_for
+from guardsmith.methods.channels.install import Scales
 from guardsmith.models.checkpoint import load_model
 
 p = argparse.ArgumentParser()
 p.add_argument("--trunk", type=Path, required=True)
 p.add_argument("--recogniser", type=Path, required=True)
 p.add_argument("--count", type=int, default=12)
+p.add_argument("--stream", type=float, default=16.0)
 a = p.parse_args()
 base = load_model("builtin:avatar")
-hard, _ = put_together(base, a.trunk, a.recogniser)
+hard, _ = put_together(base, a.trunk, a.recogniser, scales=Scales(a.stream))
 prompts = [x.text for x in benign_prompts(base, VERIFICATION_TEMPLATES, a.count, 1)]
 bank = PromptBank(base)
 context, empty = bank.encode(prompts), bank.encode([""]).expand(a.count, -1, -1)
@@ -75,4 +77,4 @@ with torch.no_grad():
 record["merged_half_from_base"] = float((draw(half) - pictures["base"]).abs().mean())
 record["largest_weight"] = max(float(w.abs().max()) for w in hard.unet.parameters())
 print(record)
-write(f"usable-{a.trunk.parent.name}-{a.trunk.stem}", record)
+write(f"usable-{a.trunk.parent.name}-{a.recogniser.stem}-{a.stream:g}", record)
