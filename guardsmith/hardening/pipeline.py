@@ -343,8 +343,8 @@ def _save_hardened(job: _Job, model: DiffusionModel) -> tuple[Built, float]:
     if changed == 0:
         shutil.rmtree(folder)
         raise UserError(
-            f"Hardening changed no stored weight in {job.method.steps(job.config)} steps: there are too few, or the learning rate "
-            "is too small for the precision of the base."
+            f"Hardening changed no stored weight in {job.method.steps(job.config)} steps: there are too few, or the "
+            "learning rate is too small for the precision of the base."
         )
     leaks = [f"{file}: {what}" for file, what in base_weights_in(base.folder, folder, parts)]
     if leaks:

@@ -31,6 +31,7 @@ from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank, class_
 from guardsmith.methods.base import HardeningContext, HardeningMethod, HardeningResult, MemoryFootprint, MethodConfig
 from guardsmith.methods.data import SubjectData
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.runtime.device import outputs_stay
 from guardsmith.training.loop import generator, optimizer_step
 
 
@@ -86,7 +87,7 @@ class Words:
     def contexts(self, which: int, count: int, rng: torch.Generator) -> Tensor:
         """Embeddings of prompts about a subject, (count, tokens, width), with a gradient to its word."""
         picked = self.prompts[which][torch.randint(len(self.prompts[which]), (count,), generator=rng)]
-        with with_embedding(self.model, self.tokens[which], self.vectors[which]):
+        with with_embedding(self.model, self.tokens[which], self.vectors[which]), outputs_stay():
             contexts: Tensor = self.model.text_encoder(picked).last_hidden_state
         return contexts
 
@@ -167,6 +168,7 @@ class _Training:
             class_latents = {noun: encode(model, images) for noun, images in classes.items()}
             ordinary = context.ordinary
             self.distilled = (class_latents, encode(model, ordinary.images), self.bank.encode(ordinary.prompts))
+            self.bank.encode([class_prompt(noun) for noun in classes])  # now, and not in the steps
 
         self.released = copy.deepcopy(model.unet, {id(p): p for p in model.unet.parameters()})
         for name, parameter in self.theta.items():

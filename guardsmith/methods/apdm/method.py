@@ -53,7 +53,7 @@ from guardsmith.methods.base import (
     Prepared,
 )
 from guardsmith.models.checkpoint import with_own_unet
-from guardsmith.runtime.device import CPU, chosen_device
+from guardsmith.runtime.device import CPU, chosen_device, outputs_stay
 from guardsmith.runtime.distributed import world_size
 from guardsmith.training.loop import Snapshot, add_gradients, generator, optimizer_step, reset_optimizer
 
@@ -161,6 +161,7 @@ class _Training:
         self.ordinary = None
         if config.distillation_weight and context.ordinary is not None:
             self.ordinary = encode(model, context.ordinary.images), context.ordinary.prompts
+            self.bank.encode(context.ordinary.prompts)  # now, and not in the steps
         self._choose_parameters(theta)
         self.path_optimizer = context.adamw(self.path_parameters, lr=config.personalization_learning_rate)
         self.optimizer = context.adamw(self.hardened, lr=config.learning_rate)
@@ -271,5 +272,6 @@ class _Training:
         """The rows with their prompts as the text encoder has them now, if it is trained."""
         if not self.config.train_text_encoder:
             return rows
-        context = self.own.text_encoder(tokens).last_hidden_state
+        with outputs_stay():
+            context = self.own.text_encoder(tokens).last_hidden_state
         return replace(rows, context=context.expand(len(rows), -1, -1))
