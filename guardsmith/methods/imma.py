@@ -153,6 +153,7 @@ class _Training:
         self._choose_parameters()
         self.descent = context.adamw(self.adapter, lr=config.adapter_learning_rate)
         self.ascent = context.adamw(list(self.theta.values()), lr=config.learning_rate)
+        self.descent_scale, self.ascent_scale = context.loss_scale(), context.loss_scale()
 
         self.bank = PromptBank(model)
         self.latents = [encode(model, subject.images) for subject in context.subjects]
@@ -209,6 +210,7 @@ class _Training:
             "IMMA", config.steps,
             modules={"unet": self.work} | ({} if self.words is None else {"words": self.words.vectors}),
             optimizers={"descent": self.descent, "ascent": self.ascent}, released=self.released_model,
+            scales=[self.descent_scale, self.ascent_scale],
         )  # fmt: skip
         turn = config.inner_steps + config.outer_steps
         for j in loop:
@@ -217,12 +219,16 @@ class _Training:
             adaptation = row_losses(self.work, self.scheduler, self._subject_rows(subject, rng)).mean()
             losses = {"adaptation": adaptation.item(), "raising": float(raising)}
             if raising:
-                (-adaptation).backward()
+                self.ascent_scale.up(-adaptation).backward()
                 self._distill(subject, rng, losses)
-                losses["gradient_norm"] = optimizer_step(self.ascent, list(self.theta.values()), max_grad_norm=1.0)
+                losses["gradient_norm"] = optimizer_step(
+                    self.ascent, list(self.theta.values()), max_grad_norm=1.0, scale=self.ascent_scale
+                )
             else:
-                adaptation.backward()
-                losses["gradient_norm"] = optimizer_step(self.descent, self.adapter, max_grad_norm=1.0)
+                self.descent_scale.up(adaptation).backward()
+                losses["gradient_norm"] = optimizer_step(
+                    self.descent, self.adapter, max_grad_norm=1.0, scale=self.descent_scale
+                )
             for parameter in self.parameters:
                 parameter.grad = None
             loop.finish_step(j, losses)
@@ -252,5 +258,5 @@ class _Training:
         with torch.no_grad():
             teacher = predict(self.context.model.unet, self.scheduler, rows)
         distance = (predict(self.released, self.scheduler, rows) - teacher).square().mean()
-        (self.config.distillation_weight * distance).backward()
+        self.ascent_scale.up(self.config.distillation_weight * distance).backward()
         losses["distillation"] = distance.item()
