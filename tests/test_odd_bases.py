@@ -317,6 +317,17 @@ def test_a_part_of_zeros_is_refused(base, file, part):
         check_computes(load_model(str(base)))
 
 
+def test_a_base_that_draws_blanks_leaves_nothing_behind(base, tmp_path, capsys, monkeypatch):
+    """Found after the output folder was claimed, when class pictures are drawn."""
+    monkeypatch.setattr("guardsmith.hardening.compatibility.BLANK", 10.0)
+    command = ["harden", "--recipe", "apdm-sd15", "--base", str(base), "--subjects", DEMO, "--output", str(tmp_path / "out"),
+               "--set", "method.params.class_images=2", "--set", "sampling.steps=2"]  # fmt: skip
+    assert main(command) == 2
+    assert "are blank" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    assert main(command) == 2 and not (tmp_path / "out").exists()
+
+
 def test_blank_class_pictures_are_refused():
     black, drawn = torch.full((4, 3, 8, 8), -1.0), torch.rand((4, 3, 8, 8))
     check_class_pictures("person", torch.cat([black[:2], drawn[:2]]), "base")

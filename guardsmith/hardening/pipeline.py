@@ -57,7 +57,7 @@ from guardsmith.runtime.distributed import (
     single_process,
     world_size,
 )
-from guardsmith.runtime.output import check_apart, lock_output, prepare_output, read_settings
+from guardsmith.runtime.output import check_apart, discard_output, lock_output, prepare_output, read_settings
 from guardsmith.training.compute import ComputeConfig, configure_denoiser
 from guardsmith.training.loop import UNetCost, save_modules
 from guardsmith.training.optimizers import eight_bits
@@ -153,6 +153,7 @@ def harden(
     check_trackers(report_to)
     with process_group(), ExitStack() as lock:
         job = _preflight(registry, recipe, output, add_to)
+        fresh = not output.exists() or (output.is_dir() and not any(output.iterdir()))
         with main_process_first():
             if first_process():
                 if check is not None and not job.record.exists():
@@ -165,10 +166,15 @@ def harden(
                     console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
                 return finished
         began = time.monotonic()
-        with main_process_first():
-            if first_process():
-                try_saving(job.model, output, half_variant=recipe.half_variant)
-        prepared = _prepare(job)
+        try:
+            with main_process_first():
+                if first_process():
+                    try_saving(job.model, output, half_variant=recipe.half_variant)
+            prepared = _prepare(job)
+        except UserError:  # the base cannot be used: there is nothing that --resume could go on with
+            if fresh and first_process():
+                discard_output(output)
+            raise
         trained = _train(job, prepared, report_to)
         info = _save(job, prepared, trained, began) if first_process() else None
         with main_process_first():  # the others read what the first one has written

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from guardsmith.attacks.lora import TARGETS, adapter_parameters, add_adapters
@@ -60,6 +60,15 @@ class ImmaConfig(MethodConfig):
     """Identifiers of the adaptation prompt, one drawn per step; the subject's own are added (a new word has none)."""
     distillation_weight: float = Field(0.0, ge=0)
     """Weight of || e_theta - e_base ||^2 on class pictures and ordinary pictures, in theta's steps (0: the paper)."""
+
+    @model_validator(mode="after")
+    def _theta_moves(self) -> Self:
+        if self.steps <= self.inner_steps:
+            raise ValueError(
+                f"steps ({self.steps}) has to be more than inner_steps ({self.inner_steps}): the first ones move the adapter "
+                "only, and the model would stay as it is"
+            )
+        return self
 
 
 def immunized_names(unet: Any, which: str) -> list[str]:
