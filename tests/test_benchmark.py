@@ -89,6 +89,15 @@ def test_a_base_that_is_written_is_one_that_guardsmith_reads(small, tmp_path):
     assert same_weights(weights(loaded.unet), weights(small.unet))
 
 
+def test_a_base_of_full_size_stays_below_the_limit():
+    told = json.loads(full_size.RESULTS.read_text())
+    assert (told["width"], told["latent_size"], told["weights"]) == (320, 64, 859_520_964)
+    assert 0 < told["peak_gib"] <= told["limit_gib"] == full_size.LIMIT and told["changed_weights"] > 0
+    assert set(told["precision"].values()) == {"float16"} and told["stored_gib"]["model"] == told["stored_gib"]["base"]
+    assert set(told["stages"]) == {"base", "plan", "harden", "load", "export"}
+    assert told["method"] == full_size.METHOD
+
+
 def test_the_page_on_scale_says_what_the_methods_count_now():
     told = json.loads(scale.RESULTS.read_text())
     assert told == json.loads(json.dumps(scale.estimate()))

@@ -231,3 +231,25 @@ def test_the_plan_of_sdxl_says_what_it_needs(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["memory_gib"]["together"] > 0 and told["disk_gib"]["needed"] > 0 and told["hours"]["hardening"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_loaded_is_counted_once(v_folder, tmp_path):
+    """The plan loads it before it estimates: what it takes is in `weights`, and no part of the process' own memory."""
+    recipe = Recipe(base=str(v_folder), method={"name": "persguard"})
+    config, held = METHODS["persguard"].config(), torch.ones(2**26)  # 256 MiB
+    without = estimate(recipe, METHODS["persguard"], config)
+    found = estimate(recipe, METHODS["persguard"], config, loaded=held.nbytes)
+    assert without["rest"] - found["rest"] == pytest.approx(0.25, abs=0.02)
+    assert without["together"] - found["together"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_plan_says_how_much_is_loaded(monkeypatch, v_folder, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        "guardsmith.evaluation.forecast.estimate",
+        lambda *args, loaded: seen.append(loaded) or estimate(*args, loaded=loaded),
+    )
+    main(["plan", "persguard-sd21", "--base", str(v_folder), "--subjects", str(ROOT / "registries/demo.yaml"), "--output",
+          str(tmp_path / "out")])  # fmt: skip
+    model = load_model(str(v_folder))
+    assert seen == [sum(weight.numel() * 4 for part in model.networks.values() for weight in part.parameters())]

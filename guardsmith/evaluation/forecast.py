@@ -323,8 +323,11 @@ def _look_at_room(plan: Forecast, recipe: Recipe, output: Path, base: DiffusionM
     plan.data["disk_gib"] = {"needed": round(needed, 3), "free": round(free, 1)}
     plan.add("disk", f"{needed:.2f} GiB needed in {place}, {free:.1f} GiB free", "problem" if needed > free else "fine")
     method = find_method(recipe.method.name)
+    loaded = sum(
+        weight.nbytes for part in base.networks.values() for weight in part.parameters() if weight.device.type == "cpu"
+    )
     try:
-        found = estimate(recipe, method, method.config(**recipe.method.params))
+        found = estimate(recipe, method, method.config(**recipe.method.params), loaded=loaded)
     except RunFailed:
         return
     plan.data["memory_gib"] = {key: round(value, 2) for key, value in found.items()}

@@ -89,19 +89,20 @@ def _tokens(folder: Path, family: Family) -> int:
     return longest + T5_TOKENS if family is SD3 else longest
 
 
-def estimate(recipe: Recipe, method: Method, config: MethodConfig) -> dict[str, float]:
+def estimate(recipe: Recipe, method: Method, config: MethodConfig, *, loaded: int = 0) -> dict[str, float]:
     """Peak memory of a hardening in GiB: `weights`, `training`, `activations`, `pictures`, `rest`, and their sum, `together`.
 
     Args:
         recipe: base and `compute`.
         method: the hardening method.
         config: its parameters.
+        loaded: bytes of the base's weights that this process has in memory already, and that are not its `rest`.
 
     Raises:
         UserError: there is no such base.
         RunFailed: the base is not on this machine.
     """
-    rest = psutil.Process().memory_info().rss
+    rest = max(0, psutil.Process().memory_info().rss - loaded)
     folder = resolve(recipe.base, recipe.revision)
     family = family_of(folder)
     parts = ["vae", *(name for name, *_ in text_parts(folder, family))]

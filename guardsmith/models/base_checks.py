@@ -15,8 +15,9 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from transformers import T5EncoderModel
 
+from guardsmith.core.console import in_words
 from guardsmith.core.errors import UserError
-from guardsmith.models.contents import INDEX, STEMS, TOKENIZER_FILES, Part, in_words, weight_variants
+from guardsmith.models.contents import INDEX, STEMS, TOKENIZER_FILES, Part, weight_variants
 from guardsmith.models.families import SD, SD3, SDXL, Family
 from guardsmith.models.reading import kind_of, used_files
 
