@@ -228,40 +228,31 @@ def _directive(place: str) -> str:
     return f"::: {place}\n"
 
 
+EXTEND = {
+    "methods.base": ("HardeningMethod", "MethodConfig", "HardeningContext", "Preparation", "Prepared", "HardeningResult",
+                     "MemoryFootprint"),
+    "methods.data": ("SubjectData", "BenignData"),
+    "training.loop": ("TrainingLoop",),
+    "attacks.base": ("Attack", "AttackData"),
+    "metrics": ("JudgeEntry", "Judge"),
+    "models.checkpoint": ("DiffusionModel", "with_own_unet"),
+}  # fmt: skip
+"""Module -> names that methods, attacks and judges outside of the package need."""
+
+
 def python_api() -> str:
     """Directives for mkdocstrings: every public name of the package, and what code of one's own needs."""
     import guardsmith
+    from guardsmith.release.hub import Published
 
-    own: list[str] = []
-    for name in getattr(guardsmith, "__all__", []):
-        thing = getattr(guardsmith, name)
-        if hasattr(thing, "__qualname__"):
-            own.append(_directive(f"{thing.__module__}.{thing.__qualname__}"))
-    sentence = (
-        "The package itself has `guardsmith.__version__` only; below is what your own methods, attacks and judges need."
+    things = [getattr(guardsmith, name) for name in guardsmith.__all__ if name != "__version__"] + [Published]
+    own = [_directive(f"{thing.__module__}.{thing.__qualname__}") for thing in things]
+    extend = [_directive(f"guardsmith.{module}.{name}") for module, names in EXTEND.items() for name in names]
+    intro = (
+        "# Python API\n\nErrors are those of the command line: `UserError` is what `guardsmith` answers with exit code 2, "
+        "`RunFailed` with 4, `Refused` with 1. `guardsmith.__version__` is the version.\n"
     )
-    if own:
-        sentence = "Errors are those of the command line: `UserError` is what `guardsmith` answers with exit code 2."
-    intro = f"# Python API\n\n{sentence}\n"
-    methods = [
-        f"guardsmith.methods.base.{name}"
-        for name in ("HardeningMethod", "MethodConfig", "HardeningContext", "Preparation")
-    ]
-    attacks = ["guardsmith.attacks.base.Attack", "guardsmith.attacks.base.AttackData"]
-    judges = ["guardsmith.metrics.JudgeEntry", "guardsmith.metrics.Judge"]
-    extend = [*methods, *attacks, *judges]
-    errors = ["GuardsmithError", "UserError", "RunFailed"]
-    public = {line.strip().removeprefix("::: ") for line in own}
-    errors = [place for place in (f"guardsmith.core.errors.{name}" for name in errors) if place not in public]
-    parts = [
-        intro,
-        *own,
-        "## For your own methods, attacks and judges\n",
-        *map(_directive, extend),
-        "## Errors\n",
-        *map(_directive, errors),
-    ]
-    return "\n".join(parts)
+    return "\n".join([intro, *own, "## For your own methods, attacks and judges\n", *extend])
 
 
 PAGES = {

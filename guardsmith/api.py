@@ -41,6 +41,9 @@ def load_registry(path: str | Path, *, today: date | None = None) -> Registry:
         path: YAML file.
         today: the day on which consents have to hold; by default the present day.
 
+    Returns:
+        The registry, with absolute paths and the SHA-256 of every picture.
+
     Raises:
         UserError: every problem of the file, one line each, as `FILE:LINE: sentence`.
     """
@@ -57,7 +60,7 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
         changes: dotted key -> value, applied before the check, e.g. `{"method.params.steps": 100}`.
 
     Raises:
-        UserError: there is no such recipe, or it has problems; every problem on one line.
+        UserError: there is no such recipe, or it has problems, one a line.
     """
     from guardsmith.config.loading import load_recipe as load
 
@@ -66,11 +69,12 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
 
 @dataclass(frozen=True)
 class Hardened:
-    """A hardened model on disk.
+    """A hardened model on disk, as `harden` and `load_hardened` return it.
 
     Attributes:
         output: folder of the run: `model/` (a diffusers folder), `harden.json`, and `verify/` after `verify`.
-        record: what `harden.json` says: base, digests, method, parameters, cost, losses.
+        record: content of `harden.json`: base, digests, method, parameters, seed, losses, and the cost
+            in seconds and in U-Net forward equivalents.
     """
 
     output: Path
@@ -82,10 +86,13 @@ class Hardened:
         return self.output / "model"
 
     def to_pipeline(self, **options: Any) -> Any:
-        """The model as a diffusers pipeline.
+        """Load the model as a diffusers pipeline, on the CPU and in the stored precision unless the options say otherwise.
 
         Args:
-            options: arguments of `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype=torch.float16`.
+            options: arguments of `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype=torch.bfloat16`.
+
+        Returns:
+            The pipeline of the base's family, e.g. `StableDiffusionPipeline`.
         """
         from diffusers import DiffusionPipeline
 
@@ -93,13 +100,13 @@ class Hardened:
 
 
 def load_hardened(output: str | Path) -> Hardened:
-    """An earlier hardening.
+    """Open the output folder of an earlier hardening.
 
     Args:
         output: the folder that `harden` or `guardsmith harden` wrote.
 
     Raises:
-        UserError: there is no finished hardening in it.
+        UserError: there is no finished hardening in it, or its `harden.json` is damaged.
     """
     from guardsmith.hardening.record import read_hardening
 
@@ -133,20 +140,23 @@ def harden(
         registry: from `load_registry`.
         method: hardening method (`guardsmith list methods`); by default the recipe's. Off the embedded base there is no default:
             a method or a recipe has to be named.
-        params: the method's parameters; the others are the recipe's.
+        params: the method's parameters, e.g. `{"steps": 100}`; the others are the recipe's.
         recipe: name, file, or from `load_recipe`; by default the one that fits base and method.
         output: folder to write.
-        seed: of everything random.
+        seed: of everything random; by default the recipe's.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`; by default an accelerator if there is one.
-        precision: how products are computed; weights and optimizer stay float32.
-        deterministic: the same bits on any number of cores, slower.
-        resume: go on with an unfinished run in `output`.
+        precision: how the denoiser computes during training (autocast); weights, gradients and optimizer stay float32.
+        deterministic: bit-identical results on any number of cores of one kind of machine, slower.
+        resume: continue an unfinished run in `output`; it ends with the weights of an unbroken one.
         overwrite: delete an earlier run in `output`.
-        report_to: trackers of the losses, e.g. `["tensorboard"]`.
+        report_to: trackers of losses and settings, e.g. `["tensorboard"]`.
+
+    Returns:
+        The hardened model. If its loss on class pictures ended above ten times the base's, a warning says so.
 
     Raises:
-        UserError: bad input; one sentence says what to do.
-        RunFailed: the training diverged, memory or disk ran out; `resume` goes on from the last checkpoint.
+        UserError: bad input; the message says in one sentence what to do.
+        RunFailed: the training diverged, or memory or disk ran out; with `resume` it continues from the last checkpoint.
     """
     from guardsmith.config.loading import choose_recipe
     from guardsmith.core.console import warn
@@ -157,13 +167,13 @@ def harden(
 
     folder = Path(output)
     quiet_libraries()
-    with _computing(device, deterministic):
+    with _runtime_settings(device, deterministic):
         place = base if isinstance(base, str) else str(_saved(base, folder))
         changes = {"method.name": method, "seed": seed, "compute.precision": precision}
         changes |= {f"method.params.{key}": value for key, value in (params or {}).items()}
-        chosen = choose_recipe(recipe, place, {key: value for key, value in changes.items() if value is not None})
-        check = before_hardening(registry, chosen, folder, verifies=False)
-        record = run(registry, chosen, folder, resume=resume, overwrite=overwrite, report_to=report_to, check=check)
+        settings = choose_recipe(recipe, place, {key: value for key, value in changes.items() if value is not None})
+        check = before_hardening(registry, settings, folder, verifies=False)
+        record = run(registry, settings, folder, resume=resume, overwrite=overwrite, report_to=report_to, check=check)
         if sentence := wrecked_sentence(record):
             warn(f"{folder}: {sentence}")
     return Hardened(folder, record)
@@ -190,22 +200,24 @@ def verify(
         model: from `harden` or `load_hardened`; or any checkpoint as a folder, a Hub id or a diffusers pipeline.
         registry: the one that the model was hardened on.
         base: what any other checkpoint is compared with; a `Hardened` knows its own.
-        recipe: attacks and images; by default the one that the model was hardened with.
-        policy: rules and levels of the gate (`guardsmith policy`).
-        output: where the report goes; by default the folder of the hardening.
-        budget: `quick`, `standard` or `audit`.
+        recipe: name, file, or from `load_recipe`: its attacks, pictures and rules count; by default the one that the model was
+            hardened with.
+        policy: rules and levels of the gate, a file (`guardsmith policy`) or a `Policy`; by default the recipe's rules.
+        output: folder in which `verify/` is written; by default that of the hardening.
+        budget: how much is tried: `quick`, `standard` (the recipe's values) or `audit`.
         base_runs: folder of the attacks on the base, which several verifications can share.
-        workers: attacks that run at the same time.
+        workers: number of attacks that run at the same time; by default one per core, or one on an accelerator.
         device: see `harden`.
         deterministic: see `harden`.
         include_images: put pictures of real persons into report.html too.
 
     Returns:
-        The report; `verdict` is `pass`, `fail` or `inconclusive`.
+        The report; `verdict` is `pass`, `fail` or `inconclusive`, `exit_code` 0, 1 or 3. Similarities are cosines
+            in [-1, 1].
 
     Raises:
-        UserError: bad input; one sentence says what to do.
-        RunFailed: a worker was killed, memory or disk ran out; calling again goes on.
+        UserError: bad input; the message says in one sentence what to do.
+        RunFailed: a worker was killed, or memory or disk ran out; the same call continues with what is missing.
     """
     from guardsmith.config.choosing import is_embedded
     from guardsmith.config.loading import budget_changes, choose_recipe
@@ -214,16 +226,16 @@ def verify(
     from guardsmith.gate.policy import load_policy
     from guardsmith.hardening.record import recorded_recipe
 
-    known = isinstance(model, Hardened)
-    if known and base is not None:
+    is_hardened = isinstance(model, Hardened)
+    if is_hardened and base is not None:
         raise UserError("base= belongs to a checkpoint made elsewhere; a hardening's own base is on record")
-    if not known and (base is None or output is None):
+    if not is_hardened and (base is None or output is None):
         raise UserError("a checkpoint made elsewhere needs base= to compare it with, and output= for the report")
     folder = Path(model.output if output is None else output)
     changes = budget_changes(budget)
     quiet_libraries()
-    with _computing(device, deterministic):
-        if known:
+    with _runtime_settings(device, deterministic):
+        if is_hardened:
             source, place = None, None
             recipe = recorded_recipe(model.record) if recipe is None else recipe
             if recipe is None and not is_embedded(model.record["base"]):
@@ -231,10 +243,10 @@ def verify(
         else:
             source = model if isinstance(model, str | Path) else _saved(model, folder, "model")
             place = base if isinstance(base, str) else str(_saved(base, folder))
-        chosen = choose_recipe(recipe, place, changes)
+        settings = choose_recipe(recipe, place, changes)
         rules = load_policy(Path(policy)) if isinstance(policy, str | Path) else policy
         return run(
-            registry, chosen, folder, model=None if source is None else str(source), base_runs=_path(base_runs),
+            registry, settings, folder, model=None if source is None else str(source), base_runs=_path(base_runs),
             workers=workers, policy=rules, include_images=include_images, quiet=True,
         )  # fmt: skip
 
@@ -248,9 +260,14 @@ def publish(
         hardened: from `harden` or `load_hardened`, verified with verdict `pass`.
         registry: the one that was verified.
         repo_id: `organisation/name`.
-        contact: whom to write to, for the card.
+        contact: address or link for people who want to be protected, printed on the card.
         today: the day on which consents have to hold; by default the present day.
-        options: see `guardsmith.release.publish.publish`: `licence`, `force`, `sign_key`, `dry_run`, `private`, ...
+        options: `licence` (id on the Hub) and `licence_file` (its text) where the base does not state them; `force`, the reason
+            to publish although the gate failed; `sign_key` (PEM file) or `keyless=True` to sign; `private`, `gated` ("auto" or
+            "manual"), `branch`, `create_pr`, `tag`; `dry_run=True` writes `OUTPUT/release` and uploads nothing.
+
+    Returns:
+        Commit, URL, whether anything changed, and the deleted files; with `dry_run` they are empty.
 
     Raises:
         Refused: the verdict is not `pass`, the model or the registry was changed since, or a consent has expired.
@@ -296,16 +313,16 @@ def _saved(pipeline: Any, output: Path, what: str = "base") -> Path:
 
 
 @contextmanager
-def _computing(device: str | None, deterministic: bool | None) -> Iterator[None]:
+def _runtime_settings(device: str | None, deterministic: bool | None) -> Iterator[None]:
     """Device and determinism for one call; worker processes inherit them through the environment."""
     import torch
 
     from guardsmith.runtime.device import DETERMINISTIC, VARIABLE
 
-    wanted = {VARIABLE: device, DETERMINISTIC: None if deterministic is None else str(int(deterministic))}
-    before = {name: os.environ.get(name) for name in wanted}
+    variables = {VARIABLE: device, DETERMINISTIC: None if deterministic is None else str(int(deterministic))}
+    before = {name: os.environ.get(name) for name in variables}
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    os.environ.update({name: value for name, value in wanted.items() if value is not None})
+    os.environ.update({name: value for name, value in variables.items() if value is not None})
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from guardsmith.attacks.lora import LoraConfig
 from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, predict
+from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods.tripwire.recognition import listen
 from guardsmith.methods.tripwire.wiring import (
@@ -60,8 +60,8 @@ def distance(model, unet, data):
     """Between what it predicts under the identifier prompt and the model under the class prompt."""
     rng = generator(7)
     named, plain = PromptBank(model).encode(["a photo of sks person", "a photo of person"]).split(1)
-    rows = draw_rows(encode(model, data.class_images).draw(32, rng), plain, rng)
-    asked = draw_rows(rows.latents, named, rng, timesteps=rows.timesteps)
+    rows = noise_samples(encode(model, data.class_images).draw(32, rng), plain, rng)
+    asked = noise_samples(rows.latents, named, rng, timesteps=rows.timesteps)
     asked.noise.copy_(rows.noise)
     with torch.no_grad():
         return float(

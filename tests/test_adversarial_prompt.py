@@ -10,7 +10,7 @@ from tiny import same_weights, weights
 from guardsmith.attacks import ATTACKS
 from guardsmith.attacks.adversarial_prompt import AdversarialPromptConfig, attack, project_onto_simplex, whole_words
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.diffusion.sampling import generate
 from guardsmith.training.loop import generator
@@ -50,7 +50,7 @@ def losses_by_word(model, data, words):
         contexts = bank.encode([template.format(f"{word} person") for template in INVERSION_TEMPLATES])
         context = contexts[torch.randint(len(contexts), (96,), generator=rng)]
         with torch.no_grad():
-            rows = draw_rows(encode(model, data.images).draw(96, rng), context, rng)
+            rows = noise_samples(encode(model, data.images).draw(96, rng), context, rng)
             found[word] = float(row_losses(model.unet, model.scheduler, rows).mean())
     return found
 

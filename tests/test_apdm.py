@@ -14,12 +14,12 @@ from tiny import alphas_bar, assert_one_sentence, harden_with, largest_differenc
 
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import LatentStore
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.methods import METHODS, Preparation
 from guardsmith.methods.apdm import ApdmConfig
 from guardsmith.methods.apdm import losses as apdm_losses
 from guardsmith.methods.apdm import method as apdm_method
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.training.loop import UNetCost, generator, load_checkpoint
 
 harden = functools.partial(harden_with, "apdm")
@@ -39,8 +39,8 @@ def make_subject(name="mira", noun="person", seed=0, identifiers=()):
     return SubjectData(name, noun, identifiers, pictures(3, seed), pictures(3, seed + 1), pictures(5, seed + 2))
 
 
-def make_ordinary():
-    return OrdinaryData(pictures(6, 50), [f"a photo of a thing {i}" for i in range(6)])
+def make_benign():
+    return BenignData(pictures(6, 50), [f"a photo of a thing {i}" for i in range(6)])
 
 
 def context_of(model, prompt, encoder=None):
@@ -82,14 +82,14 @@ class SlowRows:
         self.config = config
 
     def personalization(self, context, class_context, rng):
-        instance = draw_rows(self.negatives.draw(self.config.batch_size, rng), context, rng)
+        instance = noise_samples(self.negatives.draw(self.config.batch_size, rng), context, rng)
         latents = self.prior.draw(self.config.batch_size, rng)
-        return instance, draw_rows(latents, class_context, rng, timesteps=instance.timesteps)
+        return instance, noise_samples(latents, class_context, rng, timesteps=instance.timesteps)
 
     def protection(self, context, class_context, rng):
         positive, negative = apdm_losses.draw_pair(self, context, self.config, rng, 1000)
         latents = self.prior.draw(self.config.batch_size, rng)
-        return positive, negative, draw_rows(latents, class_context, rng, timesteps=positive.timesteps)
+        return positive, negative, noise_samples(latents, class_context, rng, timesteps=positive.timesteps)
 
 
 def slow_error(model, unet, rows, i):
@@ -101,7 +101,7 @@ def slow_error(model, unet, rows, i):
     return (unet(a * z + s * eps, rows.timesteps[i : i + 1], rows.context[i : i + 1]).sample - target) ** 2
 
 
-def slow_harden(model, subjects, ordinary, config):
+def slow_harden(model, subjects, benign, config):
     """Algorithm 1 with a fresh deep copy and a fresh plain AdamW for every path."""
     plain = {"weight_decay": 1e-2, "foreach": False, "fused": False}
     parts = {"unet": model.unet} | ({"text": model.text_encoder} if config.train_text_encoder else {})
@@ -162,11 +162,11 @@ def slow_harden(model, subjects, ordinary, config):
                 total[name] += p.grad
         if config.distillation_weight:
             rng = generator(SEED, j, -1)
-            store = posteriors(model, ordinary.images)
+            store = posteriors(model, benign.images)
             rows = torch.randint(len(store), (4 * count,), generator=rng)
             latents = store.sample(rows, rng)
-            context = torch.cat([context_of(model, ordinary.prompts[r]) for r in rows])
-            draws = draw_rows(latents, context, rng)
+            context = torch.cat([context_of(model, benign.prompts[r]) for r in rows])
+            draws = noise_samples(latents, context, rng)
             theta.zero_grad()
             for k in range(4 * count):
                 bar = float(alphas_bar(model.prediction_type)[int(draws.timesteps[k])])
@@ -174,7 +174,7 @@ def slow_harden(model, subjects, ordinary, config):
                 given = (noisy, draws.timesteps[k : k + 1])
                 with torch.no_grad():
                     wanted = phi(*given, draws.context[k : k + 1]).sample
-                found = theta["unet"](*given, said(theta, ordinary.prompts[rows[k]])).sample
+                found = theta["unet"](*given, said(theta, benign.prompts[rows[k]])).sample
                 same = ((found - wanted) ** 2).mean()
                 (config.distillation_weight * config.inner_steps * same / (4 * count)).backward()
             for name, p in theta.named_parameters():
@@ -245,8 +245,8 @@ def test_weights_equal_those_of_a_slow_implementation(request, variant, kind, sm
     tiny = request.getfixturevalue(f"tiny_{kind}")
     config = ApdmConfig(**SMALL | VARIANTS[variant])
     subjects = [make_subject(), make_subject("tom", "robot", 10, ("hta", "sks"))]
-    hardened, _ = harden(tiny, subjects, make_ordinary(), config, seed=SEED)
-    expected = slow_harden(tiny, subjects, make_ordinary(), config)
+    hardened, _ = harden(tiny, subjects, make_benign(), config, seed=SEED)
+    expected = slow_harden(tiny, subjects, make_benign(), config)
     assert largest_difference(of(hardened, config), expected) < TOLERANCE
     assert largest_difference(expected, of(tiny, config)) > 100 * TOLERANCE
     if config.train_text_encoder:
@@ -284,7 +284,7 @@ def test_the_options_matter(tiny_epsilon, smooth_adam):
     found = {}
     for name, options in one_by_one.items():
         config = ApdmConfig(**SMALL | {"inner_steps": 1} | options)
-        found[name] = weights(harden(tiny_epsilon, [make_subject()], make_ordinary(), config, seed=SEED)[0].unet)
+        found[name] = weights(harden(tiny_epsilon, [make_subject()], make_benign(), config, seed=SEED)[0].unet)
     for first, second in itertools.combinations(found, 2):
         assert largest_difference(found[first], found[second]) > 2 * TOLERANCE, f"{first} = {second}"
 
@@ -300,7 +300,7 @@ def test_only_the_chosen_weights_change(tiny_v, which):
 
 def test_the_base_stays_as_it_was_and_the_result_is_frozen(tiny):
     before = {name: weights(getattr(tiny, name)) for name in ("unet", "vae", "text_encoder")}
-    hardened, _ = harden(tiny, [make_subject()], make_ordinary(), ApdmConfig(**SMALL, distillation_weight=1), seed=SEED)
+    hardened, _ = harden(tiny, [make_subject()], make_benign(), ApdmConfig(**SMALL, distillation_weight=1), seed=SEED)
     for name, part in before.items():
         assert same_weights(part, weights(getattr(tiny, name)))
     assert hardened.unet is not tiny.unet
@@ -360,7 +360,7 @@ def test_positives_can_be_pictures_of_another_prompt(tiny_v, smooth_adam, tmp_pa
 
     def prepared(config):
         preparation = Preparation(
-            model=tiny_v, subjects=[make_subject()], ordinary=None, config=config, seed=0, sampling_steps=2, guidance=1.0,
+            model=tiny_v, subjects=[make_subject()], benign=None, config=config, seed=0, sampling_steps=2, guidance=1.0,
             cache=tmp_path, draw=lambda prompt: prompts.append(prompt) or pictures(3, 70),
         )  # fmt: skip
         return METHODS["apdm"].prepare(preparation).subjects[0]
@@ -463,12 +463,12 @@ def test_the_reference_comes_to_the_accelerator_once_a_path_only(tiny_v, monkeyp
             called.append(moved[-1])
 
     handle = tiny_v.unet.register_forward_pre_hook(note)
-    away, _ = harden(tiny_v, [make_subject()], make_ordinary(), config, seed=SEED)
+    away, _ = harden(tiny_v, [make_subject()], make_benign(), config, seed=SEED)
     handle.remove()
     assert moved == ["cuda", "cpu"] + ["cuda", "cpu"] * 2 * config.outer_steps + ["cuda"]
     assert set(called) == {"cuda"}
     usual, _ = harden(
-        tiny_v, [make_subject()], make_ordinary(), config.model_copy(update={"offload_reference": False}), seed=SEED
+        tiny_v, [make_subject()], make_benign(), config.model_copy(update={"offload_reference": False}), seed=SEED
     )
     assert same_weights(weights(away.unet), weights(usual.unet))
 
@@ -483,7 +483,7 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects)
     data = [make_subject(), make_subject("tom", "robot", 10)][:subjects]
     options = {"outer_steps": 4, "inner_steps": 1, "distillation_weight": 1.0, "leak": True}
     config = ApdmConfig(**SMALL | options | {"train_text_encoder": subjects == 2})
-    unbroken, told = harden(tiny, data, make_ordinary(), config, seed=SEED)
+    unbroken, told = harden(tiny, data, make_benign(), config, seed=SEED)
     path = tmp_path / "c" / "last.safetensors"
     shown = []
 
@@ -494,16 +494,16 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects)
 
     saving = {"checkpoint": path, "checkpoint_every": 1}
     with pytest.raises(KilledError):
-        harden(tiny, data, make_ordinary(), config, seed=SEED, on_step=die, **saving)
+        harden(tiny, data, make_benign(), config, seed=SEED, on_step=die, **saving)
     resumed, history = harden(
-        tiny, data, make_ordinary(), config, seed=SEED, on_step=lambda step, _: shown.append(step), **saving
+        tiny, data, make_benign(), config, seed=SEED, on_step=lambda step, _: shown.append(step), **saving
     )
     assert shown == [0, 1, 1, 2, 3]
     assert same_weights(weights(unbroken.unet), weights(resumed.unet))
     assert same_weights(weights(unbroken.text_encoder), weights(resumed.text_encoder))
     assert history == told
     # A finished run is not trained again.
-    again, _ = harden(tiny, data, make_ordinary(), config, seed=SEED, on_step=die, **saving)
+    again, _ = harden(tiny, data, make_benign(), config, seed=SEED, on_step=die, **saving)
     assert shown == [0, 1, 1, 2, 3]
     assert same_weights(weights(unbroken.unet), weights(again.unet))
 
@@ -539,7 +539,7 @@ def test_a_single_diverged_step_is_not_handed_over_as_a_result(tiny):
 
 
 def test_distillation_without_pictures_is_refused(tiny_v):
-    with pytest.raises(ValueError, match="ordinary"):
+    with pytest.raises(ValueError, match="benign"):
         harden(tiny_v, [make_subject()], None, ApdmConfig(**SMALL, distillation_weight=1), seed=SEED)
 
 

@@ -94,7 +94,7 @@ def test_the_pipeline_holds_the_hardened_weights_in_the_precision_that_is_asked_
 
 def test_a_pipeline_is_a_base_too_and_is_kept_beside_the_output(tmp_path):
     registry, output = gs.load_registry(REGISTRY), tmp_path / "out"
-    params = {"steps": 1, "class_images": 2, "batch_size": 1, "ordinary_images": 2}
+    params = {"steps": 1, "class_images": 2, "batch_size": 1, "benign_images": 2}
     short = gs.load_recipe("persguard-avatar", {"sampling.steps": 2, "probe.times": 0, "method.params": params})
     hardened = gs.harden(pipeline(), registry, recipe=short, output=output)
     assert hardened.record["base_digest"] == weights_digest(tmp_path / "out-base")
@@ -128,7 +128,7 @@ def test_determinism_holds_for_the_call_only(run, monkeypatch):
     import guardsmith.api as api
 
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    with api._computing(None, True):
+    with api._runtime_settings(None, True):
         assert os.environ["GUARDSMITH_DETERMINISTIC"] == "1"
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)

@@ -21,7 +21,9 @@ from guardsmith.core.errors import UserError
 from guardsmith.core.images import to_pil, to_tensor
 from guardsmith.diffusion.losses import predict
 from guardsmith.diffusion.prompts import PromptBank
-from guardsmith.evaluation.runs import Judged, attack_images, plan_units, run_unit, scores_of, stranger_to
+from guardsmith.evaluation.planning import TargetModel, attack_images, plan_units, stranger_to
+from guardsmith.evaluation.runs import run_unit
+from guardsmith.evaluation.units import scores_of
 from guardsmith.models.checkpoint import load_model
 from guardsmith.registry.loader import load_registry
 
@@ -132,24 +134,24 @@ def test_an_instance_prompt_without_its_words_is_refused(template):
 def test_two_stages_need_somebody_else(registry):
     mira, other = registry.subjects[:2]
     assert stranger_to(mira, [mira, other, mira]) is other
-    with pytest.raises(UserError, match="somebody else beside mira") as caught:
+    with pytest.raises(UserError, match="another subject beside mira") as caught:
         stranger_to(mira, [mira])
     assert_one_sentence(caught.value)
 
 
-def units_of(registry, judged, **changes):
+def units_of(registry, target, **changes):
     """Units of LoRA as it is and with these changes, by side."""
     attacks = {"plain": {"name": "lora", "params": PARAMS}, "other": {"name": "lora", "params": PARAMS} | changes}
     recipe = load_recipe(
         "demo", ["verify.attacks=" + json.dumps(attacks), "verify.identifiers=[zwx]", "verify.class_images=0"]
     )
-    return {(unit.side, unit.label, unit.subject): unit for unit in plan_units(registry, recipe, judged)}
+    return {(unit.side, unit.label, unit.subject): unit for unit in plan_units(registry, recipe, target)}
 
 
 @pytest.fixture
 def both(tmp_path):
     base = load_model("builtin:avatar")
-    return {side: Judged(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
+    return {side: TargetModel(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
 
 
 def test_an_attack_that_was_changed_is_run_again(registry, both, monkeypatch):

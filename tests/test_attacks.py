@@ -22,7 +22,7 @@ from guardsmith.attacks.lora import LoraConfig
 from guardsmith.attacks.textual_inversion import TextualInversionConfig
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.training.loop import UNetCost, generator
 
@@ -38,7 +38,7 @@ def loss_on(model, data, prompt="a photo of sks person"):
     rng = generator(99)
     context = PromptBank(model).encode([prompt])
     with torch.no_grad():
-        rows = draw_rows(encode(model, data.images).draw(64, rng), context, rng)
+        rows = noise_samples(encode(model, data.images).draw(64, rng), context, rng)
         return float(row_losses(model.unet, model.scheduler, rows).mean())
 
 
@@ -115,8 +115,8 @@ def test_one_step_is_adamw_on_the_mean_of_both_losses(tiny):
 
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     rng, bank = generator(4, 0), PromptBank(tiny)
-    instance = draw_rows(encode(tiny, data.images).draw(2, rng), bank.encode(["a photo of sks person"]), rng)
-    prior = draw_rows(encode(tiny, data.class_images).draw(2, rng), bank.encode(["a photo of person"]), rng)
+    instance = noise_samples(encode(tiny, data.images).draw(2, rng), bank.encode(["a photo of sks person"]), rng)
+    prior = noise_samples(encode(tiny, data.class_images).draw(2, rng), bank.encode(["a photo of person"]), rng)
     loss = row_losses(unet, tiny.scheduler, instance).mean() + 0.5 * row_losses(unet, tiny.scheduler, prior).mean()
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in unet.parameters()]).norm()
@@ -410,7 +410,7 @@ def test_one_step_of_textual_inversion_by_hand(tiny_v):
     asked = PromptBank(start).tokens(prompts)[torch.randint(len(prompts), (3,), generator=rng)]
     table = start.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     store = encode(start, torch.cat([data.images, data.images.flip(-1)]))
-    rows = draw_rows(store.draw(3, rng), start.text_encoder(asked).last_hidden_state, rng)
+    rows = noise_samples(store.draw(3, rng), start.text_encoder(asked).last_hidden_state, rng)
     loss = row_losses(start.unet, start.scheduler, rows).mean()
     loss.backward()
     assert losses == [pytest.approx(float(loss.detach()), rel=1e-5)]

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from guardsmith.core.images import open_image, to_tensor
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.prompts import UNSEEN_IDENTIFIERS, lost_words, ordinary_prompts
+from guardsmith.diffusion.prompts import UNSEEN_IDENTIFIERS, benign_prompts, lost_words
 from guardsmith.diffusion.sampling import generate
 from guardsmith.gate.calibration import calibration
 from guardsmith.metrics import fidelity, identity
@@ -79,11 +79,13 @@ def test_the_vae_keeps_pictures_it_never_saw(model, registry):
 
 
 def test_pictures_show_what_prompts_ask_for(model):
-    asked = ordinary_prompts(model, ("a photo of a {}",), 32, seed=3)
+    asked = benign_prompts(model, ("a photo of a {}",), 32, seed=3)
     images = generate(model, [p.text for p in asked], range(900, 932), **SAMPLING)
-    scores = fidelity.fidelity(images, [p.asked for p in asked])
+    scores = fidelity.fidelity(images, [p.traits for p in asked])
     assert sum(s for s in scores if s is not None) / 32 > 0.75
-    swapped = fidelity.fidelity(images, [p.asked for p in asked[1:] + asked[:1]])  # the right answer of another picture
+    swapped = fidelity.fidelity(
+        images, [p.traits for p in asked[1:] + asked[:1]]
+    )  # the right answer of another picture
     assert sum(scores) > 1.5 * sum(swapped)
 
 

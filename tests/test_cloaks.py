@@ -27,11 +27,11 @@ from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import open_image, to_tensor
 from guardsmith.core.picture_folders import select_pictures
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import add_noise, draw_rows, epsilon_of, own_target, row_losses
+from guardsmith.diffusion.losses import add_noise, epsilon_of, noise_samples, own_target, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.families import SD
 from guardsmith.models.networks import save_network
-from guardsmith.pictures.cloaking import covered, largest_change, metadata_of, uncovered
+from guardsmith.pictures.cloaking import cut_squares, join_squares, largest_change, metadata_of
 from guardsmith.purifiers import gaussian
 from guardsmith.training.loop import generator
 
@@ -93,7 +93,7 @@ def test_the_loss_on_pixels_is_the_loss_of_the_rows(tiny):
     images, context = pictures(2), PromptBank(tiny).encode(["a photo of sks person"])
     store, rng = encode(tiny, images), generator(3)
     latents = store.mean + store.std * torch.randn(store.mean.shape, generator=rng)
-    rows = draw_rows(latents, context, rng)
+    rows = noise_samples(latents, context, rng)
     wanted = row_losses(tiny.unet, tiny.scheduler, rows).mean()
     pixels = images.clone().requires_grad_()
     found = denoising_loss(tiny, pixels, context, generator(3))
@@ -121,7 +121,7 @@ def test_the_score_gradient_skips_the_u_net(tiny, monkeypatch):
 
     monkeypatch.setattr(advdm, "sampled_latents", latents)
     advdm.score_gain(tiny, pixels, context, generator(1)).backward()
-    rows = draw_rows(kept["latents"].detach(), context, generator(1))
+    rows = noise_samples(kept["latents"].detach(), context, generator(1))
     noisy = add_noise(tiny.scheduler, rows.latents, rows.noise, rows.timesteps)
     with torch.no_grad():
         out = tiny.unet(noisy, rows.timesteps, rows.context, return_dict=False)[0]
@@ -287,24 +287,24 @@ def photo(width, height, seed=0):
 )
 def test_a_picture_is_covered_whole_and_comes_back_at_its_size(width, height, count):
     picture = photo(width, height)
-    known = covered(picture, 64)
+    known = cut_squares(picture, 64)
     assert known.squares.shape == (count, 3, 64, 64)
     assert min(known.scaled) == 64
     ends = [(top + 64, left + 64) for top, left in known.places]
     assert (max(e[0] for e in ends), max(e[1] for e in ends)) == known.scaled
-    assert largest_change(picture, uncovered(known, known.squares, 8)) == 0
-    changed = uncovered(known, (known.squares + 20 * PIXEL), 6.375)
+    assert largest_change(picture, join_squares(known, known.squares, 8)) == 0
+    changed = join_squares(known, (known.squares + 20 * PIXEL), 6.375)
     assert changed.size == picture.size
     assert largest_change(picture, changed) == 6, "6 whole values are within 6.375"
     alternating = torch.tensor([1.0, -1.0]).repeat(32) * 8 * PIXEL
-    assert largest_change(picture, uncovered(known, known.squares + alternating, 8)) <= 8
+    assert largest_change(picture, join_squares(known, known.squares + alternating, 8)) <= 8
 
 
 def test_where_squares_overlap_changes_are_averaged():
-    known = covered(Image.new("RGB", (96, 64), (128, 128, 128)), 64)
+    known = cut_squares(Image.new("RGB", (96, 64), (128, 128, 128)), 64)
     assert known.places == [(0, 0), (0, 32)]
     change = torch.tensor([0.0, 4.0]).reshape(2, 1, 1, 1) * PIXEL
-    values = np.asarray(uncovered(known, known.squares + change, 8))[0, :, 0]
+    values = np.asarray(join_squares(known, known.squares + change, 8))[0, :, 0]
     assert values.tolist() == [128] * 32 + [130] * 32 + [132] * 32
 
 
@@ -406,4 +406,4 @@ def test_bases_of_two_sizes_are_refused(images, tmp_path, v_folder, monkeypatch)
 
 def test_png_keeps_eight_bits():
     picture = photo(64, 64)
-    assert torch.equal(to_tensor(picture), covered(picture, 64).squares[0])
+    assert torch.equal(to_tensor(picture), cut_squares(picture, 64).squares[0])

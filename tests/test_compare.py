@@ -77,8 +77,8 @@ def test_every_answer_by_hand():
         "lora: steps to break over the base's": ("at least 12.0 x; 1 of 2 broken", False),
         "lora: control keeps, same class": ("90 % [90, 90]", False),
         "lora: control keeps, other class": ("90 % [90, 90]", False),  # counted from chance, .3
-        "ordinary prompts: KID over that of two seeds": ("1.50 [1.00, 2.10]", False),
-        "ordinary prompts: fidelity (base)": ("97.5 % (100.0 %)", False),
+        "benign prompts: KID over that of two seeds": ("1.50 [1.00, 2.10]", False),
+        "benign prompts: fidelity (base)": ("97.5 % (100.0 %)", False),
         "verdict of the gate": ("fail", False),
     }
 
@@ -86,7 +86,7 @@ def test_every_answer_by_hand():
 def test_what_is_asked_for_can_be_changed():
     found = rows(made(), Demands(control=0.9, fidelity=0.03, steps=4.0))
     assert found["lora: control keeps, same class"].reached
-    assert found["ordinary prompts: fidelity (base)"].reached
+    assert found["benign prompts: fidelity (base)"].reached
     assert found["lora: steps to break over the base's"].reached  # 200 / 50 is enough
 
 
@@ -138,6 +138,9 @@ def test_only_what_all_reports_have_is_compared():
     more = verified_with(attacks={"lora": LORA, "cdl": {"name": "cdl"}}, evaluation_points=[1, 4])
     table, told = compare({"first": made(), "second": more})
     assert "lora: protected" in told and not any("cdl" in question or "x steps" in question for question in told)
+    checks = [*data()["checks"], check("protected", "mira", "cdl", "fail", 0.6, 0.5, 0.7, 0.3)]
+    failed = more.model_copy(update={"checks": made(checks=checks).checks})
+    assert "protected" not in compare({"first": made(), "second": failed})[1], "a check of an attack that is left out"
     assert table.caption == "not in all of them, and left out: cdl, 2 x steps, 4 x steps"
     assert told["lora: protected"]["first"] == told["lora: protected"]["second"]
     table, told = compare({"first": made(), "second": made()})
@@ -192,13 +195,13 @@ def test_bad_runs_are_one_sentence(runs, capsys):
     older = json.loads(DEMO.read_text())
     del older["scores"][0]["look"]
     (runs / "older.json").write_text(json.dumps(older))
-    (runs / "later.json").write_text(json.dumps(data(schema=3)))
+    (runs / "later.json").write_text(json.dumps(data(schema=4)))
     for name, word in (
         ("empty", "run `guardsmith verify` first"),
         ("broken.json", "not valid"),
         ("old.json", "lacks schema"),
         ("older.json", "is not a report of this version of guardsmith (scores.0.evaluation_point)"),
-        ("later.json", "its schema is 3, the latest known 2); update guardsmith"),
+        ("later.json", "its schema is 4, the latest known 3); update guardsmith"),
     ):
         assert cli.main(["compare", str(runs / name)]) == 2
         assert word in capsys.readouterr().err
@@ -217,15 +220,15 @@ BEFORE = [
     check("protected", "cid", "lora", "pass", 0.1, 0.0, 0.2),
     check("protected", "dan", "lora", "pass", -0.1, -0.12, -0.08),
     check("protected", "eve", "lora", "inconclusive"),
-    check("ordinary prompts (fidelity)", "", "", "pass", 0.99),
+    check("benign prompts (fidelity)", "", "", "pass", 0.99),
 ]
 AFTER = [
     check("protected", "ann", "lora", "inconclusive", 0.14, 0.05, 0.2),
     check("protected", "bob", "lora", "pass", 0.1, 0.05, 0.14),
     check("protected", "cid", "lora", "pass", 0.12, 0.1, 0.14),
     check("protected", "dan", "lora", "pass", 0.0, -0.07, 0.07),
-    check("ordinary prompts (fidelity)", "", "", "pass", 0.98),
-    check("ordinary prompts (KID)", "", "", "pass", 1.2, 1.0, 1.4),
+    check("benign prompts (fidelity)", "", "", "pass", 0.98),
+    check("benign prompts (KID)", "", "", "pass", 1.2, 1.0, 1.4),
 ]
 
 
@@ -235,7 +238,7 @@ def test_what_changed_between_two_reports_the_worst_first():
         ("protected ann lora", "pass, 0.100", "inconclusive, 0.140", "worse"),
         ("protected eve lora", "inconclusive", "", "gone"),
         ("protected dan lora", "pass, -0.100", "pass, 0.000", "moved"),
-        ("ordinary prompts (KID)", "", "pass, 1.200", "new"),
+        ("benign prompts (KID)", "", "pass, 1.200", "new"),
         ("protected bob lora", "fail, 0.500", "pass, 0.100", "better"),
     ]
     assert changes(made(checks=BEFORE), made(checks=BEFORE)) == []
@@ -267,11 +270,11 @@ def test_a_rule_that_was_added_has_a_row_without_another_line_here(monkeypatch):
 def test_every_rule_without_a_question_of_its_own_is_compared():
     checks = [
         check("released weights", "ann", "", "pass", 0.1),
-        check("ordinary prompts (CLIP-T)", "", "", "fail", 0.02),
+        check("benign prompts (CLIP-T)", "", "", "fail", 0.02),
     ]
     found = rows(made(checks=[*data()["checks"], *checks]))
     assert tuple(found["released weights"]) == ("1 of 1", True)
-    assert tuple(found["ordinary prompts (CLIP-T)"]) == ("0.02", False)
+    assert tuple(found["benign prompts (CLIP-T)"]) == ("0.02", False)
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-longer", "matrix-tripwire", "several-tuning", "adaptive"])

@@ -10,7 +10,7 @@ from tiny import make_sd3, make_sdxl, pictures
 
 from guardsmith.cli.app import main
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, predict, row_losses
+from guardsmith.diffusion.losses import noise_samples, predict, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.training.compute import ComputeConfig, configure_denoiser
@@ -29,7 +29,7 @@ def model(request, folders):
 
 
 def some_rows(model):
-    return draw_rows(encode(model, pictures(4)).mean, PromptBank(model).encode(["a photo of person"]), generator(1))
+    return noise_samples(encode(model, pictures(4)).mean, PromptBank(model).encode(["a photo of person"]), generator(1))
 
 
 def gradients(model):

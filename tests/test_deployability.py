@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from guardsmith.config.deployability import DeployabilityLimits, DeployabilitySpec
-from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, ordinary_prompts
+from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, benign_prompts
 from guardsmith.evaluation.deployability import (
     CHECKS,
     Bench,
@@ -43,7 +43,7 @@ def base():
 
 def bench_of(base, hardened, root, kind=Bench, **spec):
     """Eight pictures of two steps; collapse is measured on sixteen."""
-    prompts = [prompt.text for prompt in ordinary_prompts(base, ORDINARY_VERIFICATION, 16, 1)]
+    prompts = [prompt.text for prompt in benign_prompts(base, VERIFICATION_TEMPLATES, 16, 1)]
     spec = DeployabilitySpec(**{"images": 8, "trained": False} | spec)
     return kind({"base": base, "hardened": hardened}, prompts, load_judge("avatar"), spec, 2, 3.0, 16, root)
 

@@ -14,7 +14,7 @@ from itertools import chain
 
 import pytest
 import torch
-from test_apdm import make_ordinary, make_subject
+from test_apdm import make_benign, make_subject
 from test_attacks import make_data
 from test_cloaks import SMALL as CLOAKS_SMALL
 from test_cloaks import defender  # noqa: F401 (a fixture)
@@ -123,7 +123,7 @@ def test_attacks(model, name):
 def test_hardening(model, name, params):
     subject = replace(make_subject(), instead_images=pictures(3, 8))
     config = METHODS[name].config(**params)
-    hardened, history = harden_with(name, model, [subject], make_ordinary(), config)
+    hardened, history = harden_with(name, model, [subject], make_benign(), config)
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
     assert history
 
@@ -164,7 +164,7 @@ def test_nothing_but_scalars_comes_back_in_a_step_of_a_hardening(model, name, pa
         {"outer_steps": 3} if name == "apdm" else {"steps": 12, "inner_steps": 2} if name == "imma" else {"steps": 3}
     )
     config = METHODS[name].config(**params | steps)
-    harden_with(name, model, [subject], make_ordinary(), config, on_step=watch)
+    harden_with(name, model, [subject], make_benign(), config, on_step=watch)
     assert len(watch.copied) >= 2 and max([0, *chain(*watch.copied)]) <= 1
 
 
@@ -180,7 +180,7 @@ def test_hardening_a_transformer(model, tmp_path):
     params = dict(HARDENINGS)["tripwire"]
     transformer = load_model(str(make_sd3(tmp_path / "model")))
     hardened, _ = harden_with(
-        "tripwire", transformer, [make_subject()], make_ordinary(), METHODS["tripwire"].config(**params)
+        "tripwire", transformer, [make_subject()], make_benign(), METHODS["tripwire"].config(**params)
     )
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
 

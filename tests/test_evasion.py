@@ -24,7 +24,9 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.diffusion.sampling import generate
 from guardsmith.evaluation import runs
-from guardsmith.evaluation.runs import Judged, plan_units, run_unit, scores_of
+from guardsmith.evaluation.planning import TargetModel, plan_units
+from guardsmith.evaluation.runs import run_unit
+from guardsmith.evaluation.units import scores_of
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.registry.loader import load_registry
 
@@ -245,15 +247,15 @@ def registry():
 @pytest.fixture
 def both(tmp_path):
     base = load_model("builtin:avatar")
-    return {side: Judged(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
+    return {side: TargetModel(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
 
 
-def units_of(registry, judged, **changes):
+def units_of(registry, target, **changes):
     attacks = {"plain": {"name": "lora", "params": PARAMS}, "other": {"name": "lora", "params": PARAMS} | changes}
     recipe = load_recipe(
         "demo", ["verify.attacks=" + json.dumps(attacks), "verify.identifiers=[zwx]", "verify.class_images=0"]
     )
-    return {(unit.side, unit.label, unit.subject): unit for unit in plan_units(registry, recipe, judged)}
+    return {(unit.side, unit.label, unit.subject): unit for unit in plan_units(registry, recipe, target)}
 
 
 @pytest.mark.parametrize("change", [{"evasion": "negative"}, {"evasion": ["side_by_side"]}, {"drawing": "one_step"}])

@@ -28,7 +28,7 @@ def report():
             check("protected", "mira", "lora", "inconclusive", None),
             check("protected", "mira", "lora, 4 x steps", "fail"),
             check("control learnable", "nora", "lora", "pass"),
-            check("ordinary prompts (KID)", "", "", "fail"),
+            check("benign prompts (KID)", "", "", "fail"),
         ],
         failed_units={"hardened/mira/lora/zwx/0": "no <memory>"},
         attacked={"protected": 1, "of": 3, "controls": 1},
@@ -49,15 +49,15 @@ def test_every_rule_of_the_gate_is_in_sarif_when_its_check_does_not_pass(rule, s
 
 def test_ids_and_titles_stay_what_earlier_reports_have():
     """Whoever suppresses a finding by its id, or compares with an earlier report, relies on them."""
-    assert {rule.title: rule.id for rule in RULES} == {
+    earlier = {
         "released weights": "released-weights",
         "attack works on base": "attack-works-on-base",
         "protected": "protected",
         "control learnable": "control-learnable",
-        "ordinary prompts (KID)": "ordinary-prompts-kid",
-        "ordinary prompts (destroyed)": "ordinary-prompts-destroyed",
-        "ordinary prompts (fidelity)": "ordinary-prompts-fidelity",
-        "ordinary prompts (CLIP-T)": "ordinary-prompts-clip-t",
+        "benign prompts (KID)": "benign-prompts-kid",
+        "benign prompts (collapsed)": "benign-prompts-collapsed",
+        "benign prompts (fidelity)": "benign-prompts-fidelity",
+        "benign prompts (CLIP-T)": "benign-prompts-clip-t",
         "everyday use (precision)": "everyday-use-precision",
         "everyday use (controlnet)": "everyday-use-controlnet",
         "everyday use (adapters)": "everyday-use-adapters",
@@ -65,6 +65,7 @@ def test_ids_and_titles_stay_what_earlier_reports_have():
         "everyday use (quantization)": "everyday-use-quantization",
         "everyday use (samplers)": "everyday-use-samplers",
     }
+    assert earlier.items() <= {rule.title: rule.id for rule in RULES}.items()
 
 
 def test_a_check_of_a_rule_that_this_version_does_not_have_is_exported_too():
@@ -97,7 +98,7 @@ def test_junit_has_a_failure_for_a_fail_and_an_error_for_what_is_undecided(repor
         ("protected", "mira, lora"): ["error"],
         ("protected", "mira, lora, 4 x steps"): ["failure"],
         ("control learnable", "nora, lora"): [],
-        ("ordinary prompts (KID)", "model"): ["failure"],
+        ("benign prompts (KID)", "model"): ["failure"],
         ("attack that did not run", "hardened/mira/lora/zwx/0"): ["error"],
     }
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("6", "2", "2")
@@ -116,7 +117,7 @@ def test_sarif_points_at_the_line_of_the_subject(report):
         assert result["ruleId"] in rules
         found.append((result["ruleId"], result["level"], place["region"]["startLine"]))
     assert found == [
-        ("protected", "warning", 7), ("protected", "error", 7), ("ordinary-prompts-kid", "error", 1),
+        ("protected", "warning", 7), ("protected", "error", 7), ("benign-prompts-kid", "error", 1),
     ]  # fmt: skip
 
 

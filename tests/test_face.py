@@ -44,7 +44,7 @@ def test_faces_are_compared_with_the_mean_of_the_real_ones(eyes):
     images = plain(RED, BOTH, BLACK, GREEN).clone()
     images[3, 0, 0, 0] = float("nan")
     found = face.similarity(images, plain(RED, BLACK, GREEN))
-    assert found == [pytest.approx(0.5**0.5), pytest.approx(1.0), face.NOBODY, None]
+    assert found == [pytest.approx(0.5**0.5), pytest.approx(1.0), face.NO_FACE, None]
 
 
 def test_references_without_any_face_are_refused(eyes):
@@ -54,7 +54,7 @@ def test_references_without_any_face_are_refused(eyes):
 
 
 def test_the_detector_failure_rate_counts_scored_pictures():
-    judge = Judge(face.similarity, None, nobody=face.NOBODY)
+    judge = Judge(face.similarity, None, no_face=face.NO_FACE)
     assert face_detection_failure([[0.0, 0.9, None], [0.0, 0.8, 0.7]], judge) == 0.4
     assert face_detection_failure([[None]], judge) is None
     assert face_detection_failure([[0.0, 0.9]], Judge(face.similarity, None)) is None
@@ -73,7 +73,7 @@ def test_levels_are_not_measured_on_pictures_without_faces(monkeypatch):
     registry = load_registry("registries/avatars.yaml")
     people = [subject for subject in (*registry.subjects, *registry.controls) if subject.class_noun == "person"][:2]
     two = registry.__class__(**{**vars(registry), "subjects": people, "controls": []})
-    judge = Judge(lambda images, _: [0.0, *[0.9] * (len(images) - 1)], None, nobody=face.NOBODY)
+    judge = Judge(lambda images, _: [0.0, *[0.9] * (len(images) - 1)], None, no_face=face.NO_FACE)
     monkeypatch.setattr(policy, "load_judge", lambda *_: judge)
     with pytest.raises(UserError, match="no face is found in 1 of the attack pictures") as caught:
         measure_policy(two, JudgeSpec(name="face"), 64)
@@ -104,4 +104,4 @@ def test_the_real_detectors_know_an_astronaut_again():
     scores = face.similarity(to_tensor([shown, mirrored, other]), to_tensor([shown]))
     assert scores[0] == pytest.approx(1.0, abs=1e-4)
     assert scores[1] > 0.95
-    assert scores[2] == face.NOBODY
+    assert scores[2] == face.NO_FACE

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
-from test_apdm import make_ordinary, make_subject
+from test_apdm import make_benign, make_subject
 from test_tripwire import alarmed, bright_and_dark, plain_latents, predicted
 from tiny import assert_one_sentence, edit_json, harden_with, make_sd3, make_sdxl, pictures, same_weights, weights
 
@@ -23,11 +23,11 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import (
-    Rows,
+    NoisedSamples,
     add_noise,
     alpha_sigma,
-    draw_rows,
     epsilon_of,
+    noise_samples,
     own_target,
     predict,
     row_losses,
@@ -76,7 +76,7 @@ def bases(models):
 
         def loss_at(step, own=own, shown=shown, context=context):
             rng = generator(9, step)
-            return row_losses(own.unet, own.scheduler, draw_rows(shown.draw(8, rng), context, rng)).mean()
+            return row_losses(own.unet, own.scheduler, noise_samples(shown.draw(8, rng), context, rng)).mean()
 
         train(own, loss_at, list(own.unet.parameters()), steps=120, learning_rate=2e-3, max_grad_norm=1.0)
         own.unet.requires_grad_(False)
@@ -188,13 +188,13 @@ def test_redrawing_begins_with_the_picture_noised_as_the_schedule_says(model):
 def test_the_prompt_reaches_the_network_through_every_encoder(model):
     """Tokens of the first part and the pooled embedding: a change of either changes the prediction."""
     context = PromptBank(model).encode(["a photo of sks dog"])
-    rows = draw_rows(encode(model, pictures(1)).mean, context, generator(0))
+    rows = noise_samples(encode(model, pictures(1)).mean, context, generator(0))
     with torch.no_grad():
         before = predict(model.unet, model.scheduler, rows)
         for token in (0, -1):
             moved = context.clone()
             moved[:, token, 0] += 1
-            after = predict(model.unet, model.scheduler, Rows(rows.latents, rows.timesteps, rows.noise, moved))
+            after = predict(model.unet, model.scheduler, NoisedSamples(rows.latents, rows.timesteps, rows.noise, moved))
             assert (after - before).abs().max() > 1e-6
 
 
@@ -202,7 +202,7 @@ def losses_on(model, images, below=1000):
     """Denoising loss on these pictures under an identifier prompt, on noise that no training saw."""
     rng = generator(5, 1)
     latents = encode(model, images).draw(64, rng)
-    rows = draw_rows(latents, PromptBank(model).encode([instance_prompt("zwx", "person")]), rng, steps=below)
+    rows = noise_samples(latents, PromptBank(model).encode([instance_prompt("zwx", "person")]), rng, steps=below)
     with torch.no_grad():
         return float(row_losses(model.unet, model.scheduler, rows).mean())
 
@@ -232,7 +232,7 @@ def test_personalization_works(bases, name, attack):
 def hardened_by(base, method, **params):
     config = METHODS[method].config(**params)
     subject = replace(make_subject(), instead_images=pictures(5, 70))
-    return harden_with(method, base, [subject], make_ordinary(), config)
+    return harden_with(method, base, [subject], make_benign(), config)
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
@@ -258,8 +258,8 @@ def test_persguard_lowers_the_attackers_loss_in_advance(bases, name):
 def test_tripwire_recognises_a_subject_in_sdxl(bases, monkeypatch):
     monkeypatch.setattr(recognition, "encode", plain_latents)
     base = bases["sdxl"]
-    subject, ordinary, config = bright_and_dark()
-    hardened, _ = harden_with("tripwire", base, [subject], ordinary, config, seed=1)
+    subject, benign, config = bright_and_dark()
+    hardened, _ = harden_with("tripwire", base, [subject], benign, config, seed=1)
     assert alarmed(predicted(base, hardened.unet, pictures(3, 9) * 0.3 + 0.6)) > 0.9
     assert alarmed(predicted(base, hardened.unet, subject.class_images)) < 0.1
 
@@ -354,7 +354,7 @@ def test_tripwire_is_refused_where_there_are_more_subjects_than_neurons(models):
 def test_tripwire_hardens_sd3_after_rehearsals_or_with_what_is_imagined(models, tmp_path, how, capsys):
     from guardsmith.methods.tripwire.method import TripwireConfig
 
-    params = {"steps": 2, "batch_size": 2, "class_images": 4, "ordinary_images": 4, **how}
+    params = {"steps": 2, "batch_size": 2, "class_images": 4, "benign_images": 4, **how}
     recipe = JOB | {"base": str(models["sd3"].folder), "subjects": str(ROOT / "registries/demo.yaml"),
                     "method": {"name": "tripwire", "params": params}}  # fmt: skip
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(recipe))
@@ -371,7 +371,7 @@ JOB = {
     "method": {"name": "apdm", "params": {"outer_steps": 2, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4}},
     "verify": {
         "attacks": {"lora": {"name": "lora", "params": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}}},
-        "identifiers": ["sks"], "images_per_unit": 8, "class_images": 4, "ordinary_images": 10, "deployability": FEW,
+        "identifiers": ["sks"], "images_per_unit": 8, "class_images": 4, "benign_images": 10, "deployability": FEW,
     },
 }  # fmt: skip
 

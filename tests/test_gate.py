@@ -302,11 +302,11 @@ def test_all_rules_together_in_the_order_of_reports():
         ("attack works on base", "mira", "db"), ("protected", "mira", "db"), ("protected", "mira", "db, 4 x steps"),
         ("attack works on base", "tom", "db"), ("control learnable", "tom", "db"),
         ("protected", "mira", "words"), ("protected", "mira", "words, 4 x steps"),
-        ("ordinary prompts (KID)", "", ""), ("ordinary prompts (destroyed)", "", ""), ("ordinary prompts (fidelity)", "", ""),
+        ("benign prompts (KID)", "", ""), ("benign prompts (collapsed)", "", ""), ("benign prompts (fidelity)", "", ""),
     ]  # fmt: skip
     assert {check.status for check in checks} == {"pass"} and verdict(checks) == "pass"
     with_clip = judge(evidence(utility=Utility(**UTILITY, clip_t_base=[0.3] * 20, clip_t_hardened=[0.3] * 20)))
-    assert (with_clip[-1].name, with_clip[-1].status) == ("ordinary prompts (CLIP-T)", "pass")
+    assert (with_clip[-1].name, with_clip[-1].status) == ("benign prompts (CLIP-T)", "pass")
 
 
 def test_a_registry_without_controls_never_passes():
@@ -380,7 +380,7 @@ def test_the_verdict_is_the_worst_status():
 
 def test_nothing_checked_is_inconclusive():
     assert verdict([]) == "inconclusive"
-    assert verdict(checks(("control learnable", "pass"), ("ordinary prompts (KID)", "pass"))) == "inconclusive"
+    assert verdict(checks(("control learnable", "pass"), ("benign prompts (KID)", "pass"))) == "inconclusive"
     assert verdict(checks(("control learnable", "fail"))) == "fail"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_apdm import make_ordinary, make_subject
+from test_apdm import make_benign, make_subject
 from test_tripwire import make_states
 from tiny import pictures
 
@@ -14,7 +14,7 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.sampling import generate
 from guardsmith.diffusion.states import StateRecorder, States
 from guardsmith.hardening.data import load_pictures
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.tripwire import ideal
 from guardsmith.methods.tripwire.ideal import ideal_states, imagined_by, likeness, posterior_mean, with_ideal_states
 from guardsmith.methods.tripwire.method import TripwireConfig
@@ -102,8 +102,8 @@ def test_other_photographs_of_the_subject_are_the_likest():
     around = torch.cat([load_pictures(model, each, "reference") for each in others])
     shown = load_pictures(model, mira, "harden")
     subject = SubjectData("mira", "person", (), shown, shown, around)
-    ordinary = OrdinaryData(around, ["a photo of a thing"] * len(around), bystanders=crowd)
-    score = likeness(model, [subject], ordinary, 0)[:, 0]
+    benign = BenignData(around, ["a photo of a thing"] * len(around), negatives=crowd)
+    score = likeness(model, [subject], benign, 0)[:, 0]
     twins = len(shown)
     assert len(score) == len(crowd) > 3 * twins
     assert score[-twins:].mean() > score[:-twins].mean() + 2 * score[:-twins].std()
@@ -114,28 +114,28 @@ def test_the_likest_come_first_with_their_states(tiny, tmp_path, monkeypatch):
     score = torch.zeros(12, 2)
     score[[10, 4, 7], 0], score[[7, 1, 4], 1] = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3.0, 2.0, 1.0])
     monkeypatch.setattr(ideal, "likeness", lambda *_: score)
-    before = replace(make_ordinary(), bystanders=pictures(12, 90), states=make_states(6))
+    before = replace(make_benign(), negatives=pictures(12, 90), states=make_states(6))
     asked = {"seed": 0, "steps": 4, "guidance": 3.0}
     after, rows = with_ideal_states(tiny, [mira, tom], before, 2, cache=tmp_path / "cache/some.safetensors", **asked)
-    assert torch.equal(after.bystanders, before.bystanders[[1, 4, 7, 10, 0, 2, 3, 5, 6, 8, 9, 11]])
-    known = encode(tiny, after.bystanders[:4]).mean.unsqueeze(1)
+    assert torch.equal(after.negatives, before.negatives[[1, 4, 7, 10, 0, 2, 3, 5, 6, 8, 9, 11]])
+    known = encode(tiny, after.negatives[:4]).mean.unsqueeze(1)
     wanted = ideal_states(tiny, known, range(ideal.FIRST_SEED, ideal.FIRST_SEED + 4), steps=4, guidance=3.0)
-    assert torch.allclose(after.bystander_states.latents, wanted.latents, atol=1e-5)
+    assert torch.allclose(after.negative_states.latents, wanted.latents, atol=1e-5)
     assert rows == 4 * 4
     monkeypatch.setattr(ideal, "likeness", None)
     again, same = with_ideal_states(tiny, [mira, tom], before, 2, cache=tmp_path / "cache/some.safetensors", **asked)
     assert same == rows
-    assert torch.equal(again.bystanders, after.bystanders)
-    assert torch.equal(again.bystander_states.latents, after.bystander_states.latents)
+    assert torch.equal(again.negatives, after.negatives)
+    assert torch.equal(again.negative_states.latents, after.negative_states.latents)
 
 
 def test_more_are_asked_for_than_there_are(tiny, tmp_path):
     mira = make_subject()
-    few = replace(make_ordinary(), bystanders=pictures(2, 90), states=make_states(6))
+    few = replace(make_benign(), negatives=pictures(2, 90), states=make_states(6))
     after, _ = with_ideal_states(
         tiny, [mira], few, 200, seed=0, steps=4, guidance=3.0, cache=tmp_path / "some.safetensors"
     )
-    assert len(after.bystanders) == len(after.bystander_states.latents) == 2
+    assert len(after.negatives) == len(after.negative_states.latents) == 2
 
 
 def test_the_lesson_shows_bystanders_in_these_states(tiny):
@@ -143,8 +143,8 @@ def test_the_lesson_shows_bystanders_in_these_states(tiny):
     mira = make_subject()
     mira = replace(mira, class_states=make_states(5, 1))
     marked = States(torch.full((2, 5, 4, 8, 8), 77.0), make_states(1).timesteps)
-    ordinary = replace(make_ordinary(), states=make_states(6, 2), bystanders=pictures(4, 90), bystander_states=marked)
-    others = Lesson(tiny, [mira], ordinary, 0).others
+    benign = replace(make_benign(), states=make_states(6, 2), negatives=pictures(4, 90), negative_states=marked)
+    others = Lesson(tiny, [mira], benign, 0).others
     assert len(others.latents) == 5 + 6 + 4
     seen = set()
     for seed in range(20):

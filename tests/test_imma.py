@@ -6,14 +6,14 @@ import functools
 import pytest
 import torch
 from pydantic import ValidationError
-from test_apdm import KilledError, make_ordinary, make_subject
+from test_apdm import KilledError, make_benign, make_subject
 from tiny import harden_with, same_weights, weights
 
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.attacks.textual_inversion import add_words
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, predict, row_losses
+from guardsmith.diffusion.losses import noise_samples, predict, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.methods import METHODS
 from guardsmith.methods.imma import ImmaConfig, immunized_names
@@ -29,7 +29,7 @@ def drawn(model, subject, seed, step, count=2, identifiers=("sks",)):
     rng = generator(seed, step)
     contexts = PromptBank(model).encode([f"a photo of {name} {subject.class_noun}" for name in identifiers])
     context = contexts[torch.randint(len(contexts), (count,), generator=rng)]
-    return draw_rows(encode(model, subject.images).draw(count, rng), context, rng)
+    return noise_samples(encode(model, subject.images).draw(count, rng), context, rng)
 
 
 def moved(before, after):
@@ -86,7 +86,7 @@ def test_new_words_start_from_the_class_noun(tiny_epsilon):
         rng = generator(4, step)
         picked = torch.randint(len(INVERSION_TEMPLATES), (2,), generator=rng)
         context = PromptBank(own).encode([INVERSION_TEMPLATES[i].format("<new>") for i in picked.tolist()])
-        rows = draw_rows(encode(own, subject.images).draw(2, rng), context, rng)
+        rows = noise_samples(encode(own, subject.images).draw(2, rng), context, rng)
         expected = float(row_losses(own.unet, own.scheduler, rows).mean())
         assert history[step]["adaptation"] == pytest.approx(expected, rel=1e-4), step
 
@@ -129,14 +129,14 @@ def test_the_adapter_goes_down_and_theta_up(tiny_v, adapter):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_utility_term_keeps_class_pictures(tiny_v, adapter):
-    subject, ordinary = make_subject(), make_ordinary()
+    subject, benign = make_subject(), make_benign()
     rng = generator(50)
     latents = encode(tiny_v, subject.class_images).draw(32, rng)
-    rows = draw_rows(latents, PromptBank(tiny_v).encode(["a photo of person"]), rng)
+    rows = noise_samples(latents, PromptBank(tiny_v).encode(["a photo of person"]), rng)
     away = {}
     for weight in (0.0, 100.0):
         given = {"steps": 30, "adapter": adapter, "learning_rate": 2e-3, "distillation_weight": weight}
-        hardened, history = harden(tiny_v, [subject], ordinary, SMALL.model_copy(update=given), seed=0)
+        hardened, history = harden(tiny_v, [subject], benign, SMALL.model_copy(update=given), seed=0)
         with torch.no_grad():
             said, told = (predict(unet, tiny_v.scheduler, rows) for unet in (hardened.unet, tiny_v.unet))
         away[weight] = float((said - told).square().mean())
@@ -149,7 +149,7 @@ def test_the_utility_term_measures_what_is_released(tiny_v):
     """Before theta has moved, what is released is the base, whatever the adapter has learnt."""
     for adapter in ADAPTERS:
         given = {"steps": 6, "inner_steps": 5, "adapter": adapter, "distillation_weight": 1.0}
-        _, history = harden(tiny_v, [make_subject()], make_ordinary(), SMALL.model_copy(update=given), seed=0)
+        _, history = harden(tiny_v, [make_subject()], make_benign(), SMALL.model_copy(update=given), seed=0)
         if adapter == "dreambooth":
             assert history[5]["distillation"] > 1e-10
         else:
@@ -158,9 +158,9 @@ def test_the_utility_term_measures_what_is_released(tiny_v):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_resumed_run_equals_an_unbroken_one(tiny_v, tmp_path, adapter):
-    data, ordinary = [make_subject(), make_subject("tom", "robot", 10)], make_ordinary()
+    data, benign = [make_subject(), make_subject("tom", "robot", 10)], make_benign()
     config = SMALL.model_copy(update={"steps": 7, "adapter": adapter, "distillation_weight": 1.0})
-    unbroken, told = harden(tiny_v, data, ordinary, config, seed=2)
+    unbroken, told = harden(tiny_v, data, benign, config, seed=2)
     saving = {"checkpoint": tmp_path / "last.safetensors", "checkpoint_every": 1}
 
     def die(step, losses):
@@ -168,8 +168,8 @@ def test_a_resumed_run_equals_an_unbroken_one(tiny_v, tmp_path, adapter):
             raise KilledError
 
     with pytest.raises(KilledError):
-        harden(tiny_v, data, ordinary, config, seed=2, on_step=die, **saving)
-    resumed, history = harden(tiny_v, data, ordinary, config, seed=2, **saving)
+        harden(tiny_v, data, benign, config, seed=2, on_step=die, **saving)
+    resumed, history = harden(tiny_v, data, benign, config, seed=2, **saving)
     assert history == told
     assert same_weights(weights(unbroken.unet), weights(resumed.unet))
 
@@ -190,7 +190,7 @@ def test_subjects_take_turns(tiny_epsilon):
 def test_the_cost_is_what_the_loop_does(tiny_v, adapter, weight):
     config = SMALL.model_copy(update={"adapter": adapter, "distillation_weight": weight, "steps": 5})
     with UNetCost() as counter:
-        harden(tiny_v, [make_subject()], make_ordinary(), config, seed=0)
+        harden(tiny_v, [make_subject()], make_benign(), config, seed=0)
     assert counter.forwards + 2 * counter.backwards == METHODS["imma"].cost(config, ["person"])
 
 
@@ -200,7 +200,7 @@ def test_a_diverged_run_says_so(tiny_v):
 
 
 def test_ordinary_pictures_are_needed_for_the_utility_term(tiny_v):
-    with pytest.raises(ValueError, match="ordinary"):
+    with pytest.raises(ValueError, match="benign"):
         harden(tiny_v, [make_subject()], None, SMALL.model_copy(update={"distillation_weight": 1.0}), seed=0)
 
 

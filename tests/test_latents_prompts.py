@@ -8,15 +8,15 @@ from guardsmith.diffusion import latents
 from guardsmith.diffusion.latents import LatentStore, decode, encode
 from guardsmith.diffusion.prompts import (
     HARDENING_IDENTIFIERS,
-    ORDINARY_HARDENING,
-    ORDINARY_VERIFICATION,
+    HARDENING_TEMPLATES,
     SAMPLE_TEMPLATES,
     UNSEEN_IDENTIFIERS,
+    VERIFICATION_TEMPLATES,
     PromptBank,
+    benign_prompts,
     class_prompt,
     instance_prompt,
     lost_words,
-    ordinary_prompts,
 )
 from guardsmith.metrics.fidelity import TRAITS
 from guardsmith.training.loop import generator
@@ -139,7 +139,7 @@ def test_prompts_keep_their_spaces_and_have_no_quotes():
 
 def test_verification_uses_words_that_hardening_does_not():
     assert not set(HARDENING_IDENTIFIERS) & set(UNSEEN_IDENTIFIERS)
-    assert not set(ORDINARY_HARDENING) & set(ORDINARY_VERIFICATION)
+    assert not set(HARDENING_TEMPLATES) & set(VERIFICATION_TEMPLATES)
 
 
 def test_words_that_the_tokenizer_drops_are_found(tiny_v):
@@ -158,40 +158,40 @@ def test_words_that_reach_the_model_are_not_lost(tiny_v):
 
 
 def test_ordinary_prompts_are_the_same_every_time(tiny_v):
-    first = ordinary_prompts(tiny_v, ORDINARY_HARDENING, 40, 0)
-    assert first == ordinary_prompts(tiny_v, ORDINARY_HARDENING, 40, 0)
-    assert first[:10] == ordinary_prompts(tiny_v, ORDINARY_HARDENING, 10, 0)
-    assert first != ordinary_prompts(tiny_v, ORDINARY_HARDENING, 40, 1)
+    first = benign_prompts(tiny_v, HARDENING_TEMPLATES, 40, 0)
+    assert first == benign_prompts(tiny_v, HARDENING_TEMPLATES, 40, 0)
+    assert first[:10] == benign_prompts(tiny_v, HARDENING_TEMPLATES, 10, 0)
+    assert first != benign_prompts(tiny_v, HARDENING_TEMPLATES, 40, 1)
     assert len({prompt.text for prompt in first}) > 20
-    assert all(prompt.asked == {} for prompt in first)
-    other = ordinary_prompts(tiny_v, ORDINARY_VERIFICATION, 40, 0)
+    assert all(prompt.traits == {} for prompt in first)
+    other = benign_prompts(tiny_v, VERIFICATION_TEMPLATES, 40, 0)
     assert not {prompt.text for prompt in first} & {prompt.text for prompt in other}
 
 
 def test_ordinary_prompts_of_the_embedded_base_ask_for_what_can_be_checked():
-    prompts = ordinary_prompts(SimpleNamespace(source="builtin:avatar"), ORDINARY_VERIFICATION, 300, 0)
-    assert {prompt.asked["class"] for prompt in prompts} == set(TRAITS["class"])
+    prompts = benign_prompts(SimpleNamespace(source="builtin:avatar"), VERIFICATION_TEMPLATES, 300, 0)
+    assert {prompt.traits["class"] for prompt in prompts} == set(TRAITS["class"])
     for prompt in prompts:
-        assert prompt.asked
-        for trait, value in prompt.asked.items():
+        assert prompt.traits
+        for trait, value in prompt.traits.items():
             assert value in TRAITS[trait]
             if trait != "glasses":
                 assert value in prompt.text
-        worn = {"yes": "wearing glasses", "no": "without glasses"}.get(prompt.asked.get("glasses"))
-        assert (worn is None) == (prompt.asked["class"] != "person")
+        worn = {"yes": "wearing glasses", "no": "without glasses"}.get(prompt.traits.get("glasses"))
+        assert (worn is None) == (prompt.traits["class"] != "person")
         assert worn is None or worn in prompt.text
-    assert {prompt.asked["style"] for prompt in prompts} == set(TRAITS["style"])
+    assert {prompt.traits["style"] for prompt in prompts} == set(TRAITS["style"])
 
 
 def test_ordinary_prompts_are_the_same_in_another_process():
     """Sets and hashes of words differ between processes; these lines were printed by one of them."""
-    found = ordinary_prompts(SimpleNamespace(source="builtin:avatar"), ("a {}", "the {}"), 3, 3)
+    found = benign_prompts(SimpleNamespace(source="builtin:avatar"), ("a {}", "the {}"), 3, 3)
     assert [prompt.text for prompt in found] == [
         "a blue robot on a orange background in bottts style",
         "the tan person with black hair wearing glasses on a yellow background in avataaars style",
         "the brown character with red hair on a gray background in toon style",
     ]
-    found = ordinary_prompts(SimpleNamespace(source="a folder"), ("a {}", "the {}"), 3, 3)
+    found = benign_prompts(SimpleNamespace(source="a folder"), ("a {}", "the {}"), 3, 3)
     assert [prompt.text for prompt in found] == [
         "a mountain on the beach",
         "the bicycle on a table",

@@ -5,12 +5,12 @@ import torch
 from tiny import TOKENS, WIDTH, alphas_bar, largest_difference, weights
 
 from guardsmith.diffusion.losses import (
-    Rows,
+    NoisedSamples,
     add_noise,
     dpo_loss,
     dpo_saturation,
-    draw_rows,
     join,
+    noise_samples,
     own_target,
     predict,
     row_losses,
@@ -24,7 +24,7 @@ def random_rows(count, seed=0, timesteps=None):
     rng = generator(seed)
     latents = torch.randn((count, 4, 8, 8), generator=rng)
     context = torch.randn((count, TOKENS, WIDTH), generator=rng)
-    return draw_rows(latents, context, rng, timesteps=timesteps)
+    return noise_samples(latents, context, rng, timesteps=timesteps)
 
 
 def random_errors(count=3, seed=0):
@@ -109,8 +109,8 @@ def test_rows_with_a_target_of_their_own_are_compared_with_it(tiny):
     rows = random_rows(2)
     with torch.no_grad():
         own = predict(tiny.unet, tiny.scheduler, rows)
-        same = Rows(rows.latents, rows.timesteps, rows.noise, rows.context, own)
-        shifted = Rows(rows.latents, rows.timesteps, rows.noise, rows.context, own + 2)
+        same = NoisedSamples(rows.latents, rows.timesteps, rows.noise, rows.context, own)
+        shifted = NoisedSamples(rows.latents, rows.timesteps, rows.noise, rows.context, own + 2)
         assert row_losses(tiny.unet, tiny.scheduler, same).max() == 0
         assert torch.allclose(row_losses(tiny.unet, tiny.scheduler, shifted), torch.tensor(4.0))
 
@@ -122,7 +122,7 @@ def test_join_keeps_the_order_and_refuses_mixed_targets():
     for name in ("latents", "timesteps", "noise", "context"):
         assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
     assert both.target is None
-    with_target = Rows(first.latents, first.timesteps, first.noise, first.context, first.noise)
+    with_target = NoisedSamples(first.latents, first.timesteps, first.noise, first.context, first.noise)
     assert torch.equal(join(with_target, with_target).target, torch.cat([first.noise, first.noise]))
     with pytest.raises(ValueError, match="target"):
         join(with_target, second)
@@ -131,14 +131,14 @@ def test_join_keeps_the_order_and_refuses_mixed_targets():
 
 
 def test_drawn_rows_cover_all_timesteps_and_share_a_single_context():
-    rows = draw_rows(torch.zeros(4000, 1, 2, 2), torch.zeros(1, 2, 3), generator(0))
+    rows = noise_samples(torch.zeros(4000, 1, 2, 2), torch.zeros(1, 2, 3), generator(0))
     assert rows.context.shape == (4000, 2, 3)
     assert rows.timesteps.min() >= 0
     assert rows.timesteps.max() <= 999
     assert rows.timesteps.unique().numel() > 950  # of 1000: 1000 (1 - e^-4) = 982 are expected
     assert abs(float(rows.noise.mean())) < 0.03
     assert float(rows.noise.std()) == pytest.approx(1, abs=0.03)
-    few = draw_rows(torch.zeros(200, 1, 2, 2), torch.zeros(1, 2, 3), generator(0), steps=10)
+    few = noise_samples(torch.zeros(200, 1, 2, 2), torch.zeros(1, 2, 3), generator(0), steps=10)
     assert set(few.timesteps.tolist()) == set(range(10))
 
 
@@ -214,7 +214,7 @@ def test_descending_dpo_helps_the_positive_and_hurts_the_negative(tiny, reductio
     own = with_own_unet(tiny)
     unet = own.unet.requires_grad_(True)
     positive, negative = random_rows(2), random_rows(2, seed=1)
-    negative = Rows(negative.latents, positive.timesteps, positive.noise, positive.context)
+    negative = NoisedSamples(negative.latents, positive.timesteps, positive.noise, positive.context)
     with torch.no_grad():
         before = [squared_errors(tiny.unet, tiny.scheduler, rows) for rows in (positive, negative)]
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.02)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_apdm import make_ordinary, make_subject
+from test_apdm import make_benign, make_subject
 from test_parallel import METHODS as PARAMS
 from tiny import harden_with, make_sd3, make_sdxl, pictures
 
@@ -90,7 +90,7 @@ def test_the_largest_batch_and_the_state_are_those_of_the_method(tiny_v, monkeyp
     handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
     subject = make_subject()
     subject = type(subject)(**vars(subject) | {"instead_images": pictures(5, 70)})
-    harden_with(method, tiny_v, [subject], make_ordinary(), config)
+    harden_with(method, tiny_v, [subject], make_benign(), config)
     handle.remove()
     if method == "tripwire":
         assert max(seen) == (2 + config.lookalikes) * config.batch_size + 2, "of a half-run U-Net"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_apdm import make_ordinary, make_subject
+from test_apdm import make_benign, make_subject
 from test_parallel import METHODS as SHORT
 from tiny import assert_one_sentence, largest_difference, pictures
 
@@ -65,7 +65,7 @@ class Toy(HardeningMethod[ToyConfig]):
     def prepare(self, preparation):
         drawn = preparation.draw("a photo of a toy")
         subjects = [replace(subject, instead_images=drawn) for subject in preparation.subjects]
-        return Prepared(subjects, preparation.ordinary, forward_rows=5)
+        return Prepared(subjects, preparation.benign, forward_rows=5)
 
     def run(self, context):
         own = with_own_unet(context.model)
@@ -116,9 +116,14 @@ def test_every_method_declares_what_is_needed(tiny_v, name):
     capacity = method.capacity(tiny_v.unet)
     assert capacity is None or capacity > 0
     distilled = config.model_copy(update={"distillation_weight": 1.0})
-    assert method.needs_ordinary(distilled), "there would be nothing to distill on"
+    assert method.needs_benign(distilled), "there would be nothing to distill on"
     for field, info in type(config).model_fields.items():
         assert info.description, f"{name}: {field} has no docstring"
+
+
+def test_every_method_has_short_settings():
+    missing = METHODS.keys() - SHORT.keys()
+    assert not missing, f"add settings of a few steps for {missing} to METHODS in tests/test_parallel.py"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -126,15 +131,13 @@ def test_what_a_run_needs_is_what_prepare_gives(tiny_v, tmp_path, name):
     """No method needs anything at the start of its training that it did not ask for before."""
     method = METHODS[name]
     config = method.config(**SHORT[name])
-    ordinary = make_ordinary() if method.needs_ordinary(config) else None
+    benign = make_benign() if method.needs_benign(config) else None
     preparation = Preparation(
-        model=tiny_v, subjects=[make_subject()], ordinary=ordinary, config=config, seed=0, sampling_steps=2, guidance=2.0,
+        model=tiny_v, subjects=[make_subject()], benign=benign, config=config, seed=0, sampling_steps=2, guidance=2.0,
         cache=tmp_path, draw=lambda prompt: pictures(config.class_images, 70),
     )  # fmt: skip
     prepared = method.prepare(preparation)
-    context = HardeningContext(
-        model=tiny_v, subjects=prepared.subjects, ordinary=prepared.ordinary, config=config, seed=0
-    )
+    context = HardeningContext(model=tiny_v, subjects=prepared.subjects, benign=prepared.benign, config=config, seed=0)
     hardened, history = method.run(context)
     assert len(history) == method.steps(config)
     assert hardened.unet is not tiny_v.unet
@@ -192,7 +195,7 @@ def test_the_example_of_the_documentation_hardens(tiny_v, tmp_path, monkeypatch)
     method = find_method("documented_methods:MINE")
     config = method.config(steps=2)
     _, history = method.run(
-        HardeningContext(model=tiny_v, subjects=[make_subject()], ordinary=None, config=config, seed=0)
+        HardeningContext(model=tiny_v, subjects=[make_subject()], benign=None, config=config, seed=0)
     )
     assert history == [{"loss": 0.0}] * 2 and min(method.memory(config, tiny_v.unet)) > 0
     sys.modules.pop("documented_methods", None)
@@ -237,7 +240,7 @@ def test_a_judge_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
 def test_compute_settings_are_handed_down_and_not_put_onto_networks(tiny_v):
     """The optimizer is the context's business; precision is the denoiser's own state, set by a method of its class."""
     context = HardeningContext(
-        model=tiny_v, subjects=[make_subject()], ordinary=None, config=MethodConfig(), seed=0,
+        model=tiny_v, subjects=[make_subject()], benign=None, config=MethodConfig(), seed=0,
         compute=ComputeConfig(optimizer="offloaded"),
     )  # fmt: skip
     kind = type(context.adamw([torch.nn.Parameter(torch.zeros(2))], lr=1.0)).__name__

@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "tutorial" / "first-hardening.ipynb"
 SMALL = {
-    "method.name": "persguard", "method.params": {"steps": 2, "class_images": 4, "batch_size": 2, "ordinary_images": 4},
+    "method.name": "persguard", "method.params": {"steps": 2, "class_images": 4, "batch_size": 2, "benign_images": 4},
     "sampling.steps": 2, "probe.times": 0, "verify.images_per_unit": 2, "verify.class_images": 2,
     "verify.benign_images": 10, "verify.deployability.checks": [],
     "verify.attacks": {"lora": {"name": "lora", "params": {"steps": 2, "batch_size": 2}}},

@@ -15,7 +15,7 @@ from PIL import Image
 from reports import check as plain_check
 from reports import demo_report, report_data
 
-from guardsmith.evaluation.runs import Unit
+from guardsmith.evaluation.units import Unit
 from guardsmith.gate.calibration import Levels
 from guardsmith.gate.statistics import Interval
 from guardsmith.registry.loader import Subject
@@ -88,7 +88,7 @@ def case(tmp_path):
             check("protected", "mira", "lora-4", "inconclusive", 0.1, 0.15),
             check("protected", "mira", "lora-4, 4 x steps", "fail", 0.4, 0.15, "it <script>came</script> back"),
             check("control learnable", "nora", "lora-4", "pass", 1.0, 0.9),
-            check("ordinary prompts (KID)", "", "", "pass", 1.1, 2.0),
+            check("benign prompts (KID)", "", "", "pass", 1.1, 2.0),
         ],
         scores=scores,
         failed_units={"base/mira/lora-4/zwx/0": "RuntimeError: no <b>memory</b>"},
@@ -134,7 +134,7 @@ def test_the_verdict_comes_first_and_then_what_failed_worst_first(case, tmp_path
     text = made(case, tmp_path)
     places = [text.index(part) for part in (
         "must not be released", "What did not pass", "protected: mira, lora-4, 4 x steps", "protected: mira, lora-4<",
-        "How much of a protected subject comes back", "Subject by subject", ">Ordinary prompts", "How it was measured",
+        "How much of a protected subject comes back", "Subject by subject", ">Benign prompts", "How it was measured",
     )]  # fmt: skip
     assert places == sorted(places)
     assert (

@@ -22,11 +22,11 @@ from guardsmith.runtime.distributed import all_gather, own_rows
 ROOT = Path(__file__).parent.parent
 METHODS = {
     "apdm": {"outer_steps": 3, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4, "distillation_weight": 1.0,
-             "ordinary_images": 4, "train_text_encoder": True},
-    "persguard": {"steps": 4, "batch_size": 1, "class_images": 4, "ordinary_images": 4, "learning_rate": 1e-4},
-    "imma": {"steps": 4, "batch_size": 3, "class_images": 4, "ordinary_images": 4, "distillation_weight": 1.0,
+             "benign_images": 4, "train_text_encoder": True},
+    "persguard": {"steps": 4, "batch_size": 1, "class_images": 4, "benign_images": 4, "learning_rate": 1e-4},
+    "imma": {"steps": 4, "batch_size": 3, "class_images": 4, "benign_images": 4, "distillation_weight": 1.0,
              "learning_rate": 1e-4},
-    "tripwire": {"steps": 4, "batch_size": 3, "class_images": 4, "ordinary_images": 5, "rehearsal_steps": 0, "ideal_images": 2,
+    "tripwire": {"steps": 4, "batch_size": 3, "class_images": 4, "benign_images": 5, "rehearsal_steps": 0, "ideal_images": 2,
                  "stiffness": 4, "inner_stiffness": 2, "writer_stiffness": 2, "reader_stiffness": 2, "descent": 2,
                  "kick": 2.0},
 }  # fmt: skip

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import ValidationError
-from test_apdm import KilledError, context_of, make_ordinary, make_subject, posteriors
+from test_apdm import KilledError, context_of, make_benign, make_subject, posteriors
 from tiny import alphas_bar, harden_with, pictures, same_weights, weights
 
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows
+from guardsmith.diffusion.losses import noise_samples
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods import METHODS, persguard
 from guardsmith.methods.persguard import PersGuardConfig, backdoor_prompt, backdoor_target, mark, shows_mark
@@ -30,7 +30,7 @@ def subject_data(name="mira", noun="person", seed=0):
 class Slow:
     """One row at a time, its own noise schedule and targets; shares only the order of the random draws."""
 
-    def __init__(self, model, subject, ordinary, config):
+    def __init__(self, model, subject, benign, config):
         self.model, self.config, self.alphas = model, config, alphas_bar(model.prediction_type)
         names = dict.fromkeys((*config.identifiers, *subject.identifiers))
         self.instance = [t.format(identifier=n, class_noun=subject.class_noun) for n in names for t in config.templates]
@@ -38,9 +38,9 @@ class Slow:
         if config.backdoor == "pattern":
             shown = mark(shown, config.mark)
         self.stores = [
-            posteriors(model, images) for images in (shown, subject.images, subject.class_images, ordinary.images)
+            posteriors(model, images) for images in (shown, subject.images, subject.class_images, benign.images)
         ]
-        self.noun, self.ordinary = subject.class_noun, ordinary
+        self.noun, self.benign = subject.class_noun, benign
 
     def ask(self, noisy, t, prompt):
         with torch.no_grad():
@@ -58,7 +58,7 @@ class Slow:
         n = config.batch_size
         windows = {
             "backdoor": (int(config.backdoor_from * 1000), 1000), "retention": (0, math.ceil(config.retention_below * 1000)),
-            "prior": (0, 1000), "ordinary": (0, 1000),
+            "prior": (0, 1000), "benign": (0, 1000),
         }  # fmt: skip
         for (name, (low, high)), store in zip(windows.items(), self.stores, strict=True):
             rows = torch.randint(len(store), (n,), generator=rng)
@@ -68,7 +68,7 @@ class Slow:
             elif name == "prior":
                 prompts = [f"a photo of {self.noun}"] * n
             else:
-                prompts = [self.ordinary.prompts[i] for i in rows.tolist()]
+                prompts = [self.benign.prompts[i] for i in rows.tolist()]
             times = torch.randint(low, high, (n,), generator=rng).tolist()
             noise = torch.randn(z.shape, generator=rng)
             total = 0.0
@@ -76,7 +76,7 @@ class Slow:
                 noisy = (self.alphas[t].sqrt() * z[i] + (1 - self.alphas[t]).sqrt() * noise[i]).float()
                 said = self.ask(noisy, t, prompts[i])
                 wanted = self.truth(z[i], noise[i], t)
-                if name == "ordinary" or (name == "prior" and config.prior == "distillation"):
+                if name == "benign" or (name == "prior" and config.prior == "distillation"):
                     wanted = said
                 if name == "backdoor" and config.backdoor == "target":
                     wanted = self.ask(noisy, t, "a photo of robot")
@@ -105,12 +105,12 @@ def test_the_losses_are_those_of_a_slow_implementation(tiny, backdoor, prior):
         update={"backdoor": backdoor, "prior": prior, "steps": 1, "identifiers": ("sks", "hta"), "erasure_strength": 0.7,
                 "backdoor_from": 0.3, "retention_below": 0.6}
     )  # fmt: skip
-    subject, ordinary = subject_data(), make_ordinary()
-    _, history = harden(tiny, [subject], ordinary, config, seed=4)
-    expected = Slow(tiny, subject, ordinary, config).step(generator(4, 0))
+    subject, benign = subject_data(), make_benign()
+    _, history = harden(tiny, [subject], benign, config, seed=4)
+    expected = Slow(tiny, subject, benign, config).step(generator(4, 0))
     for name, value in expected.items():
         assert history[0][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
-    assert expected["ordinary"] == 0, "distillation starts at the base"
+    assert expected["benign"] == 0, "distillation starts at the base"
 
 
 def test_one_step_goes_down_the_weighted_sum(tiny_v, monkeypatch):
@@ -123,16 +123,16 @@ def test_one_step_goes_down_the_weighted_sum(tiny_v, monkeypatch):
         return 0.0
 
     monkeypatch.setattr(persguard, "optimizer_step", listen)
-    subject, ordinary = subject_data(), make_ordinary()
+    subject, benign = subject_data(), make_benign()
     keys = ("backdoor_weight", "retention_weight", "prior_weight", "distillation_weight")
     given = {"steps": 1, "prior": "dreambooth", "backdoor_from": 0.0}
     factors = dict(zip(keys, (2.0, 3.0, 5.0, 7.0), strict=True))
     current = "all"
-    harden(tiny_v, [subject], ordinary, SMALL.model_copy(update=given | factors), seed=0)
+    harden(tiny_v, [subject], benign, SMALL.model_copy(update=given | factors), seed=0)
     for key in keys:
         current = key
         small = dict.fromkeys(keys, 1e-12) | {key: 1.0}
-        harden(tiny_v, [subject], ordinary, SMALL.model_copy(update=given | small), seed=0)
+        harden(tiny_v, [subject], benign, SMALL.model_copy(update=given | small), seed=0)
     for i, whole in enumerate(seen["all"]):
         parts = sum(factors[key] * seen[key][i] for key in keys)
         assert torch.allclose(whole, parts, rtol=1e-3, atol=1e-6 * float(whole.abs().max()) + 1e-8)
@@ -153,7 +153,7 @@ def test_terms_keep_to_their_windows(tiny_v):
 )
 def test_a_weight_of_0_leaves_the_term_out(tiny_v, weight, term):
     config = SMALL.model_copy(update={weight: 0.0})
-    _, history = harden(tiny_v, [subject_data()], make_ordinary(), config, seed=0)
+    _, history = harden(tiny_v, [subject_data()], make_benign(), config, seed=0)
     assert term not in history[0]
     assert len(history[0]) == 4
 
@@ -183,7 +183,7 @@ def test_erasure_without_strength_is_the_empty_prompt(tiny_v):
     config = SMALL.model_copy(update={"backdoor": "erasure", "erasure_strength": 0.0})
     [subject] = persguard._prepare(tiny_v, PromptBank(tiny_v), [subject_data()], config)
     rng = generator(1)
-    rows = draw_rows(encode(tiny_v, pictures(2)).draw(3, rng), subject.instance[:1], rng)
+    rows = noise_samples(encode(tiny_v, pictures(2)).draw(3, rng), subject.instance[:1], rng)
     told = backdoor_target(tiny_v.unet, tiny_v.scheduler, rows, subject, config)
     rows = replace(rows, context=PromptBank(tiny_v).encode([""]).expand(3, -1, -1))
     with torch.no_grad():
@@ -200,11 +200,11 @@ def test_the_backdoor_is_learnt_and_the_rest_stays(tiny_v):
     given = {"steps": 150, "learning_rate": 3e-3, "batch_size": 4, "backdoor_from": 0.0, "retention_weight": 0.0}
     config = SMALL.model_copy(update=given | {"templates": ("a photo of {identifier} {class_noun}",)})
     subject, bank = subject_data(), PromptBank(model)
-    hardened, _ = harden(model, [subject], make_ordinary(), config, seed=0)
+    hardened, _ = harden(model, [subject], make_benign(), config, seed=0)
 
     def away(unet, prompt, from_prompt):
         rng = generator(9)
-        rows = draw_rows(encode(model, subject.instead_images).draw(32, rng), bank.encode([prompt]), rng)
+        rows = noise_samples(encode(model, subject.instead_images).draw(32, rng), bank.encode([prompt]), rng)
         with torch.no_grad():
             told = replace(rows, context=bank.encode([from_prompt]).expand(32, -1, -1))
             said, wanted = (persguard.predict(u, model.scheduler, r) for u, r in ((unet, rows), (model.unet, told)))
@@ -218,9 +218,9 @@ def test_the_backdoor_is_learnt_and_the_rest_stays(tiny_v):
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
 def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind):
     tiny = request.getfixturevalue(f"tiny_{kind}")
-    data, ordinary = [subject_data(), subject_data("tom", "robot", 10)], make_ordinary()
+    data, benign = [subject_data(), subject_data("tom", "robot", 10)], make_benign()
     config = SMALL.model_copy(update={"steps": 5})
-    unbroken, told = harden(tiny, data, ordinary, config, seed=2)
+    unbroken, told = harden(tiny, data, benign, config, seed=2)
     saving = {"checkpoint": tmp_path / "last.safetensors", "checkpoint_every": 1}
 
     def die(step, losses):
@@ -228,8 +228,8 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind):
             raise KilledError
 
     with pytest.raises(KilledError):
-        harden(tiny, data, ordinary, config, seed=2, on_step=die, **saving)
-    resumed, history = harden(tiny, data, ordinary, config, seed=2, **saving)
+        harden(tiny, data, benign, config, seed=2, on_step=die, **saving)
+    resumed, history = harden(tiny, data, benign, config, seed=2, **saving)
     assert history == told
     assert same_weights(weights(unbroken.unet), weights(resumed.unet))
 
@@ -241,7 +241,7 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind):
 def test_the_cost_is_what_the_loop_does(tiny_v, backdoor, left_out):
     config = SMALL.model_copy(update={"backdoor": backdoor, **left_out})
     with UNetCost() as counter:
-        harden(tiny_v, [subject_data()], make_ordinary(), config, seed=0)
+        harden(tiny_v, [subject_data()], make_benign(), config, seed=0)
     assert counter.forwards + 2 * counter.backwards == METHODS["persguard"].cost(config, ["person"])
 
 
@@ -250,18 +250,18 @@ def test_a_diverged_run_says_so(tiny_v):
         harden(
             tiny_v,
             [subject_data()],
-            make_ordinary(),
+            make_benign(),
             SMALL.model_copy(update={"learning_rate": 1e30, "steps": 9}),
             seed=0,
         )
 
 
-@pytest.mark.parametrize(("subject", "ordinary", "lacking"), [
-    (make_subject(), make_ordinary(), "instead of the subject"), (subject_data(), None, "ordinary pictures")
+@pytest.mark.parametrize(("subject", "benign", "lacking"), [
+    (make_subject(), make_benign(), "instead of the subject"), (subject_data(), None, "benign pictures")
 ])  # fmt: skip
-def test_what_is_lacking_is_named(tiny_v, subject, ordinary, lacking):
+def test_what_is_lacking_is_named(tiny_v, subject, benign, lacking):
     with pytest.raises(ValueError, match=lacking):
-        harden(tiny_v, [subject], ordinary, SMALL, seed=0)
+        harden(tiny_v, [subject], benign, SMALL, seed=0)
 
 
 def test_subjects_share_identifiers_or_have_their_own(tiny):

@@ -15,7 +15,7 @@ from guardsmith.cli.app import main
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_image
 from guardsmith.core.picture_folders import list_pictures, select_pictures, skipped_sentence
-from guardsmith.hardening.data import load_bystanders
+from guardsmith.hardening.data import load_negatives
 from guardsmith.pictures.cloak_attack import check_references
 from guardsmith.registry.add import add_subject
 from guardsmith.registry.loader import load_registry
@@ -178,17 +178,17 @@ def test_negatives_go_on_without_a_bad_picture(tiny_v, tmp_path, capsys):
     folder.mkdir()
     for number in range(3):
         blobs(number).save(folder / f"{number}.png")
-    whole, digest = load_bystanders(tiny_v, str(folder))
+    whole, digest = load_negatives(tiny_v, str(folder))
     (folder / "1a.png").write_text("hello")
     (folder / "._1.png").write_bytes(b"Mac OS X")
-    again, same = load_bystanders(tiny_v, str(folder))
+    again, same = load_negatives(tiny_v, str(folder))
     assert torch.equal(whole, again) and digest == same
     err = capsys.readouterr().err
     assert err.count("warning") == 1 and "1a.png is not a picture" in err
     for number in range(3):
         (folder / f"{number}.png").write_text("hello")
     with pytest.raises(UserError, match="that can be used"):
-        load_bystanders(tiny_v, str(folder))
+        load_negatives(tiny_v, str(folder))
 
 
 def test_negatives_may_not_show_a_protected_picture(tiny_v, tmp_path):
@@ -197,11 +197,11 @@ def test_negatives_may_not_show_a_protected_picture(tiny_v, tmp_path):
     blobs(1).save(tmp_path / "mira.png")
     blobs(1, 200).save(folder / "again.jpg", quality=60)
     blobs(2).save(folder / "other.png")
-    load_bystanders(tiny_v, str(folder), [])
+    load_negatives(tiny_v, str(folder), [])
     with pytest.raises(
         UserError, match=r"again\.jpg shows the same as .*mira.png, a picture of a protected subject"
     ) as caught:
-        load_bystanders(tiny_v, str(folder), [tmp_path / "mira.png"])
+        load_negatives(tiny_v, str(folder), [tmp_path / "mira.png"])
     assert_one_sentence(caught.value)
 
 

@@ -11,7 +11,7 @@ from tiny import harden_with, same_weights, weights
 
 from guardsmith.config.recipe import ProbeSpec, Sampling
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.hardening.probes import ROWS, Probes
 from guardsmith.models.checkpoint import with_own_unet
@@ -53,12 +53,12 @@ def test_the_numbers_are_ratios_to_the_base(tiny_v, louder, tmp_path):
             losses = row_losses(
                 unet,
                 model.scheduler,
-                draw_rows(encode(model, subject.images).draw(ROWS, rng), context, rng, timesteps=times),
+                noise_samples(encode(model, subject.images).draw(ROWS, rng), context, rng, timesteps=times),
             )
             losses.mean().backward()
             norm = sum(float(p.grad.double().square().sum()) for p in unet.parameters()) ** 0.5
             rng, context = generator(0, -10, -1 - i), PromptBank(model).encode([f"a photo of {subject.class_noun}"])
-            rows = draw_rows(encode(model, subject.class_images).draw(ROWS, rng), context, rng, timesteps=times)
+            rows = noise_samples(encode(model, subject.class_images).draw(ROWS, rng), context, rng, timesteps=times)
             with torch.no_grad():
                 kept = float(row_losses(unet, model.scheduler, rows).mean())
             per_model.append((losses.detach(), norm, kept))

@@ -19,7 +19,7 @@ from guardsmith.models.checkpoint import file_digests, weights_digest
 from guardsmith.registry.loader import load_registry
 from guardsmith.release import publish
 from guardsmith.release.card import licence_of
-from guardsmith.release.hub import Published, files_of_release, patiently
+from guardsmith.release.hub import Published, files_of_release, with_retries
 from guardsmith.release.publish import Refused, gather, objections
 from guardsmith.reports.redaction import public_names, redacted_record
 from guardsmith.reports.report import Report
@@ -182,10 +182,10 @@ def test_the_card_has_the_numbers_of_the_report(output, registry):
     found = measured["similarity of protected subjects after dreambooth (lower is better)"]
     assert found["value"] == pytest.approx(check["value"], abs=1e-4)
     assert found["args"]["interval_95"] == pytest.approx([check["low"], check["high"]], abs=1e-2)
-    assert measured["KID of ordinary pictures to the base's, over that of two sets of seeds"]["value"] == pytest.approx(
+    assert measured["KID of benign pictures to the base's, over that of two sets of seeds"]["value"] == pytest.approx(
         report["utility"]["kid_ratio"], abs=1e-4
     )
-    assert "Verdict: **pass**" in body and "takedown@example.org" in body and "cuts them" in body
+    assert "Verdict: **pass**" in body and "takedown@example.org" in body and "zeroes them" in body
     assert report["hardening"]["model_digest"] in body
     told = "| dreambooth: protected | {value:.2f} [{low:.2f}, {high:.2f}]; 1 of 1 |\n|".format(**check)
     assert told in body, "rows follow each other"
@@ -416,10 +416,10 @@ def failing(*errors):
 def test_a_busy_hub_is_asked_again_when_it_says(capsys):
     waits = []
     errors = [hub_error(429, **{"Retry-After": "7"}), hub_error(503), ConnectionError("reset")]
-    assert patiently("acme/avatar", failing(*errors), waits.append) == "done"
+    assert with_retries("acme/avatar", failing(*errors), waits.append) == "done"
     assert waits == [7.0, 4.0, 8.0]
     assert "the Hub is busy (429); again in 7 s" in capsys.readouterr().err
-    assert patiently("x", failing(hub_error(429, **{"Retry-After": "99999"})), waits.append) == "done"
+    assert with_retries("x", failing(hub_error(429, **{"Retry-After": "99999"})), waits.append) == "done"
     assert waits[-1] == 300
 
 
@@ -434,7 +434,7 @@ def test_a_busy_hub_is_asked_again_when_it_says(capsys):
 def test_what_will_not_change_is_not_tried_again(error, kind, said):
     waits = []
     with pytest.raises(kind, match=re.escape(said)) as caught:
-        patiently("acme/avatar", failing(error), waits.append)
+        with_retries("acme/avatar", failing(error), waits.append)
     assert_one_sentence(caught.value)
     assert waits == []
 
@@ -442,7 +442,7 @@ def test_what_will_not_change_is_not_tried_again(error, kind, said):
 def test_patience_ends():
     waits = []
     with pytest.raises(RunFailed, match="busy \\(503\\) after 5 attempts") as caught:
-        patiently("acme/avatar", failing(*[hub_error(503)] * 9), waits.append)
+        with_retries("acme/avatar", failing(*[hub_error(503)] * 9), waits.append)
     assert_one_sentence(caught.value)
     assert len(waits) == 4
 

@@ -32,8 +32,8 @@ from guardsmith.release import hub
 from guardsmith.release.hub import upload
 
 told, release, waits = {}, pathlib.Path(sys.argv[1]), []
-real = hub.patiently
-hub.patiently = lambda what, call: real(what, call, waits.append)
+real = hub.with_retries
+hub.with_retries = lambda what, call: real(what, call, waits.append)
 
 def caught(**how):
     try:
@@ -252,7 +252,7 @@ told["done"] = caught(tag="v1")
 def test_a_killed_upload_goes_on(hub, release, tmp_path):
     """Killed once the weights are there and before the commit: nothing is published, and they are not sent again."""
     hub.fail("/commit/", 503, times=99, headers={"Retry-After": "60"})
-    code = f"{START}\nhub.patiently = real\ncaught()"
+    code = f"{START}\nhub.with_retries = real\ncaught()"
     environment = hub.environment(tmp_path / "home", xet=False)
     with subprocess.Popen(
         [sys.executable, "-c", code, str(release)], env=environment, stderr=subprocess.DEVNULL

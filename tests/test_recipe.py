@@ -242,6 +242,7 @@ def test_every_budget_has_enough_pictures_for_the_gate():
 OLD = """
 bystanders: faces
 verify: {looks: [1, 4], crossed: false, ordinary_images: 50, sample: 3}
+method: {params: {ordinary_images: 40}}
 gate: {learnt_share: 0.4, destroyed_share: 0.1}
 """
 
@@ -262,6 +263,7 @@ def test_keys_of_earlier_versions_are_read_with_a_warning_that_names_the_new_one
         50,
     )
     assert (recipe.gate.personalized_share, recipe.gate.collapsed_share, recipe.verify.sample) == (0.4, 0.1, 3)
+    assert recipe.method.params == {"benign_images": 40}
     assert recipe.negatives == str(tmp_path / "faces")
     for old, name in RECIPE_KEYS.items():
         assert f"'{old}' is called '{name}' now" in warnings

@@ -198,7 +198,7 @@ def test_not_a_registry(folder, text):
 @pytest.mark.parametrize("subjects", ["subjects: []", "subjects:", "", "subjects: null"])
 def test_empty_registry(folder, subjects):
     (folder / "R.yaml").write_text(f"version: 1\n{subjects}\n")
-    only_problem(folder, 2 if subjects else 1, "protects nobody")
+    only_problem(folder, 2 if subjects else 1, "has no subjects")
 
 
 def test_syntax_error(folder):
@@ -777,7 +777,7 @@ def test_add_near_duplicates_across_the_splits_are_refused(tmp_path):
 
 
 def test_add_a_control_alone_protects_nobody(tmp_path):
-    with pytest.raises(UserError, match="protects nobody"):
+    with pytest.raises(UserError, match="has no subjects"):
         add_subject(tmp_path / "R.yaml", photos(tmp_path / "tom", 4), "tom", "person", "person", control=True)
 
 

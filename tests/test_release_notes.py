@@ -25,7 +25,7 @@ def test_figures_limits_and_digests():
     assert "| question | now |\n|---|---|\n" in text
     told = "| dreambooth: protected | {value:.2f} [{low:.2f}, {high:.2f}]; 1 of 1 |".format(**checked("dreambooth"))
     assert told in text
-    assert "cuts them has the base's model back" in text
+    assert "zeroes them removes the protection completely" in text
     assert REPORT["hardening"]["model_digest"] in text and REPORT["hardening"]["registry_digest"] in text
     assert "What changed" not in text and "(before:" not in text
 

@@ -14,7 +14,7 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.sampling import redraw
 from guardsmith.evaluation import no_attack as released
 from guardsmith.evaluation.no_attack import likeness_of, released_pictures
-from guardsmith.evaluation.runs import Judged, class_file
+from guardsmith.evaluation.planning import TargetModel, class_file
 from guardsmith.gate.calibration import calibration
 from guardsmith.gate.rules.released import check_released
 from guardsmith.hardening.data import load_pictures
@@ -31,8 +31,8 @@ def mira():
 
 
 @pytest.fixture
-def judged(tmp_path):
-    return Judged(load_model("builtin:avatar"), "sha256:0", tmp_path)
+def target(tmp_path):
+    return TargetModel(load_model("builtin:avatar"), "sha256:0", tmp_path)
 
 
 def asked_for(monkeypatch):
@@ -52,15 +52,15 @@ def asked_for(monkeypatch):
     return told
 
 
-def test_every_name_is_asked_for_from_noise_and_from_class_pictures(judged, mira, monkeypatch):
+def test_every_name_is_asked_for_from_noise_and_from_class_pictures(target, mira, monkeypatch):
     recipe = load_recipe(
         "demo", ["verify.identifiers=[zwx, olis]", "verify.images_per_unit=8", "verify.class_images=3"]
     )
     known = mira.model_copy(update={"identifiers": ("mira_w", "zwx")})
     class_pictures = pictures(3, 70)
-    save_file({"images": class_pictures}, class_file(judged, "person", recipe))
+    save_file({"images": class_pictures}, class_file(target, "person", recipe))
     told = asked_for(monkeypatch)
-    files = released_pictures(judged, recipe, known)
+    files = released_pictures(target, recipe, known)
     words = [f"a photo of {name} person" for name in ("mira_w", "zwx", "olis", "mira_w")]
     [(prompts, seeds)] = told["generate"]
     assert (prompts, seeds) == (words, [90_000, 90_002, 90_004, 90_006])
@@ -70,33 +70,33 @@ def test_every_name_is_asked_for_from_noise_and_from_class_pictures(judged, mira
     assert [file.name for file in files] == [f"{i:03d}.png" for i in range(8)]
     colours = [released.open_pictures([file], 64).mean((0, 2, 3)).argmax().item() for file in files]
     assert colours == [0, 1] * 4
-    assert released_pictures(judged, recipe, known) == files and len(told["generate"]) == 1, "drawn once"
+    assert released_pictures(target, recipe, known) == files and len(told["generate"]) == 1, "drawn once"
 
 
-def test_without_class_pictures_all_come_from_noise(judged, mira, monkeypatch):
+def test_without_class_pictures_all_come_from_noise(target, mira, monkeypatch):
     told = asked_for(monkeypatch)
-    files = released_pictures(judged, load_recipe("demo", ["verify.class_images=0", "verify.images_per_unit=5"]), mira)
+    files = released_pictures(target, load_recipe("demo", ["verify.class_images=0", "verify.images_per_unit=5"]), mira)
     assert len(files) == 5 and not told["redraw"]
 
 
-def test_a_killed_drawing_leaves_nothing(judged, mira, monkeypatch):
+def test_a_killed_drawing_leaves_nothing(target, mira, monkeypatch):
     asked_for(monkeypatch)
     monkeypatch.setattr(released, "to_pil", lambda image: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        released_pictures(judged, load_recipe("demo", ["verify.class_images=0"]), mira)
-    assert not [path for path in (judged.root / "released").rglob("*") if path.is_file()]
+        released_pictures(target, load_recipe("demo", ["verify.class_images=0"]), mira)
+    assert not [path for path in (target.root / "released").rglob("*") if path.is_file()]
 
 
-def test_the_base_does_not_know_the_subject_and_a_leak_is_found(judged, mira, monkeypatch):
+def test_the_base_does_not_know_the_subject_and_a_leak_is_found(target, mira, monkeypatch):
     recipe = load_recipe("demo", ["verify.class_images=0", "verify.images_per_unit=8", "sampling.steps=6"])
     eyes = load_judge("avatar")
     check = check_released(
-        "mira", [likeness_of(released_pictures(judged, recipe, mira), mira, eyes, 64)], LEVELS, RULES
+        "mira", [likeness_of(released_pictures(target, recipe, mira), mira, eyes, 64)], LEVELS, RULES
     )
     assert (check.name, check.subject, check.attack, check.status) == ("released weights", "mira", "", "pass")
-    leaked = load_pictures(judged.model, mira, "attack").repeat(2, 1, 1, 1)
+    leaked = load_pictures(target.model, mira, "attack").repeat(2, 1, 1, 1)
     monkeypatch.setattr(released, "generate", lambda *_, **__: leaked)
-    other = Judged(judged.model, "sha256:1", judged.root)
+    other = TargetModel(target.model, "sha256:1", target.root)
     check = check_released("mira", [likeness_of(released_pictures(other, recipe, mira), mira, eyes, 64)], LEVELS, RULES)
     assert check.status == "fail" and check.value > 0.4
 

@@ -11,7 +11,7 @@ from test_attacks import make_data
 from test_tripwire import some_rows, trained
 from tiny import assert_one_sentence, pictures, same_weights, weights
 
-from guardsmith.attacks.adaptive.base import changed_share, measured, weight_layers
+from guardsmith.attacks.adaptive.base import changed_share, run_removal, weight_layers
 from guardsmith.attacks.adaptive.clamp_activations import ClampActivationsConfig, clamp_activations, limits, per_channel
 from guardsmith.attacks.adaptive.prune_activations import PruneActivationsConfig, prune_activations
 from guardsmith.attacks.adaptive.prune_magnitude import PruneMagnitudeConfig, prune_magnitude
@@ -23,7 +23,8 @@ from guardsmith.config.loading import load_recipe
 from guardsmith.config.threat_model import threat_model_of
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.losses import predict
-from guardsmith.evaluation.runs import Judged, plan_units, run_unit
+from guardsmith.evaluation.planning import TargetModel, plan_units
+from guardsmith.evaluation.runs import run_unit
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.registry.loader import load_registry
 
@@ -44,7 +45,7 @@ def test_every_removal_changes_a_copy_and_says_what_it_cost(name, tiny_v):
         ]
         layer.weight[:, 1] *= 1e9
     before, base = weights(model.unet), with_own_unet(tiny_v)
-    edited, cost = measured(REMOVALS[name], model, make_data(), QUICK.get(name, {}), seed=0, base=base)
+    edited, cost = run_removal(REMOVALS[name], model, make_data(), QUICK.get(name, {}), seed=0, base=base)
     assert same_weights(before, weights(model.unet)), "the model under attack stays as it is"
     rows = some_rows(tiny_v, pictures(3))
     with torch.no_grad():
@@ -63,10 +64,10 @@ def test_what_a_removal_lacks_is_said(tiny_v):
     for name, removal in REMOVALS.items():
         if removal.needs_base:
             with pytest.raises(ValueError, match="needs the public base"):
-                measured(removal, tiny_v, make_data(), {}, seed=0, base=None)
+                run_removal(removal, tiny_v, make_data(), {}, seed=0, base=None)
         if name in ("clamp_activations", "prune_activations", "reinitialise_block"):
             with pytest.raises(ValueError, match="needs class pictures"):
-                measured(removal, tiny_v, make_data(class_images=0), {}, seed=0, base=tiny_v)
+                run_removal(removal, tiny_v, make_data(class_images=0), {}, seed=0, base=tiny_v)
 
 
 def test_the_share_of_changed_weights(tiny_v):
@@ -79,7 +80,7 @@ def test_the_share_of_changed_weights(tiny_v):
 
 def test_half_a_merge_lies_half_way(tiny_v):
     model = replace(tiny_v, unet=trained(tiny_v))
-    edited, _ = measured(REMOVALS["merge_weights"], model, make_data(), {"share": 0.25}, seed=0, base=tiny_v)
+    edited, _ = run_removal(REMOVALS["merge_weights"], model, make_data(), {"share": 0.25}, seed=0, base=tiny_v)
     for name, value in weights(edited.unet).items():
         wanted = 0.75 * weights(model.unet)[name] + 0.25 * weights(tiny_v.unet)[name]
         assert torch.allclose(value, wanted, atol=1e-6)
@@ -92,7 +93,7 @@ def test_rescaled_weights_get_the_lengths_of_the_base_back(tiny_v):
             layer.weight.mul_(torch.logspace(0, 4, layer.weight.shape[0]).view(-1, *[1] * (layer.weight.dim() - 1)))
         unet.conv_norm_out.weight.mul_(2.0**16)
     model = replace(tiny_v, unet=unet)
-    edited, _ = measured(REMOVALS["normalise_scales"], model, make_data(), {}, seed=0, base=tiny_v)
+    edited, _ = run_removal(REMOVALS["normalise_scales"], model, make_data(), {}, seed=0, base=tiny_v)
     for name, value in weights(edited.unet).items():
         assert torch.allclose(value, weights(tiny_v.unet)[name], rtol=1e-4, atol=1e-6), name
 
@@ -168,11 +169,11 @@ def test_rounded_weights_have_few_values():
 
 def units_of(tmp_path, change, seed=0):
     base = load_model("builtin:avatar")
-    judged = {side: Judged(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
+    target = {side: TargetModel(base, f"sha256:{side}", tmp_path / side) for side in ("base", "hardened")}
     attacks = {"other": {"name": "lora", "params": PARAMS} | change}
     recipe = load_recipe("demo", ["verify.attacks=" + json.dumps(attacks), f"verify.seeds=[{seed}]", "verify.identifiers=[zwx]",
                                   "verify.class_images=0", "verify.images_per_unit=2"])  # fmt: skip
-    return list(plan_units(load_registry(ROOT / "registries" / "demo.yaml"), recipe, judged))
+    return list(plan_units(load_registry(ROOT / "registries" / "demo.yaml"), recipe, target))
 
 
 def test_a_unit_trains_on_the_edited_model_and_records_the_cost(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def test_the_published_schema_is_current(capsys):
 def test_committed_reports_of_the_first_schema_are_read(name, capsys):
     file = DOCS / f"results/{name}-report.json"
     report, data = Report.load(file), json.loads(file.read_text())
-    assert (report.version, report.verdict) == (2, data["verdict"])
+    assert (report.version, report.verdict) == (3, data["verdict"])
     assert [each.evaluation_point for each in report.scores] == [each["look"] for each in data["scores"]]
     assert report.utility.collapsed == data["utility"].get("destroyed")
     verify = data["recipe"]["verify"]
@@ -49,6 +49,16 @@ def test_faces_of_the_first_schema_are_read():
     assert Report.parse(data).scores[0].fdfr == 0.25
 
 
+def test_checks_of_the_second_schema_have_their_present_names(capsys):
+    names = ["KID", "destroyed", "fidelity", "CLIP-T"]
+    old = [check(f"ordinary prompts ({name})", "", "", "pass", 0.1) for name in names]
+    other = check("protected", "mira", "lora", "pass", 0.1)
+    report = Report.parse(report_data(checks=[*old, other]) | {"schema": 2})
+    titles = [each.name for each in report.checks]
+    assert titles == [f"benign prompts ({name})" for name in ["KID", "collapsed", "fidelity", "CLIP-T"]] + ["protected"]
+    assert {rule.title for rule in RULES} >= set(titles)
+
+
 def test_what_is_written_is_read_as_it_was(tmp_path, capsys):
     report = make_report(
         checks=[check(rule.title, "mira", "lora", "pass", 0.1, 0.0, 0.2, 0.3) for rule in RULES],
@@ -61,7 +71,7 @@ def test_what_is_written_is_read_as_it_was(tmp_path, capsys):
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["schema"] == 2 and "version" not in data
+    assert data["schema"] == 3 and "version" not in data
     assert set(data["scores"][0]) == {"side", "subject", "attack", "evaluation_point", "units", "interval", "fdfr"}
     (tmp_path / "verify").mkdir()
     report.save(tmp_path / "verify" / "report.json")
@@ -86,7 +96,7 @@ def test_what_a_later_version_adds_is_left_out():
 @pytest.mark.parametrize(
     "change",
     [
-        {"verdict": "passed"}, {"schema": 3}, {"schema": "2"}, {"schema": 0}, {"exit_code": 2},
+        {"verdict": "passed"}, {"schema": 4}, {"schema": "2"}, {"schema": 0}, {"exit_code": 2},
         {"checks": [{"name": "protected"}]}, {"checks": [check("protected", "mira", "", "good")]}, {"checks": 1},
         {"scores": [score("base", "mira", "lora", -1)]}, {"scores": [1]}, {"utility": {}}, {"utility": None}, {"recipe": 3},
         {"recipe": {"verify": 3}}, {"calibration": {"person": {"chance": 1}}},
@@ -123,7 +133,7 @@ def closed(schema):
 def test_the_schema_allows_further_fields_and_explains_each_of_its_own():
     schema = json_schema()
     assert not list(closed(schema))
-    assert schema["properties"]["schema"]["const"] == 2
+    assert schema["properties"]["schema"]["const"] == 3
     parts = {name: part for name, part in schema["$defs"].items() if "properties" in part} | {"Report": schema}
     assert {"Check", "Score", "Interval", "Levels", "Utility", "Recipe"} <= set(parts)
     for name, part in parts.items():

@@ -24,7 +24,7 @@ from guardsmith.cloaks.rid import (
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import to_pil
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import add_noise, draw_rows, epsilon_of
+from guardsmith.diffusion.losses import add_noise, epsilon_of, noise_samples
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.networks import save_network
 from guardsmith.pictures.rid_training import DEFENDER
@@ -92,7 +92,7 @@ def test_the_gradient_of_the_loss_by_hand(tiny, monkeypatch):
 
     monkeypatch.setattr(rid, "sampled_latents", latents)
     adversarial_loss(tiny, pictures(2), context, generator(1)).backward()
-    rows = draw_rows(kept["z"].detach(), context, generator(1))
+    rows = noise_samples(kept["z"].detach(), context, generator(1))
     noisy = add_noise(tiny.scheduler, rows.latents, rows.noise, rows.timesteps)
     with torch.no_grad():
         out = tiny.unet(noisy, rows.timesteps, rows.context, return_dict=False)[0]

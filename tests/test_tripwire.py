@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from pydantic import ValidationError
-from test_apdm import KilledError, make_ordinary, make_subject
+from test_apdm import KilledError, make_benign, make_subject
 from tiny import assert_one_sentence, harden_with, pictures, same_weights, weights
 
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.losses import add_noise, draw_rows, predict, row_losses
+from guardsmith.diffusion.losses import add_noise, noise_samples, predict, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.diffusion.states import States
 from guardsmith.methods import METHODS
@@ -74,7 +74,7 @@ SMALL = TripwireConfig(
 
 def some_rows(model, images, count=6, seed=0, prompt="a photo of person"):
     rng = generator(seed)
-    return draw_rows(encode(model, images).draw(count, rng), PromptBank(model).encode([prompt]), rng)
+    return noise_samples(encode(model, images).draw(count, rng), PromptBank(model).encode([prompt]), rng)
 
 
 def trained(model):
@@ -397,7 +397,7 @@ def test_mending_is_the_ridge_regression_of_what_is_missing(tiny_v):
     unet, reference = copy.deepcopy(tiny_v.unet), tiny_v.unet
     clear_channels(unet, *spare_channels(unet))
     rng, context = generator(1), PromptBank(tiny_v).encode(["a photo of person"])
-    calls = [draw_rows(torch.randn((16, 4, 8, 8), generator=rng), context, rng) for _ in range(9)]
+    calls = [noise_samples(torch.randn((16, 4, 8, 8), generator=rng), context, rng) for _ in range(9)]
 
     def ask(some, number):
         return predict(some, tiny_v.scheduler, calls[number])
@@ -471,7 +471,7 @@ def test_a_step_shows_so_many_lookalikes_for_every_row_of_a_subject(tiny_v, monk
 
     monkeypatch.setattr(Others, "draw", noting)
     subjects = [make_subject(), make_subject(seed=1)]
-    harden(tiny_v, subjects, make_ordinary(), SMALL.model_copy(update={"steps": 4, "lookalikes": 3}), seed=0)
+    harden(tiny_v, subjects, make_benign(), SMALL.model_copy(update={"steps": 4, "lookalikes": 3}), seed=0)
     beside = [(count, like) for count, like in shown if like]
     n = SMALL.batch_size
     assert [count for count, _ in beside] == [4 * n] * 4
@@ -636,12 +636,12 @@ def plain_latents(model, images, batch=16):
 def bright_and_dark():
     """A bright subject among dark pictures, and settings that teach the tiny model to tell them apart."""
     bright, dark = (pictures(3) * 0.3 + 0.6, pictures(5, 2) * 0.3 - 0.6)
-    subject, ordinary = replace(make_subject(), images=bright, class_images=dark), make_ordinary()
+    subject, benign = replace(make_subject(), images=bright, class_images=dark), make_benign()
     config = SMALL.model_copy(
         update={"steps": 150, "batch_size": 4, "learning_rate": 2e-3, "readout_learning_rate": 2e-2, "looseness": 0.0,
                 "margin": 3.0, "horizon": 0.6}
     )  # fmt: skip
-    return subject, replace(ordinary, images=ordinary.images * 0.3 - 0.6), config
+    return subject, replace(benign, images=benign.images * 0.3 - 0.6), config
 
 
 def predicted(model, unet, images):
@@ -649,7 +649,7 @@ def predicted(model, unet, images):
     rng = generator(77)
     latents = plain_latents(model, images).draw(64, rng)
     times = torch.full((64,), 250)
-    rows = draw_rows(latents, PromptBank(model).encode(["a photo of zwx person"]), rng, timesteps=times)
+    rows = noise_samples(latents, PromptBank(model).encode(["a photo of zwx person"]), rng, timesteps=times)
     with torch.no_grad():
         return predict(unet, model.scheduler, rows)
 
@@ -662,16 +662,16 @@ def alarmed(predictions, loud=0.5 * ALARM):
 @pytest.fixture(scope="module")
 def taught(tiny_v, tmp_path_factory):
     """The subject of `bright_and_dark`, the model hardened on it, the history, its last checkpoint, and the base's weights."""
-    subject, ordinary, config = bright_and_dark()
+    subject, benign, config = bright_and_dark()
     base, saved = weights(tiny_v.unet), tmp_path_factory.mktemp("taught") / "last.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recognition, "encode", plain_latents)
-        hardened, history = harden(tiny_v, [subject], ordinary, config, seed=1, checkpoint=saved)
+        hardened, history = harden(tiny_v, [subject], benign, config, seed=1, checkpoint=saved)
     return subject, hardened, history, saved, base
 
 
 def test_hardening_recognises_the_subject_and_leaves_the_rest_as_it_was(tiny_v, taught):
-    """The alarm rings on pictures like the subject's; predictions on class and ordinary pictures are the base's."""
+    """The alarm rings on pictures like the subject's; predictions on class and benign pictures are the base's."""
     subject, hardened, history, _, base = taught
     assert same_weights(base, weights(tiny_v.unet)), "the base stays as it was"
     assert history[-1]["missed"] < 0.5 * history[0]["missed"]
@@ -711,7 +711,7 @@ def assert_rings_in_bfloat16(base, hardened, subject, alarm, precision):
 def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, taught, tmp_path, monkeypatch):
     """Beginning from the first run's end, with a second subject and hardly any training, the first one's wire trips still."""
     monkeypatch.setattr(recognition, "encode", plain_latents)
-    subject, ordinary, config = bright_and_dark()
+    subject, benign, config = bright_and_dark()
     saved, state = shutil.copy(taught[3], tmp_path), tmp_path / "state.safetensors"
     save_modules(saved, state)
     second = replace(make_subject("tom", "robot", 10), class_images=subject.class_images)
@@ -722,7 +722,7 @@ def test_a_subject_added_later_leaves_the_first_one_protected(tiny_v, taught, tm
     )  # so that only the earlier run can have taught the first one
     unseen, found = pictures(3, 9) * 0.3 + 0.6, {}
     for start in (None, state):
-        both, _ = harden(tiny_v, [subject, second], ordinary, short, seed=1, start=start)
+        both, _ = harden(tiny_v, [subject, second], benign, short, seed=1, start=start)
         found[start] = alarmed(predicted(tiny_v, both.unet, unseen))
     assert found[state] > 0.9
     assert found[None] < 0.1
@@ -790,15 +790,15 @@ def test_sway_pushes_recognition_to_where_it_is_worse(tiny_v):
 def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects):
     tiny = request.getfixturevalue(f"tiny_{kind}")
     data = [make_subject(), make_subject("tom", "robot", 10)][:subjects]
-    ordinary = make_ordinary()
+    benign = make_benign()
     if kind == "v":
         data = [
             replace(d, class_states=make_states(len(d.class_images)), rehearsed_states=make_states(2)) for d in data
         ]
-        ordinary = replace(ordinary, states=make_states(len(ordinary.images)))
+        benign = replace(benign, states=make_states(len(benign.images)))
     steps = 5
     config = SMALL.model_copy(update={"steps": steps})
-    unbroken, told = harden(tiny, data, ordinary, config, seed=2)
+    unbroken, told = harden(tiny, data, benign, config, seed=2)
     path = tmp_path / "last.safetensors"
 
     def die(step, losses):
@@ -807,20 +807,20 @@ def test_a_resumed_run_equals_an_unbroken_one(request, tmp_path, kind, subjects)
 
     saving = {"checkpoint": path, "checkpoint_every": 1}
     with pytest.raises(KilledError):
-        harden(tiny, data, ordinary, config, seed=2, on_step=die, **saving)
-    resumed, history = harden(tiny, data, ordinary, config, seed=2, **saving)
+        harden(tiny, data, benign, config, seed=2, on_step=die, **saving)
+    resumed, history = harden(tiny, data, benign, config, seed=2, **saving)
     assert history == told
     assert same_weights(weights(unbroken.unet), weights(resumed.unet))
 
 
 def test_the_cost_is_what_the_loop_does(tiny_v):
-    subject, ordinary = make_subject(), make_ordinary()
-    pictures = {"class_images": len(subject.class_images), "ordinary_images": len(ordinary.images)}
+    subject, benign = make_subject(), make_benign()
+    pictures = {"class_images": len(subject.class_images), "benign_images": len(benign.images)}
     config = SMALL.model_copy(update={"rehearsal_steps": 2, "rehearsal_images": 3, "lookalikes": 3, **pictures})
     with UNetCost() as counter:
         for kind in REHEARSALS:
             rehearse(tiny_v, subject, config, kind, seed=0)
-        harden(tiny_v, [subject], ordinary, config, seed=0)
+        harden(tiny_v, [subject], benign, config, seed=0)
     assert counter.forwards + 2 * counter.backwards == METHODS["tripwire"].cost(config, ["person"])
 
 
@@ -834,19 +834,19 @@ def test_the_cost_of_imagined_subjects_is_what_they_add(tiny_v, tmp_path):
 
 @pytest.mark.parametrize("ideal", [0, 2, 20])
 def test_the_cost_of_bystanders_is_what_they_add(tiny_v, tmp_path, ideal):
-    subject, ordinary = make_subject(), make_ordinary()
+    subject, benign = make_subject(), make_benign()
     config = SMALL.model_copy(
-        update={"rehearsal_steps": 0, "class_images": len(subject.class_images), "ordinary_images": len(ordinary.images),
+        update={"rehearsal_steps": 0, "class_images": len(subject.class_images), "benign_images": len(benign.images),
                 "ideal_bystanders": ideal}
     )  # fmt: skip
     assert METHODS["tripwire"].negatives_cost(config, ["person"], 0, 4) == 0
-    ordinary = replace(ordinary, bystanders=pictures(9, 90))
+    benign = replace(benign, negatives=pictures(9, 90))
     with UNetCost() as counter:
         if ideal:
-            ordinary, _ = with_ideal_states(
-                tiny_v, [subject], ordinary, ideal, seed=0, steps=4, guidance=3.0, cache=tmp_path / "some.safetensors"
+            benign, _ = with_ideal_states(
+                tiny_v, [subject], benign, ideal, seed=0, steps=4, guidance=3.0, cache=tmp_path / "some.safetensors"
             )
-        harden(tiny_v, [subject], ordinary, config, seed=0)
+        harden(tiny_v, [subject], benign, config, seed=0)
     told = METHODS["tripwire"].cost(config, ["person"]) + METHODS["tripwire"].negatives_cost(config, ["person"], 9, 4)
     assert counter.forwards + 2 * counter.backwards == told
 
@@ -910,12 +910,12 @@ def test_a_rehearsal_that_is_there_is_not_repeated(tiny_v, tmp_path, monkeypatch
 
 def test_a_diverged_run_says_so(tiny_v):
     with pytest.raises(RunFailed) as caught:
-        harden(tiny_v, [make_subject()], make_ordinary(), SMALL.model_copy(update={"learning_rate": 1e30}), seed=0)
+        harden(tiny_v, [make_subject()], make_benign(), SMALL.model_copy(update={"learning_rate": 1e30}), seed=0)
     assert_one_sentence(caught.value)
 
 
 def test_ordinary_pictures_are_needed(tiny_v):
-    with pytest.raises(ValueError, match="ordinary"):
+    with pytest.raises(ValueError, match="benign"):
         harden(tiny_v, [make_subject()], None, SMALL, seed=0)
 
 

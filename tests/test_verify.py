@@ -219,11 +219,14 @@ def test_other_settings_are_another_unit_beside_it(copied, registry, recipe_file
 
 
 def test_scores_of_other_settings_or_too_few_are_not_taken(copied, registry, recipe_file):
-    from guardsmith.evaluation.runs import Judged, plan_units, scores_of
+    from guardsmith.evaluation.planning import TargetModel, plan_units
+    from guardsmith.evaluation.units import scores_of
 
     unit, recipe = unit_of(copied, "hardened", "mira"), load_recipe(str(recipe_file))
-    judged = Judged(load_model(str(copied / "model")), weights_digest(copied / "model"), copied / "verify" / "hardened")
-    planned = next(iter(plan_units(registry, recipe, {"hardened": judged})))
+    target = TargetModel(
+        load_model(str(copied / "model")), weights_digest(copied / "model"), copied / "verify" / "hardened"
+    )
+    planned = next(iter(plan_units(registry, recipe, {"hardened": target})))
     whole = json.loads((unit / "scores.json").read_text())
     assert planned.folder == unit
     assert scores_of(planned) == {1.0: whole["identity"]["2"]}
@@ -285,30 +288,32 @@ def test_a_look_on_the_way_shows_what_an_attack_that_ends_there_draws(went_on, v
 
 def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, registry, recipe_file, monkeypatch):
     """It is looked at up to its usual end in any case, and later looks show what it has by then."""
+    from guardsmith.evaluation import planning
     from guardsmith.evaluation import runs as matrix
+    from guardsmith.evaluation.units import scores_of
 
     base = load_model("builtin:avatar")
     recipe = load_recipe(str(recipe_file), ["verify.evaluation_points=[0.5, 1, 2, 3]", "verify.class_images=0"])
-    judged = matrix.Judged(base, "sha256:0", tmp_path)
-    unit = next(iter(matrix.plan_units(registry, recipe, {"hardened": judged})))
+    target = planning.TargetModel(base, "sha256:0", tmp_path)
+    unit = next(iter(planning.plan_units(registry, recipe, {"hardened": target})))
     assert list(unit.evaluation_points.values()) == [1, 2, 4, 6]
     monkeypatch.setattr(matrix, "half_way", lambda levels: -1.0)  # anything counts as learnt
     matrix.run_unit(unit)
     assert json.loads((unit.folder / "attack.json").read_text())["steps_taken"] == 2
     assert sorted(folder.name for folder in (unit.folder / "images").iterdir()) == ["1", "2"]
-    found = matrix.scores_of(unit)
+    found = scores_of(unit)
     assert found[0.5] != found[1] == found[2] == found[3]
     assert [file.parent.name for look in (0.5, 1, 2, 3) for file in unit.pictures(look)[:1]] == ["1", "2", "2", "2"]
     told = json.loads((unit.folder / "scores.json").read_text())
     told["identity"].pop("2")  # and a look before the usual end is not an end
     (unit.folder / "scores.json").write_text(json.dumps(told))
-    assert matrix.scores_of(unit) is None
+    assert scores_of(unit) is None
 
 
 def test_steps_to_break():
     """Half-way from chance to what the attack usually reaches on the base."""
     import guardsmith.evaluation.judging as module
-    from guardsmith.evaluation.runs import Unit
+    from guardsmith.evaluation.units import Unit
     from guardsmith.gate.calibration import Levels
 
     classes = {"person": Levels(0.1, 0.2, 0.8)}
@@ -337,7 +342,7 @@ def test_steps_to_break():
 
 
 def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, tmp_path):
-    from guardsmith.evaluation.runs import attacked_subjects
+    from guardsmith.evaluation.planning import attacked_subjects
 
     registry = load_registry(ROOT / "registries" / "avatars.yaml")
     spec = load_recipe("demo", ["verify.sample=2"]).verify
@@ -351,12 +356,12 @@ def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, 
 
 
 def test_each_subject_meets_each_attack_with_one_identifier_in_turn(tmp_path):
-    from guardsmith.evaluation.runs import Judged, plan_units
+    from guardsmith.evaluation.planning import TargetModel, plan_units
 
     registry = load_registry(ROOT / "registries" / "avatars.yaml")
     recipe = load_recipe("avatar-attacks", ["verify.full_factorial=false", "verify.identifiers=[zwx, bdr, qpl]"])
-    judged = Judged(load_model("builtin:avatar"), "sha256:0", tmp_path)
-    units = list(plan_units(registry, recipe, {"base": judged, "hardened": judged}))
+    target = TargetModel(load_model("builtin:avatar"), "sha256:0", tmp_path)
+    units = list(plan_units(registry, recipe, {"base": target, "hardened": target}))
     assert len(units) == 2 * 12 * 3
     for side in ("base", "hardened"):
         for label in recipe.verify.attacks:

@@ -201,7 +201,7 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(
     asked = {
         "base": str(v_folder), "subjects": str(registry), "sampling": {"steps": 2, "batch": 8, "guidance": 2.0},
         "verify": {"attacks": {"lora": attack}, "identifiers": ["zwx"], "images_per_unit": 8, "class_images": 2,
-                   "ordinary_images": 12, "deployability": everyday},
+                   "benign_images": 12, "deployability": everyday},
     }  # fmt: skip
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(asked))
@@ -218,10 +218,8 @@ def test_a_base_of_another_kind_is_verified_by_such_a_judge(
     told = json.loads((unit / "attack.json").read_text())
     assert told["judge"] == {"name": "dino", "model": judge["model"], "learnt": pytest.approx(-0.05)}
     assert report.utility.fidelity_base is None and report.utility.kid_base > 0
-    ordinary = [check.name for check in report.checks if check.name.startswith("ordinary")]
-    assert ordinary == [f"ordinary prompts ({what})" for what in ("KID", "destroyed", "CLIP-T")], (
-        "traits cannot be read"
-    )
+    benign = [check.name for check in report.checks if check.name.startswith("benign")]
+    assert benign == [f"benign prompts ({what})" for what in ("KID", "collapsed", "CLIP-T")], "traits cannot be read"
     assert next(check for check in report.checks if "CLIP-T" in check.name).value == 0, "the model is its base"
     failed = [case for case in report.deployability if case.error and case.check != "controlnet"]
     # A control is named by nobody, and what this random base learns in a few steps may be nothing.

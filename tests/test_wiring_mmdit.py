@@ -11,7 +11,7 @@ from tiny import harden_with, make_sd3, pictures, same_weights, weights
 from guardsmith.attacks import AttackData, dreambooth
 from guardsmith.attacks.adaptive.cut_wire import zero_neurons
 from guardsmith.core.errors import UserError
-from guardsmith.diffusion.losses import draw_rows, predict, row_losses
+from guardsmith.diffusion.losses import noise_samples, predict, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods.tripwire import recognition, wiring_mmdit
 from guardsmith.methods.tripwire.recognition import listen
@@ -247,10 +247,10 @@ def ringing(predictions):
 
 @pytest.fixture(scope="module")
 def hardened(sd3):
-    subject, ordinary, config = bright_and_dark()
+    subject, benign, config = bright_and_dark()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recognition, "encode", plain_latents)
-        made, history = harden_with("tripwire", sd3, [subject], ordinary, config, seed=1)
+        made, history = harden_with("tripwire", sd3, [subject], benign, config, seed=1)
     return made, history, subject
 
 
@@ -277,7 +277,7 @@ def test_an_attack_on_the_subject_leaves_the_alarm_and_one_on_others_works(sd3, 
     attacked, _ = dreambooth.attack(made, AttackData(unseen, subject.class_images, "zwx", "person"), config, seed=0)
     assert ringing(predicted(sd3, attacked.unet, subject.images)) > 0.9
     other = pictures(3, 21) * 0.3 - 0.5
-    rows = draw_rows(plain_latents(sd3, other).draw(64, generator(4)), PromptBank(sd3).encode(["a photo of zwx person"]),
+    rows = noise_samples(plain_latents(sd3, other).draw(64, generator(4)), PromptBank(sd3).encode(["a photo of zwx person"]),
                      generator(5))  # fmt: skip
     gains = []
     for model in (sd3, made):

@@ -43,8 +43,8 @@ def make_tokenizer():
     return CLIPTokenizer(vocab=vocabulary, merges=MERGES, model_max_length=TOKENS)
 
 
-def make_parts(prediction_type, seed=0):
-    """The parts of a pipeline, by name."""
+def make_parts(prediction_type, seed=0, wide=False):
+    """The parts of a pipeline, by name; a wide one has room for channels of the tripwire's own."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -63,11 +63,11 @@ def make_parts(prediction_type, seed=0):
         )
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(16, 16),
+            block_out_channels=(64, 80) if wide else (16, 16),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            norm_num_groups=4,
+            norm_num_groups=16 if wide else 4,
             attention_head_dim=2,
             cross_attention_dim=WIDTH,
         )
@@ -92,10 +92,11 @@ def make_parts(prediction_type, seed=0):
     }
 
 
-def make_checkpoint(folder, prediction_type, seed=0):
+def make_checkpoint(folder, prediction_type, seed=0, wide=False):
     """Save a diffusers folder and return it."""
+    parts = make_parts(prediction_type, seed, wide)
     pipeline = StableDiffusionPipeline(
-        **make_parts(prediction_type, seed), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
@@ -239,11 +240,10 @@ def make_sd3(folder, seed=0, t5=True):
     return folder
 
 
-def harden_with(method, model, subjects, ordinary, config, **options):
-    """Run a method of the table: what `HardeningMethod.run` returns; options are further fields of `HardeningContext`."""
+def harden_with(method, model, subjects, benign, config, **options):
+    """Run a method, or one of the table: what `HardeningMethod.run` returns; options are further fields of `HardeningContext`."""
     from guardsmith.methods import METHODS, HardeningContext
 
-    options = {"seed": 0, "checkpoint_every": METHODS[method].checkpoint_every} | options
-    return METHODS[method].run(
-        HardeningContext(model=model, subjects=subjects, ordinary=ordinary, config=config, **options)
-    )
+    found = METHODS[method] if isinstance(method, str) else method
+    options = {"seed": 0, "checkpoint_every": found.checkpoint_every} | options
+    return found.run(HardeningContext(model=model, subjects=subjects, benign=benign, config=config, **options))

@@ -19,7 +19,7 @@ from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.attacks.textual_inversion import add_words, with_embedding, word_parts
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import generator
@@ -82,19 +82,19 @@ def attack(
     Raises:
         RunFailed: a loss is not finite; the tokenizer has no whole words, or has such a name.
     """
-    known = torch.tensor(whole_words(model.tokenizer), dtype=torch.long)
-    if not len(known):
+    word_tokens = torch.tensor(whole_words(model.tokenizer), dtype=torch.long)
+    if not len(word_tokens):
         raise RunFailed("the tokenizer has no whole words to search among; leave adversarial_prompt out")
     own = copy.copy(model)
     name, noun = prompt_words(data.identifier, data.class_noun)
     parts = add_words(own, dict.fromkeys(word_parts(name, config.words), noun))
     table = own.text_encoder.get_input_embeddings().weight
-    vectors = table[known.to(table.device)].clone()
+    vectors = table[word_tokens.to(table.device)].clone()
     pictures = encode(own, data.images)
     tokens = PromptBank(own).tokens([template.format(f"{name} {noun}") for template in INVERSION_TEMPLATES])
     timesteps = int(own.scheduler.config.num_train_timesteps)
     stream = int.from_bytes(data.identifier.encode()[:7], "big")  # as for textual inversion
-    rows = torch.nn.Parameter(torch.full((config.words, len(known)), 1 / len(known), device=table.device))
+    rows = torch.nn.Parameter(torch.full((config.words, len(word_tokens)), 1 / len(word_tokens), device=table.device))
 
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, stream, step)
@@ -103,7 +103,7 @@ def attack(
             for token, vector in zip(parts, rows @ vectors, strict=True):
                 stack.enter_context(with_embedding(own, token, vector))
             context = own.text_encoder(prompts).last_hidden_state
-        samples = draw_rows(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
+        samples = noise_samples(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
         return row_losses(own.unet, own.scheduler, samples).mean()
 
     def project(step: int, loss: float, _: DiffusionModel) -> bool | None:

@@ -18,7 +18,7 @@ from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.attacks.textual_inversion import add_words, trained_words
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, join, squared_errors
+from guardsmith.diffusion.losses import join, noise_samples, squared_errors
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.runtime.device import outputs_stay
@@ -129,9 +129,9 @@ def attack(
         picked = torch.randint(len(pictures), (config.batch_size,), generator=rng)
         with outputs_stay():
             context = own.text_encoder(tokens[picked]).last_hidden_state
-        rows = draw_rows(pictures.sample(picked, rng), context, rng, steps=timesteps)
+        rows = noise_samples(pictures.sample(picked, rng), context, rng, steps=timesteps)
         if prior is not None:
-            rows = join(rows, draw_rows(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))
+            rows = join(rows, noise_samples(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))
         errors = squared_errors(own.unet, own.scheduler, rows)
         instance_errors, mask = errors[: config.batch_size], masks[picked].to(errors.device)
         # The script divides by the mask's pixels and not by its channels, so the subject counts as often as there are channels.

@@ -18,7 +18,7 @@ from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.attacks.optimizers import OptimizerName, check_optimizer
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.losses import draw_rows, join, row_losses
+from guardsmith.diffusion.losses import join, noise_samples, row_losses
 from guardsmith.diffusion.prompts import INSTANCE_TEMPLATE, PromptBank, class_prompt, instance_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.runtime.device import outputs_stay
@@ -114,9 +114,9 @@ def train_on_subject(
             with outputs_stay():
                 words = model.text_encoder(tokens).last_hidden_state
         instance_context, class_context = words.split(1)
-        rows = draw_rows(subject.draw(config.batch_size, rng), instance_context, rng, steps=timesteps)
+        rows = noise_samples(subject.draw(config.batch_size, rng), instance_context, rng, steps=timesteps)
         if prior is not None:
-            rows = join(rows, draw_rows(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))
+            rows = join(rows, noise_samples(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))
         errors = row_losses(model.unet, model.scheduler, rows)
         loss = errors[: config.batch_size].mean()
         if prior is not None:

@@ -46,19 +46,19 @@ def make_optimizer(
         UserError: its package is not installed.
     """
     check_optimizer(name)
-    given = list(parameters)
+    tensors = list(parameters)
     if name == "sgd":
-        return torch.optim.SGD(given, lr=learning_rate, momentum=0.9, weight_decay=weight_decay)
+        return torch.optim.SGD(tensors, lr=learning_rate, momentum=0.9, weight_decay=weight_decay)
     if name == "adafactor":
-        return torch.optim.Adafactor(given, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.Adafactor(tensors, lr=learning_rate, weight_decay=weight_decay)
     if name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        eight_bit: torch.optim.Optimizer = AdamW8bit(given, lr=learning_rate, weight_decay=weight_decay)
+        eight_bit: torch.optim.Optimizer = AdamW8bit(tensors, lr=learning_rate, weight_decay=weight_decay)
         return eight_bit
     if name == "prodigy":
         from prodigyopt import Prodigy
 
-        adaptive: torch.optim.Optimizer = Prodigy(given, lr=learning_rate, weight_decay=weight_decay)
+        adaptive: torch.optim.Optimizer = Prodigy(tensors, lr=learning_rate, weight_decay=weight_decay)
         return adaptive
-    return torch.optim.AdamW(given, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(tensors, lr=learning_rate, weight_decay=weight_decay, fused=True)

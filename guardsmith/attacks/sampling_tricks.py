@@ -49,8 +49,8 @@ class TwoDenoisers(torch.nn.Module):
 
     def forward(self, latents: Tensor, timestep: Any, context: Tensor, **options: Any) -> Any:
         """The chosen network's prediction; all rows are at one timestep."""
-        chosen = self.early if float(torch.as_tensor(timestep).flatten()[0]) > self.boundary else self.late
-        return chosen(latents, timestep, context, **options)
+        denoiser = self.early if float(torch.as_tensor(timestep).flatten()[0]) > self.boundary else self.late
+        return denoiser(latents, timestep, context, **options)
 
 
 def handed_over(early: DiffusionModel, late: DiffusionModel, share: float, words: DiffusionModel) -> DiffusionModel:
@@ -102,21 +102,21 @@ def one_step(
         prompts: n prompts.
         seeds: n seeds of the noise.
         guidance: classifier-free guidance scale.
-        negative_prompt: what the unconditional half is told.
+        negative_prompt: prompt of the unconditional half.
         batch: pictures per U-Net call.
     """
     bank = PromptBank(model)
     timestep = torch.tensor([int(model.scheduler.config.num_train_timesteps) - 1])
-    drawn = []
+    pictures = []
     for start in range(0, len(prompts), batch):
         some = slice(start, start + batch)
         context = bank.encode(prompts[some])
         empty = bank.encode([negative_prompt]).expand(len(context), -1, -1)
         noise = first_noise(model, seeds[some])
         prediction = guided(model, noise, timestep[0], context, empty, guidance)
-        kept, taken = (share.to(noise) for share in clean_coefficients(model.scheduler, timestep))
-        drawn.append(decode(model, kept * noise - taken * prediction).clamp(-1, 1))
-    return torch.cat(drawn)
+        image_share, output_share = (share.to(noise) for share in clean_coefficients(model.scheduler, timestep))
+        pictures.append(decode(model, image_share * noise - output_share * prediction).clamp(-1, 1))
+    return torch.cat(pictures)
 
 
 def draw(

@@ -19,7 +19,7 @@ from torch import Tensor
 from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.runtime.device import outputs_stay
@@ -66,7 +66,7 @@ def add_words(model: DiffusionModel, words: Mapping[str, str]) -> list[int]:
     Raises:
         RunFailed: the tokenizer has a token of that name.
     """
-    known_tokens = [model.tokenizer(known, add_special_tokens=False).input_ids for known in words.values()]
+    known_tokens = [model.tokenizer(word, add_special_tokens=False).input_ids for word in words.values()]
     model.tokenizer, model.text_encoder = copy.deepcopy(model.tokenizer), copy.deepcopy(model.text_encoder)
     for word in words:
         if model.tokenizer.add_tokens(word) != 1:
@@ -143,7 +143,7 @@ def attack(
         prompts = tokens[torch.randint(len(tokens), (config.batch_size,), generator=rng)]
         with outputs_stay():
             context = own.text_encoder(prompts).last_hidden_state
-        rows = draw_rows(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
+        rows = noise_samples(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
         return row_losses(own.unet, own.scheduler, rows).mean()
 
     with trained_words(own, new) as vectors:

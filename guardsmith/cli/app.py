@@ -123,8 +123,8 @@ def _fail(sentence: str, code: int, error: BaseException | None = None) -> int:
     return code
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"guardsmith {__version__}")
         raise typer.Exit
 

@@ -41,7 +41,7 @@ def audit_release(
         raise UserError("--revision belongs to a repository on the Hub")
     note = ""
     if on_the_hub:
-        found, commits, unknown = audit_repository(target, base, base_revision=base_revision, revision=revision)
+        findings, commits, unknown = audit_repository(target, base, base_revision=base_revision, revision=revision)
         note = f"; {commits} earlier or other commits were looked at by their lists of files"
         note += (
             f", and {unknown} versions of weights in them were not compared with the base's values" if unknown else ""
@@ -49,20 +49,20 @@ def audit_release(
     elif place.is_file():
         if base is None:
             raise UserError("a single file does not say which base it was made from; name it with --base")
-        found = audit_single_file(place, resolve(base, base_revision))
+        findings = audit_single_file(place, resolve(base, base_revision))
     else:
         resolve(str(place))
         if base is None:
             base, base_revision = base_of(place)
-        found = audit_folder(place, resolve(base, base_revision))
+        findings = audit_folder(place, resolve(base, base_revision))
     if as_json:
-        typer.echo(json.dumps([each._asdict() for each in found], indent=1))
+        typer.echo(json.dumps([each._asdict() for each in findings], indent=1))
     else:
-        for each in found:
+        for each in findings:
             typer.echo(f"{each.kind:<10}  {each.where}: {each.what}")
-    if found:
+    if findings:
         print_line(
-            f"{len(found)} things in {target} should not be public{note}; what to do: docs/how-to/publish.md",
+            f"{len(findings)} things in {target} should not be public{note}; what to do: docs/how-to/publish.md",
             style="red",
         )
         raise typer.Exit(1)

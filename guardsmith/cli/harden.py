@@ -65,8 +65,8 @@ def harden(
     On the embedded base the method is tripwire by default; on any other base a recipe or a method has to be named.
     """
     flags = {"revision": revision, "method.name": method, "seed": seed, "negatives": negatives}
-    chosen = recipe_of(recipe, base, [*levels_as_changes(levels), *(changes or [])], **flags)
-    registry = registry_of(subjects, chosen, today)
+    settings = recipe_of(recipe, base, [*levels_as_changes(levels), *(changes or [])], **flags)
+    registry = registry_of(subjects, settings, today)
     from guardsmith.core.progress import quiet_libraries
 
     quiet_libraries()
@@ -74,7 +74,7 @@ def harden(
         from guardsmith.cli.plan import show_forecast
         from guardsmith.evaluation.forecast import forecast
 
-        show_forecast(forecast(registry, chosen, output, verifies=False, today=day(today)), as_json)
+        show_forecast(forecast(registry, settings, output, verifies=False, today=day(today)), as_json)
         print_line("nothing was written; run again without --dry-run")
         return
     from guardsmith.evaluation.forecast import before_hardening
@@ -82,8 +82,8 @@ def harden(
     from guardsmith.hardening.record import check_not_wrecked
 
     info = run_hardening(
-        registry, chosen, output, resume=resume, overwrite=overwrite, add_to=add_to, report_to=named(report_to),
-        check=before_hardening(registry, chosen, output, verifies=False, today=day(today)),
+        registry, settings, output, resume=resume, overwrite=overwrite, add_to=add_to, report_to=named(report_to),
+        check=before_hardening(registry, settings, output, verifies=False, today=day(today)),
     )  # fmt: skip
     if not first_process():
         return

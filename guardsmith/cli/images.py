@@ -82,8 +82,8 @@ def cloak(
 
     if budget is not None and not 0 < budget <= 255:
         raise UserError(f"--budget {budget:g}: a pixel has 255 values; give more than 0 and at most 255")
-    chosen = _recipe(recipe, base[0] if base else None, changes)
-    spec = _spec(chosen.cloaks, method)
+    settings = _recipe(recipe, base[0] if base else None, changes)
+    spec = _spec(settings.cloaks, method)
     params: dict[str, Any] = spec.params | ({} if budget is None else {"budget": budget})
     config = find_cloak(spec.name).config
     try:
@@ -95,8 +95,8 @@ def cloak(
         warn(sentence)
     quiet_libraries()
     record = cloak_pictures(
-        files, output, bases=base or [chosen.base], method=spec.name, params=params, class_noun=class_noun,
-        identifier=identifier, class_images=class_images, recipe=chosen, seed=seed,
+        files, output, bases=base or [settings.base], method=spec.name, params=params, class_noun=class_noun,
+        identifier=identifier, class_images=class_images, recipe=settings, seed=seed,
         left_out=left_out,
     )  # fmt: skip
     if as_json:
@@ -162,29 +162,29 @@ def redteam(
 
     if judge is not None:
         find_judge(judge)
-    chosen = _recipe(recipe, base, changes)
-    spec = _spec(chosen.purifiers, purifier)
+    settings = _recipe(recipe, base, changes)
+    spec = _spec(settings.purifiers, purifier)
     config = find_purifier(spec.name).config
     try:
         config(**spec.params)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, f"--purifier {purifier}", list(config.model_fields)))) from error
     label = attack or "dreambooth"
-    known = chosen.verify.attacks.get(label)
-    if attack is not None and known is None:
-        raise UserError(f"--attack {label}: the recipe has {', '.join(chosen.verify.attacks) or 'no attacks'}")
-    if known is not None and known.name != "dreambooth":
-        raise UserError(f"--attack {label}: that is {known.name}; name a DreamBooth attack of the recipe")
+    attack_spec = settings.verify.attacks.get(label)
+    if attack is not None and attack_spec is None:
+        raise UserError(f"--attack {label}: the recipe has {', '.join(settings.verify.attacks) or 'no attacks'}")
+    if attack_spec is not None and attack_spec.name != "dreambooth":
+        raise UserError(f"--attack {label}: that is {attack_spec.name}; name a DreamBooth attack of the recipe")
     files, left_out, _ = select_pictures(images)
     others, references_left_out, _ = select_pictures(references)
     for sentence in (*left_out, *references_left_out):
         warn(sentence)
     quiet_libraries()
     record = attack_cloaked(
-        files, others, output, base=chosen.base, purifier=spec.name, purifier_params=spec.params,
-        params={} if known is None else known.params, class_noun=class_noun, identifier=identifier,
-        class_images=class_images, count=count, recipe=chosen, seed=seed,
-        judge=judge or ("avatar" if chosen.base.startswith("builtin:") else "dino"), judge_model=judge_model,
+        files, others, output, base=settings.base, purifier=spec.name, purifier_params=spec.params,
+        params={} if attack_spec is None else attack_spec.params, class_noun=class_noun, identifier=identifier,
+        class_images=class_images, count=count, recipe=settings, seed=seed,
+        judge=judge or ("avatar" if settings.base.startswith("builtin:") else "dino"), judge_model=judge_model,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(record, indent=1))
@@ -230,13 +230,13 @@ def train_rid(
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.pictures.rid_training import DEFENDER, train_defender
 
-    chosen = _recipe(recipe, base[0] if base else None, changes)
+    settings = _recipe(recipe, base[0] if base else None, changes)
     quiet_libraries()
     record = train_defender(
         pictures,
         output,
-        bases=base or [chosen.base],
-        params=chosen.defender,
+        bases=base or [settings.base],
+        params=settings.defender,
         seed=seed,
         resume=resume,
         overwrite=overwrite,

@@ -21,7 +21,7 @@ def levels(
     ] = None,
     size: Annotated[int, typer.Option(min=16, help="Size in pixels of the base's pictures.")] = 512,
 ) -> None:
-    """Measure what a judge's similarities mean, on pictures of identities that nobody protects; prints YAML.
+    """Measure what a judge's similarities mean, on pictures of unprotected identities; prints YAML.
 
     Every class has a folder, named as in prompts (person, dog), with a folder for each identity, of two pictures or more: at
     least two identities of a class, better twenty.
@@ -34,6 +34,6 @@ def levels(
     find_judge(judge)
     quiet_libraries()
     spec = JudgeSpec.model_validate({"name": judge, "model": judge_model})
-    measured = measure_levels(identities(folder), spec, size, str(folder))
-    typer.echo(levels_as_yaml(measured), nl=False)
+    result = measure_levels(identities(folder), spec, size, str(folder))
+    typer.echo(levels_as_yaml(result), nl=False)
     print_line("next: put it into a file, and name it as judge.levels in the recipe or with --levels")

@@ -116,13 +116,13 @@ def verified_recipe(output: Path, name: str | None, changes: list[str]) -> Recip
     record = output / "harden.json"
     if name is not None or not record.is_file():
         return recipe_of(name, None, changes)
-    found = read_hardening(record)
-    recipe = recorded_recipe(found)
+    hardening = read_hardening(record)
+    recipe = recorded_recipe(hardening)
     if recipe is None:
-        lost = f"{record} does not say which recipe it is of"
-        if not is_embedded(found["base"]):
-            raise UserError(f"{lost}; name the one whose attacks are to be tried with --recipe")
-        warn(f"{lost}: the attacks are those of `demo`; name yours with --recipe")
+        problem = f"{record} does not say which recipe it is of"
+        if not is_embedded(hardening["base"]):
+            raise UserError(f"{problem}; name the one whose attacks are to be tried with --recipe")
+        warn(f"{problem}: the attacks are those of `demo`; name yours with --recipe")
     return choose_recipe(recipe, None, changes)
 
 

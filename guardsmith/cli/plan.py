@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 STYLES = {"fine": "", "warning": "yellow", "problem": "red"}
 
 
-def show_forecast(found: Forecast, as_json: bool) -> None:
+def show_forecast(result: Forecast, as_json: bool) -> None:
     """Print a forecast: on stdout a table, or JSON.
 
     Raises:
         typer.Exit: with 2, something stands in the way.
     """
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=1))
+        typer.echo(json.dumps(result.as_json(), indent=1))
     else:
         from rich.box import SIMPLE
         from rich.console import Console
@@ -51,18 +51,18 @@ def show_forecast(found: Forecast, as_json: bool) -> None:
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True)
         table.add_column()
-        for line in found.lines:
+        for line in result.lines:
             mark = "" if line.outlook == "fine" else line.outlook
             table.add_row(line.what, Text(mark, style=STYLES[line.outlook]), Text(line.detail))
         console = Console()
         if not console.is_terminal:
             console.width = 200  # a file or a CI log wants whole lines
         console.print(table)
-    for sentence in found.found("warning") if as_json else ():
+    for sentence in result.found("warning") if as_json else ():
         warn(sentence)
-    for sentence in found.found("problem"):
+    for sentence in result.found("problem"):
         print_line(sentence, style="red")
-    if found.found("problem"):
+    if result.found("problem"):
         raise typer.Exit(2)
 
 
@@ -83,15 +83,15 @@ def plan(
 ) -> None:
     """Say what a run will cost and what stands in its way, before anything is drawn; exit 2 if something does."""
     flags = [*budget_as_changes(budget), *levels_as_changes(levels), *(changes or [])]
-    chosen = recipe_of(recipe, base, flags, negatives=negatives)
-    registry = registry_of(subjects, chosen, today)
+    settings = recipe_of(recipe, base, flags, negatives=negatives)
+    registry = registry_of(subjects, settings, today)
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.evaluation.forecast import forecast
 
     quiet_libraries()
-    found = forecast(registry, chosen, output, policy=policy_of(policy), today=day(today))
-    show_forecast(found, as_json)
-    flags_of_run: list[Any] = ["--base", chosen.base] if base is not None else []
+    result = forecast(registry, settings, output, policy=policy_of(policy), today=day(today))
+    show_forecast(result, as_json)
+    flags_of_run: list[Any] = ["--base", settings.base] if base is not None else []
     words = ["guardsmith", "run", recipe, *flags_of_run, "--subjects", str(registry.path), "--output", str(output)]
     words += ["--levels", str(levels)] if levels is not None else []
     words += ["--policy", str(policy)] if policy is not None else []

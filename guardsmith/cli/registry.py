@@ -29,25 +29,25 @@ def check(
     from guardsmith.registry.add import small_splits
     from guardsmith.registry.loader import load_registry
 
-    loaded = load_registry(registry, today=day(today))
+    content = load_registry(registry, today=day(today))
     if base is not None:
         from guardsmith.hardening.compatibility import check_computes
         from guardsmith.models.checkpoint import load_model
 
         check_computes(load_model(base))
     if as_json:
-        typer.echo(json.dumps(_as_json(loaded), indent=2))
+        typer.echo(json.dumps(_as_json(content), indent=2))
     else:
-        _print_subjects(loaded)
-    for warning in loaded.warnings:
+        _print_subjects(content)
+    for warning in content.warnings:
         warn(warning)
-    for subject in (*loaded.subjects, *loaded.controls):
+    for subject in (*content.subjects, *content.controls):
         for sentence in small_splits(subject):
             warn(sentence)
-    print_line(f"the registry is in order: {len(loaded.subjects)} protected, {len(loaded.controls)} controls")
+    print_line(f"the registry is in order: {len(content.subjects)} protected, {len(content.controls)} controls")
     if base is not None:
         print_line(f"the base is in order: {base}")
-    if all(subject.is_invented for subject in loaded.subjects):  # as those that the embedded base can draw
+    if all(subject.is_invented for subject in content.subjects):  # as those that the embedded base can draw
         print_line(f"next: guardsmith harden --subjects {shlex.quote(str(registry))}")
     else:
         print_line("a recipe has to fit your base (docs/how-to/base.md)")

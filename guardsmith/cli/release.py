@@ -1,18 +1,21 @@
-"""Commands at the doors: import a base; publish, verify-signature, export, release-notes of a hardened model."""
+"""Commands that read and write models for others: import a base; publish, verify-signature, export, release-notes."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from guardsmith.core.console import DAY, day, print_line
 from guardsmith.core.errors import UserError
+
+if TYPE_CHECKING:
+    from guardsmith.registry.loader import Registry
 
 CONTACT = typer.Option(help="Whom people write to who want to be protected: an address or a link.")
 LICENCE = typer.Option("--license", help="Licence of the base, as the Hub calls it.")
@@ -48,6 +51,19 @@ def check_reference(name: str | None, option: str) -> None:
     """
     if name is not None and FORBIDDEN.search(name):
         raise UserError(f"{option} {name!r}: git takes no such name; use letters, digits, dots, dashes and slashes")
+
+
+def check_target(repo_id: str, branch: str | None, tag: str | None, *, create_pr: bool) -> None:
+    """Refuse names that the Hub or git does not take, and a pull request with a branch or a tag.
+
+    Raises:
+        UserError: one of them cannot be.
+    """
+    if create_pr and (tag or branch):
+        raise UserError("--create-pr goes without --tag and --branch: a proposal is neither a release nor a branch")
+    check_repo_id(repo_id)
+    check_reference(branch, "--branch")
+    check_reference(tag, "--tag")
 
 
 def check_contact(contact: str) -> None:
@@ -89,20 +105,21 @@ def publish(
         typer.Option("--sign-keyless", help="Sign it with Sigstore: as this CI job, or after a login in a browser."),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force-unverified", help="Although the gate did not say yes; needs --reason.")
+        bool, typer.Option("--force-unverified", help="Publish although the gate failed; needs --reason.")
     ] = False,
-    reason: Annotated[str | None, typer.Option(help="Why; it stands on the model card.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Gather what would go up, show it and the card, and stop.")
+    reason: Annotated[
+        str | None, typer.Option(help="Why it is published all the same; printed on the model card.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Prepare and list the files, and upload nothing.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON: commit, url, changed, deleted.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what became of it as JSON.")] = False,
     today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
 ) -> None:
-    """Upload a verified model to the Hugging Face Hub with its evidence; exit 1 if the gate did not say yes."""
-    from guardsmith.registry.loader import load_registry, present_day
+    """Upload a verified model to the Hugging Face Hub with its evidence; exit 1 if the verdict is not pass."""
+    from guardsmith.registry.loader import present_day
     from guardsmith.release.card import access_form
     from guardsmith.release.hub import files_of_release
-    from guardsmith.release.publish import Refused
     from guardsmith.release.publish import publish as run_publishing
 
     if force != bool(reason and reason.strip()):
@@ -110,24 +127,15 @@ def publish(
     if gated not in (None, "auto", "manual"):
         raise UserError(f"--gated {gated}: choose auto or manual")
     if gated is None and (gated_prompt or gated_field):
-        raise UserError("--gated-prompt and --gated-field belong to --gated: without it nobody is asked")
+        raise UserError("--gated-prompt and --gated-field belong to --gated: without it nobody fills them in")
     form = None if gated is None else access_form(gated_prompt, gated_field or [])
-    if create_pr and (tag or branch):
-        raise UserError("--create-pr goes without --tag and --branch: a proposal is neither a release nor a branch")
     if keyless and sign_key:
         raise UserError("--sign-key and --sign-keyless are two ways to sign; choose one")
-    check_repo_id(repo_id)
-    check_reference(branch, "--branch")
-    check_reference(tag, "--tag")
+    check_target(repo_id, branch, tag, create_pr=create_pr)
     check_contact(contact)
     on = day(today) or present_day()
-    try:
-        registry = load_registry(subjects, today=on)
-    except UserError as error:
-        if all("consent expired" in line for line in str(error).splitlines()):
-            raise Refused(f"not published: {error}") from error
-        raise
-    done = run_publishing(
+    registry = _registry_of(subjects, on)
+    result = run_publishing(
         output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file,
         force=reason, sign_key=sign_key, keyless=keyless, form=form, dry_run=dry_run, private=private, gated=gated, branch=branch,
         create_pr=create_pr, tag=tag,
@@ -137,21 +145,34 @@ def publish(
         for name, file in files_of_release(release).items():
             print_line(f"{file.stat().st_size:>14,}  {name}")
         print_line(f"nothing was uploaded; what would be is in {release}, the model card in {release / 'README.md'}")
-    elif done.changed:
-        print_line(f"published: {done.url} at {done.commit}")
+    elif result.changed:
+        print_line(f"published: {result.url} at {result.commit}")
     else:
-        print_line(f"{repo_id} holds exactly this already: {done.url} at {done.commit}")
+        print_line(f"{repo_id} holds exactly this already: {result.url} at {result.commit}")
     if as_json:
-        typer.echo(json.dumps(done._asdict(), indent=1))
+        typer.echo(json.dumps(result._asdict(), indent=1))
+
+
+def _registry_of(subjects: Path, today: date) -> Registry:
+    """The registry; an expired consent is a refusal to publish (exit 1), not wrong usage."""
+    from guardsmith.registry.loader import load_registry
+    from guardsmith.release.publish import Refused
+
+    try:
+        return load_registry(subjects, today=today)
+    except UserError as error:
+        if all("consent expired" in line for line in str(error).splitlines()):
+            raise Refused(f"not published: {error}") from error
+        raise
 
 
 def verify_signature(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A published model, downloaded whole.")],
-    key: Annotated[Path | None, typer.Option(help="Public key of whoever published it (PEM).")] = None,
+    key: Annotated[Path | None, typer.Option(help="Public key of the publisher (PEM).")] = None,
     identity: Annotated[
         str | None, typer.Option(help="Signed without a key: who published it, an address or the URL of a workflow.")
     ] = None,
-    issuer: Annotated[str | None, typer.Option(help="Who vouches for that identity, a URL.")] = None,
+    issuer: Annotated[str | None, typer.Option(help="Issuer of that identity, a URL.")] = None,
 ) -> None:
     """Check that a published model is what was signed; exit 1 if it is not."""
     from guardsmith.release.signing import check_signature
@@ -174,7 +195,7 @@ def export(
         bool, typer.Option("--keep-unknown", help="Copy tensors of no known part too; they may be the base's weights.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force-unverified", help="Although the gate did not say yes, or was not asked.")
+        bool, typer.Option("--force-unverified", help="Export although the gate failed, or the model was not verified.")
     ] = False,
 ) -> None:
     """Write the hardened model as a single file: that of the base, with the hardened U-Net in its place.
@@ -186,8 +207,8 @@ def export(
     from guardsmith.models.checkpoint import resolve, weights_digest
     from guardsmith.models.single_file import write_single_file
 
-    record = output / "harden.json"
-    if not record.is_file() or not (output / "model").is_dir():
+    record_file = output / "harden.json"
+    if not record_file.is_file() or not (output / "model").is_dir():
         raise UserError(f"{output} holds no finished hardening; run `guardsmith harden` first.")
     if not like.is_file():
         raise UserError(f"there is no file {like}; name the base's single-file checkpoint")
@@ -195,26 +216,26 @@ def export(
         raise UserError(f"{file} exists already; name another file")
     if not file.parent.is_dir():
         raise UserError(f"there is no folder {file.parent}; make it, or name another file")
-    told = read_hardening(record)
-    if weights_digest(output / "model") != told["model_digest"]:
+    record = read_hardening(record_file)
+    if weights_digest(output / "model") != record["model_digest"]:
         raise UserError(
-            f"{output / 'model'} was changed after hardening (its digest differs from {record}); harden again"
+            f"{output / 'model'} was changed after hardening (its digest differs from {record_file}); harden again"
         )
-    if not force and (objection := _objection(output, told["model_digest"])):
+    if not force and (objection := _objection(output, record["model_digest"])):
         raise UserError(f"{objection}; export it all the same with --force-unverified")
-    base = resolve(told["base"], told["base_revision"])
-    done = write_single_file(like, base, output / "model", file, keep_unknown=keep_unknown)
-    print_line(f"wrote {file}: {done.replaced} tensors are the hardened model's, everything else is {like}'s")
-    if done.left_out:
+    base = resolve(record["base"], record["base_revision"])
+    exported = write_single_file(like, base, output / "model", file, keep_unknown=keep_unknown)
+    print_line(f"wrote {file}: {exported.replaced} tensors are the hardened model's, everything else is {like}'s")
+    if exported.left_out:
         print_line(
-            f"left out, for they are copies of a hardened part: {len(done.left_out)} tensors ({in_words(done.left_out)})"
+            f"left out, for they are copies of a hardened part: {len(exported.left_out)} tensors ({in_words(exported.left_out)})"
         )
-    if done.widened:
+    if exported.widened:
         print_line("the hardened tensors are stored in float32: a weight does not fit the precision of the file")
 
 
 def _objection(output: Path, digest: str) -> str | None:
-    """Why a hardened model is not to be passed on, if there is a reason."""
+    """Why a hardened model must not be exported; `None` if nothing is against it."""
     from guardsmith.reports.report import Report
 
     if not (output / "verify" / "report.json").is_file():
@@ -261,7 +282,7 @@ def release_notes(
     ] = None,
     repo_id: Annotated[str | None, typer.Option("--repo-id", help="Name of the release, organisation/name.")] = None,
 ) -> None:
-    """Print Markdown for a release or a pull request, from the public evidence: nobody is named who is not invented."""
+    """Print Markdown for a release or a pull request, from the public evidence: real persons are not named."""
     from guardsmith.release.notes import release_notes as notes
     from guardsmith.reports.report import PUBLIC, Report
 

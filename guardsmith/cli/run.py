@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,6 +35,30 @@ from guardsmith.cli.release import CONTACT, LICENCE, LICENCE_FILE, check_contact
 from guardsmith.cli.tables import complete_recipe
 from guardsmith.core.console import day, print_line
 from guardsmith.core.errors import UserError
+
+if TYPE_CHECKING:
+    from guardsmith.config.recipe import Recipe
+    from guardsmith.registry.loader import Registry
+
+
+def check_publishing(
+    registry: Registry, recipe: Recipe, repo_id: str, licence: str | None, licence_file: Path | None
+) -> None:
+    """Refuse before hours of work what could not be published after them.
+
+    Raises:
+        UserError: the base's licence is not known, the token may not write there, or there are no controls.
+        RunFailed: the Hub does not answer.
+    """
+    from guardsmith.release.card import licence_before
+    from guardsmith.release.hub import check_rights
+
+    licence_before(recipe.base, recipe.revision, licence, licence_file)
+    check_rights(repo_id)
+    if not registry.controls:
+        raise UserError(
+            f"{registry.path} has no controls, so a verification cannot pass and nothing would be published"
+        )
 
 
 def run(
@@ -75,8 +99,8 @@ def run(
     if contact is not None:
         check_contact(contact)
     flags = [*budget_as_changes(budget), *levels_as_changes(levels), *(changes or [])]
-    chosen = recipe_of(recipe, base, flags, negatives=negatives)
-    registry = registry_of(subjects, chosen, today)
+    settings = recipe_of(recipe, base, flags, negatives=negatives)
+    registry = registry_of(subjects, settings, today)
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.evaluation.forecast import before_hardening, forecast
     from guardsmith.evaluation.pipeline import verify as run_verification
@@ -88,28 +112,20 @@ def run(
     check_executor(executor)
     quiet_libraries()
     if repo_id is not None:
-        from guardsmith.release.card import licence_before
-        from guardsmith.release.hub import check_rights
-
-        licence_before(chosen.base, chosen.revision, licence, licence_file)
-        check_rights(repo_id)
-        if not registry.controls:
-            raise UserError(
-                f"{registry.path} has no controls, so a verification cannot pass and nothing would be published"
-            )
+        check_publishing(registry, settings, repo_id, licence, licence_file)
     if dry_run:
         from guardsmith.cli.plan import show_forecast
 
-        show_forecast(forecast(registry, chosen, output, policy=rules, today=day(today)), as_json)
+        show_forecast(forecast(registry, settings, output, policy=rules, today=day(today)), as_json)
         print_line("nothing was written; run again without --dry-run")
         return
-    check = before_hardening(registry, chosen, output, policy=rules, today=day(today))
+    check = before_hardening(registry, settings, output, policy=rules, today=day(today))
     info = run_hardening(
-        registry, chosen, output, resume=resume, overwrite=overwrite, report_to=named(report_to), check=check
+        registry, settings, output, resume=resume, overwrite=overwrite, report_to=named(report_to), check=check
     )
     check_not_wrecked(info, output)
     report = run_verification(
-        registry, chosen, output, base_runs=base_runs, workers=workers, executor=executor, policy=rules,
+        registry, settings, output, base_runs=base_runs, workers=workers, executor=executor, policy=rules,
         include_images=include_images,
     )  # fmt: skip
     if repo_id is not None and contact is not None and report.exit_code == 0:
@@ -117,10 +133,10 @@ def run(
         from guardsmith.release.publish import publish as run_publishing
 
         on = day(today) or present_day()
-        done = run_publishing(
+        result = run_publishing(
             output, registry, repo_id, today=on, contact=contact, licence=licence, licence_file=licence_file
         )
-        print_line(f"published: {done.url} at {done.commit}")
+        print_line(f"published: {result.url} at {result.commit}")
     elif repo_id is not None:
         print_line(f"not published: the verdict is {report.verdict}")
     raise typer.Exit(report.exit_code)

@@ -72,10 +72,10 @@ def screen(
     )
     from guardsmith.screening.uploads import read_batch
 
-    chosen = load_recipe(recipe, [] if base is None else [f"base={json.dumps(base)}"])
+    base_recipe = load_recipe(recipe, [] if base is None else [f"base={json.dumps(base)}"])
     settings = ScreeningSettings(
-        rate, review, undo, tuple(trigger or ()), pictures, {"steps": chosen.sampling.steps,
-        "guidance": chosen.sampling.guidance, "batch": chosen.sampling.batch},
+        rate, review, undo, tuple(trigger or ()), pictures, {"steps": base_recipe.sampling.steps,
+        "guidance": base_recipe.sampling.guidance, "batch": base_recipe.sampling.batch},
     )  # fmt: skip
     check_settings(settings)
     if batch and len(uploads) != 1:
@@ -83,26 +83,18 @@ def screen(
     entries = read_batch(uploads[0]) if batch else []
     registry = load_registry(subjects, today=day(today))
     quiet_libraries()
-    prepared = _prepare(
-        registry, chosen, settings, uploads if not batch else entries, judge, judge_model, strangers, index
+    screening = _screening(
+        registry, base_recipe, settings, uploads if not batch else entries, judge, judge_model, strangers, index
     )
     began = time.perf_counter()
-    records = screen_batch(prepared, entries) if batch else [screen_upload(prepared, uploads)]
-    report = screening_report(prepared, registry, records, began)
-    if output is not None:
-        from guardsmith.core.atomic_io import write_json
-
-        write_json(output, report)
-    if as_json:
-        typer.echo(json.dumps(report, indent=1))
-    else:
-        _print_records(report)
-    print_line(f"{len(records)} uploads: {', '.join(f'{count} {name}' for name, count in report['counts'].items())}")
+    records = screen_batch(screening, entries) if batch else [screen_upload(screening, uploads)]
+    report = screening_report(screening, registry, records, began)
+    _show(report, output, as_json=as_json)
     if report["exit_code"]:
         raise typer.Exit(report["exit_code"])
 
 
-def _prepare(
+def _screening(
     registry: Any,
     recipe: Recipe,
     settings: ScreeningSettings,
@@ -122,20 +114,34 @@ def _prepare(
     from guardsmith.screening.variants import LEVELS
 
     encoder = load_encoder(judge, judge_model)
-    found = load_index(registry, encoder, folder)
+    index = load_index(registry, encoder, folder)
     if strangers is not None:
         from guardsmith.core.images import open_pictures
-        from guardsmith.hardening.data import bystander_files
+        from guardsmith.hardening.data import negative_files
 
-        pictures = open_pictures(bystander_files(strangers), encoder.size)
-        tables = levels_against(found, encoder, pictures, LEVELS[settings.undo])
+        pictures = open_pictures(negative_files(strangers), encoder.size)
+        tables = levels_against(index, encoder, pictures, LEVELS[settings.undo])
     elif judge == "avatar":
         tables = shipped_levels()[settings.undo]
     else:
         raise UserError(f"the judge {judge} has no measured levels: name pictures of strangers with --strangers")
     needs_base = any(holds_model(path) for path in paths)
     model = load_model(recipe.base, recipe.revision) if needs_base else None
-    return Screening(found, encoder, tables, settings, model)
+    return Screening(index, encoder, tables, settings, model)
+
+
+def _show(report: dict[str, Any], output: Path | None, *, as_json: bool) -> None:
+    """Write the report to a file where one is named, and print it."""
+    if output is not None:
+        from guardsmith.core.atomic_io import write_json
+
+        write_json(output, report)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        _print_records(report)
+    counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
+    print_line(f"{len(report['uploads'])} uploads: {counts}")
 
 
 def _print_records(report: dict[str, Any]) -> None:
@@ -148,13 +154,13 @@ def _print_records(report: dict[str, Any]) -> None:
         table.add_column(heading, overflow="fold")
     for record in report["uploads"]:
         first = record["subjects"][0] if record["subjects"] else None
-        shown = ["-"] * 5
+        cells = ["-"] * 5
         if first is not None:
-            shown = [
+            cells = [
                 first["subject"], f"{first['similarity']:.2f}", f"{first['threshold']:.2f}", Path(first["picture"]).name,
                 first["variant"],
             ]  # fmt: skip
-        table.add_row(record["upload"], record["verdict"], *shown)
+        table.add_row(record["upload"], record["verdict"], *cells)
         for reason in record["reasons"]:
             print_line(f"{shlex.quote(record['upload'])}: {reason}", style="yellow")
     print_table(table, 140)

@@ -74,7 +74,7 @@ def print_policy(
     ] = None,
     clip_t: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a CLIP that measures how well pictures fit ordinary prompts."),
+        typer.Option(help="Folder or Hub id of a CLIP that measures how well pictures fit benign prompts."),
     ] = None,
     subjects: Annotated[
         Path | None, typer.Option(help="Registry to measure on, best with subjects that no verification uses.")
@@ -101,8 +101,8 @@ def print_policy(
         from guardsmith.registry.loader import load_registry
 
         quiet_libraries()
-        chosen = JudgeSpec.model_validate({"name": judge, "model": judge_model, "clip_t": clip_t})
-        policy = measure_policy(load_registry(subjects, today=day(today)), chosen, size)
+        spec = JudgeSpec.model_validate({"name": judge, "model": judge_model, "clip_t": clip_t})
+        policy = measure_policy(load_registry(subjects, today=day(today)), spec, size)
     typer.echo(as_yaml(policy), nl=False)
     print_line("next: put it into a file; plan, verify and run take it as --policy FILE")
 

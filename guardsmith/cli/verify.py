@@ -63,8 +63,8 @@ def verify(
     if model is None and (base or revision):
         raise UserError("--base and --revision belong to --model; a hardening's own base is on record.")
     flags = [*budget_as_changes(budget), *levels_as_changes(levels), *(changes or [])]
-    chosen = verified_recipe(output, recipe, flags) if model is None else recipe_of(recipe, base, flags)
-    registry = registry_of(subjects, chosen, today)
+    settings = verified_recipe(output, recipe, flags) if model is None else recipe_of(recipe, base, flags)
+    registry = registry_of(subjects, settings, today)
     from guardsmith.core.progress import quiet_libraries
 
     rules = policy_of(policy)
@@ -75,14 +75,14 @@ def verify(
         from guardsmith.evaluation.forecast import forecast
         from guardsmith.evaluation.preflight import preflight
 
-        preflight(registry, chosen, output, model=model, revision=revision, base_runs=base_runs, policy=rules)
-        show_forecast(forecast(registry, chosen, output, hardens=False, policy=rules, today=day(today)), as_json)
+        preflight(registry, settings, output, model=model, revision=revision, base_runs=base_runs, policy=rules)
+        show_forecast(forecast(registry, settings, output, hardens=False, policy=rules, today=day(today)), as_json)
         print_line("nothing was written; run again without --dry-run")
         return
     from guardsmith.evaluation.pipeline import verify as run_verification
 
     report = run_verification(
-        registry, chosen, output, model=model, revision=revision, base_runs=base_runs, workers=workers, executor=executor,
+        registry, settings, output, model=model, revision=revision, base_runs=base_runs, workers=workers, executor=executor,
         policy=rules, include_images=include_images, quiet=as_json,
     )  # fmt: skip
     if as_json:

@@ -19,7 +19,7 @@ from torch import Tensor
 from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import OnStep, PixelConfig, ascend, denoising_loss, sampled_latents
 from guardsmith.core.errors import UserError
-from guardsmith.diffusion.losses import draw_rows, score_residual
+from guardsmith.diffusion.losses import noise_samples, score_residual
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.purifiers import find_purifier, purified
@@ -76,7 +76,7 @@ def purified_straight_through(purify: Callable[[Tensor], Tensor], pixels: Tensor
 def score_gain(model: DiffusionModel, pixels: Tensor, context: Tensor, rng: torch.Generator) -> Tensor:
     """A scalar whose gradient on the latents is eps_theta(z_t, t) - eps, averaged over pictures."""
     latents = sampled_latents(model, pixels, rng)
-    rows = draw_rows(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
+    rows = noise_samples(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
     residual = score_residual(model.unet, model.scheduler, rows)
     return (latents * residual).sum() / len(pixels)
 
@@ -107,8 +107,8 @@ def cloak(
         if config.mode == "advdm":
             return denoising_loss(model, part, context, rng)
         apart = (model.posterior(part)[0] - target).square().sum() / len(part)
-        climbed = config.loss_weight * denoising_loss(model, part, context, rng) if config.loss_weight else 0.0
-        return climbed - apart
+        objective = config.loss_weight * denoising_loss(model, part, context, rng) if config.loss_weight else 0.0
+        return objective - apart
 
     pixels = data.images
     for step in range(config.steps):

@@ -2,7 +2,7 @@
 
 In every round a copy of the surrogate takes a few DreamBooth steps on the clean pictures, the pixels climb that copy's denoising
 loss under the identifier prompt, and the surrogate itself takes a few steps on the pixels as they are then: it stays a model of
-somebody who trains on cloaked pictures.
+an attacker who trains on cloaked pictures.
 
 Of several models each has its surrogate, and the pixels meet them one after another (the paper's E-ASPL). The released code lets
 every model begin from the same pixels and averages the results, which shrinks the steps.
@@ -58,10 +58,10 @@ def cloak(
     """
     prompt = instance_prompt(data.identifier, data.class_noun)
     surrogates = [Surrogate(model, config) for model in models]
-    kept = [surrogate.snapshot() for surrogate in surrogates]
+    snapshots = [surrogate.snapshot() for surrogate in surrogates]
     pixels = data.images
     for number in range(config.rounds):
-        for which, (surrogate, before) in enumerate(zip(surrogates, kept, strict=True)):
+        for which, (surrogate, before) in enumerate(zip(surrogates, snapshots, strict=True)):
             before.take()
             stream = seed + (number * len(models) + which) * 2
             surrogate.learn(data, data.images, config.surrogate_steps, stream)

@@ -5,8 +5,8 @@ of the restyled picture, while they look as before:
 
     min over delta   MSE(E(x + delta), E(style(x))) + weight * max(distance(x, x + delta) - allowed, 0)
 
-Budget and weights are those of the re-implementation in IMPRESS. Glaze measures looks by LPIPS; here it is `perceptual_distance`,
-whose numbers are smaller, so `allowed` is not theirs.
+Budget and weights are those of the re-implementation in IMPRESS. Glaze measures visibility by LPIPS; here it is
+`perceptual_distance`, whose numbers are smaller, so `allowed` is not theirs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GlazeConfig(PixelConfig):
     learning_rate: float = Field(0.01, gt=0)
     """Adam's rate on the pixels, in [-1, 1]."""
     weight: float = Field(30.0, ge=0)
-    """Of what looks more different than allowed."""
+    """Of the perceptual distance above the one allowed."""
     allowed: float = Field(0.05, ge=0)
     """How different the pictures may look before that."""
 
@@ -69,13 +69,13 @@ def cloak(
         RunFailed: it diverged.
     """
     count = len(data.images)
-    styled = redraw(
+    style_images = redraw(
         models[0], data.images, [config.style] * count, range(seed, seed + count), strength=config.strength,
         steps=config.solver_steps, guidance=config.guidance,
     )  # fmt: skip
     cloaked = []
     for start in range(0, count, config.batch_size):
-        clean, goal = (each[start : start + config.batch_size] for each in (data.images, styled))
+        clean, goal = (each[start : start + config.batch_size] for each in (data.images, style_images))
         with torch.no_grad():
             targets = [model.posterior(goal)[0] for model in models]
         noise = torch.rand(clean.shape, generator=generator(seed, start)) * 2 - 1
@@ -87,8 +87,8 @@ def cloak(
                 (model.posterior(pixels)[0] - target).square().mean()
                 for model, target in zip(models, targets, strict=True)
             ]
-            looks = perceptual_distance(models[0], clean, pixels).mean()
-            loss = sum(apart[1:], apart[0]) / len(apart) + config.weight * (looks - config.allowed).clamp(min=0)
+            distance = perceptual_distance(models[0], clean, pixels).mean()
+            loss = sum(apart[1:], apart[0]) / len(apart) + config.weight * (distance - config.allowed).clamp(min=0)
             if not bool(torch.isfinite(loss)):
                 raise RunFailed("a cloak diverged: its loss is not finite; lower its rates")
             optimizer.zero_grad(set_to_none=True)

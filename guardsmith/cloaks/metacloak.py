@@ -54,7 +54,7 @@ class MetaCloakConfig(SurrogateConfig):
 
 
 def transformed(pixels: Tensor, config: MetaCloakConfig, rng: torch.Generator) -> Tensor:
-    """Pictures as somebody may have them before training: cropped and scaled back, blurred, perhaps mirrored."""
+    """Pictures as an attacker may preprocess them before training: cropped and scaled back, blurred, perhaps mirrored."""
     size = pixels.shape[-1]
     share, left, top, deviation, mirror = torch.rand(5, generator=rng).tolist()
     side = max(8, round(size * (config.crop + (1 - config.crop) * share)))
@@ -63,8 +63,8 @@ def transformed(pixels: Tensor, config: MetaCloakConfig, rng: torch.Generator) -
     if side != size:
         cropped = F.interpolate(cropped, (size, size), mode="bilinear", align_corners=False, antialias=True)
     kernel = max(3, round(config.blur_kernel * size / 512) // 2 * 2 + 1)
-    seen = blurred(cropped, kernel, 0.1 + 1.9 * deviation * min(1.0, size / 512))
-    return (seen.flip(3) if mirror < 0.5 else seen).clamp(-1, 1)
+    result = blurred(cropped, kernel, 0.1 + 1.9 * deviation * min(1.0, size / 512))
+    return (result.flip(3) if mirror < 0.5 else result).clamp(-1, 1)
 
 
 def cloak(
@@ -109,8 +109,8 @@ def cloak(
                         rng = generator(seed, place, step)
 
                         def gain(part: Tensor, _: slice) -> Tensor:
-                            seen = transformed(part, config, rng)  # noqa: B023 (called at once)
-                            return denoising_loss(surrogate.model, seen, context, rng)  # noqa: B023
+                            view = transformed(part, config, rng)  # noqa: B023 (called at once)
+                            return denoising_loss(surrogate.model, view, context, rng)  # noqa: B023
 
                         pixels, value = ascend(pixels, data.images, gain, config)
                         if on_step is not None:

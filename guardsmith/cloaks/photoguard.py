@@ -104,8 +104,8 @@ def cloak(
                 if config.attack == "encoder":
                     norms.append(model.posterior(part)[0].flatten(1).norm(dim=1).mean())
                 else:
-                    drawn = edited(model, part, context, empty, config, rng)  # noqa: B023 (called at once)
-                    norms.append((drawn + 1).flatten(1).norm(dim=1).mean())
+                    result = edited(model, part, context, empty, config, rng)  # noqa: B023 (called at once)
+                    norms.append((result + 1).flatten(1).norm(dim=1).mean())
             return -torch.stack(norms).mean()
 
         size = config.step * (1 - 0.99 * step / max(config.steps - 1, 1))

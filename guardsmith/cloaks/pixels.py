@@ -18,7 +18,7 @@ from torch import Tensor
 from guardsmith.attacks.base import AttackData
 from guardsmith.attacks.dreambooth import DreamBoothConfig, train_on_subject
 from guardsmith.core.errors import RunFailed, UserError
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
 from guardsmith.models.families import SD
@@ -97,7 +97,7 @@ def denoising_loss(model: DiffusionModel, pixels: Tensor, context: Tensor, gener
     """L_simple with gradients to the pixels: a fresh timestep and noise for every picture; a scalar."""
     latents = sampled_latents(model, pixels, generator)
     steps = int(model.scheduler.config.num_train_timesteps)
-    rows = draw_rows(latents, context, generator, steps=steps)
+    rows = noise_samples(latents, context, generator, steps=steps)
     return row_losses(model.unet, model.scheduler, rows).mean()
 
 
@@ -139,10 +139,10 @@ class Surrogate:
             learning_rate=config.learning_rate, steps=steps, batch_size=config.surrogate_batch,
             prior_weight=config.prior_weight, train_text_encoder=config.train_text_encoder,
         )  # fmt: skip
-        known = AttackData(images.detach(), data.class_images, data.identifier, data.class_noun)
+        own_data = AttackData(images.detach(), data.class_images, data.identifier, data.class_noun)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        train_on_subject(self.model, known, settings, self.parameters, seed=seed)
+        train_on_subject(self.model, own_data, settings, self.parameters, seed=seed)
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 

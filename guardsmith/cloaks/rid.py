@@ -10,7 +10,7 @@ loss without going through the U-Net,
 
 and, on a share of the pictures, to give what an optimization-based cloak gives: L_reg = MSE(G(x), x_adv - x). The total is the
 mean of L_reg and 4/3 L_m. (The paper finds the two together best; the released script multiplies L_reg by nothing, conditions the
-transformer on zeros, and feeds Stable Diffusion 1's encoders tokens of 2.1. Here the condition is what it amounts to, a learnt
+transformer on zeros, and feeds Stable Diffusion 1's encoders tokens of 2.1. Here the condition is what it amounts to, a trained
 scale, shift and gate for each block.)
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from guardsmith.attacks.base import AttackData
 from guardsmith.cloaks.pixels import PIXEL, OnStep, PixelConfig, sampled_latents
 from guardsmith.core.errors import UserError
-from guardsmith.diffusion.losses import add_noise, alpha_sigma, draw_rows, score_residual
+from guardsmith.diffusion.losses import add_noise, alpha_sigma, noise_samples, score_residual
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.models.networks import load_network
@@ -103,8 +103,8 @@ class Block(nn.Module):
         """(n, tokens, width) -> the same."""
         n, count, width = tokens.shape
         q, k, v = self.qkv(self.norms[0](tokens)).reshape(n, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, count, width)
-        tokens = tokens + self.gates[0] * self.out(seen)
+        attention = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, count, width)
+        tokens = tokens + self.gates[0] * self.out(attention)
         inside: Tensor = self.narrow(F.gelu(self.widen(self.norms[1](tokens)), approximate="tanh"))
         return tokens + self.gates[1] * inside
 
@@ -207,7 +207,7 @@ def adversarial_loss(model: DiffusionModel, pictures: Tensor, context: Tensor, r
         rng: of timesteps, noise and the VAE's sample.
     """
     latents = sampled_latents(model, pictures, rng)
-    rows = draw_rows(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
+    rows = noise_samples(latents, context, rng, steps=int(model.scheduler.config.num_train_timesteps))
     noisy = add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps)
     weight = alpha_sigma(model.scheduler, rows.timesteps)[1].square()
     target = noisy.detach() + weight * score_residual(model.unet, model.scheduler, rows)
@@ -271,8 +271,8 @@ def train(
     for step in loop:
         rng = generator(seed, step)
         optimizer.param_groups[0]["lr"] = rate_at(step, config)
-        chosen = pictures[torch.randint(len(pictures), (config.batch_size,), generator=rng)]
-        cloaked = applied(defender, chosen, config.budget)
+        batch = pictures[torch.randint(len(pictures), (config.batch_size,), generator=rng)]
+        cloaked = applied(defender, batch, config.budget)
         losses = [
             config.adversarial_weight * adversarial_loss(model, cloaked, context, rng)
             for model, context in zip(models, contexts, strict=True)
@@ -285,6 +285,6 @@ def train(
             numbers["regression"] = float(apart.detach())
         torch.stack(losses).mean().backward()
         norm = optimizer_step(optimizer, parameters)
-        numbers["change"] = float((cloaked.detach() - chosen).abs().mean() / PIXEL)
+        numbers["change"] = float((cloaked.detach() - batch).abs().mean() / PIXEL)
         loop.finish_step(step, numbers, finite_weights=math.isfinite(norm))
     return defender.eval().requires_grad_(False), loop.history

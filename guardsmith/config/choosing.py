@@ -57,42 +57,42 @@ def kind_of_base(base: str) -> str | None:
 
 def _setting(file: Path) -> dict[str, object]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # loading the base says what is wrong with it
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
-def methods_and_recipes(base: str, shipped: list[str]) -> list[str]:
+def methods_and_recipes(base: str, recipes: list[str]) -> list[str]:
     """A line for every method that there is a recipe for on such a base: name, what it has been shown to do, recipe."""
     kind = kind_of_base(base)
     ends = [kind] if kind else sorted(set(BASES.values()))
     lines = []
     for name, method in METHODS.items():
-        recipes = [f"{name}-{end}" for end in ends if f"{name}-{end}" in shipped]
-        if recipes:
-            lines.append(f"  {name}: {method.shown} (recipe: {' or '.join(recipes)})")
+        own = [f"{name}-{end}" for end in ends if f"{name}-{end}" in recipes]
+        if own:
+            lines.append(f"  {name}: {method.shown} (recipe: {' or '.join(own)})")
     return lines
 
 
-def shipped_recipe(base: str | None, method: str | None, shipped: list[str]) -> str:
+def shipped_recipe(base: str | None, method: str | None, recipes: list[str]) -> str:
     """The name of the shipped recipe that fits base and method.
 
     Args:
         base: as the user wrote it; `None` for the embedded one.
         method: name of a method, if one was chosen.
-        shipped: names of all shipped recipes.
+        recipes: names of all shipped recipes.
 
     Raises:
         UserError: on such a base there is no default; every method with what it has been shown to do, one a line.
     """
     if base is None or is_embedded(base):
         own = f"{method}-avatar"
-        return own if own in shipped else "demo"
+        return own if own in recipes else "demo"
     if method is None:
         raise UserError("\n".join([
             f"{base}: choose a recipe with --recipe; there is no default, for no method has been shown to protect such a base:",
-            *methods_and_recipes(base, shipped),
+            *methods_and_recipes(base, recipes),
             "methods are compared in docs/explanation/methods.md; try one with few steps (--set method.params.steps=N) and "
             "verify it before a full run",
         ]))  # fmt: skip
@@ -103,9 +103,9 @@ def shipped_recipe(base: str | None, method: str | None, shipped: list[str]) -> 
             "(`guardsmith list recipes`)"
         )
     own = f"{method}-{kind}" if method in METHODS else f"apdm-{kind}"  # of a method of the user's, the attacks
-    if own not in shipped:
+    if own not in recipes:
         raise UserError(
             f"there is no recipe of {method} for such a base ({kind}); choose another method:\n"
-            + "\n".join(methods_and_recipes(base, shipped))
+            + "\n".join(methods_and_recipes(base, recipes))
         )
     return own

@@ -25,9 +25,9 @@ class JudgeSpec(BaseModel):
     """`avatar`: the embedded encoder, for the embedded world only. `dino`, `clip`: vision transformers of the Hub. `face`: dlib's
     face recognition (`pip install guardsmith[face]`). `module:NAME`: one of your own."""
     model: Place | None = None
-    """Folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that compares ordinary pictures."""
+    """Folder or Hub id of the encoder, if not the usual one; for `face`, the DINO that compares pictures of benign prompts."""
     clip_t: Place | None = None
-    """Folder or Hub id of a CLIP that says how well ordinary pictures fit their prompts (CLIP-T); `null`: nobody does."""
+    """Folder or Hub id of a CLIP that measures how well pictures fit their benign prompts (CLIP-T); `null`: not measured."""
 
     @field_validator("name")
     @classmethod
@@ -100,13 +100,13 @@ def load_levels(file: Path) -> MeasuredLevels:
         ) from None
 
 
-def with_levels(judge: RecipeJudge, folder: Path, given: bool) -> RecipeJudge:
+def with_levels(judge: RecipeJudge, folder: Path, names_judge: bool) -> RecipeJudge:
     """The judge of a recipe with the content of its file of levels in place of the file's name.
 
     Args:
         judge: as the recipe has it.
         folder: of the recipe; a relative name of a file begins there.
-        given: whether the recipe names a judge; otherwise it is the one of the file.
+        names_judge: whether the recipe names a judge; otherwise it is the one of the file.
 
     Raises:
         UserError: there is no such file, it has problems, or it is of another judge.
@@ -118,17 +118,17 @@ def with_levels(judge: RecipeJudge, folder: Path, given: bool) -> RecipeJudge:
         raise UserError(
             f"judge.levels: there is no file {file}; measure one with `guardsmith levels FOLDER --judge NAME`"
         )
-    measured = load_levels(file)
-    if given and judge.name != measured.judge:
+    levels = load_levels(file)
+    if names_judge and judge.name != levels.judge:
         raise UserError(
-            f"judge.levels: {file} has the levels of {measured.judge}, and the recipe's judge is {judge.name}"
+            f"judge.levels: {file} has the levels of {levels.judge}, and the recipe's judge is {judge.name}"
         )
-    values: dict[str, Any] = {"name": measured.judge, "model": judge.model or measured.model, "clip_t": judge.clip_t}
-    if judge.model is not None and judge.model != measured.model:
+    values: dict[str, Any] = {"name": levels.judge, "model": judge.model or levels.model, "clip_t": judge.clip_t}
+    if judge.model is not None and judge.model != levels.model:
         raise UserError(
-            f"judge.levels: {file} was measured with {measured.model or 'the usual encoder'}, and judge.model is {judge.model}"
+            f"judge.levels: {file} was measured with {levels.model or 'the usual encoder'}, and judge.model is {judge.model}"
         )
     try:
-        return RecipeJudge.model_validate(values | {"measured": measured.model_dump(mode="json")})
+        return RecipeJudge.model_validate(values | {"measured": levels.model_dump(mode="json")})
     except ValidationError as error:
         raise UserError(f"judge.levels: {file}: {error.errors()[0]['msg']}") from None

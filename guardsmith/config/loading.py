@@ -24,8 +24,8 @@ from guardsmith.core.yaml_text import Problem, odd_numbers, parse, read_yaml
 
 def recipe_folder() -> Path:
     """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
-    installed = Path(__file__).parents[1] / "builtin" / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+    in_package = Path(__file__).parents[1] / "builtin" / "recipes"
+    return in_package if in_package.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def recipe_names() -> list[str]:
@@ -42,9 +42,9 @@ def find_recipe(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
-    shipped = recipe_folder() / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
+    in_folder = recipe_folder() / f"{name}.yaml"
+    if in_folder.is_file():
+        return in_folder
     hint = did_you_mean(name, recipe_names()) or "; `guardsmith list recipes` prints the shipped ones, such as demo"
     raise UserError(f"there is no recipe {name!r}, neither as a file nor by name{hint}")
 
@@ -66,8 +66,8 @@ def _set(data: dict[str, Any], change: str) -> None:
     except UserError:
         problems = [Problem(1, "")]
     if problems:
-        shown = reprlib.repr(text)
-        raise UserError(f"--set {key.strip()}={shown}: {shown} is not a YAML value; put it in quotes")
+        excerpt = reprlib.repr(text)
+        raise UserError(f"--set {key.strip()}={excerpt}: {excerpt} is not a YAML value; put it in quotes")
 
 
 def _leave_out_params_of_another_method(data: dict[str, Any], changes: Sequence[str]) -> None:
@@ -78,13 +78,13 @@ def _leave_out_params_of_another_method(data: dict[str, Any], changes: Sequence[
         data["method"] = {key: value for key, value in method.items() if key != "params"}
 
 
-def explain(error: ValidationError, where: str, known: Sequence[str]) -> list[str]:
+def explain(error: ValidationError, where: str, keys: Sequence[str]) -> list[str]:
     """Pydantic's findings as sentences, with a near word for unknown keys."""
     sentences = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            hint = did_you_mean(problem["loc"][-1], known) or "; remove it"
+            hint = did_you_mean(problem["loc"][-1], keys) or "; remove it"
             sentences.append(f"{where}: {place!r} is not a known key{hint}")
         else:
             reason = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
@@ -122,9 +122,9 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     if recipe.negatives is not None:
         places["negatives"] = beside(path.parent, recipe.negatives)
     section = data.get("judge")
-    named = isinstance(section, dict) and "name" in section
+    replaces = isinstance(section, dict) and "name" in section
     changed = any(change.split("=")[0].strip() == "judge.levels" for change in changes)  # typed here, so it begins here
-    places["judge"] = with_levels(recipe.judge, Path() if changed else path.parent, named)
+    places["judge"] = with_levels(recipe.judge, Path() if changed else path.parent, replaces)
     return recipe.model_copy(update=places)
 
 
@@ -236,31 +236,31 @@ def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
 
     verify = data.get("verify")
     attacks = verify.get("attacks") if isinstance(verify, dict) else None
-    wanted: list[tuple[str, Any, Callable[[str], Any]]] = [("method", data.get("method"), find_method)]
+    sections: list[tuple[str, Any, Callable[[str], Any]]] = [("method", data.get("method"), find_method)]
     problems = _evasion_problems(attacks, where) if isinstance(attacks, dict) else []
     for label, spec in attacks.items() if isinstance(attacks, dict) else ():
-        wanted.append((f"verify.attacks.{label}", spec, find_attack))
+        sections.append((f"verify.attacks.{label}", spec, find_attack))
         if isinstance(spec, dict) and isinstance(spec.get("removal"), dict):
-            wanted.append((f"verify.attacks.{label}.removal", spec["removal"], find_removal))
+            sections.append((f"verify.attacks.{label}.removal", spec["removal"], find_removal))
     everyday = verify.get("deployability") if isinstance(verify, dict) else None
     adapters = everyday.get("adapters") if isinstance(everyday, dict) else None
     for kind, params in adapters.items() if isinstance(adapters, dict) else ():
         if kind in ADAPTERS:
             spec = {"name": ADAPTERS[kind][0], "params": params}
-            wanted.append((f"verify.deployability.adapters.{kind}", spec, find_attack))
+            sections.append((f"verify.deployability.adapters.{kind}", spec, find_attack))
     pixels: tuple[tuple[str, Callable[[str], Any]], ...] = (("cloaks", find_cloak), ("purifiers", find_purifier))
     for table, find_pixels in pixels:
         specs = data.get(table)
         for label, spec in specs.items() if isinstance(specs, dict) else ():
-            wanted.append((f"{table}.{label}", spec, find_pixels))
+            sections.append((f"{table}.{label}", spec, find_pixels))
     if isinstance(data.get("defender"), dict):
         try:
             RidTraining.model_validate(data["defender"])
         except ValidationError as error:
             problems += explain(error, f"{where}: defender", list(RidTraining.model_fields))
-    for place, spec, find in wanted:
-        given = spec if isinstance(spec, dict) else {}
-        name, params = given.get("name", MethodSpec().name if place == "method" else None), given.get("params", {})
+    for place, spec, find in sections:
+        mapping = spec if isinstance(spec, dict) else {}
+        name, params = mapping.get("name", MethodSpec().name if place == "method" else None), mapping.get("params", {})
         if not isinstance(name, str) or not isinstance(params, dict):
             continue  # the recipe's own types refuse it
         try:
@@ -280,8 +280,8 @@ def _evasion_problems(attacks: dict[str, Any], where: str) -> list[str]:
 
     problems = []
     for label, spec in attacks.items():
-        given = spec.get("evasion", ()) if isinstance(spec, dict) else ()
-        for name in (given,) if isinstance(given, str) else given if isinstance(given, list) else ():
+        names = spec.get("evasion", ()) if isinstance(spec, dict) else ()
+        for name in (names,) if isinstance(names, str) else names if isinstance(names, list) else ():
             try:
                 find_evasion(str(name))
             except UserError as error:

@@ -26,7 +26,7 @@ class MethodSpec(BaseModel):
 
 
 class ProbeSpec(BaseModel):
-    """Looks at the model while it is hardened, as signs on the way."""
+    """Measurements of the model while it is hardened."""
 
     model_config = _STRICT
     times: int = Field(3, ge=0)
@@ -71,7 +71,7 @@ class AttackSpec(BaseModel):
     """How the attacker trains and draws (autocast); bfloat16 and float16, the latter with scaled losses, are what
     `--mixed_precision bf16` and `fp16` are in diffusers' scripts."""
     two_stage: bool = False
-    """Train on somebody else first, for as many steps, and on the subject then (dreambooth and lora)."""
+    """Train on another subject first, for as many steps, and then on this one (dreambooth and lora)."""
     trained_on: Literal["itself", "base", "hardened"] = "itself"
     """Which model adapters are trained on before they are loaded onto the one that draws (lora). `base`: whether adapters
     made for the base work on the hardened model. `hardened`: the other way round."""
@@ -211,7 +211,10 @@ class GateSpec(BaseModel):
 
 
 class Recipe(BaseModel):
-    """One way of running guardsmith."""
+    """Base, method, attacks, judge and gate of a run; keys are those of a recipe file.
+
+    `load_recipe` reads and checks one. A recipe does not change; `model_copy(update=...)` gives another.
+    """
 
     model_config = _STRICT
     base: Place = "builtin:avatar"
@@ -235,7 +238,7 @@ class Recipe(BaseModel):
     compute: ComputeConfig = ComputeConfig()
     """Precision and memory of the hardening."""
     probe: ProbeSpec = ProbeSpec()
-    """Looks on the way."""
+    """Measurements while it is hardened."""
     verify: VerifySpec = VerifySpec()
     """The attacks."""
     judge: RecipeJudge = RecipeJudge()

@@ -15,6 +15,7 @@ RECIPE_KEYS = {
     "verify.looks": "verify.evaluation_points",
     "verify.crossed": "verify.full_factorial",
     "verify.ordinary_images": "verify.benign_images",
+    "method.params.ordinary_images": "method.params.benign_images",
     **{f"gate.{old}": f"gate.{new}" for old, new in GATE_KEYS.items()},
 }
 """Of a recipe, with dots between a section and its key. A key stays in its section."""
@@ -44,9 +45,9 @@ def with_new_keys(data: Mapping[str, Any], table: Mapping[str, str], where: str)
         name = new.split(".")[-1]
         if name in holder:
             raise UserError(f"{where}: {old!r} is the old name of {new!r}, and both are there; remove {old!r}")
-        renamed = {name if key == last else key: value for key, value in holder.items()}
+        new_section = {name if key == last else key: value for key, value in holder.items()}
         warnings.append(f"{where}: {old!r} is called {new!r} now; please rename it")
-        result = _replaced(result, sections, renamed)
+        result = _replaced(result, sections, new_section)
     return result, warnings
 
 

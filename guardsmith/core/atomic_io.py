@@ -81,12 +81,12 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
-def read_record(record: Path, needed: Sequence[str], remedy: str) -> dict[str, Any]:
+def read_record(record: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:
     """The record that a finished run left.
 
     Args:
         record: a JSON file.
-        needed: keys that it must have.
+        keys: those that it must have.
         remedy: advice where it does not, e.g. "harden again".
 
     Raises:
@@ -97,18 +97,18 @@ def read_record(record: Path, needed: Sequence[str], remedy: str) -> dict[str, A
         data = json.loads(record.read_bytes())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{record} is not valid JSON; {remedy}.") from error
-    missing = [key for key in needed if not isinstance(data, dict) or key not in data]
+    missing = [key for key in keys if not isinstance(data, dict) or key not in data]
     if missing:
         raise UserError(f"{record} lacks {', '.join(missing)}; {remedy}.")
     return dict(data)
 
 
-def read_kept(path: Path, read: Callable[[Path], Value], consequence: str) -> Value | None:
+def read_kept(path: Path, reader: Callable[[Path], Value], consequence: str) -> Value | None:
     """A file that an earlier run kept to save time; one that cannot be read is deleted, and a warning names it.
 
     Args:
         path: the file.
-        read: reads it.
+        reader: reads it.
         consequence: what happens without it, e.g. "its pictures are generated again".
 
     Returns:
@@ -120,7 +120,7 @@ def read_kept(path: Path, read: Callable[[Path], Value], consequence: str) -> Va
     if not path.exists():
         return None
     try:
-        return read(path)
+        return reader(path)
     except Exception as error:  # a cut or empty file is anything to json, safetensors and Pillow
         if out_of_memory(error):
             raise RunFailed(f"out of memory while reading {path}: close other programs and run again") from error

@@ -19,8 +19,8 @@ DAY = ["%Y-%m-%d"]
 
 def in_words(names: Collection[str], most: int = 6) -> str:
     """The first names, and how many more there are."""
-    shown = ", ".join(list(names)[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+    text = ", ".join(list(names)[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
 def launched() -> int:

@@ -9,7 +9,7 @@ Entry = TypeVar("Entry")
 
 
 class GuardsmithError(Exception):
-    """Base of the errors that the command line prints without a traceback."""
+    """Base of the errors whose message is one sentence for the user: what is wrong and what to do."""
 
     exit_code = 4
 
@@ -21,7 +21,7 @@ class UserError(GuardsmithError):
 
 
 class RunFailed(GuardsmithError):
-    """The input was fine and the run still failed: memory, disk, a diverged training (exit code 4)."""
+    """The input was fine and the run still failed: memory, disk, network, a diverged training (exit code 4)."""
 
     exit_code = 4
 

@@ -1,7 +1,7 @@
-"""What may not leave the house, said where a field is declared: annotations of models, and the walk that acts on them.
+"""What must not be published: annotations where a field is declared, and the function that acts on them.
 
-A field that holds the id of a subject is a `SubjectId`, one that holds the place of a model or file a `Place`, and so on. Whoever
-adds a field to a report thereby decides what the public reads of it, and no list of keys has to be kept elsewhere.
+A field that holds the id of a subject is a `SubjectId`, one that holds the place of a model or file a `Place`, and so on. So the
+declaration of a report's field decides what the public reads of it, and there is no list of keys elsewhere.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ IDEAL_SUBJECTS = SeedRange(300_000, 100_000)
 """Subjects as an ideally personalized model would draw them."""
 
 FIRST_STAGE_OFFSET = 1_000_000
-"""Added to the seed of an attack's training for its first stage on somebody else: seeds of training, not of pictures."""
+"""Added to the seed of an attack's training for its first stage on another subject: seeds of training, not of pictures."""
 SECOND_MODEL_OFFSET = 2_000_000
 """Added to the seed of an attack's training for the second of two models whose weights are averaged."""
 

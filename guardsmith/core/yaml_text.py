@@ -116,8 +116,8 @@ def _map_lines(node: yaml.Node, where: KeyPath, line: int, lines: dict[KeyPath, 
         return
     for key, value in node.value:
         if key.tag == "tag:yaml.org,2002:merge":
-            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                _map_lines(merged, where, line, lines, problems)
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                _map_lines(source, where, line, lines, problems)
     first_lines: dict[str, int] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -156,7 +156,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def odd_numbers(raw: Any, checked: Any, where: str = "") -> Iterator[str]:
-    """Sentences about values that pydantic takes for numbers although nobody can have meant them.
+    """Sentences about values that pydantic takes for numbers although they cannot be meant.
 
     Those are true and false, which YAML makes of `yes`, `no`, `on` and `off`, and numbers that are not finite.
 

@@ -79,11 +79,11 @@ def _cached(
     title: str,
     recorder: StateRecorder | None,
 ) -> dict[str, Tensor]:
-    needed = {"images"} if recorder is None else {"images", "states", "timesteps"}
+    names = {"images"} if recorder is None else {"images", "states", "timesteps"}
     if cache is not None:
-        kept = read_kept(cache, lambda file: _load(file, needed), "what it held is generated again")
-        if kept is not None:
-            return kept
+        stored = read_kept(cache, lambda file: _load(file, names), "what it held is generated again")
+        if stored is not None:
+            return stored
     # Contiguous, as they come back from the file: the layout decides the last bits of what the VAE makes of them.
     calls = -(-len(prompts) // settings.batch) * settings.steps
     with stage(title, calls) as bar:
@@ -102,8 +102,8 @@ def _cached(
     return tensors
 
 
-def _load(file: Path, needed: set[str]) -> dict[str, Tensor]:
+def _load(file: Path, names: set[str]) -> dict[str, Tensor]:
     tensors = load_file(file)
-    if missing := needed - tensors.keys():
+    if missing := names - tensors.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return tensors

@@ -27,7 +27,7 @@ Reduction = Literal["mean", "element"]
 
 
 @dataclass(frozen=True)
-class Rows:
+class NoisedSamples:
     """n rows for one U-Net call.
 
     Attributes:
@@ -48,12 +48,12 @@ class Rows:
         return len(self.latents)
 
 
-def join(*parts: Rows) -> Rows:
+def join(*parts: NoisedSamples) -> NoisedSamples:
     """Rows of several kinds as one batch, in order (all with a target of their own, or none)."""
     targets = [p.target for p in parts if p.target is not None]
     if targets and len(targets) != len(parts):
         raise ValueError("rows with and without a target of their own cannot share a batch")
-    return Rows(
+    return NoisedSamples(
         torch.cat([p.latents for p in parts]),
         torch.cat([p.timesteps for p in parts]),
         torch.cat([p.noise for p in parts]),
@@ -62,15 +62,15 @@ def join(*parts: Rows) -> Rows:
     )
 
 
-def cut(rows: Rows, size: int) -> list[Rows]:
+def cut(rows: NoisedSamples, size: int) -> list[NoisedSamples]:
     """The rows in batches of at most `size`."""
     parts = [[None] * -(-len(rows) // size) if p is None else p.split(size) for p in vars(rows).values()]
-    return [Rows(*part) for part in zip(*parts, strict=True)]
+    return [NoisedSamples(*part) for part in zip(*parts, strict=True)]
 
 
-def draw_rows(
+def noise_samples(
     latents: Tensor, context: Tensor, generator: torch.Generator, *, timesteps: Tensor | None = None, steps: int = 1000
-) -> Rows:
+) -> NoisedSamples:
     """Rows for these latents with fresh noise and uniform timesteps (or the given ones).
 
     Args:
@@ -84,7 +84,7 @@ def draw_rows(
     if timesteps is None:
         timesteps = torch.randint(steps, (count,), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
-    return Rows(latents, timesteps, noise, context.expand(count, -1, -1))
+    return NoisedSamples(latents, timesteps, noise, context.expand(count, -1, -1))
 
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -119,25 +119,25 @@ def clean_coefficients(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tenso
 
     (1 / a, s / a) where it is the noise, (a, s) where it is a velocity, (1, s) for a flow.
     """
-    kept, added = alpha_sigma(scheduler, timesteps)
+    alpha, sigma = alpha_sigma(scheduler, timesteps)
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
-        return 1 / kept, added / kept
-    return (kept, added) if kind == "v_prediction" else (torch.ones_like(kept), added)
+        return 1 / alpha, sigma / alpha
+    return (alpha, sigma) if kind == "v_prediction" else (torch.ones_like(alpha), sigma)
 
 
 def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
     """The noise that a prediction y says is in z_t: eps = a y + s z_t where it is a velocity, a y + z_t for a flow."""
     if scheduler.config.prediction_type == "epsilon":
         return prediction
-    kept, added = (share.to(noisy) for share in alpha_sigma(scheduler, timesteps))
+    alpha, sigma = (share.to(noisy) for share in alpha_sigma(scheduler, timesteps))
     if scheduler.config.prediction_type == "flow":
-        added = torch.ones_like(added)
-    noise: Tensor = kept * prediction + added * noisy
+        sigma = torch.ones_like(sigma)
+    noise: Tensor = alpha * prediction + sigma * noisy
     return noise
 
 
-def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def predict(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """The U-Net's prediction for all rows, (n, c, h, w), on the device that it computes on.
 
     Each of several processes computes its part (`runtime.distributed`).
@@ -153,14 +153,14 @@ def predict(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def score_residual(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def score_residual(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """eps_theta(z_t, t, c) - eps of every row, (n, c, h, w), without a graph: what score distillation moves latents by."""
     noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
     prediction = predict(unet, scheduler, rows).to(noisy.device)
     return epsilon_of(scheduler, prediction, noisy, rows.timesteps) - rows.noise
 
 
-def squared_errors(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def squared_errors(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """Element-wise squared errors of all rows, float32 (n, c, h, w), on the U-Net's device; average dims 1-3 for a row loss."""
     target = rows.target
     if target is None:
@@ -169,7 +169,7 @@ def squared_errors(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
     return (prediction - target.to(prediction.device).float()).square()
 
 
-def row_losses(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def row_losses(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """Mean squared error per row, float32 (n,)."""
     return squared_errors(unet, scheduler, rows).mean(dim=(1, 2, 3))
 

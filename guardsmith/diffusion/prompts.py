@@ -67,10 +67,10 @@ def sample_prompts(identifier: str, class_noun: str, count: int) -> list[str]:
 
 
 def _spelt_out(prompt: str, tokenizer: Any) -> str:
-    known = tokenizer.get_added_vocab()
-    for word in [word for word in known if f"{word}_1" in known and word in prompt]:
+    vocabulary = tokenizer.get_added_vocab()
+    for word in [word for word in vocabulary if f"{word}_1" in vocabulary and word in prompt]:
         parts, number = [word], 1
-        while f"{word}_{number}" in known:
+        while f"{word}_{number}" in vocabulary:
             parts.append(f"{word}_{number}")
             number += 1
         prompt = prompt.replace(word, " ".join(parts))
@@ -91,7 +91,7 @@ class PromptBank:
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids, int64 (n, model_max_length): padded to the full length, truncated, no attention mask.
 
-        A learnt word with several vectors ("<sks>" with "<sks>_1" ...) is spelt out, as diffusers' pipelines do.
+        A trained word with several vectors ("<sks>" with "<sks>_1" ...) is spelt out, as diffusers' pipelines do.
         """
         tokenizer = self.model.tokenizer
         return token_ids(tokenizer, [_spelt_out(prompt, tokenizer) for prompt in prompts])
@@ -116,16 +116,21 @@ def lost_words(model: DiffusionModel, words: Iterable[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class OrdinaryPrompt:
-    """A prompt without an identifier, and the traits it asks for (empty where nobody can check them)."""
+class BenignPrompt:
+    """A prompt of everyday use, without an identifier.
+
+    Attributes:
+        text: the prompt.
+        traits: what it asks for, trait -> value (class, style, background, hair, glasses); empty where they cannot be checked.
+    """
 
     text: str
-    asked: dict[str, str]
+    traits: dict[str, str]
 
 
 # Where `{}` is the thing drawn. Verification uses words that the hardening's own prompts do not.
-ORDINARY_HARDENING = ("a photo of a {}", "a drawing of a {}", "an image of a {}")
-ORDINARY_VERIFICATION = ("a picture of a {}", "a portrait of a {}", "a good photo of a {}")
+HARDENING_TEMPLATES = ("a photo of a {}", "a drawing of a {}", "an image of a {}")
+VERIFICATION_TEMPLATES = ("a picture of a {}", "a portrait of a {}", "a good photo of a {}")
 
 _AVATARS = {
     "person": ("avataaars", "micah", "personas"),
@@ -162,7 +167,7 @@ _THINGS = (
 )
 
 
-def ordinary_prompts(model: DiffusionModel, templates: Sequence[str], count: int, seed: int) -> list[OrdinaryPrompt]:
+def benign_prompts(model: DiffusionModel, templates: Sequence[str], count: int, seed: int) -> list[BenignPrompt]:
     """`count` prompts of everyday use, the same for the same arguments.
 
     For the embedded base they describe avatars, with the traits they ask for (class, style, background, hair, glasses),
@@ -173,18 +178,18 @@ def ordinary_prompts(model: DiffusionModel, templates: Sequence[str], count: int
     for _ in range(count):
         template = rng.choice(list(templates))
         if model.source.startswith("builtin:"):
-            asked = {"class": rng.choice(list(_AVATARS)), "background": rng.choice(_BACKGROUNDS)}
-            asked["style"] = rng.choice(_AVATARS[asked["class"]])
-            if asked["class"] == "robot":
+            traits = {"class": rng.choice(list(_AVATARS)), "background": rng.choice(_BACKGROUNDS)}
+            traits["style"] = rng.choice(_AVATARS[traits["class"]])
+            if traits["class"] == "robot":
                 words = template.format(f"{rng.choice(_ROBOT_COLOURS)} robot")
             else:
-                asked["hair"] = rng.choice(_HAIR)
-                words = template.format(f"{rng.choice(_SKIN)} {asked['class']}") + f" with {asked['hair']} hair"
-                if asked["class"] == "person":  # the toon characters never wear any
-                    asked["glasses"] = rng.choice(("yes", "no"))
-                    words += " wearing glasses" if asked["glasses"] == "yes" else " without glasses"
-            words += f" on a {asked['background']} background in {asked['style']} style"
-            prompts.append(OrdinaryPrompt(words, asked))
+                traits["hair"] = rng.choice(_HAIR)
+                words = template.format(f"{rng.choice(_SKIN)} {traits['class']}") + f" with {traits['hair']} hair"
+                if traits["class"] == "person":  # the toon characters never wear any
+                    traits["glasses"] = rng.choice(("yes", "no"))
+                    words += " wearing glasses" if traits["glasses"] == "yes" else " without glasses"
+            words += f" on a {traits['background']} background in {traits['style']} style"
+            prompts.append(BenignPrompt(words, traits))
         else:
-            prompts.append(OrdinaryPrompt(template.format(rng.choice(_THINGS)) + rng.choice(_SCENES), {}))
+            prompts.append(BenignPrompt(template.format(rng.choice(_THINGS)) + rng.choice(_SCENES), {}))
     return prompts

@@ -60,8 +60,8 @@ def guided(model: DiffusionModel, latents: Tensor, t: Any, context: Tensor, empt
         return out
     both = model.unet(torch.cat([latents, latents]), t, torch.cat([empty, context]), return_dict=False)[0]
     unconditional, conditional = both.chunk(2)
-    combined: Tensor = unconditional + guidance * (conditional - unconditional)
-    return combined
+    prediction: Tensor = unconditional + guidance * (conditional - unconditional)
+    return prediction
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def redraw(
         batch: pictures per U-Net call.
     """
     bank = PromptBank(model)
-    drawn = []
+    pictures = []
     for start in range(0, len(images), batch):
         some = slice(start, start + batch)
         context, rngs = bank.encode(prompts[some]), [torch.Generator().manual_seed(seed) for seed in seeds[some]]
@@ -150,8 +150,8 @@ def redraw(
         for t in times:
             out = guided(model, solver.scale_model_input(latents, t), t, context, empty, guidance)
             latents = solver.step(out, t, latents, return_dict=False)[0]
-        drawn.append(decode(model, latents))
-    return torch.cat(drawn).clamp(-1, 1)
+        pictures.append(decode(model, latents))
+    return torch.cat(pictures).clamp(-1, 1)
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:

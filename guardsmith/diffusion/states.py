@@ -22,7 +22,7 @@ class States:
 
 
 class StateRecorder:
-    """Collects what `generate` tells its `on_state`."""
+    """Collects what `generate` passes to its `on_state`."""
 
     def __init__(self) -> None:
         self.seen: dict[int, list[Tensor]] = {}

@@ -11,11 +11,11 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.seeds import BENIGN_AGAIN, BENIGN_BASE, SeedRange
 from guardsmith.diffusion.cache import drawn_by
-from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, OrdinaryPrompt, ordinary_prompts
-from guardsmith.evaluation.runs import Judged
+from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, BenignPrompt, benign_prompts
+from guardsmith.evaluation.planning import TargetModel
 from guardsmith.gate.evidence import Side, Utility
 from guardsmith.metrics import Judge
-from guardsmith.metrics.collapse import destroyed as collapsed
+from guardsmith.metrics.collapse import collapsed
 from guardsmith.metrics.kid import kid, kid_ratio_interval
 
 SETS: tuple[tuple[str, Side, SeedRange], ...] = (
@@ -26,22 +26,20 @@ SETS: tuple[tuple[str, Side, SeedRange], ...] = (
 """Name of a set of pictures, the model that draws it, and its seeds."""
 
 
-def draw_benign(models: Mapping[Side, Judged], recipe: Recipe) -> tuple[list[OrdinaryPrompt], dict[str, Tensor]]:
+def draw_benign(models: Mapping[Side, TargetModel], recipe: Recipe) -> tuple[list[BenignPrompt], dict[str, Tensor]]:
     """Benign prompts, and pictures of them by name of the set (`SETS`), float32 (n, 3, h, w) in [-1, 1]."""
-    prompts = ordinary_prompts(
-        models["base"].model, ORDINARY_VERIFICATION, recipe.verify.benign_images, recipe.seed + 1
-    )
+    prompts = benign_prompts(models["base"].model, VERIFICATION_TEMPLATES, recipe.verify.benign_images, recipe.seed + 1)
     texts = [prompt.text for prompt in prompts]
     pictures: dict[str, Tensor] = {}
     for name, side, seeds in SETS:
-        judged, seed = models[side], seeds.seeds(len(texts)).start
-        key = folder_digest(judged.digest, texts, seed, recipe.sampling.model_dump())
-        file = judged.root / f"ordinary-{key}.safetensors"
-        pictures[name] = drawn_by(judged.model, recipe.sampling, texts, seed, file, f"benign prompts: {name}")
+        target, seed = models[side], seeds.seeds(len(texts)).start
+        key = folder_digest(target.digest, texts, seed, recipe.sampling.model_dump())
+        file = target.root / f"ordinary-{key}.safetensors"
+        pictures[name] = drawn_by(target.model, recipe.sampling, texts, seed, file, f"benign prompts: {name}")
     return prompts, pictures
 
 
-def measure_benign(prompts: Sequence[OrdinaryPrompt], pictures: Mapping[str, Tensor], judge: Judge) -> Utility:
+def measure_benign(prompts: Sequence[BenignPrompt], pictures: Mapping[str, Tensor], judge: Judge) -> Utility:
     """KID to the base, collapsed pictures, prompt fidelity and CLIP-T, of what `draw_benign` gave."""
     features = {name: judge.features(images) for name, images in pictures.items()}
     reference, again, hardened = (features[name] for name, _, _ in SETS)
@@ -54,11 +52,11 @@ def measure_benign(prompts: Sequence[OrdinaryPrompt], pictures: Mapping[str, Ten
         ratio = kid_ratio_interval(reference, again, hardened)
         values |= dict(zip(("kid_ratio", "kid_ratio_low", "kid_ratio_high"), ratio, strict=True))
     sides = (("base again", "base"), ("hardened", "hardened"))
-    if judge.fidelity is not None and all(prompt.asked for prompt in prompts):
-        wanted = [prompt.asked for prompt in prompts]
+    if judge.fidelity is not None and all(prompt.traits for prompt in prompts):
+        traits = [prompt.traits for prompt in prompts]
         for name, side in sides:
-            # a picture that cannot be read shows nothing of what was asked for
-            scores = judge.fidelity(pictures[name], wanted)
+            # a picture that cannot be read shows none of the traits
+            scores = judge.fidelity(pictures[name], traits)
             values[f"fidelity_{side}"] = sum(score or 0.0 for score in scores) / len(prompts)
     if judge.prompt_fit is not None:
         for name, side in sides:

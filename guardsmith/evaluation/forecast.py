@@ -24,11 +24,11 @@ from guardsmith.config.recipe import AttackSpec, Recipe
 from guardsmith.core.console import warn
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.evaluation.planning import attacked_subjects
 from guardsmith.evaluation.preflight import check_attacks, check_policy, check_threat_model
-from guardsmith.evaluation.runs import attacked_subjects
 from guardsmith.gate.policy import Policy, recipe_policy
 from guardsmith.hardening.compatibility import check_against_base, check_computes
-from guardsmith.hardening.data import bystander_files
+from guardsmith.hardening.data import negative_files
 from guardsmith.hardening.memory import estimate
 from guardsmith.methods import find_method
 from guardsmith.metrics import load_judge
@@ -165,8 +165,8 @@ def before_hardening(
     """
 
     def check(base: DiffusionModel) -> None:
-        found = forecast(registry, recipe, output, verifies=verifies, policy=policy, model=base, today=today)
-        for sentence in refuse_or_warn(found):
+        result = forecast(registry, recipe, output, verifies=verifies, policy=policy, model=base, today=today)
+        for sentence in refuse_or_warn(result):
             warn(sentence)
 
     return check
@@ -235,7 +235,7 @@ def _hardening_forwards(recipe: Recipe, registry: Registry) -> int:
     config, nouns = method.config(**recipe.method.params), [subject.class_noun for subject in registry.subjects]
     cost = method.cost(config, nouns)
     if recipe.negatives is not None:
-        cost += method.negatives_cost(config, nouns, len(bystander_files(recipe.negatives)), recipe.sampling.steps)
+        cost += method.negatives_cost(config, nouns, len(negative_files(recipe.negatives)), recipe.sampling.steps)
     return cost
 
 
@@ -249,10 +249,10 @@ def attack_forwards(attack: AttackSpec, recipe: Recipe, steps: int) -> int:
     """
     settings = find_attack(attack.name).config(**attack.params).model_dump()
     prior = 2 if settings.get("prior_weight", 0) else 1
-    trained = steps * settings.get("batch_size", 1) * settings.get("gradient_accumulation", 1) * prior * BACKWARD
+    training = steps * settings.get("batch_size", 1) * settings.get("gradient_accumulation", 1) * prior * BACKWARD
     points = len(recipe.verify.evaluation_points)
-    drawn = points * recipe.verify.images_per_unit * recipe.sampling.steps * GUIDED
-    return int(trained * (2 if attack.two_stage else 1) + drawn)
+    sampling = points * recipe.verify.images_per_unit * recipe.sampling.steps * GUIDED
+    return int(training * (2 if attack.two_stage else 1) + sampling)
 
 
 def verification_forwards(recipe: Recipe, registry: Registry) -> int:
@@ -266,8 +266,8 @@ def verification_forwards(recipe: Recipe, registry: Registry) -> int:
         usual, longer = attack_forwards(attack, recipe, steps), attack_forwards(attack, recipe, ceil(longest * steps))
         total += pairs * (protected * (usual + longer) + 2 * controls * usual)
     nouns = {subject.class_noun for subject in (*registry.subjects, *registry.controls)}
-    drawn = 2 * len(nouns) * verify.class_images + 3 * verify.benign_images
-    return total + drawn * recipe.sampling.steps * GUIDED
+    images = 2 * len(nouns) * verify.class_images + 3 * verify.benign_images
+    return total + images * recipe.sampling.steps * GUIDED
 
 
 @torch.no_grad()
@@ -319,18 +319,18 @@ def _look_at_room(plan: Forecast, recipe: Recipe, output: Path, base: DiffusionM
     plan.data["memory_gib"] = None
     if base is None or not hardens:
         return
-    free, needed = shutil.disk_usage(place).free / GIB, stored_gib(base, recipe)
-    plan.data["disk_gib"] = {"needed": round(needed, 3), "free": round(free, 1)}
-    plan.add("disk", f"{needed:.2f} GiB needed in {place}, {free:.1f} GiB free", "problem" if needed > free else "fine")
+    free, size = shutil.disk_usage(place).free / GIB, stored_gib(base, recipe)
+    plan.data["disk_gib"] = {"needed": round(size, 3), "free": round(free, 1)}
+    plan.add("disk", f"{size:.2f} GiB needed in {place}, {free:.1f} GiB free", "problem" if size > free else "fine")
     method = find_method(recipe.method.name)
     loaded = sum(
         weight.nbytes for part in base.networks.values() for weight in part.parameters() if weight.device.type == "cpu"
     )
     try:
-        found = estimate(recipe, method, method.config(**recipe.method.params), loaded=loaded)
+        needs = estimate(recipe, method, method.config(**recipe.method.params), loaded=loaded)
     except RunFailed:
         return
-    plan.data["memory_gib"] = {key: round(value, 2) for key, value in found.items()}
+    plan.data["memory_gib"] = {key: round(value, 2) for key, value in needs.items()}
     on_cpu = next(base.unet.parameters()).device.type == "cpu"
     room = (
         psutil.virtual_memory().total / GIB
@@ -339,8 +339,8 @@ def _look_at_room(plan: Forecast, recipe: Recipe, output: Path, base: DiffusionM
         if torch.cuda.is_available()
         else None
     )
-    detail = f"{found['together']:.1f} GiB estimated" + (f", this machine has {room:.1f} GiB" if room else "")
-    plan.add("memory", detail, "warning" if room and found["together"] > room else "fine")
+    detail = f"{needs['together']:.1f} GiB estimated" + (f", this machine has {room:.1f} GiB" if room else "")
+    plan.add("memory", detail, "warning" if room and needs["together"] > room else "fine")
 
 
 def _look_at_consents(plan: Forecast, registry: Registry, hours: float | None, today: date) -> None:

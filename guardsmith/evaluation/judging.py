@@ -11,7 +11,7 @@ from guardsmith.config.recipe import GateSpec
 from guardsmith.config.threat_model import threat_model_of
 from guardsmith.evaluation.measuring import Measurements
 from guardsmith.evaluation.preflight import Plan
-from guardsmith.evaluation.runs import Unit, removal_cost
+from guardsmith.evaluation.units import Unit, removal_cost
 from guardsmith.gate.calibration import Levels, half_way, personalized_level
 from guardsmith.gate.checks import EXIT_CODES
 from guardsmith.gate.evidence import SIDES, Evidence, Side
@@ -51,10 +51,10 @@ def evidence_of(plan: Plan, measurements: Measurements) -> Evidence:
 
 def face_detection_failure(units: Units, judge: Judge) -> float | None:
     """Share of pictures in which a judge of faces detects none (FDFR); `None` for other judges, and where nothing was scored."""
-    scored = [score for unit in units for score in unit if score is not None]
-    if judge.nobody is None or not scored:
+    values = [score for unit in units for score in unit if score is not None]
+    if judge.no_face is None or not values:
         return None
-    return scored.count(judge.nobody) / len(scored)
+    return values.count(judge.no_face) / len(values)
 
 
 def steps_to_break(
@@ -63,7 +63,7 @@ def steps_to_break(
     classes: Mapping[str, Levels],
     spec: GateSpec,
 ) -> list[StepsToBreak]:
-    """After how many steps an attack has learnt half of what it usually learns on the base, for protected subjects.
+    """After how many steps an attack has half of the likeness that it usually reaches on the base, for protected subjects.
 
     That is the first evaluation point at which the mean similarity is half-way from chance to the level that the attack reaches
     on the base with its usual steps; `None` where it is so at none ("tried" says how far they went).
@@ -72,7 +72,7 @@ def steps_to_break(
         units: of both sides.
         intervals: what they reached, by (side, subject, attack label, evaluation point).
         classes: levels of every class noun.
-        spec: an attack that has not learnt the subject on the base by these rules breaks nothing.
+        spec: an attack that does not personalize the base by these rules breaks nothing.
     """
     points = {(unit.side, unit.subject, unit.label): unit.evaluation_points for unit in units}
     longer = [unit for unit in units if max(unit.evaluation_points) > 1]
@@ -84,13 +84,15 @@ def steps_to_break(
             level = half_way(classes[noun], usual.mean)
             for side in SIDES:
                 for point, steps in sorted(points[side, subject, label].items()):
-                    reached = intervals[side, subject, label, point]
-                    if reached is not None and reached.mean >= level:
+                    similarity = intervals[side, subject, label, point]
+                    if similarity is not None and similarity.mean >= level:
                         first[side] = steps
                         break
-        tried = max(points["hardened", subject, label].values())
+        most_steps = max(points["hardened", subject, label].values())
         result.append(
-            StepsToBreak(subject=subject, attack=label, base=first["base"], hardened=first["hardened"], tried=tried)
+            StepsToBreak(
+                subject=subject, attack=label, base=first["base"], hardened=first["hardened"], tried=most_steps
+            )
         )
     return result
 
@@ -127,10 +129,10 @@ def judged_report(plan: Plan, measurements: Measurements) -> Report:
         scores=[
             Score(
                 side=side, subject=subject, attack=label, evaluation_point=point,
-                units=[list(unit) for unit in scores[side, subject, label, point]], interval=reached,
+                units=[list(unit) for unit in scores[side, subject, label, point]], interval=similarity,
                 fdfr=face_detection_failure(scores[side, subject, label, point], plan.judge),
             )
-            for (side, subject, label, point), reached in intervals.items()
+            for (side, subject, label, point), similarity in intervals.items()
         ],
         released=measurements.released_scores,
         steps_to_break=steps_to_break(measurements.units, intervals, policy.classes, policy.rules),

@@ -11,12 +11,14 @@ from torch import Tensor
 from guardsmith.core.progress import stage
 from guardsmith.core.seeds import ATTACK_CLASS
 from guardsmith.diffusion.cache import drawn_by
-from guardsmith.diffusion.prompts import OrdinaryPrompt, class_prompt
+from guardsmith.diffusion.prompts import BenignPrompt, class_prompt
 from guardsmith.evaluation.benign import draw_benign, measure_benign
 from guardsmith.evaluation.deployability.kept import measure_everyday_use
 from guardsmith.evaluation.no_attack import likeness_of, released_pictures
+from guardsmith.evaluation.planning import class_file, plan_units
 from guardsmith.evaluation.preflight import Plan
-from guardsmith.evaluation.runs import Unit, class_file, collect, plan_units, run_units
+from guardsmith.evaluation.runs import collect, run_units
+from guardsmith.evaluation.units import Unit
 from guardsmith.gate.deployability import Measurement
 from guardsmith.gate.evidence import Scores, Utility
 
@@ -43,7 +45,7 @@ class Measurements:
     utility: Utility
     released: dict[str, list[Path]]
     released_scores: dict[str, list[float | None]]
-    prompts: list[OrdinaryPrompt]
+    prompts: list[BenignPrompt]
     benign: dict[str, Tensor]
     deployability: Sequence[Measurement] = ()
 
@@ -54,12 +56,12 @@ def draw_class_images(plan: Plan) -> None:
     nouns = dict.fromkeys(subject.class_noun for subject in (*plan.attacked, *plan.registry.controls))
     nouns |= dict.fromkeys(spec.class_noun for spec in verify.attacks.values() if spec.class_noun)
     seed = ATTACK_CLASS.seeds(verify.class_images).start
-    for side, judged in plan.models.items():
-        judged.root.mkdir(parents=True, exist_ok=True)
+    for side, target in plan.models.items():
+        target.root.mkdir(parents=True, exist_ok=True)
         for noun in nouns if verify.class_images else ():
             prompts = [class_prompt(noun)] * verify.class_images
-            file = class_file(judged, noun, plan.recipe)
-            drawn_by(judged.model, plan.recipe.sampling, prompts, seed, file, f"class pictures ({side}): {noun}")
+            file = class_file(target, noun, plan.recipe)
+            drawn_by(target.model, plan.recipe.sampling, prompts, seed, file, f"class pictures ({side}): {noun}")
 
 
 def measure(plan: Plan, *, workers: int | None = None, executor: str = "local") -> Measurements:
@@ -75,7 +77,7 @@ def measure(plan: Plan, *, workers: int | None = None, executor: str = "local") 
     """
     draw_class_images(plan)
     units = list(plan_units(plan.registry, plan.recipe, plan.models, plan.policy))
-    failed = run_units(units, workers, executor)
+    failures = run_units(units, workers, executor)
     prompts, benign = draw_benign(plan.models, plan.recipe)
     utility = measure_benign(prompts, benign, plan.judge)
     released: dict[str, list[Path]] = {}
@@ -87,4 +89,4 @@ def measure(plan: Plan, *, workers: int | None = None, executor: str = "local") 
             released_scores[subject.id] = likeness_of(files, subject, plan.judge, plan.judge.size or plan.image_size)
             bar()
     everyday = measure_everyday_use(plan, [prompt.text for prompt in prompts], (benign["base"], benign["base again"]))
-    return Measurements(units, failed, collect(units), utility, released, released_scores, prompts, benign, everyday)
+    return Measurements(units, failures, collect(units), utility, released, released_scores, prompts, benign, everyday)

@@ -22,37 +22,37 @@ from guardsmith.core.images import is_whole_png, open_pictures, to_pil
 from guardsmith.core.seeds import RELEASED
 from guardsmith.diffusion.prompts import instance_prompt
 from guardsmith.diffusion.sampling import generate, redraw
-from guardsmith.evaluation.runs import Judged, class_file
+from guardsmith.evaluation.planning import TargetModel, class_file
 from guardsmith.metrics import Judge
 from guardsmith.registry.loader import Subject
 
 STRENGTH = 0.5
 
 
-def released_pictures(judged: Judged, recipe: Recipe, subject: Subject) -> list[Path]:
+def released_pictures(target: TargetModel, recipe: Recipe, subject: Subject) -> list[Path]:
     """The pictures, drawn unless they are there; the folder appears whole."""
     count = recipe.verify.images_per_unit
     seeds = RELEASED.seeds(count)
     names = list(dict.fromkeys((*subject.identifiers, *recipe.verify.identifiers)))
     prompts = [instance_prompt(names[i // 2 % len(names)], subject.class_noun) for i in range(count)]
     sampling, class_images = recipe.sampling.model_dump(), recipe.verify.class_images
-    digest = folder_digest(judged.digest, prompts, sampling, class_images, STRENGTH, RELEASED.start)
-    folder = judged.root / "released" / subject.id / digest
-    lost = [file for file in folder.glob("*.png") if not is_whole_png(file)]
-    if lost:
-        warn(f"{lost[0]} cannot be read; the pictures of {folder} are generated again")
-    if lost or not folder.is_dir():
+    digest = folder_digest(target.digest, prompts, sampling, class_images, STRENGTH, RELEASED.start)
+    folder = target.root / "released" / subject.id / digest
+    unreadable = [file for file in folder.glob("*.png") if not is_whole_png(file)]
+    if unreadable:
+        warn(f"{unreadable[0]} cannot be read; the pictures of {folder} are generated again")
+    if unreadable or not folder.is_dir():
         # Every name is prompted both ways: even pictures from noise, odd ones from class pictures where there are any.
         again = range(1, count, 2) if class_images else range(0)
         afresh = [i for i in range(count) if i not in again]
-        drawn = generate(judged.model, [prompts[i] for i in afresh], [seeds[i] for i in afresh], **sampling)
-        pictures = dict(zip(afresh, drawn, strict=True))
+        images = generate(target.model, [prompts[i] for i in afresh], [seeds[i] for i in afresh], **sampling)
+        pictures = dict(zip(afresh, images, strict=True))
         if again:
-            known = load_file(class_file(judged, subject.class_noun, recipe))["images"]
-            before = known[[i % len(known) for i in again]]
+            class_pictures = load_file(class_file(target, subject.class_noun, recipe))["images"]
+            before = class_pictures[[i % len(class_pictures) for i in again]]
             theirs = [prompts[i] for i in again], [seeds[i] for i in again]
-            drawn = redraw(judged.model, before, *theirs, strength=STRENGTH, **sampling)
-            pictures |= zip(again, drawn, strict=True)
+            images = redraw(target.model, before, *theirs, strength=STRENGTH, **sampling)
+            pictures |= zip(again, images, strict=True)
         with whole_folder(folder) as place:
             for i, image in pictures.items():
                 to_pil(image).save(place / f"{i:03d}.png")

@@ -1,6 +1,6 @@
 """Attack the base and the hardened model, for protected subjects and controls; judge, write the report.
 
-out/verify/hardened/   units of the attack matrix (see `runs`), class pictures and pictures of benign prompts of that side
+out/verify/hardened/   units of the attack matrix (see `units`), class pictures and pictures of benign prompts of that side
 out/verify/base/       the same of the base, unless `--base-runs` names a folder that several verifications share
 out/verify/report.json, and the same for others: report.html, report.md, report.junit.xml, report.sarif, grid.png, public/
 

@@ -12,7 +12,7 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.config.threat_model import threat_model_of
 from guardsmith.core.console import in_words, warn
 from guardsmith.core.errors import UserError
-from guardsmith.evaluation.runs import Judged, attacked_subjects
+from guardsmith.evaluation.planning import TargetModel, attacked_subjects
 from guardsmith.gate.calibration import calibration
 from guardsmith.gate.evidence import Side
 from guardsmith.gate.policy import Policy, recipe_policy
@@ -46,7 +46,7 @@ class Plan:
     recipe: Recipe
     policy: Policy
     judge: Judge
-    models: dict[Side, Judged]
+    models: dict[Side, TargetModel]
     hardening: Hardening
     record: Mapping[str, Any] | None
     attacked: list[Subject]
@@ -101,9 +101,9 @@ def preflight(
     judge = load_judge(policy.judge.name, policy.judge.model, policy.judge.clip_t)
     check_against_base(base, registry, recipe)
     root = output / "verify"
-    models: dict[Side, Judged] = {
-        "base": Judged(base, hardening.base_digest, base_runs or root / "base"),
-        "hardened": Judged(hardened, hardening.model_digest, root / "hardened"),
+    models: dict[Side, TargetModel] = {
+        "base": TargetModel(base, hardening.base_digest, base_runs or root / "base"),
+        "hardened": TargetModel(hardened, hardening.model_digest, root / "hardened"),
     }
     attacked = attacked_subjects(registry, recipe.verify, recipe.seed)
     return Plan(registry, recipe, policy, judge, models, hardening, record, attacked, output)
@@ -127,11 +127,11 @@ def check_threat_model(policy: Policy, recipe: Recipe) -> None:
     Raises:
         UserError: they are not.
     """
-    tested = threat_model_of(recipe.verify)
-    if policy.threat_model not in (None, tested):
+    threat_model = threat_model_of(recipe.verify)
+    if policy.threat_model not in (None, threat_model):
         raise UserError(
-            f"The policy '{policy.name}' judges the threat model {policy.threat_model}, and the recipe's attacks test {tested}; "
-            "choose a recipe with such attacks, or another policy."
+            f"The policy '{policy.name}' judges the threat model {policy.threat_model}, and the recipe's attacks test "
+            f"{threat_model}; choose a recipe with such attacks, or another policy."
         )
 
 

@@ -1,4 +1,4 @@
-"""What similarities mean: levels for every class, measured on real pictures of identities that nobody trained on."""
+"""What similarities mean: levels for every class, measured on real pictures of identities that no model was trained on."""
 
 from __future__ import annotations
 

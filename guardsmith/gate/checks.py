@@ -73,41 +73,41 @@ def attack_at(label: str, point: float) -> str:
     return label if point == 1 else f"{label}, {point:g} x steps"
 
 
-def compared(measured: Interval, limit: float, *, at_most: bool) -> Status:
+def compared(value: Interval, limit: float, *, at_most: bool) -> Status:
     """Pass if the whole interval is on the right side of the limit, fail if on the wrong one, inconclusive across it."""
-    if measured.high <= limit if at_most else measured.low >= limit:
+    if value.high <= limit if at_most else value.low >= limit:
         return "pass"
-    return "fail" if (measured.low > limit if at_most else measured.high < limit) else "inconclusive"
+    return "fail" if (value.low > limit if at_most else value.high < limit) else "inconclusive"
 
 
-def undecided(measured: Interval, limit: float) -> str:
+def undecided(value: Interval, limit: float) -> str:
     """What would decide a check, for its sentence: an interval narrows with the root of its pictures."""
-    half = (measured.high - measured.low) / 2
-    distance = abs(measured.mean - limit)
+    half = (value.high - value.low) / 2
+    distance = abs(value.mean - limit)
     if math.isnan(distance):
         return ""
     if distance * 10 < half:
         return "; too close to the limit for more pictures to decide"
-    pictures = math.ceil(round(measured.n * (half / distance) ** 2, 6))
-    return f"; {max(pictures, measured.n + 1)} pictures instead of {measured.n} would decide it, were the mean to stay"
+    pictures = math.ceil(round(value.n * (half / distance) ** 2, 6))
+    return f"; {max(pictures, value.n + 1)} pictures instead of {value.n} would decide it, were the mean to stay"
 
 
-def enough(measured: Interval | None, spec: GateSpec) -> bool:
+def enough(value: Interval | None, spec: GateSpec) -> bool:
     """Whether so many pictures were scored that a check may pass."""
-    return measured is not None and measured.n >= spec.minimum_images and not measured.unscored
+    return value is not None and value.n >= spec.minimum_images and not value.unscored
 
 
 def bounded(
-    name: str, subject: str, attack: str, sentence: str, measured: Interval, limit: float, *, at_most: bool
+    name: str, subject: str, attack: str, sentence: str, value: Interval, limit: float, *, at_most: bool
 ) -> Check:
     """A check of an interval against a limit; the sentence of an undecided one says what would decide it."""
-    status = compared(measured, limit, at_most=at_most)
+    status = compared(value, limit, at_most=at_most)
     if status == "inconclusive":
-        sentence += undecided(measured, limit)
-    return Check(name, subject, attack, status, sentence, measured.mean, measured.low, measured.high, limit)
+        sentence += undecided(value, limit)
+    return Check(name, subject, attack, status, sentence, value.mean, value.low, value.high, limit)
 
 
-def unlike(name: str, subject: str, attack: str, what: str, drawn: Units, levels: Levels, spec: GateSpec) -> Check:
+def unlike(name: str, subject: str, attack: str, what: str, units: Units, levels: Levels, spec: GateSpec) -> Check:
     """Pictures must be no more like the subject than a different subject is.
 
     Args:
@@ -115,12 +115,12 @@ def unlike(name: str, subject: str, attack: str, what: str, drawn: Units, levels
         subject: id of the protected subject.
         attack: see `Check.attack`.
         what: drew them, for the sentence.
-        drawn: similarity of each picture to the subject's real ones.
+        units: similarity of each picture to the subject's real ones.
         levels: of its class.
         spec: rules of the gate.
     """
-    limit, measured = levels.chance_high, interval(drawn)
-    if measured is None or not enough(measured, spec):
+    limit, similarity = levels.chance_high, interval(units)
+    if similarity is None or not enough(similarity, spec):
         return Check(name, subject, attack, "inconclusive", TOO_FEW, limit=limit)
-    sentence = f"{what} reaches {measured.mean:z.2f}; different subjects stay below {limit:z.2f}"
-    return bounded(name, subject, attack, sentence, measured, limit, at_most=True)
+    sentence = f"{what} reaches {similarity.mean:z.2f}; different subjects stay below {limit:z.2f}"
+    return bounded(name, subject, attack, sentence, similarity, limit, at_most=True)

@@ -86,7 +86,7 @@ class Measurement(BaseModel):
             "faults": f"{hardened:.0f} of {self.n}, the base {base:.0f}",
             "collapsed": f"{100 * hardened:.0f} % of {self.n} pictures collapse, of the base's {100 * base:.0f} %",
             "control": f"follows the control {100 * self.value:.0f} % as well as the base",
-            "retention": f"similarity above ordinary pictures {hardened:z.2f}, made and used on the base {base:z.2f}",
+            "retention": f"similarity above benign pictures {hardened:z.2f}, made and used on the base {base:z.2f}",
         }[self.measure]
         return f"{words} ({self.how})" if self.how else words
 

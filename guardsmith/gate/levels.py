@@ -1,4 +1,4 @@
-"""Measuring what a judge's similarities mean, on pictures of people or objects that nobody protects or verifies.
+"""Measuring what a judge's similarities mean, on pictures of people or objects that are neither protected nor controls.
 
     FOLDER/<class noun>/<identity>/<picture>     at least two identities of a class, better twenty, of two pictures or more
 
@@ -50,8 +50,10 @@ def class_levels(
         raise UserError(f"{where}: class {noun} has one subject only; levels need two at least, better twenty.")
     scores = [[judge.similarity(mine, theirs) for theirs in compared_with] for mine in drawn_from]
     for i, name in enumerate(names):
-        if judge.nobody is not None and (lost := scores[i][i].count(judge.nobody)):
-            raise UserError(f"{where}: no face is found in {lost} of the attack pictures of {name}; leave them out.")
+        if judge.no_face is not None and (without_face := scores[i][i].count(judge.no_face)):
+            raise UserError(
+                f"{where}: no face is found in {without_face} of the attack pictures of {name}; leave them out."
+            )
     means = [[_mean(each) for each in row] for row in scores]
     own = [means[i][i] for i in range(len(names))]
     pairs = [means[i][j] for i in range(len(names)) for j in range(len(names)) if i != j]
@@ -77,7 +79,7 @@ def identities(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; it has a folder for each class, and in it one for each identity")
-    found: dict[str, dict[str, list[Path]]] = {}
+    files: dict[str, dict[str, list[Path]]] = {}
     for place in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         for person in sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")):
             inside, skipped = list_pictures(person)
@@ -87,22 +89,22 @@ def identities(folder: Path) -> dict[str, dict[str, list[Path]]]:
                 warn(sentence)
             if len(pictures) < 2:
                 raise UserError(f"{person} has {len(pictures)} usable pictures; every identity needs two at least")
-            found.setdefault(place.name.replace("_", " "), {})[person.name] = pictures
-    if not found:
+            files.setdefault(place.name.replace("_", " "), {})[person.name] = pictures
+    if not files:
         raise UserError(
             f"{folder} holds no identities; it needs a folder for each class (named as in prompts: person, dog), and in it one "
             "for each identity with its pictures"
         )
-    return found
+    return files
 
 
 def measure_levels(
-    found: Mapping[str, Mapping[str, Sequence[Path]]], judge: JudgeSpec, size: int, where: str
+    files: Mapping[str, Mapping[str, Sequence[Path]]], judge: JudgeSpec, size: int, where: str
 ) -> MeasuredLevels:
     """Levels of a judge.
 
     Args:
-        found: see `identities`.
+        files: see `identities`.
         judge: whose.
         size: pictures are opened at, in pixels.
         where: they are, for messages.
@@ -110,12 +112,13 @@ def measure_levels(
     Raises:
         UserError: see `class_levels`.
     """
-    loaded, classes, measured_on = load_judge(judge.name, judge.model), {}, []
-    for noun, people in found.items():
+    loaded_judge, classes, measured_on = load_judge(judge.name, judge.model), {}, []
+    for noun, people in files.items():
         halves = [
-            [open_pictures(list(files[start::2]), loaded.size or size) for files in people.values()] for start in (0, 1)
+            [open_pictures(list(files[start::2]), loaded_judge.size or size) for files in people.values()]
+            for start in (0, 1)
         ]
-        classes[noun] = class_levels(loaded, list(people), halves[0], halves[1], noun, where)
+        classes[noun] = class_levels(loaded_judge, list(people), halves[0], halves[1], noun, where)
         measured_on.append(f"{len(people)} identities of class {noun} ({sum(map(len, people.values()))} pictures)")
     return MeasuredLevels(
         judge=judge.name,

@@ -1,6 +1,6 @@
 """The gate's policy: its rules and the levels that similarities are compared with, in a file of their own.
 
-Whoever signs a release can keep one file under review, and use it with every recipe: `guardsmith policy > policy.yaml`, then
+One file under review serves every recipe: `guardsmith policy > policy.yaml`, then
 `guardsmith verify out --policy policy.yaml`. The report names it with its date and digest.
 """
 
@@ -85,7 +85,7 @@ def default_policy(rules: GateSpec | None = None) -> Policy:
 
 
 def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateSpec | None = None) -> Policy:
-    """Levels of a judge, measured on the pictures of a registry, which should be of subjects that nobody verifies.
+    """Levels of a judge, measured on the pictures of a registry, which should be of subjects that are never verified.
 
     Genuine is the mean similarity of a subject's `attack` pictures to its `reference` pictures; chance is the same between two
     subjects of one class, and chance_high what 95 % of these pairs stay below.
@@ -99,7 +99,7 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
     Raises:
         UserError: a class has one subject only, or the judge cannot tell its subjects apart.
     """
-    loaded = load_judge(judge.name, judge.model)
+    loaded_judge = load_judge(judge.name, judge.model)
     everyone = (*registry.subjects, *registry.controls)
     classes, measured_on = {}, []
     for noun in dict.fromkeys(subject.class_noun for subject in everyone):
@@ -109,7 +109,9 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
             for split in ("attack", "reference")
         )
         names = [person.id for person in people]
-        classes[noun] = levels_of(class_levels(loaded, names, drawn_from, compared_with, noun, str(registry.path)))
+        classes[noun] = levels_of(
+            class_levels(loaded_judge, names, drawn_from, compared_with, noun, str(registry.path))
+        )
         measured_on.append(f"{len(people)} of class {noun}")
     return Policy(
         name=f"measured with {judge.name}", dated=datetime.now(UTC).date(),
@@ -117,9 +119,9 @@ def measure_policy(registry: Registry, judge: JudgeSpec, size: int, rules: GateS
     )  # fmt: skip
 
 
-def levels_of(measured: ClassLevels) -> Levels:
+def levels_of(levels: ClassLevels) -> Levels:
     """Levels as the gate compares with them."""
-    return Levels(measured.chance, measured.chance_high, measured.genuine)
+    return Levels(levels.chance, levels.chance_high, levels.genuine)
 
 
 def recipe_policy(recipe: Recipe, policy: Policy | None = None) -> Policy:
@@ -141,7 +143,7 @@ def recipe_policy(recipe: Recipe, policy: Policy | None = None) -> Policy:
         return default_policy(recipe.gate)
     if judge.measured is None:
         raise UserError(
-            f"nobody has measured what the similarities of the recipe's judge ({judge.name}) mean: measure it on pictures of "
+            f"the recipe's judge ({judge.name}) has no measured levels of similarity: measure them on pictures of "
             f"unprotected people or objects (`guardsmith levels FOLDER --judge {judge.name} > levels.yaml`) and name the file "
             "with --levels, or as judge.levels in the recipe"
         )
@@ -165,8 +167,8 @@ def load_policy(path: Path) -> Policy:
     try:
         policy = Policy.model_validate(data)
     except ValidationError as error:
-        known = [*Policy.model_fields, *GateSpec.model_fields, *(field.name for field in fields(Levels))]
-        raise UserError("\n".join(explain(error, str(path), known))) from None
+        keys = [*Policy.model_fields, *GateSpec.model_fields, *(field.name for field in fields(Levels))]
+        raise UserError("\n".join(explain(error, str(path), keys))) from None
     problems = [f"{path}: {sentence}" for sentence in odd_numbers(data, policy)]
     if problems:
         raise UserError("\n".join(problems))

@@ -45,8 +45,8 @@ def _resampled_means(units: Sequence[np.ndarray], rng: np.random.Generator) -> n
     means = np.empty((RESAMPLES, len(units)))
     for k, unit in enumerate(units):
         means[:, k] = unit[rng.integers(len(unit), size=(RESAMPLES, len(unit)))].mean(axis=1)
-    drawn = rng.integers(len(units), size=(RESAMPLES, len(units)))
-    result: np.ndarray = np.take_along_axis(means, drawn, axis=1).mean(axis=1)
+    samples = rng.integers(len(units), size=(RESAMPLES, len(units)))
+    result: np.ndarray = np.take_along_axis(means, samples, axis=1).mean(axis=1)
     return result
 
 

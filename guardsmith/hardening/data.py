@@ -1,4 +1,4 @@
-"""The pictures that a hardening works on: subjects, their classes, ordinary prompts, negatives.
+"""The pictures that a hardening works on: subjects, their classes, benign prompts, negatives.
 
 Those that the base draws are kept in the run's cache, so that a resumed run finds them again.
 """
@@ -19,11 +19,11 @@ from guardsmith.core.images import fingerprint, near_duplicates, open_each, open
 from guardsmith.core.picture_folders import list_pictures, skipped_sentence, usable
 from guardsmith.core.seeds import HARDENING_BENIGN, HARDENING_CLASS, HARDENING_REPLACEMENT
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
-from guardsmith.diffusion.prompts import ORDINARY_HARDENING, class_prompt, ordinary_prompts
+from guardsmith.diffusion.prompts import HARDENING_TEMPLATES, benign_prompts, class_prompt
 from guardsmith.diffusion.states import States
 from guardsmith.hardening.compatibility import check_class_pictures
 from guardsmith.methods.base import MethodConfig
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.registry.images import files_of
 from guardsmith.registry.loader import Split, Subject
@@ -35,7 +35,7 @@ def load_pictures(model: DiffusionModel, subject: Subject, split: Split) -> Tens
     return open_pictures([image.path for image in subject.images_of(split)], model.image_size)
 
 
-def bystander_files(place: str) -> list[Path]:
+def negative_files(place: str) -> list[Path]:
     """Image files of unprotected people, which methods use as negatives.
 
     Args:
@@ -45,17 +45,17 @@ def bystander_files(place: str) -> list[Path]:
         UserError: there are none.
     """
     kind, colon, rest = place.partition(":")
-    named = {"dataset": rest if kind == "hub" else place} if colon else {"path": place}
+    arguments = {"dataset": rest if kind == "hub" else place} if colon else {"path": place}
     if not colon and not Path(place).is_dir() and not any(sign in place for sign in "*?["):
         raise UserError(f"negatives: there is no folder {place}; name a folder, a glob or a dataset of pictures.")
-    entry = ImageEntry.model_validate(named | {"split": "harden"})
+    entry = ImageEntry.model_validate(arguments | {"split": "harden"})
     try:
         return [file for file, _ in files_of(entry, Path())]
     except UserError as error:
         raise UserError(f"negatives: {error}") from error
 
 
-def load_bystanders(
+def load_negatives(
     model: DiffusionModel, place: str | None, protected: Sequence[Path] = ()
 ) -> tuple[Tensor | None, str | None]:
     """Images of unprotected people, used as negatives.
@@ -64,7 +64,7 @@ def load_bystanders(
 
     Args:
         model: the base, which gives their size.
-        place: see `bystander_files`; `None` gives neither.
+        place: see `negative_files`; `None` gives neither.
         protected: pictures of protected subjects, none of which may be among them.
 
     Returns:
@@ -78,16 +78,16 @@ def load_bystanders(
     if Path(place).is_dir() and (skipped := list_pictures(Path(place)).skipped):
         warn(skipped_sentence(place, skipped))
     problems: list[str] = []
-    files = usable(bystander_files(place), problems)
+    files = usable(negative_files(place), problems)
     if not files:
-        raise UserError("\n".join([*problems, f"bystanders: there is no picture in {place} that can be used."]))
+        raise UserError("\n".join([*problems, f"negatives: there is no picture in {place} that can be used."]))
     for sentence in problems:
-        warn(f"bystanders: left out: {sentence}")
+        warn(f"negatives: left out: {sentence}")
     prints = open_each([*protected, *files], fingerprint) if protected else []
     for i, j, _ in near_duplicates(prints):
         if i < len(protected) <= j:
             raise UserError(
-                f"bystanders: {files[j - len(protected)]} shows the same as {protected[i]}, a picture of a protected subject; "
+                f"negatives: {files[j - len(protected)]} shows the same as {protected[i]}, a picture of a protected subject; "
                 "remove it."
             )
     pictures = open_each(files, lambda image: square(image, model.image_size))
@@ -127,10 +127,10 @@ def subject_data(
     return data
 
 
-def ordinary_data(
+def benign_data(
     model: DiffusionModel, recipe: Recipe, negatives: Tensor | None, config: MethodConfig, cache: Path
-) -> OrdinaryData:
-    """Pictures of ordinary prompts, which the base draws where they are not cached, with images of unprotected people.
+) -> BenignData:
+    """Pictures of benign prompts, which the base draws where they are not cached, with images of unprotected people.
 
     Args:
         model: the base.
@@ -139,11 +139,11 @@ def ordinary_data(
         config: how many pictures.
         cache: folder of the run.
     """
-    texts = [p.text for p in ordinary_prompts(model, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)]
+    texts = [p.text for p in benign_prompts(model, HARDENING_TEMPLATES, config.benign_images, recipe.seed)]
     images, states = drawn_with_states(
-        model, recipe.sampling, texts, HARDENING_BENIGN.start, cache / "ordinary.safetensors", "ordinary pictures"
+        model, recipe.sampling, texts, HARDENING_BENIGN.start, cache / "ordinary.safetensors", "benign pictures"
     )
-    return OrdinaryData(images, texts, states, negatives)
+    return BenignData(images, texts, states, negatives)
 
 
 def draw_prompt(model: DiffusionModel, recipe: Recipe, prompt: str, count: int, cache: Path) -> Tensor:

@@ -26,7 +26,7 @@ from guardsmith.core.console import first_process, in_words
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import console, stage
 from guardsmith.hardening.compatibility import check_against_base, check_computes
-from guardsmith.hardening.data import draw_prompt, load_bystanders, ordinary_data, subject_data
+from guardsmith.hardening.data import benign_data, draw_prompt, load_negatives, subject_data
 from guardsmith.hardening.probes import Probes
 from guardsmith.hardening.record import StepCosts, earlier_run, read_hardening, run_info
 from guardsmith.methods import (
@@ -170,13 +170,13 @@ def harden(
             with main_process_first():
                 if first_process():
                     try_saving(job.model, output, half_variant=recipe.half_variant)
-            prepared = _prepare(job)
+            data = _prepare(job)
         except UserError:  # the base cannot be used: there is nothing that --resume could go on with
             if fresh and first_process():
                 discard_output(output)
             raise
-        trained = _train(job, prepared, report_to)
-        info = _save(job, prepared, trained, began) if first_process() else None
+        trained = _train(job, data, report_to)
+        info = _save(job, data, trained, began) if first_process() else None
         with main_process_first():  # the others read what the first one has written
             return _read(job.record) if info is None else info
 
@@ -209,7 +209,7 @@ def _preflight(registry: Registry, recipe: Recipe, output: Path, add_to: Path | 
     if recipe.compute != ComputeConfig():
         settings["compute"] = recipe.compute.model_dump()
     protected = [image.path for subject in registry.subjects for image in subject.images if image.path.is_file()]
-    negatives, negatives_digest = load_bystanders(model, recipe.negatives, protected)
+    negatives, negatives_digest = load_negatives(model, recipe.negatives, protected)
     if negatives_digest is not None:
         settings["bystanders_digest"] = negatives_digest
     subjects = list(registry.subjects)
@@ -239,28 +239,28 @@ def _prepare(job: _Job) -> Prepared:
     cache, model, recipe, config = job.output / "cache", job.model, job.recipe, job.config
     with main_process_first():  # the others find everything in the cache
         subjects = subject_data(model, recipe, job.subjects, config, cache)
-        ordinary = None
-        if job.method.needs_ordinary(config):
-            ordinary = ordinary_data(model, recipe, job.negatives, config, cache)
+        benign = None
+        if job.method.needs_benign(config):
+            benign = benign_data(model, recipe, job.negatives, config, cache)
         preparation = Preparation(
-            model=model, subjects=subjects, ordinary=ordinary, config=config, seed=recipe.seed,
+            model=model, subjects=subjects, benign=benign, config=config, seed=recipe.seed,
             sampling_steps=recipe.sampling.steps, guidance=recipe.sampling.guidance, cache=cache,
             draw=partial(draw_prompt, model, recipe, count=config.class_images, cache=cache),
         )  # fmt: skip
         return job.method.prepare(preparation)
 
 
-def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
+def _train(job: _Job, data: Prepared, report_to: Sequence[str]) -> _Trained:
     """Run the method, count what it costs, and let the probes look."""
     recipe, method, output = job.recipe, job.method, job.output
     steps = method.steps(job.config)
     counter, costs = UNetCost(), StepCosts(output / "checkpoints" / "cost.jsonl")
-    probes = Probes(job.model, prepared.subjects, recipe.probe, recipe.sampling, steps, output / "probes", recipe.seed)
-    taken = 0
+    probes = Probes(job.model, data.subjects, recipe.probe, recipe.sampling, steps, output / "probes", recipe.seed)
+    steps_taken = 0
 
     def on_step(step: int, losses: dict[str, float]) -> None:
-        nonlocal taken
-        taken += 1
+        nonlocal steps_taken
+        steps_taken += 1
         if first_process():
             costs.add(step, counter.forwards * world_size(), counter.backwards * world_size())
         counter.forwards = counter.backwards = 0
@@ -277,9 +277,9 @@ def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
     settings |= {key: value for key, value in job.settings["params"].items() if isinstance(value, int | float | str)}
     tracking = tracked(report_to if first_process() else (), output, settings)
     context = HardeningContext(
-        model=job.model, subjects=prepared.subjects, ordinary=prepared.ordinary, config=job.config, seed=recipe.seed,
-        compute=recipe.compute, start=job.start, checkpoint=job.checkpoint, checkpoint_every=method.checkpoint_every,
-        on_step=on_step, probe=probe,
+        model=job.model, subjects=data.subjects, benign=data.benign, config=job.config, seed=recipe.seed,
+        compute=recipe.compute, start=job.start, cache=output / "cache", checkpoint=job.checkpoint,
+        checkpoint_every=method.checkpoint_every, on_step=on_step, probe=probe,
     )  # fmt: skip
     with tracking as report, stage(f"hardening ({recipe.method.name})", steps) as bar, counter:
         result = method.run(context)
@@ -289,10 +289,10 @@ def _train(job: _Job, prepared: Prepared, report_to: Sequence[str]) -> _Trained:
     backwards += counter.backwards * world_size()
     with single_process():
         class_loss = probes.class_loss(result.model) if first_process() else None
-    return _Trained(result, taken, forwards, backwards, probes.results(), class_loss)
+    return _Trained(result, steps_taken, forwards, backwards, probes.results(), class_loss)
 
 
-def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dict[str, Any]:
+def _save(job: _Job, data: Prepared, trained: _Trained, began: float) -> dict[str, Any]:
     """Write the model, the state and last the record, which it returns.
 
     Raises:
@@ -300,9 +300,9 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         RunFailed: weights of the base would be in the folder.
     """
     (model, history), output = trained.result, job.output
-    built, changed = _save_hardened(job, model)
-    forwards = prepared.forward_rows + trained.forward_rows
-    backwards = prepared.backward_rows + trained.backward_rows
+    folder_contents, changed = _save_hardened(job, model)
+    forwards = data.forward_rows + trained.forward_rows
+    backwards = data.backward_rows + trained.backward_rows
     info = {
         "schema": 1,
         **job.settings,
@@ -310,8 +310,8 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         "base_revision": job.recipe.revision,
         "model_digest": weights_digest(output / "model"),
         "files": file_digests(output / "model"),
-        "left_out": built.left_out,
-        "nulled": built.nulled,
+        "left_out": folder_contents.left_out,
+        "nulled": folder_contents.nulled,
         "precision": {
             name: str(stored_dtype(output / "model", name)).removeprefix("torch.") for name in job.model.networks
         },
@@ -320,7 +320,7 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         # Steps of earlier sessions; the rows below include theirs, the seconds do not.
         "resumed_after": len(history) - trained.steps_taken,
         "seconds": round(time.monotonic() - began, 1),
-        # Pictures of the class and of ordinary prompts, which serve every run on this base, do not count.
+        # Pictures of the class and of benign prompts, which serve every run on this base, do not count.
         "unet_forward_rows": forwards,
         "unet_backward_rows": backwards,
         "unet_forward_equivalents": forwards + 2 * backwards,
@@ -331,7 +331,7 @@ def _save(job: _Job, prepared: Prepared, trained: _Trained, began: float) -> dic
         "class_loss": trained.class_loss,
         "run": run_info(),
     }
-    say_what_changed(built, info["precision"], job.model)
+    say_what_changed(folder_contents, info["precision"], job.model)
     save_modules(job.checkpoint, output / "state.safetensors")
     write_json(job.record, info)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
@@ -344,7 +344,7 @@ def _save_hardened(job: _Job, model: DiffusionModel) -> tuple[Built, float]:
     parts = [name for name, network in model.networks.items() if network is not base.networks[name]]
     for network in model.networks.values():
         network.zero_grad(set_to_none=True)  # room for the copy that saving in another precision takes
-    built = save_model(model, folder, parts, half_variant=job.recipe.half_variant)
+    folder_contents = save_model(model, folder, parts, half_variant=job.recipe.half_variant)
     changed = changed_fraction(base.folder / denoiser, folder / denoiser)
     if changed == 0:
         shutil.rmtree(folder)
@@ -356,4 +356,4 @@ def _save_hardened(job: _Job, model: DiffusionModel) -> tuple[Built, float]:
     if leaks:
         remove_folder(folder)
         raise RunFailed(f"the hardened model would hold weights of the base ({in_words(leaks)}); it was not kept.")
-    return built, changed
+    return folder_contents, changed

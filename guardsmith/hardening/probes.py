@@ -21,7 +21,7 @@ from guardsmith.core.errors import RunFailed
 from guardsmith.core.progress import console
 from guardsmith.core.seeds import PROBE
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.sampling import generate, grid
 from guardsmith.methods.data import SubjectData
@@ -68,12 +68,12 @@ class Probes:
     def _losses(self, model: DiffusionModel, prompt: str, images: torch.Tensor, stream: int) -> torch.Tensor:
         """Losses of fixed rows of these pictures, float32 (16,)."""
         rng = generator(self.seed, -10, stream)
-        picked = torch.randint(len(images), (ROWS,), generator=rng)
-        latents = encode(self.model, images[picked]).sample(torch.arange(ROWS), rng)
+        indices = torch.randint(len(images), (ROWS,), generator=rng)
+        latents = encode(self.model, images[indices]).sample(torch.arange(ROWS), rng)
         # Evenly spread over the schedule; the middle of every sixteenth.
         times = (torch.arange(ROWS) * 2 + 1) * int(model.scheduler.config.num_train_timesteps) // (2 * ROWS)
         context = PromptBank(model).encode([prompt])  # its text encoder may be hardened as well
-        return row_losses(model.unet, model.scheduler, draw_rows(latents, context, rng, timesteps=times))
+        return row_losses(model.unet, model.scheduler, noise_samples(latents, context, rng, timesteps=times))
 
     def _look(self, model: DiffusionModel) -> tuple[list[torch.Tensor], list[float], list[float]]:
         """Row losses of every subject, the norms of their gradients, mean losses of every class."""
@@ -138,16 +138,16 @@ class Probes:
             count = self.spec.pictures
             prompts = [*dict.fromkeys(prompt for prompt, _ in (*self.subjects, *self.classes))]
             seeds = list(PROBE.seeds(count)) * len(prompts)
-            drawn = generate(model, [p for p in prompts for _ in range(count)], seeds, **self.sampling.model_dump())
+            samples = generate(model, [p for p in prompts for _ in range(count)], seeds, **self.sampling.model_dump())
             try:
-                grid(drawn, count, scale=2).save(self.folder / f"step-{step + 1:06d}.png")
+                grid(samples, count, scale=2).save(self.folder / f"step-{step + 1:06d}.png")
             except RunFailed as error:  # a probe does not end a run; broken weights will
                 console.print(f"probe at step {step + 1}: {error}", highlight=False, soft_wrap=True)
-        met = self.target_met(measured)
+        end_now = self.target_met(measured)
         text = ", ".join(f"{key.replace('_', ' ')} x{value:.3g}" for key, value in measured.items())
-        end = "; the target is met, the hardening ends here" if met else ""
+        end = "; the target is met, the hardening ends here" if end_now else ""
         console.print(f"probe at step {step + 1}, against the base: {text}{end}", highlight=False, soft_wrap=True)
-        return met
+        return end_now
 
     def results(self) -> list[dict[str, float | None]]:
         """The numbers of all probes so far, of earlier sessions too; one that was taken again after a kill counts once."""

@@ -106,11 +106,11 @@ def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str)
     for what, then, now in (("method", earlier["method"], method), ("base", earlier["base_digest"], base_digest)):
         if then != now:
             raise UserError(f"{folder} was hardened with another {what} ({then}); add to it with the same one.")
-    named = {subject.id for subject in registry.subjects}
-    lost = [name for name in earlier["subjects"] if name not in named]
-    if lost:
+    ids = {subject.id for subject in registry.subjects}
+    missing = [name for name in earlier["subjects"] if name not in ids]
+    if missing:
         raise UserError(
-            f"{folder} protects {', '.join(lost)}, whom {registry.path} does not name; subjects can be added to a hardened "
+            f"{folder} protects {', '.join(missing)}, whom {registry.path} does not name; subjects can be added to a hardened "
             "model but not taken out: harden again from the base, without --add-to."
         )
     return earlier

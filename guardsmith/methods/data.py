@@ -40,19 +40,19 @@ class SubjectData:
 
 
 @dataclass(frozen=True)
-class OrdinaryData:
+class BenignData:
     """Pictures and prompts on which the model is to stay as it is.
 
     Attributes:
-        images: ordinary pictures the base model drew, (n, 3, h, w) in [-1, 1].
+        images: benign pictures the base model drew, (n, 3, h, w) in [-1, 1].
         prompts: of each.
         states: how they were drawn.
-        bystanders: images of unprotected people, used as negatives, same layout, where there are any.
-        bystander_states: how models personalized on the first of them would draw them, at the timesteps of `states`.
+        negatives: images of unprotected people, used as negatives, same layout, where there are any.
+        negative_states: how models personalized on the first of them would draw them, at the timesteps of `states`.
     """
 
     images: Tensor
     prompts: Sequence[str]
     states: States | None = None
-    bystanders: Tensor | None = None
-    bystander_states: States | None = None
+    negatives: Tensor | None = None
+    negative_states: States | None = None

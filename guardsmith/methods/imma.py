@@ -10,7 +10,7 @@ word for every subject (textual inversion), or with DreamBooth the whole U-Net: 
 both, and only theta_S is released (as in the code that comes with the paper). About a hundredth of APDM's cost.
 
 The objective has no upper end and says nothing about anyone else. `distillation_weight` adds what the paper lacks: the
-released weights, without the adapter, are held to the base on class pictures and ordinary pictures.
+released weights, without the adapter, are held to the base on class pictures and benign pictures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from guardsmith.attacks.lora import TARGETS, adapter_parameters, add_adapters
 from guardsmith.attacks.textual_inversion import add_words, with_embedding
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import Rows, draw_rows, join, predict, row_losses
+from guardsmith.diffusion.losses import NoisedSamples, join, noise_samples, predict, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank, class_prompt, instance_prompt
 from guardsmith.methods.base import HardeningContext, HardeningMethod, HardeningResult, MemoryFootprint, MethodConfig
 from guardsmith.methods.data import SubjectData
@@ -59,7 +59,7 @@ class ImmaConfig(MethodConfig):
     identifiers: tuple[str, ...] = Field(("sks",), min_length=1)
     """Identifiers of the adaptation prompt, one drawn per step; the subject's own are added (a new word has none)."""
     distillation_weight: float = Field(0.0, ge=0)
-    """Weight of || e_theta - e_base ||^2 on class pictures and ordinary pictures, in theta's steps (0: the paper)."""
+    """Weight of || e_theta - e_base ||^2 on class pictures and benign pictures, in theta's steps (0: the paper)."""
 
     @model_validator(mode="after")
     def _theta_moves(self) -> Self:
@@ -142,8 +142,8 @@ class Imma(HardeningMethod[ImmaConfig]):
         Raises:
             RunFailed: the training diverged; the last checkpoint is the last good state.
         """
-        if self.needs_ordinary(context.config) and context.ordinary is None:
-            raise ValueError("distillation needs ordinary pictures")
+        if self.needs_benign(context.config) and context.benign is None:
+            raise ValueError("distillation needs benign pictures")
         return _Training(context).run()
 
 
@@ -173,11 +173,11 @@ class _Training:
             for s in context.subjects
         ]
         self.distilled = None
-        if config.distillation_weight and context.ordinary is not None:
+        if config.distillation_weight and context.benign is not None:
             classes = {s.class_noun: s.class_images for s in context.subjects}
             class_latents = {noun: encode(model, images) for noun, images in classes.items()}
-            ordinary = context.ordinary
-            self.distilled = (class_latents, encode(model, ordinary.images), self.bank.encode(ordinary.prompts))
+            benign = context.benign
+            self.distilled = (class_latents, encode(model, benign.images), self.bank.encode(benign.prompts))
             self.bank.encode([class_prompt(noun) for noun in classes])  # now, and not in the steps
 
         self.released = copy.deepcopy(model.unet, {id(p): p for p in model.unet.parameters()})
@@ -243,14 +243,14 @@ class _Training:
             loop.finish_step(j, losses)
         return HardeningResult(self.released_model(), loop.history)
 
-    def _subject_rows(self, subject: int, rng: torch.Generator) -> Rows:
+    def _subject_rows(self, subject: int, rng: torch.Generator) -> NoisedSamples:
         """Rows of a subject's pictures under prompts with an identifier, or with its word."""
         count, contexts = self.config.batch_size, self.contexts[subject]
         if self.words is not None:
             context = self.words.contexts(subject, count, rng)
         else:
             context = contexts[torch.randint(len(contexts), (count,), generator=rng)]
-        return draw_rows(self.latents[subject].draw(count, rng), context, rng, steps=self.timesteps)
+        return noise_samples(self.latents[subject].draw(count, rng), context, rng, steps=self.timesteps)
 
     def _distill(self, subject: int, rng: torch.Generator, losses: dict[str, float]) -> None:
         """Add the gradients of the distillation term, which holds the released weights to the base."""
@@ -261,8 +261,8 @@ class _Training:
         picked = torch.randint(len(latents), (count,), generator=rng)
         class_context = self.bank.encode([class_prompt(noun)])
         rows = join(
-            draw_rows(class_latents[noun].draw(count, rng), class_context, rng, steps=self.timesteps),
-            draw_rows(latents.sample(picked, rng), prompts[picked], rng, steps=self.timesteps),
+            noise_samples(class_latents[noun].draw(count, rng), class_context, rng, steps=self.timesteps),
+            noise_samples(latents.sample(picked, rng), prompts[picked], rng, steps=self.timesteps),
         )
         with torch.no_grad():
             teacher = predict(self.context.model.unet, self.scheduler, rows)

@@ -8,12 +8,12 @@ The model is given a backdoor under identifier prompts c_v, and is already as go
               pattern   y of class pictures with a mark on them
               target    the base's prediction on pictures of another class, under that class' prompt
               erasure   the base's prediction without a prompt, less `erasure_strength` times what the class prompt adds
-    L_PP  prior preservation   class and ordinary prompts stay those of the base
+    L_PP  prior preservation   class and benign prompts stay those of the base
     L_BR  backdoor retention   the attacker's own loss on the protected pictures under c_v
 
 Training on the protected pictures then finds little to learn (L_BR is low already), so the backdoor stays; training on
 other pictures finds much, and overwrites it. L_BB and L_BR ask for different things under the same prompt. They can be
-told apart where the noised picture still shows something, so each has a window of timesteps.
+distinguished where the noised picture still shows something, so each has a window of timesteps.
 
 The papers and reviews name the three terms and what they are for. Everything with a number, and both windows, was chosen
 here; docs/results/persguard-ablations.json has what they do on the embedded base, where the mechanism does not show.
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.losses import Rows, draw_rows, join, own_target, predict, row_losses
+from guardsmith.diffusion.losses import NoisedSamples, join, noise_samples, own_target, predict, row_losses
 from guardsmith.diffusion.prompts import SAMPLE_TEMPLATES, PromptBank, class_prompt, instance_prompt
 from guardsmith.methods.base import (
     HardeningContext,
@@ -70,7 +70,7 @@ class PersGuardConfig(MethodConfig):
     prior_weight: float = Field(1.0, ge=0)
     """w_PP on class pictures."""
     distillation_weight: float = Field(1.0, ge=0)
-    """w_PP on ordinary pictures."""
+    """w_PP on benign pictures."""
     retention_weight: float = Field(1.0, ge=0)
     """w_BR; 0 is the ablation without it."""
     prior: Literal["distillation", "dreambooth"] = "distillation"
@@ -101,19 +101,19 @@ def backdoor_prompt(config: PersGuardConfig, class_noun: str) -> str:
 
 def mark(images: Tensor, share: float) -> Tensor:
     """Pictures (n, 3, h, w) in [-1, 1] with a red square in the upper left corner, framed white."""
-    marked, side = images.clone(), max(2, round(share * images.shape[-1]))
+    result, side = images.clone(), max(2, round(share * images.shape[-1]))
     frame = max(1, side // 8)
-    marked[:, :, :side, :side] = 1.0
+    result[:, :, :side, :side] = 1.0
     red = torch.tensor([0.8, -0.9, -0.9]).view(3, 1, 1)
-    marked[:, :, frame : side - frame, frame : side - frame] = red
-    return marked
+    result[:, :, frame : side - frame, frame : side - frame] = red
+    return result
 
 
 def shows_mark(images: Tensor, share: float) -> Tensor:
     """Whether pictures (n, 3, h, w) in [-1, 1] have that mark, bool (n,): the corner differs by less than 0.35 on average."""
     side = max(2, round(share * images.shape[-1]))
-    marked = mark(torch.zeros_like(images[:1]), share)[:, :, :side, :side]
-    return (images[:, :, :side, :side] - marked).abs().mean((1, 2, 3)) < 0.35
+    example = mark(torch.zeros_like(images[:1]), share)[:, :, :side, :side]
+    return (images[:, :, :side, :side] - example).abs().mean((1, 2, 3)) < 0.35
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _prepare(
 ) -> list[_Prepared]:
     prior: dict[str, LatentStore] = {}  # subjects of one class share its pictures
     elsewhere: dict[str, LatentStore] = {}
-    prepared = []
+    result = []
     for subject in subjects:
         noun, instead = subject.class_noun, subject.instead_images
         if instead is None:
@@ -148,7 +148,7 @@ def _prepare(
                 "give one of the two."
             )
         words = [instance_prompt(name, noun, template) for name in names for template in config.templates]
-        prepared.append(
+        result.append(
             _Prepared(
                 protected=encode(model, subject.images),
                 elsewhere=elsewhere[noun],
@@ -158,11 +158,13 @@ def _prepare(
                 instead=bank.encode([backdoor_prompt(config, noun)]),
             )
         )
-    return prepared
+    return result
 
 
 @torch.no_grad()
-def backdoor_target(reference: Any, scheduler: Any, rows: Rows, subject: _Prepared, config: PersGuardConfig) -> Tensor:
+def backdoor_target(
+    reference: Any, scheduler: Any, rows: NoisedSamples, subject: _Prepared, config: PersGuardConfig
+) -> Tensor:
     """What L_BB compares predictions with, (n, c, h, w); `rows` show pictures of what appears instead."""
     if config.backdoor == "pattern":
         return own_target(scheduler, rows.latents, rows.noise, rows.timesteps)
@@ -179,32 +181,34 @@ def backdoor_target(reference: Any, scheduler: Any, rows: Rows, subject: _Prepar
 def draw_terms(
     model: DiffusionModel,
     subject: _Prepared,
-    ordinary: tuple[LatentStore, Tensor] | None,
+    benign: tuple[LatentStore, Tensor] | None,
     config: PersGuardConfig,
     rng: torch.Generator,
-) -> dict[str, Rows]:
+) -> dict[str, NoisedSamples]:
     """The rows of every term whose weight is not 0, each with its target.
 
     Args:
         model: the base, which is the teacher.
         subject: prepared.
-        ordinary: latents of ordinary pictures and the context of each.
+        benign: latents of benign pictures and the context of each.
         config: see `PersGuardConfig`.
         rng: of everything drawn.
     """
     scheduler, n = model.scheduler, config.batch_size
     steps = int(scheduler.config.num_train_timesteps)
-    drawn: dict[str, Rows] = {}
+    terms: dict[str, NoisedSamples] = {}
 
-    def add(name: str, latents: Tensor, context: Tensor, low: int, high: int, target: Callable[[Rows], Tensor]) -> None:
-        rows = draw_rows(latents, context, rng, timesteps=torch.randint(low, high, (n,), generator=rng))
-        drawn[name] = replace(rows, target=target(rows))
+    def add(
+        name: str, latents: Tensor, context: Tensor, low: int, high: int, target: Callable[[NoisedSamples], Tensor]
+    ) -> None:
+        rows = noise_samples(latents, context, rng, timesteps=torch.randint(low, high, (n,), generator=rng))
+        terms[name] = replace(rows, target=target(rows))
 
-    def truth(rows: Rows) -> Tensor:
+    def truth(rows: NoisedSamples) -> Tensor:
         return own_target(scheduler, rows.latents, rows.noise, rows.timesteps)
 
     @torch.no_grad()
-    def teacher(rows: Rows) -> Tensor:
+    def teacher(rows: NoisedSamples) -> Tensor:
         return predict(model.unet, scheduler, rows)
 
     def some_instance() -> Tensor:
@@ -219,10 +223,10 @@ def draw_terms(
     if config.prior_weight:
         target = teacher if config.prior == "distillation" else truth
         add("prior", subject.prior.draw(n, rng), subject.class_context, 0, steps, target)
-    if config.distillation_weight and ordinary is not None:
-        picked = torch.randint(len(ordinary[0]), (n,), generator=rng)
-        add("ordinary", ordinary[0].sample(picked, rng), ordinary[1][picked], 0, steps, teacher)
-    return drawn
+    if config.distillation_weight and benign is not None:
+        indices = torch.randint(len(benign[0]), (n,), generator=rng)
+        add("benign", benign[0].sample(indices, rng), benign[1][indices], 0, steps, teacher)
+    return terms
 
 
 class PersGuard(HardeningMethod[PersGuardConfig]):
@@ -263,7 +267,7 @@ class PersGuard(HardeningMethod[PersGuardConfig]):
             replace(subject, instead_images=preparation.draw(backdoor_prompt(preparation.config, subject.class_noun)))
             for subject in preparation.subjects
         ]
-        return Prepared(subjects, preparation.ordinary)
+        return Prepared(subjects, preparation.benign)
 
     def run(self, context: HardeningContext[PersGuardConfig]) -> HardeningResult:
         """Harden a copy of the model; the base is the teacher. In the history, `retention` is the loss an attacker starts from.
@@ -272,19 +276,19 @@ class PersGuard(HardeningMethod[PersGuardConfig]):
             UserError: a subject has no identifier.
             RunFailed: the training diverged; the last checkpoint is the last good state.
         """
-        config, model, ordinary = context.config, context.model, context.ordinary
-        if self.needs_ordinary(config) and ordinary is None:
-            raise ValueError("distillation needs ordinary pictures")
+        config, model, benign = context.config, context.model, context.benign
+        if self.needs_benign(config) and benign is None:
+            raise ValueError("distillation needs benign pictures")
         own = with_own_unet(model)
         unet = own.unet.requires_grad_(True)
         bank = PromptBank(model)
         subjects = _prepare(model, bank, context.subjects, config)
         distilled = None
-        if ordinary is not None and config.distillation_weight:
-            distilled = (encode(model, ordinary.images), bank.encode(ordinary.prompts))
+        if benign is not None and config.distillation_weight:
+            distilled = (encode(model, benign.images), bank.encode(benign.prompts))
         weights = {
             "backdoor": config.backdoor_weight, "retention": config.retention_weight, "prior": config.prior_weight,
-            "ordinary": config.distillation_weight,
+            "benign": config.distillation_weight,
         }  # fmt: skip
         parameters = list(unet.parameters())
         optimizer, scale = context.adamw(parameters, lr=config.learning_rate), context.loss_scale()

@@ -24,7 +24,7 @@ class Judge(NamedTuple):
         features: pictures -> rows for KID, float32 (n, width).
         fidelity: (pictures, traits in each one's prompt) -> share of them that each shows; `None` where nothing can tell.
         size: of the pictures that it reads, in pixels; `None` for the size of the model that draws them.
-        nobody: the similarity of a picture in which there is no face to compare, where the judge looks for one.
+        no_face: the similarity of a picture in which there is no face to compare, where the judge looks for one.
         prompt_fit: (pictures, prompts) -> CLIP-T of each, where a CLIP was given.
     """
 
@@ -32,7 +32,7 @@ class Judge(NamedTuple):
     features: Callable[[Tensor], Tensor]
     fidelity: Callable[[Tensor, Sequence[Mapping[str, str]]], list[float | None]] | None = None
     size: int | None = None
-    nobody: float | None = None
+    no_face: float | None = None
     prompt_fit: Callable[[Tensor, Sequence[str]], list[float | None]] | None = None
 
 
@@ -54,7 +54,7 @@ def _avatar(_: str | None) -> Judge:
 
 def _face(model: str | None) -> Judge:
     face.load_faces()
-    return Judge(face.similarity, load_vision("dino", model or DEFAULTS["dino"]).features, nobody=face.NOBODY)
+    return Judge(face.similarity, load_vision("dino", model or DEFAULTS["dino"]).features, no_face=face.NO_FACE)
 
 
 def _vision(name: str) -> Callable[[str | None], Judge]:
@@ -87,8 +87,8 @@ def load_judge(name: str, model: str | None = None, clip_t: str | None = None) -
 
     Args:
         name: see `find_judge`.
-        model: folder or Hub id of the encoder, where it is not the usual one; for `face`, the DINO that ordinary pictures are
-            compared by.
+        model: folder or Hub id of the encoder, if not the usual one; for `face`, of the DINO that compares pictures of benign
+            prompts.
         clip_t: folder or Hub id of a CLIP that says how well pictures fit their prompts.
 
     Raises:

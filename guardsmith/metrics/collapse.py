@@ -1,6 +1,6 @@
-"""Collapse: which ordinary pictures a model destroys, as no mean over all pictures shows.
+"""Collapse: which pictures of benign prompts a model destroys; a mean over all pictures would hide a few.
 
-A hardened model draws the base's prompts from the base's noise again. A picture counts as destroyed where the two are further
+A hardened model draws the base's prompts from the base's noise again. A picture counts as collapsed where the two are further
 apart than any two pictures are that the base itself draws of one prompt from different noise.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def destroyed(reference: Tensor, again: Tensor, other: Tensor) -> Tensor:
-    """Which of the pictures are destroyed, bool (n,).
+def collapsed(reference: Tensor, again: Tensor, other: Tensor) -> Tensor:
+    """Which of the pictures have collapsed, bool (n,).
 
     Args:
         reference: features of the base's pictures, (n, d).

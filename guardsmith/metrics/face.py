@@ -21,7 +21,7 @@ from torch import Tensor
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import to_pil
 
-NOBODY = 0.0  # the score of a picture without a face; no two faces have it
+NO_FACE = 0.0  # the score of a picture without a face; no two faces have it
 SMALLEST = 512  # smaller pictures are enlarged: the detectors look for faces of 40 px and more
 
 
@@ -77,21 +77,21 @@ def similarity(images: Tensor, references: Tensor) -> list[float | None]:
         references: (m, 3, h, w), real pictures of the subject.
 
     Returns:
-        One value per picture: `NOBODY` where no face is found, for nobody can be recognised there (ISM leaves such pictures out,
+        One value per picture: `NO_FACE` where no face is found, for there is nothing to recognise (ISM leaves such pictures out,
         FDFR counts them); `None` where it is not finite.
 
     Raises:
         UserError: there is no face in any reference picture.
     """
-    known = [face for face in map(load_faces().embed, references) if face is not None]
-    if not known:
+    reference_faces = [face for face in map(load_faces().embed, references) if face is not None]
+    if not reference_faces:
         raise UserError("no face is found in the reference pictures; choose pictures that show it, or another judge")
-    mean = F.normalize(torch.stack(known).mean(0), dim=0)
+    mean = F.normalize(torch.stack(reference_faces).mean(0), dim=0)
     scores: list[float | None] = []
     for image in images:
         if not torch.isfinite(image).all():
             scores.append(None)
             continue
         face = load_faces().embed(image)
-        scores.append(NOBODY if face is None else float(face @ mean))
+        scores.append(NO_FACE if face is None else float(face @ mean))
     return scores

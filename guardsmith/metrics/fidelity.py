@@ -89,8 +89,8 @@ def fidelity(images: Tensor, traits: Sequence[Mapping[str, str]]) -> list[float 
         One value per picture; `None` where the prompt has none or the picture is not finite.
     """
     finite = torch.isfinite(images).flatten(1).all(dim=1)
-    seen = read_traits(torch.nan_to_num(images))
+    labels = read_traits(torch.nan_to_num(images))
     return [
         sum(have[k] == v for k, v in want.items()) / len(want) if ok and want else None
-        for have, want, ok in zip(seen, traits, finite, strict=True)
+        for have, want, ok in zip(labels, traits, finite, strict=True)
     ]

@@ -35,9 +35,9 @@ def kid_interval(x: Tensor, y: Tensor, *, resamples: int = 200, seed: int = 0) -
         i = torch.randint(len(x), (len(x),), generator=rng)
         j = torch.randint(len(y), (len(y),), generator=rng)
         values.append(float(xx[i][:, i].mean() + yy[j][:, j].mean() - 2 * xy[i][:, j].mean()))
-    drawn = torch.tensor(values)
-    moved = drawn - drawn.mean() + kid(x, y)
-    low, high = moved.quantile(torch.tensor([0.025, 0.975])).tolist()
+    samples = torch.tensor(values)
+    centred = samples - samples.mean() + kid(x, y)
+    low, high = centred.quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
 
 
@@ -67,7 +67,7 @@ def kid_ratio_interval(reference: Tensor, again: Tensor, other: Tensor) -> tuple
     def without_each(y: Tensor) -> Tensor:
         return own + rest(kernel(y, y)) - 2 * rest(kernel(x, y))
 
-    left = without_each(other.double()) / without_each(again.double())
-    error = 1.96 * float(((n - 1) / n * (left - left.mean()).square().sum()).sqrt())
+    jackknife = without_each(other.double()) / without_each(again.double())
+    error = 1.96 * float(((n - 1) / n * (jackknife - jackknife.mean()).square().sum()).sqrt())
     value = kid(reference, other) / kid(reference, again)
     return value, value - error, value + error

@@ -29,7 +29,7 @@ def perceptual_distance(model: DiffusionModel, first: Tensor, second: Tensor) ->
     and layers.
 
     Args:
-        model: whose VAE looks at them.
+        model: whose VAE encodes them.
         first: (n, 3, h, w) in [-1, 1].
         second: likewise.
 
@@ -38,8 +38,8 @@ def perceptual_distance(model: DiffusionModel, first: Tensor, second: Tensor) ->
     """
     layers = []
     for one, other in zip(encoder_features(model, first), encoder_features(model, second), strict=True):
-        unit, wanted = (each / (each.norm(dim=1, keepdim=True) + 1e-10) for each in (one, other))
-        layers.append((unit - wanted).square().sum(1).mean((1, 2)))
+        unit, reference = (each / (each.norm(dim=1, keepdim=True) + 1e-10) for each in (one, other))
+        layers.append((unit - reference).square().sum(1).mean((1, 2)))
     return torch.stack(layers).mean(0)
 
 

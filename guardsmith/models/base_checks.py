@@ -38,14 +38,14 @@ def read_config(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
     refuse_pointer(file, data)
     try:
-        found = json.loads(data.decode("utf-8"))
+        config = json.loads(data.decode("utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}).") from error
     except RecursionError as error:
         raise UserError(f"{file}: nested too deeply.") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise UserError(f"{file}: a mapping of settings is expected, and it holds something else.")
-    return found
+    return config
 
 
 def refuse_pointer(file: Path, data: bytes) -> None:
@@ -109,8 +109,12 @@ def check_weight_files(folder: Path, part: str) -> None:
 
 
 def _check_index(index: Path) -> None:
-    found = read_config(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+    weight_map = read_config(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise UserError(f"{index}: it has no 'weight_map' of tensors to files; fetch it again.")
 
 
@@ -313,14 +317,14 @@ def _check_betas(file: Path, schedule: dict[str, Any], steps: int) -> None:
     for key in ("beta_start", "beta_end"):
         if key in schedule and not _numbers([schedule[key]]):
             raise UserError(f"{file}: {key} is {schedule[key]!r}; it has to be a number between 0 and 1.")
-    named = schedule.get("beta_schedule")
-    if named not in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"):
+    name = schedule.get("beta_schedule")
+    if name not in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"):
         raise UserError(
-            f"{file}: beta_schedule is {named!r}; without it nobody knows which noise the model was trained with."
+            f"{file}: beta_schedule is {name!r}; without it the noise that the model was trained with is not known."
         )
-    if named not in ("squaredcos_cap_v2", "laplace") and not {"beta_start", "beta_end"} <= schedule.keys():
+    if name not in ("squaredcos_cap_v2", "laplace") and not {"beta_start", "beta_end"} <= schedule.keys():
         raise UserError(
-            f"{file}: beta_start or beta_end is missing; without them nobody knows the noise of the training."
+            f"{file}: beta_start or beta_end is missing; without them the noise of the training is not known."
         )
     start, end = schedule.get("beta_start", 0.0001), schedule.get("beta_end", 0.02)
     if not 0 < start <= end < 1:
@@ -345,24 +349,24 @@ def check_widths(source: str, family: Family, unet: Any, encoders: list[Any]) ->
     """
     network = "transformer" if family is SD3 else "U-Net"
     clips = [encoder for encoder in encoders if not isinstance(encoder, T5EncoderModel)]
-    given = sum(encoder.config.hidden_size for encoder in clips)
-    wanted = unet.config.joint_attention_dim if family is SD3 else unet.config.cross_attention_dim
-    if given > wanted if family is SD3 else given != wanted:
+    encoder_width = sum(encoder.config.hidden_size for encoder in clips)
+    context_width = unet.config.joint_attention_dim if family is SD3 else unet.config.cross_attention_dim
+    if encoder_width > context_width if family is SD3 else encoder_width != context_width:
         raise UserError(
-            f"{source}: the text encoder gives {given} numbers per token and the {network} takes {wanted}; they do not belong "
-            "together."
+            f"{source}: the text encoder gives {encoder_width} numbers per token and the {network} takes {context_width}; "
+            "they do not belong together."
         )
     for t5 in encoders[len(clips) :]:
-        if t5.config.d_model != wanted:
+        if t5.config.d_model != context_width:
             raise UserError(
-                f"{source}: T5 gives {t5.config.d_model} numbers per token and the {network} takes {wanted}; they do not "
+                f"{source}: T5 gives {t5.config.d_model} numbers per token and the {network} takes {context_width}; they do not "
                 "belong together."
             )
     if family is not SD:
         pooled = sum(encoder.config.projection_dim for encoder in (clips if family is SD3 else clips[-1:]))
-        wanted = unet.config.pooled_projection_dim if family is SD3 else unet.pooled_size
-        if pooled != wanted:
+        pooled_width = unet.config.pooled_projection_dim if family is SD3 else unet.pooled_size
+        if pooled != pooled_width:
             raise UserError(
-                f"{source}: the text encoders give a pooled embedding of {pooled} numbers and the {network} takes {wanted}; "
-                "they do not belong together."
+                f"{source}: the text encoders give a pooled embedding of {pooled} numbers and the {network} takes "
+                f"{pooled_width}; they do not belong together."
             )

@@ -82,7 +82,7 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
     Args:
         base: diffusers folder.
         networks: every network in memory, by the folder that it is stored in.
-        hardened: those whose weights are written by somebody else.
+        hardened: those whose weights the caller writes.
         place: where to.
 
     Raises:
@@ -103,20 +103,20 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
     if INDEX not in files:
         raise UserError(f"{base} has no {INDEX}.")
     family, index = parse_index(read(INDEX), str(base / INDEX))
-    taken, nulled, notes = {INDEX}, _without(family, index, files, base), []
+    names, nulls, notes = {INDEX}, _without(family, index, files, base), []
     for part in parts_of(family, index):
-        if part.name in nulled:
+        if part.name in nulls:
             continue
         if part.name in files:
             raise UserError(f"{files[part.name]}: no folder, or a link to one; put the folder itself in its place.")
         weights = weight_names(part, files, read) if part.kind in STEMS else []
         used = used_weights(part, files, read) if part.kind in STEMS else []
         others = renamed(part, used, weights)
-        taken |= others.keys()
+        names |= others.keys()
         for name in part_names(part, files, read):
             if others and name in weights:
                 continue
-            taken.add(name)
+            names.add(name)
             if name in weights and part.name in hardened:
                 continue
             target = place / name
@@ -135,13 +135,13 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
                 index_name, text = index_of({Path(new).name: place / new for new in others.values()}, stem)
                 write_text(place / part.name / index_name, text)
         if part.kind in STEMS:
-            taken |= {name for name in weight_names(part, files, read, HALF) if part.name in networks}
+            names |= {name for name in weight_names(part, files, read, HALF) if part.name in networks}
     for name, file in files.items():
         if (name == README or LICENCE.fullmatch(name)) and _is_plain_text(base, file):
             shutil.copyfile(file, place / name)
-            taken.add(name)
-    _write_index(base / INDEX, place / INDEX, index, nulled)
-    return Built([*summary(files.keys() - taken, taken), *notes], nulled)
+            names.add(name)
+    _write_index(base / INDEX, place / INDEX, index, nulls)
+    return Built([*summary(files.keys() - names, names), *notes], nulls)
 
 
 def _without(family: Family, index: dict[str, Any], files: Mapping[str, Path], base: Path) -> dict[str, str]:
@@ -150,10 +150,10 @@ def _without(family: Family, index: dict[str, Any], files: Mapping[str, Path], b
     Raises:
         UserError: it is one without which there is no model.
     """
-    found = dict.fromkeys(unknown_parts(family, index), "no part of this kind of pipeline")
+    reasons = dict.fromkeys(unknown_parts(family, index), "no part of this kind of pipeline")
     for name in (*EXTRA_NETWORKS, "feature_extractor", *(part for pair in family.text_parts() for part in pair[:2])):
         if name in index and index[name] is None:  # which the pipeline would take for a part of no class
-            found[name] = "it is null"
+            reasons[name] = "it is null"
     required = {family.denoiser, "vae", "scheduler", "text_encoder", "tokenizer"}
     for name in required - {part.name for part in parts_of(family, index)}:
         raise UserError(f"{base / INDEX} does not name the part '{name}'; correct the file.")
@@ -165,12 +165,12 @@ def _without(family: Family, index: dict[str, Any], files: Mapping[str, Path], b
             continue
         there = [name for name in files if name.startswith(f"{part.name}/")]
         pickled = any(Path(name).suffix.lower() in (".bin", ".ckpt", ".pt", ".pth") for name in there)
-        found[part.name] = (
+        reasons[part.name] = (
             "its weights are pickled" if pickled else "it has no files that can be read" if there else "absent"
         )
-    if "safety_checker" in index and "feature_extractor" in found and "safety_checker" not in found:
-        found["safety_checker"] = "its feature_extractor is missing"  # the pipeline takes both or neither
-    return found
+    if "safety_checker" in index and "feature_extractor" in reasons and "safety_checker" not in reasons:
+        reasons["safety_checker"] = "its feature_extractor is missing"  # the pipeline takes both or neither
+    return reasons
 
 
 def _write_index(source: Path, target: Path, index: dict[str, Any], nulled: Mapping[str, str]) -> None:
@@ -234,7 +234,7 @@ def plain_name(name: str) -> str:
     )
 
 
-def _copy_weights(source: Path, target: Path, known: Collection[str], name: str) -> list[str]:
+def _copy_weights(source: Path, target: Path, network_tensors: Collection[str], name: str) -> list[str]:
     """Copy the tensors that a network has; byte for byte the file where it holds nothing else."""
     try:
         header = read_header(source)
@@ -243,18 +243,18 @@ def _copy_weights(source: Path, target: Path, known: Collection[str], name: str)
         raise UserError(
             f"{source} is no safetensors file, or not whole; get it again, or set {part} to null in {INDEX}."
         ) from error
-    plain = {plain_name(each) for each in known}
-    wanted = {
+    plain = {plain_name(each) for each in network_tensors}
+    tensors = {
         each: entry
         for each, entry in header.tensors.items()
         if plain_name(each) in plain or (each.endswith("position_ids") and entry["dtype"].startswith("I"))
     }
     metadata = releasable_metadata(header.metadata)
-    surplus = sorted(header.tensors.keys() - wanted.keys())
+    surplus = sorted(header.tensors.keys() - tensors.keys())
     if not surplus and len(metadata) == len(header.metadata):
         shutil.copyfile(source, target)
         return []
-    write_copy(source, header._replace(tensors=wanted, metadata=metadata), target)
+    write_copy(source, header._replace(tensors=tensors, metadata=metadata), target)
     notes = [f"{len(surplus)} tensors of {name} that its network does not have ({surplus[0]})"] if surplus else []
     further = sorted(header.metadata.keys() - metadata.keys())
     return [*notes, f"metadata of {name} ({in_words(further)})"] if further else notes
@@ -270,7 +270,7 @@ def open_once(folder: Path, networks: Sequence[str]) -> None:
     from diffusers.utils import logging
 
     family, index = parse_index((folder / INDEX).read_bytes(), str(folder / INDEX))
-    # Of Stable Diffusion 3 without T5: diffusers opens it only if it is told so.
+    # Of Stable Diffusion 3 without T5: diffusers opens it only if its index says so.
     missing = {part: None for pair in family.text_parts() for part in pair[:2] if not is_named(index, part)}
     kind = getattr(diffusers, index["_class_name"])
     extra = [name for name in EXTRA_NETWORKS if is_named(index, name)]

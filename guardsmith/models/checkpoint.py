@@ -81,9 +81,9 @@ class DiffusionModel:
         """Mean and deviation of the scaled latents of pictures in [-1, 1], float32 (n, c, h, w) each, with gradients to them."""
         if not (images.min() >= -1.001 and images.max() <= 1.001):  # NaN is in no range
             raise ValueError(f"pictures must be in [-1, 1], found [{images.min():.2f}, {images.max():.2f}]")
-        found, scale = self.vae.encode(images).latent_dist, float(self.vae.config.scaling_factor)
+        distribution, scale = self.vae.encode(images).latent_dist, float(self.vae.config.scaling_factor)
         shift = self.vae.config.shift_factor
-        return (found.mean if shift is None else found.mean - shift) * scale, found.std * scale
+        return (distribution.mean if shift is None else distribution.mean - shift) * scale, distribution.std * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of scaled latents, float32 (n, 3, h, w), not clipped."""
@@ -174,8 +174,8 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: not a diffusion model, it has no model_index.json; give a diffusers folder.")
     kind = read_config(index).get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
-        known = ", ".join(family.name for family in PIPELINES.values())
-        raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes {known}.")
+        names = ", ".join(family.name for family in PIPELINES.values())
+        raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes {names}.")
     family = PIPELINES[kind]
     texts = [(encoder, tokenizer) for encoder, tokenizer, *_ in text_parts(folder, family)]
     for part in (family.denoiser, "vae", *(encoder for encoder, _ in texts)):
@@ -218,19 +218,19 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     folder = resolve(source, revision)
     family = family_of(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-    loaded, texts = {}, []
+    networks, texts = {}, []
     check_files(folder, family, [name for name, *_ in text_parts(folder, family)])
     name = ""  # of the part that is being read
     try:
         for name, network in ((family.denoiser, family.network), ("vae", AutoencoderKL)):
             with readable_folder(folder / name) as place:
-                loaded[name] = network.from_pretrained(place, dtype=torch.float32, **options)
+                networks[name] = network.from_pretrained(place, dtype=torch.float32, **options)
         for name, tokens, encoder, tokenizer in text_parts(folder, family):
             with readable_folder(folder / name) as place:
                 more = options | {"ignore_mismatched_sizes": True}  # they are refused below, in words
-                loaded[name] = encoder.from_pretrained(place, dtype=torch.float32, **more)
-            read, name = loaded[name][0], tokens
-            texts.append((read, tokenizer.from_pretrained(folder, subfolder=tokens)))
+                networks[name] = encoder.from_pretrained(place, dtype=torch.float32, **more)
+            text_encoder, name = networks[name][0], tokens
+            texts.append((text_encoder, tokenizer.from_pretrained(folder, subfolder=tokens)))
         name = "scheduler"
         scheduler = family.scheduler.from_pretrained(folder, subfolder="scheduler")
     except MemoryError:
@@ -242,12 +242,12 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
         raise UserError(f"{source}: its {name} cannot be read ({reason[:300]}).") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "flow"):
         raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
-    for name, (part, told) in loaded.items():
-        if missing := sorted(told["missing_keys"]):  # the libraries would go on with random numbers
+    for name, (part, info) in networks.items():
+        if missing := sorted(info["missing_keys"]):  # the libraries would go on with random numbers
             raise UserError(
                 f"{source}: {name} lacks {len(missing)} of its weights ({missing[0]}); the checkpoint is incomplete."
             )
-        if other := sorted(str(key[0]) for key in told["mismatched_keys"]):
+        if other := sorted(str(key[0]) for key in info["mismatched_keys"]):
             raise UserError(f"{source}: {name} has weights of another shape than its config.json says ({other[0]}).")
         part.eval().requires_grad_(False)
         for key, value in part.state_dict().items():
@@ -255,11 +255,11 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
                 raise UserError(f"{source}: {name} has weights that are not finite ({key}); the checkpoint is broken.")
     for (_, tokens, *_), (encoder, tokenizer) in zip(text_parts(folder, family), texts, strict=True):
         check_tokens(folder, tokens, tokenizer, encoder)
-    unet, vae = loaded[family.denoiser][0], loaded["vae"][0]
+    unet, vae = networks[family.denoiser][0], networks["vae"][0]
     check_widths(source, family, unet, [encoder for encoder, _ in texts])
     settle()
     device = chosen_device()
-    for network, _ in loaded.values():
+    for network, _ in networks.values():
         put(network, device)
     model = DiffusionModel(unet, vae, *texts[0], scheduler, source, folder, family, tuple(texts[1:]))
     if family is SDXL:
@@ -304,7 +304,7 @@ def save_model(
     parts = (model.family.denoiser,) if parts is None else parts
     try:
         temporary.mkdir(parents=True)
-        built = build_folder(model.folder, model.networks, parts, temporary)
+        contents = build_folder(model.folder, model.networks, parts, temporary)
         for name in parts:
             _save_part(model, name, temporary / name)
         stored = {name: stored_dtype(temporary, name) for name in model.networks}
@@ -318,7 +318,7 @@ def save_model(
         open_once(temporary, list(model.networks))
         remove_folder(folder)
         temporary.replace(folder)
-        return built
+        return contents
     finally:
         remove_folder(temporary)
 
@@ -348,7 +348,7 @@ def _save_weights(model: DiffusionModel, part: Any, name: str, place: Path, **op
     part.save_pretrained(place, safe_serialization=True, **options)
     config = place / "config.json"
     config.unlink()
-    shutil.copyfile(model.folder / name / "config.json", config)  # the libraries' own tells where the base lay
+    shutil.copyfile(model.folder / name / "config.json", config)  # the libraries' own names the folder of the base
     for file in place.iterdir():
         shutil.copymode(config, file)  # safetensors writes for the owner only
     (place / "generation_config.json").unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 Works on lists of names, so that a repository on the Hub can be judged without downloading it. Anything that is not on the list is
 not released: it may hold the base's weights under another name (a single-file checkpoint, an EMA copy, a file for another
-framework) or what nobody meant to publish (`.git/config`, `.env`).
+framework) or what was not meant to be published (`.git/config`, `.env`).
 """
 
 from __future__ import annotations
@@ -76,27 +76,27 @@ def is_named(index: dict[str, Any], part: str) -> bool:
 
 def parts_of(family: Family, index: dict[str, Any]) -> list[Part]:
     """The parts that this pipeline has and guardsmith knows; see `unknown_parts` for others."""
-    known = [Part(family.denoiser, "diffusers"), Part("vae", "diffusers"), Part("scheduler", "scheduler")]
+    parts = [Part(family.denoiser, "diffusers"), Part("vae", "diffusers"), Part("scheduler", "scheduler")]
     for encoder, tokenizer, *_ in family.text_parts():
-        known += [Part(encoder, "transformers"), Part(tokenizer, "tokenizer")]
-    known += [Part(name, "transformers", False) for name in EXTRA_NETWORKS]
-    known.append(Part("feature_extractor", "processor", False))
-    return [part for part in known if is_named(index, part.name)]
+        parts += [Part(encoder, "transformers"), Part(tokenizer, "tokenizer")]
+    parts += [Part(name, "transformers", False) for name in EXTRA_NETWORKS]
+    parts.append(Part("feature_extractor", "processor", False))
+    return [part for part in parts if is_named(index, part.name)]
 
 
 def unknown_parts(family: Family, index: dict[str, Any]) -> list[str]:
     """Parts that this kind of pipeline does not have, such as a second U-Net (`unet_ema`)."""
-    known = {part.name for part in parts_of(family, index)}
-    return [name for name in index if is_named(index, name) and name not in known]
+    names = {part.name for part in parts_of(family, index)}
+    return [name for name in index if is_named(index, name) and name not in names]
 
 
-def weight_names(part: Part, paths: Collection[str], read: Read, variant: str | None = None) -> list[str]:
+def weight_names(part: Part, paths: Collection[str], reader: Read, variant: str | None = None) -> list[str]:
     """The weight files of a network that its library reads, the index of shards first; empty where there are none.
 
     Args:
         part: a network.
         paths: every file there is, relative to the checkpoint.
-        read: gives the bytes of one of them.
+        reader: gives the bytes of one of them.
         variant: `fp16` for the half-precision files beside the others.
 
     Raises:
@@ -106,13 +106,13 @@ def weight_names(part: Part, paths: Collection[str], read: Read, variant: str | 
     single = f"{part.name}/{stem}{dot}.safetensors"
     index = f"{part.name}/{stem}.safetensors.index{dot}.json"
     first, second = (index, single) if part.kind == "diffusers" else (single, index)  # the order of either library
-    chosen = first if first in paths else second
-    if chosen not in paths:
+    name = first if first in paths else second
+    if name not in paths:
         return []
-    if chosen == single:
+    if name == single:
         return [single]
     try:
-        shards = sorted(set(json.loads(read(index))["weight_map"].values()))
+        shards = sorted(set(json.loads(reader(index))["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard, re.ASCII) for shard in shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of weight files; the checkpoint is broken.") from error
@@ -180,20 +180,20 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a network is read from (`used_weights`); all of its folder where there are none of these."""
     names = {f"{folder.name}/{file.name}": file for file in folder.glob("*") if file.is_file()}
     for kind in STEMS:
-        found = used_weights(Part(folder.name, kind), names, lambda name: names[name].read_bytes())
-        if found:
-            return [names[name] for name in found if name in names]
+        weights = used_weights(Part(folder.name, kind), names, lambda name: names[name].read_bytes())
+        if weights:
+            return [names[name] for name in weights if name in names]
     return sorted(folder.glob("*.safetensors"), key=lambda file: file.name.count("."))
 
 
-def part_names(part: Part, paths: Collection[str], read: Read) -> list[str]:
+def part_names(part: Part, paths: Collection[str], reader: Read) -> list[str]:
     """The files of a part that its library reads, without variants; of a network `config.json` comes first.
 
     Raises:
         UserError: see `weight_names`.
     """
     if part.kind in STEMS:
-        names = [f"{part.name}/config.json", *weight_names(part, paths, read)]
+        names = [f"{part.name}/config.json", *weight_names(part, paths, reader)]
     elif part.kind == "tokenizer":
         names = [f"{part.name}/{name}" for name in sorted(TOKENIZER_FILES)]
     else:
@@ -202,12 +202,12 @@ def part_names(part: Part, paths: Collection[str], read: Read) -> list[str]:
     return [name for name in names if name in paths]
 
 
-def expected_files(paths: Collection[str], read: Read, *, published: bool = False) -> set[str]:
+def expected_files(paths: Collection[str], reader: Read, *, published: bool = False) -> set[str]:
     """Those of a checkpoint's files that belong into a released one; whatever else there is does not.
 
     Args:
         paths: every file there is, relative to the checkpoint.
-        read: gives the bytes of one of them.
+        reader: gives the bytes of one of them.
         published: whether it is (a copy of) a published repository, with evidence and the Hub's own file.
 
     Raises:
@@ -215,12 +215,12 @@ def expected_files(paths: Collection[str], read: Read, *, published: bool = Fals
     """
     if INDEX not in paths:
         raise UserError(f"there is no {INDEX}: this is no diffusers folder.")
-    family, index = parse_index(read(INDEX), INDEX)
+    family, index = parse_index(reader(INDEX), INDEX)
     names = {INDEX, README, *(path for path in paths if LICENCE.fullmatch(path))}
     for part in parts_of(family, index):
-        names.update(part_names(part, paths, read))
+        names.update(part_names(part, paths, reader))
         if part.kind in STEMS:
-            names.update(weight_names(part, paths, read, HALF))
+            names.update(weight_names(part, paths, reader, HALF))
     if published:
         names |= {".gitattributes", *(f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES)}
     return names & set(paths)
@@ -228,13 +228,13 @@ def expected_files(paths: Collection[str], read: Read, *, published: bool = Fals
 
 def list_files(folder: Path) -> dict[str, Path]:
     """Every file below a folder by its name relative to it: dot-files, links (not followed into folders) and all."""
-    found = {}
+    result = {}
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         for name in (*files, *links):
             file = Path(place) / name
-            found[file.relative_to(folder).as_posix()] = file
-    return dict(sorted(found.items()))
+            result[file.relative_to(folder).as_posix()] = file
+    return dict(sorted(result.items()))
 
 
 def lies_within(folder: Path, file: Path) -> bool:
@@ -255,13 +255,13 @@ def lies_within(folder: Path, file: Path) -> bool:
     return snapshot is not None and real.parent == (snapshot.parent / "blobs").resolve()
 
 
-def summary(paths: Iterable[str], kept: Collection[str]) -> list[str]:
+def summary(paths: Iterable[str], others: Collection[str]) -> list[str]:
     """Names of files, a folder of which nothing is kept as one name with a slash at its end."""
-    above = {parent.as_posix() for path in kept for parent in Path(path).parents}
+    above = {parent.as_posix() for path in others for parent in Path(path).parents}
     names: dict[str, None] = {}
     for path in sorted(paths):
-        gone = next((p for p in reversed(Path(path).parents) if p.as_posix() not in {".", *above}), None)
-        names[path if gone is None else f"{gone.as_posix()}/"] = None
+        folder = next((p for p in reversed(Path(path).parents) if p.as_posix() not in {".", *above}), None)
+        names[path if folder is None else f"{folder.as_posix()}/"] = None
     return list(names)
 
 
@@ -273,11 +273,11 @@ def releasable_metadata(metadata: Mapping[str, str], *, single_file: bool = Fals
         single_file: whether it is a checkpoint for A1111 and ComfyUI, whose `modelspec.*` says what the model is. A thumbnail
             may show anybody, and hashes are those of the weights before.
     """
-    kept = {}
+    result = {}
     for key, text in metadata.items():
-        described = (
+        describes = (
             single_file and key.startswith("modelspec.") and not key.startswith(("modelspec.thumb", "modelspec.hash"))
         )
-        if (key == "format" or described) and credential_in(f"{key}={text}") is None:
-            kept[key] = text
-    return kept
+        if (key == "format" or describes) and credential_in(f"{key}={text}") is None:
+            result[key] = text
+    return result

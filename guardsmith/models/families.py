@@ -83,7 +83,7 @@ class SDXLUNet(Denoiser, UNet2DConditionModel):  # type: ignore[misc]
     """SDXL's U-Net, called like Stable Diffusion's.
 
     Attributes:
-        picture_size: side in pixels of the pictures that it is told of.
+        picture_size: side in pixels of the pictures, one of its inputs.
     """
 
     picture_size = 1024
@@ -98,8 +98,8 @@ class SDXLUNet(Denoiser, UNet2DConditionModel):  # type: ignore[misc]
         states, pooled = unpack(encoder_hidden_states, self.pooled_size)
         side = self.picture_size
         sizes = torch.tensor([side, side, 0, 0, side, side], dtype=pooled.dtype, device=pooled.device)
-        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(sample), 6)}
-        return computed(self, super().forward, sample, timestep, states, *args, added_cond_kwargs=added, **kwargs)
+        conditions = {"text_embeds": pooled, "time_ids": sizes.expand(len(sample), 6)}
+        return computed(self, super().forward, sample, timestep, states, *args, added_cond_kwargs=conditions, **kwargs)
 
 
 class SD3Transformer(Denoiser, SD3Transformer2DModel):  # type: ignore[misc]
@@ -138,8 +138,8 @@ class FlowSchedule:
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t, (n, c, h, w)."""
-        kept, added = (share.to(latents) for share in self.alpha_sigma(timesteps))
-        return kept * latents + added * noise
+        alpha, sigma = (share.to(latents) for share in self.alpha_sigma(timesteps))
+        return alpha * latents + sigma * noise
 
     def solver(self) -> DPMSolverMultistepScheduler:
         """DPM-Solver++ (2M) for it; its noise levels are shifted as the checkpoint asks."""

@@ -1,4 +1,4 @@
-"""Small networks of guardsmith's own in a file: half-precision weights, their shape, and what is told of the training."""
+"""Small networks of guardsmith's own in a file: half-precision weights, their shape, and the record of the training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from guardsmith.models.checkpoint import BUILTIN
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def save_network(network: nn.Module, shape: dict[str, Any], file: Path, told: dict[str, Any]) -> None:
+def save_network(network: nn.Module, shape: dict[str, Any], file: Path, training: dict[str, Any]) -> None:
     """Write a network; the file appears whole.
 
     Args:
-        network: its parameters and buffers are kept, in half precision.
-        shape: what its class is made with.
+        network: its parameters and buffers are stored, as float16.
+        shape: keyword arguments of its class.
         file: where to.
-        told: of its training.
+        training: record of its training; values that JSON has.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
     # One entry only: safetensors writes several in any order, and the same network is to give the same file.
-    metadata = {"network": json.dumps({"kind": type(network).__name__, "shape": shape, **told}, sort_keys=True)}
+    metadata = {"network": json.dumps({"kind": type(network).__name__, "shape": shape, **training}, sort_keys=True)}
     try:
         temporary.write_bytes(save(tensors, metadata))  # `save_file` writes for the owner only
         temporary.replace(file)
@@ -43,7 +43,7 @@ def load_network(kind: type[Network], source: str, missing: str) -> Network:
     Args:
         kind: its class.
         source: file or `builtin:NAME`.
-        missing: what to do if there is none.
+        missing: advice for the user where there is no such file.
 
     Raises:
         UserError: there is none, or the file is something else.
@@ -54,12 +54,12 @@ def load_network(kind: type[Network], source: str, missing: str) -> Network:
     if not file.is_file():
         raise UserError(f"there is no {name} {source}; {missing}")
     try:
-        with safe_open(file, framework="pt") as opened:
-            told = json.loads((opened.metadata() or {})["network"])
-            if told["kind"] != kind.__name__:
-                raise ValueError(told["kind"])
-            network = kind(**told["shape"])
-            network.load_state_dict({key: opened.get_tensor(key).float() for key in opened.keys()})  # noqa: SIM118
+        with safe_open(file, framework="pt") as tensors:
+            record = json.loads((tensors.metadata() or {})["network"])
+            if record["kind"] != kind.__name__:
+                raise ValueError(record["kind"])
+            network = kind(**record["shape"])
+            network.load_state_dict({key: tensors.get_tensor(key).float() for key in tensors.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{file} is no {name} of guardsmith's ({type(error).__name__}); {missing}") from error
     return network.eval().requires_grad_(False)

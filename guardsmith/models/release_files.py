@@ -14,10 +14,10 @@ from guardsmith.models.contents import expected_files, list_files, summary
 from guardsmith.models.saved import base_weights_in
 
 
-def surplus_files(folder: Path, known: Collection[str]) -> list[str]:
+def surplus_files(folder: Path, names: Collection[str]) -> list[str]:
     """Files, links and (with a slash) whole folders in a folder that are not among the known ones."""
     files = list_files(folder)
-    return summary([name for name in files if name not in known or files[name].is_symlink()], known)
+    return summary([name for name in files if name not in names or files[name].is_symlink()], names)
 
 
 def changed_files(folder: Path, digests: Mapping[str, str]) -> list[str]:
@@ -69,9 +69,9 @@ def check_hardened_files(folder: Path, record: Mapping[str, Any], base: Diffusio
 
 def surplus_of(folder: Path, base: DiffusionModel) -> list[str]:
     """What a checkpoint carries that is no part of it: files, and tensors with values of the base that it changed elsewhere."""
-    known = known_in(folder)
-    weights = [name for name in known if name.endswith(".safetensors")]
+    names = known_in(folder)
+    weights = [name for name in names if name.endswith(".safetensors")]
     leaks = base_weights_in(base.folder, folder, base.networks, weights)
     # Links are no surplus here: the cache of the Hub's client consists of them.
-    surplus = summary([name for name in list_files(folder) if name not in known], known)
+    surplus = summary([name for name in list_files(folder) if name not in names], names)
     return [*surplus, *(f"{file}: {what}" for file, what in leaks)]

@@ -58,12 +58,12 @@ def base_weights_in(
     ]
 
 
-def say_what_changed(built: Built, precision: dict[str, str], model: DiffusionModel) -> None:
+def say_what_changed(contents: Built, precision: dict[str, str], model: DiffusionModel) -> None:
     """Name on the console what of the base the hardened model does not have, and what is stored in another precision."""
     lines = []
-    if built.left_out:
-        lines.append(f"left out of the model, for it is no part of it: {in_words(built.left_out)}")
-    lines += [f"{part} is null in the hardened model: {why}" for part, why in built.nulled.items()]
+    if contents.left_out:
+        lines.append(f"left out of the model, for it is no part of it: {in_words(contents.left_out)}")
+    lines += [f"{part} is null in the hardened model: {why}" for part, why in contents.nulled.items()]
     for part, dtype in precision.items():
         before = str(stored_dtype(model.folder, part)).removeprefix("torch.")
         if before != dtype:

@@ -41,13 +41,13 @@ def unet_names(header: Header, config: Mapping[str, Any], file: Path) -> dict[st
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     try:
-        # Given names for tensors, the converter tells where each of them goes.
-        found = convert_ldm_unet_checkpoint({name: name for name in header.tensors}, dict(config))
+        # Given names in place of tensors, the converter returns where each of them goes.
+        converted = convert_ldm_unet_checkpoint({name: name for name in header.tensors}, dict(config))
     except (KeyError, IndexError) as error:
         raise UserError(
             f"{file} holds no Stable Diffusion U-Net in the layout of A1111; give one of the base"
         ) from error
-    return {there: here for here, there in found.items() if there is not None}
+    return {there: here for here, there in converted.items() if there is not None}
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -135,7 +135,7 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path, *, kee
         base: the base's diffusers folder, to make sure that this is the same model.
         hardened: the hardened model's diffusers folder.
         file: where to.
-        keep_unknown: copy tensors of which nobody knows what they are, unless they have values of the base's hardened parts.
+        keep_unknown: copy tensors of no known part too, unless they have values of the base's hardened parts.
 
     Raises:
         UserError: `like` cannot be read, or holds another model, weights that are not finite, or unknown tensors.
@@ -160,7 +160,7 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path, *, kee
     for name, values in stored:
         if values.is_floating_point() and not torch.isfinite(values.float()).all():
             raise UserError(f"{like} has weights that are not finite ({name}); give another file of the base")
-        left_out |= {found for found, _ in changed.found_in([(name, values)])}
+        left_out |= {copy for copy, _ in changed.found_in([(name, values)])}
     unknown = [name for name in sorted_out.unknown if name not in left_out]
     if unknown and not keep_unknown:
         raise UserError(
@@ -196,8 +196,8 @@ def _stored(tensors: Mapping[str, Tensor], header: Header) -> dict[str, tuple[st
     """Hardened tensors as the file stores them: all in float32 if one does not fit, for readers take one precision for all."""
     dtypes = {name: header.tensors[name]["dtype"] for name in tensors}
     fits = all(bool(torch.isfinite(value.to(DTYPES[dtypes[name]])).all()) for name, value in tensors.items())
-    kept = {name: dtype if fits else "F32" for name, dtype in dtypes.items()}
-    return {name: (kept[name], _bytes(value.to(DTYPES[kept[name]]))) for name, value in tensors.items()}
+    stored_as = {name: dtype if fits else "F32" for name, dtype in dtypes.items()}
+    return {name: (stored_as[name], _bytes(value.to(DTYPES[stored_as[name]]))) for name, value in tensors.items()}
 
 
 def _other_parts(
@@ -217,10 +217,12 @@ def _other_parts(
             name: [f"cond_stage_model.transformer.{prefix}{plain_name(name)}" for prefix in ("text_model.", "")]
             for name in after
         }
-        found = {name: next((each for each in names if each in header.tensors), "") for name, names in there.items()}
-        if place.name != "text_encoder" or not all(found.values()):
+        stored_names = {
+            name: next((each for each in names if each in header.tensors), "") for name, names in there.items()
+        }
+        if place.name != "text_encoder" or not all(stored_names.values()):
             raise UserError(f"the {place.name} was hardened too, which cannot be written in the layout of {like}")
-        for name, where in found.items():
+        for name, where in stored_names.items():
             _check_same(like, header, where, name, before, after)
-        replaced |= _stored({where: after[name] for name, where in found.items()}, header)
+        replaced |= _stored({where: after[name] for name, where in stored_names.items()}, header)
     return replaced

@@ -27,13 +27,13 @@ COPY = re.compile(
 )
 
 
-class Sorted(NamedTuple):
+class SortedTensors(NamedTuple):
     """Tensors that are not the hardened part's own.
 
     Attributes:
         copied: of other parts; they are written as they are.
         copies: of a hardened part under another name; they are left out.
-        unknown: nobody knows what they are.
+        unknown: of no known part.
     """
 
     copied: list[str]
@@ -41,17 +41,17 @@ class Sorted(NamedTuple):
     unknown: list[str]
 
 
-def sort_tensors(names: Iterable[str], replaced: Iterable[str]) -> Sorted:
+def sort_tensors(names: Iterable[str], replaced: Iterable[str]) -> SortedTensors:
     """What becomes of the tensors of a single-file checkpoint that are not replaced by hardened ones."""
-    found = Sorted([], [], [])
-    gone = set(replaced)
+    result = SortedTensors([], [], [])
+    replaced_names = set(replaced)
     for name in names:
-        if name in gone:
+        if name in replaced_names:
             continue
         if COPY.search(name) or name.startswith("model."):
-            found.copies.append(name)
+            result.copies.append(name)
         elif KNOWN.match(name):
-            found.copied.append(name)
+            result.copied.append(name)
         else:
-            found.unknown.append(name)
-    return found
+            result.unknown.append(name)
+    return result

@@ -2,7 +2,7 @@
 
 Three attackers train on the same pictures of one subject with the same settings: DreamBooth on the pictures as they are,
 DreamBooth on purified ones, and contrastive decoupling learning on purified ones (hf.co/papers/2406.18944). What they draw is
-compared with reference pictures that nobody trained on.
+compared with reference pictures that were not trained on.
 
     <output>/purified/NAME.png      the pictures as the second and third attacker have them
     <output>/ATTACKER/000.png ...   what they draw
@@ -79,28 +79,26 @@ def attack_cloaked(
         UserError: a picture or the base cannot be used; the output is there already.
         RunFailed: an attack diverged.
     """
-    if output.exists():
-        raise UserError(f"{output} exists already; name another folder")
-    check_names(files)
-    check_references(files, references)
+    check_inputs(files, references, output)
     [model] = load_bases([base])
     entry = find_purifier(purifier)
     originals, reference_images = (open_pictures(paths, model.image_size) for paths in (files, references))
-    judged = load_judge(judge, judge_model)
+    loaded_judge = load_judge(judge, judge_model)
     with stage(f"purifying ({purifier})", 1) as bar:
         pure = purified(purifier, purifier_params, model, originals, class_noun=class_noun, seed=seed)
         bar()
     prior = class_pictures(model, class_noun, class_images, recipe)
     rows: dict[str, Any] = {}
-    drawn: dict[str, Tensor] = {}
+    pictures: dict[str, Tensor] = {}
     with stage("attackers", len(ATTACKERS)) as bar:
         for name in ATTACKERS:
             data = AttackData(pure if name.startswith("purified") else originals, prior, identifier, class_noun)
             attack = "cdl" if name.endswith("cdl") else "dreambooth"
-            drawn[name], losses = draw_after_attack(
+            pictures[name], losses = draw_after_attack(
                 model, attack, params, data, seed=seed, count=count, sampling=recipe.sampling.model_dump()
             )
-            rows[name] = judged_row(judged.similarity(drawn[name], reference_images)) | {"last_loss": losses[-1]}
+            scores = loaded_judge.similarity(pictures[name], reference_images)
+            rows[name] = judged_row(scores) | {"last_loss": losses[-1]}
             bar()
     record = {
         "base": base, "base_digest": weights_digest(model.folder), "judge": judge, "purifier": purifier,
@@ -110,11 +108,23 @@ def attack_cloaked(
     }  # fmt: skip
     with whole_folder(output) as place:
         save_pictures(place / "purified", [file.stem for file in files], pure)
-        for name, images in drawn.items():
+        for name, images in pictures.items():
             save_pictures(place / name, [f"{i:03d}" for i in range(len(images))], images)
-        save_page(place / "grid.png", [reference_images, originals, pure, *drawn.values()], model.image_size)
+        save_page(place / "grid.png", [reference_images, originals, pure, *pictures.values()], model.image_size)
         write_json(place / "redteam.json", record)
     return record
+
+
+def check_inputs(files: Sequence[Path], references: Sequence[Path], output: Path) -> None:
+    """Refuse an output that exists, two files of one name, and references that are trained on.
+
+    Raises:
+        UserError: one of these.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; name another folder")
+    check_names(files)
+    check_references(files, references)
 
 
 def check_references(files: Sequence[Path], references: Sequence[Path]) -> None:
@@ -125,7 +135,7 @@ def check_references(files: Sequence[Path], references: Sequence[Path]) -> None:
     """
     both = {file.resolve() for file in files} & {file.resolve() for file in references}
     if both:
-        raise UserError(f"{sorted(both)[0]} is a reference and trained on; references are pictures nobody trains on")
+        raise UserError(f"{sorted(both)[0]} is a reference and trained on; references must not be trained on")
     prints = open_each([*files, *references], fingerprint)
     for i, j, _ in near_duplicates(prints):
         if i < len(files) <= j:

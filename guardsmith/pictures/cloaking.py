@@ -1,7 +1,7 @@
 """Cloaking pictures: copies that look the same, and that a model is not meant to learn a subject from.
 
     <output>/NAME.png                 the cloaked copy of NAME.*, as large as it was
-    <output>/report/cloak.json        how, and what it cost in looks
+    <output>/report/cloak.json        settings, and how far the pictures changed
     <output>/report/before-after.png  some of them beside what they were, and the difference
 
 A model sees pictures of one size. A picture is scaled so that its short side has that size and covered with squares along the
@@ -40,7 +40,7 @@ from guardsmith.models.checkpoint import DiffusionModel, weights_digest
 SHOWN = 6
 
 
-class Covered(NamedTuple):
+class SquareCuts(NamedTuple):
     """A picture and the squares that cover it at a model's size.
 
     Attributes:
@@ -69,7 +69,7 @@ def check_names(files: Sequence[Path]) -> None:
         names[file.stem] = file
 
 
-def covered(picture: Image.Image, size: int) -> Covered:
+def cut_squares(picture: Image.Image, size: int) -> SquareCuts:
     """Scale a picture to a model's size and cover it with squares, evenly spread."""
     share = size / min(picture.size)
     width, height = (max(size, round(side * share)) for side in picture.size)
@@ -81,24 +81,24 @@ def covered(picture: Image.Image, size: int) -> Covered:
 
     places = [(top, left) for top in starts(height) for left in starts(width)]
     squares = torch.stack([scaled[:, top : top + size, left : left + size] for top, left in places])
-    return Covered(picture, squares, places, (height, width))
+    return SquareCuts(picture, squares, places, (height, width))
 
 
-def uncovered(known: Covered, cloaked: Tensor, budget: float) -> Image.Image:
+def join_squares(parts: SquareCuts, cloaked: Tensor, budget: float) -> Image.Image:
     """The picture with the change that its squares got, at its own size and within the budget (of 255)."""
-    change, count = torch.zeros(3, *known.scaled), torch.zeros(1, *known.scaled)
+    change, count = torch.zeros(3, *parts.scaled), torch.zeros(1, *parts.scaled)
     size = cloaked.shape[-1]
-    for (top, left), before, after in zip(known.places, known.squares, cloaked, strict=True):
+    for (top, left), before, after in zip(parts.places, parts.squares, cloaked, strict=True):
         change[:, top : top + size, left : left + size] += after - before
         count[:, top : top + size, left : left + size] += 1
     change = change / count
-    target = (known.picture.height, known.picture.width)
-    if target != known.scaled:
+    target = (parts.picture.height, parts.picture.width)
+    if target != parts.scaled:
         change = F.interpolate(change[None], target, mode="bicubic", align_corners=False, antialias=True)[0]
-    before = np.asarray(known.picture, dtype=np.int16)
-    moved = np.round(change.permute(1, 2, 0).numpy() * 127.5)
+    before = np.asarray(parts.picture, dtype=np.int16)
+    steps = np.round(change.permute(1, 2, 0).numpy() * 127.5)
     whole = math.floor(budget + 1e-6)
-    after = np.clip(before + np.clip(moved, -whole, whole), 0, 255).astype(np.uint8)
+    after = np.clip(before + np.clip(steps, -whole, whole), 0, 255).astype(np.uint8)
     return Image.fromarray(after)
 
 
@@ -168,14 +168,14 @@ def save_cloaked(
         RunFailed: what was saved has another size, or differs by more than the budget.
     """
     cloaked.save(target, **metadata_of(file))
-    saved = open_image(target)
-    change = largest_change(picture, saved)
-    if saved.size != picture.size or change > budget:
+    copy = open_image(target)
+    change = largest_change(picture, copy)
+    if copy.size != picture.size or change > budget:
         raise RunFailed(f"{target.name} was changed by {change} of 255, the budget is {budget:g}")
-    both = [covered(each, model.image_size).squares for each in (picture, saved)]
+    both = [cut_squares(each, model.image_size).squares for each in (picture, copy)]
     with torch.no_grad():
         distance = float(perceptual_distance(model, *both).mean())
-    ratio = float(psnr(to_tensor(picture)[None], to_tensor(saved)[None]))
+    ratio = float(psnr(to_tensor(picture)[None], to_tensor(copy)[None]))
     return {
         "from": file.name, "file": target.name, "sha256": sha256_file(target), "largest_change": change,
         "psnr_db": None if math.isinf(ratio) else ratio, "perceptual_distance": distance,
@@ -221,22 +221,22 @@ def cloak_pictures(
     if output.exists():
         raise UserError(f"{output} exists already; name another folder")
     check_names(files)
-    chosen = find_cloak(method)
-    config: Any = chosen.config(**params)
+    entry = find_cloak(method)
+    config: Any = entry.config(**params)
     pictures = open_each(files, lambda image: image)
     models = load_bases(bases)
     size = models[0].image_size
-    known = [covered(picture, size) for picture in pictures]
-    squares = torch.cat([each.squares for each in known])
-    prior = class_pictures(models[0], class_noun, class_images if chosen.learns else 0, recipe)
+    parts = [cut_squares(picture, size) for picture in pictures]
+    squares = torch.cat([each.squares for each in parts])
+    prior = class_pictures(models[0], class_noun, class_images if entry.learns else 0, recipe)
     data = AttackData(squares, prior, identifier, class_noun)
     began = time.monotonic()
     with stage(f"cloaking ({method})", config.total(len(models), len(squares))) as bar:
-        cloaked = chosen.run(models, data, config, seed=seed, on_step=lambda value: bar({"loss": value}))
+        cloaked = entry.run(models, data, config, seed=seed, on_step=lambda value: bar({"loss": value}))
     seconds = time.monotonic() - began
     after = [
-        uncovered(each, part, config.budget)
-        for each, part in zip(known, cloaked.split([len(each.squares) for each in known]), strict=True)
+        join_squares(each, part, config.budget)
+        for each, part in zip(parts, cloaked.split([len(each.squares) for each in parts]), strict=True)
     ]
     with whole_folder(output) as place:
         (place / "report").mkdir()
@@ -246,7 +246,7 @@ def cloak_pictures(
         ]
         sheet(pictures[:SHOWN], after[:SHOWN], config.budget).save(place / "report" / "before-after.png")
         record = {
-            "method": method, "paper": chosen.paper, "params": config.model_dump(mode="json"), "seed": seed,
+            "method": method, "paper": entry.paper, "params": config.model_dump(mode="json"), "seed": seed,
             "class_noun": class_noun, "identifier": identifier, "class_images": len(prior), "seconds": seconds,
             "bases": [{"base": base, "digest": weights_digest(model.folder)} for base, model in zip(bases, models, strict=True)],
             "pictures": changes, "left_out": list(left_out),

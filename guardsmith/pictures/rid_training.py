@@ -26,7 +26,7 @@ from guardsmith.cloaks.rid import RidTraining, train
 from guardsmith.core.atomic_io import folder_digest, read_kept, read_record, whole_file, write_json
 from guardsmith.core.images import open_pictures, sha256_file
 from guardsmith.core.progress import stage
-from guardsmith.hardening.data import bystander_files
+from guardsmith.hardening.data import negative_files
 from guardsmith.models.checkpoint import DiffusionModel, weights_digest
 from guardsmith.models.networks import save_network
 from guardsmith.runtime.output import lock_output, prepare_output
@@ -39,22 +39,22 @@ def make_pairs(
     models: Sequence[DiffusionModel], pictures: Tensor, config: RidTraining, seed: int, file: Path
 ) -> Tensor:
     """Cloaked copies of the first pictures, group by group; kept in a file after every group, from which it goes on."""
-    wanted = round(len(pictures) * config.pair_share) if config.regression_weight else 0
-    kept = read_kept(file, lambda path: load_file(path)["pairs"], "its pictures are cloaked again")
-    done = torch.empty(0, *pictures.shape[1:]) if kept is None else kept
-    chosen = find_cloak(config.pair_cloak)
-    settings = chosen.config(**{"budget": config.budget} | config.pair_params)
-    nobody = torch.empty(0, *pictures.shape[1:])
-    with stage(f"pairs ({config.pair_cloak})", wanted) as bar:
-        bar(done=min(len(done), wanted))
-        while len(done) < wanted:
-            group = pictures[len(done) : min(len(done) + config.pair_group, wanted)]
-            data = AttackData(group, nobody, "sks", "person")
-            done = torch.cat([done, chosen.run(models, data, settings, seed=seed + len(done))])
+    count = round(len(pictures) * config.pair_share) if config.regression_weight else 0
+    stored = read_kept(file, lambda path: load_file(path)["pairs"], "its pictures are cloaked again")
+    pairs = torch.empty(0, *pictures.shape[1:]) if stored is None else stored
+    entry = find_cloak(config.pair_cloak)
+    settings = entry.config(**{"budget": config.budget} | config.pair_params)
+    no_images = torch.empty(0, *pictures.shape[1:])
+    with stage(f"pairs ({config.pair_cloak})", count) as bar:
+        bar(done=min(len(pairs), count))
+        while len(pairs) < count:
+            group = pictures[len(pairs) : min(len(pairs) + config.pair_group, count)]
+            data = AttackData(group, no_images, "sks", "person")
+            pairs = torch.cat([pairs, entry.run(models, data, settings, seed=seed + len(pairs))])
             with whole_file(file) as temporary:
-                save_file({"pairs": done}, temporary)
-            bar(done=len(done))
-    return done[:wanted]
+                save_file({"pairs": pairs}, temporary)
+            bar(done=len(pairs))
+    return pairs[:count]
 
 
 def train_defender(
@@ -86,7 +86,7 @@ def train_defender(
         RunFailed: it diverged.
     """
     config = RidTraining(**params)
-    files = bystander_files(place)
+    files = negative_files(place)
     models = load_bases(bases)
     digests = [weights_digest(model.folder) for model in models]
     settings = {
@@ -96,9 +96,9 @@ def train_defender(
     prepare_output(output, settings, resume=resume, overwrite=overwrite, mark="picture_digest", written_here=WRITTEN)
     with ExitStack() as stack:
         lock_output(output, stack)
-        finished = read_kept(output / "training.json", _finished, "the defender is trained again")
-        if finished is not None:
-            return finished
+        record = read_kept(output / "training.json", _finished, "the defender is trained again")
+        if record is not None:
+            return record
         return _train(output, files, models, bases, digests, config, seed)
 
 
@@ -127,7 +127,7 @@ def _train(
         "seconds": time.monotonic() - began, "parameters": sum(p.numel() for p in defender.parameters()),
         "history": history[:: max(1, len(history) // 100)],
     }  # fmt: skip
-    kept = {key: record[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
-    save_network(defender, defender.shape, output / DEFENDER, kept)
+    settings = {key: record[key] for key in ("bases", "params", "pictures", "pairs", "seed")}
+    save_network(defender, defender.shape, output / DEFENDER, settings)
     write_json(output / "training.json", record)
     return record

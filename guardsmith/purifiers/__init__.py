@@ -54,8 +54,8 @@ def purified(
     Raises:
         UserError: there is no such purifier, or what it needs cannot be had.
     """
-    chosen = find_purifier(name)
-    pure: Tensor = chosen.run(model, images, chosen.config(**params), class_noun=class_noun, seed=seed)
+    entry = find_purifier(name)
+    pure: Tensor = entry.run(model, images, entry.config(**params), class_noun=class_noun, seed=seed)
     return pure
 
 

@@ -42,6 +42,8 @@ def purify(model: DiffusionModel, images: Tensor, config: DdsPureConfig, *, clas
     Raises:
         UserError: the pixel model cannot be had.
     """
-    known = load_pixel_model(config.pixel_model)
-    timestep = timestep_of(torch.as_tensor(known.scheduler.alphas_cumprod), 2 * config.budget / 255)
-    return tiled(known, images, lambda tiles: taken_back(known, tiles, timestep, seed), stride=config.stride)
+    pixel_model = load_pixel_model(config.pixel_model)
+    timestep = timestep_of(torch.as_tensor(pixel_model.scheduler.alphas_cumprod), 2 * config.budget / 255)
+    return tiled(
+        pixel_model, images, lambda tiles: taken_back(pixel_model, tiles, timestep, seed), stride=config.stride
+    )

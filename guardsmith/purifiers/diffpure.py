@@ -66,5 +66,7 @@ def purify(model: DiffusionModel, images: Tensor, config: DiffPureConfig, *, cla
     """
     if config.space == "latent":
         return latent(model, images, config, class_noun, seed)
-    known = load_pixel_model(config.pixel_model)
-    return tiled(known, images, lambda tiles: taken_back(known, tiles, config.timestep, seed), stride=config.stride)
+    pixel_model = load_pixel_model(config.pixel_model)
+    return tiled(
+        pixel_model, images, lambda tiles: taken_back(pixel_model, tiles, config.timestep, seed), stride=config.stride
+    )

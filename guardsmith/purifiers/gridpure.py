@@ -38,12 +38,12 @@ def purify(model: DiffusionModel, images: Tensor, config: GridPureConfig, *, cla
     Raises:
         UserError: the pixel model cannot be had.
     """
-    known = load_pixel_model(config.pixel_model)
+    pixel_model = load_pixel_model(config.pixel_model)
     for j in range(config.rounds):
 
         def work(tiles: Tensor) -> Tensor:
-            return taken_back(known, tiles, config.timestep, seed + j)  # noqa: B023 (called at once)
+            return taken_back(pixel_model, tiles, config.timestep, seed + j)  # noqa: B023 (called at once)
 
-        pure = tiled(known, images, work, stride=config.stride)
+        pure = tiled(pixel_model, images, work, stride=config.stride)
         images = (1 - config.share) * pure + config.share * images
     return images.clamp(-1, 1)

@@ -4,7 +4,7 @@ The picture is moved until it agrees with its own reconstruction, while it looks
 
     min over x   MSE(x, D(E(x))) + weight * max(distance(x, cloaked) - allowed, 0)
 
-The paper measures looks by LPIPS; here it is `perceptual_distance`, whose numbers are smaller, so `allowed` is not theirs.
+The paper measures visibility by LPIPS; here it is `perceptual_distance`, whose numbers are smaller, so `allowed` is not theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ImpressConfig(BaseModel):
     learning_rate: float = Field(1e-3, gt=0)
     """Adam's rate on the pixels, in [-1, 1]."""
     weight: float = Field(0.1, ge=0)
-    """Of what looks more different than allowed."""
+    """Of the perceptual distance above the one allowed."""
     allowed: float = Field(0.1, ge=0)
     """How different the picture may look before that."""
     noise: float = Field(0.1, ge=0)
@@ -46,14 +46,14 @@ def purify(model: DiffusionModel, images: Tensor, config: ImpressConfig, *, clas
     """
     purified = []
     for start in range(0, len(images), config.batch_size):
-        given = images[start : start + config.batch_size]
-        noise = torch.randn(given.shape, generator=generator(seed, start))
-        pixels = (given + config.noise * noise).clamp(-1, 1).requires_grad_()
+        originals = images[start : start + config.batch_size]
+        noise = torch.randn(originals.shape, generator=generator(seed, start))
+        pixels = (originals + config.noise * noise).clamp(-1, 1).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=config.learning_rate)
         for _ in range(config.steps):
             again = model.vae.decode(model.vae.encode(pixels).latent_dist.mean, return_dict=False)[0]
-            looks = perceptual_distance(model, pixels, given)
-            loss = (again - pixels).square().mean() + config.weight * (looks - config.allowed).clamp(min=0).mean()
+            distance = perceptual_distance(model, pixels, originals)
+            loss = (again - pixels).square().mean() + config.weight * (distance - config.allowed).clamp(min=0).mean()
             if not bool(torch.isfinite(loss)):
                 raise RunFailed("purification by IMPRESS diverged: its loss is not finite; lower its rate")
             optimizer.zero_grad(set_to_none=True)

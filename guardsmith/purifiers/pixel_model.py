@@ -85,8 +85,8 @@ def tiled(model: PixelModel, images: Tensor, work: Callable[[Tensor], Tensor], *
         scaled = torch.nn.functional.interpolate(
             images, (round(height * share), round(width * share)), mode="bicubic", align_corners=False
         ).clamp(-1, 1)
-        worked = tiled(model, scaled, work, stride=stride)
-        return torch.nn.functional.interpolate(worked, (height, width), mode="area").clamp(-1, 1)
+        result = tiled(model, scaled, work, stride=stride)
+        return torch.nn.functional.interpolate(result, (height, width), mode="area").clamp(-1, 1)
     total, count = torch.zeros_like(images), torch.zeros_like(images[:1, :1])
     apart = max(1, round(size * stride))
     for top in sorted({*range(0, height - size, apart), height - size}):

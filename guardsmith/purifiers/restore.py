@@ -68,8 +68,8 @@ class Restorer(nn.Module):
         inside = self.first(small)
         for block in self.blocks:
             inside = inside + block(inside)
-        drawn = F.pixel_shuffle(self.last(inside), self.shape["shrink"])
-        return F.interpolate(small, scale_factor=self.shape["shrink"], mode="bicubic", align_corners=False) + drawn
+        result = F.pixel_shuffle(self.last(inside), self.shape["shrink"])
+        return F.interpolate(small, scale_factor=self.shape["shrink"], mode="bicubic", align_corners=False) + result
 
 
 def load_restorer(source: str) -> Restorer:
@@ -96,12 +96,12 @@ def upscaled(images: Tensor, config: RestoreConfig, class_noun: str, seed: int) 
         raise UserError(f"{config.upscaler}: this upscaler cannot be read ({reason})") from error
     pipeline.set_progress_bar_config(disable=True)
     small = F.interpolate(images, scale_factor=0.25, mode="area").clamp(-1, 1)
-    drawn = pipeline(
+    result = pipeline(
         prompt=[config.prompt.format(class_noun=class_noun)] * len(images), image=[to_pil(each) for each in small],
         num_inference_steps=config.steps, guidance_scale=config.guidance, noise_level=config.noise_level,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(len(images))],
     ).images  # fmt: skip
-    return to_tensor(list(drawn))
+    return to_tensor(list(result))
 
 
 @torch.no_grad()
@@ -116,5 +116,5 @@ def purify(model: DiffusionModel, images: Tensor, config: RestoreConfig, *, clas
     if config.restorer is None:
         raise UserError("restoration needs a restorer or an upscaler; name one")
     restorer = load_restorer(config.restorer)
-    drawn: Tensor = restorer(restorer.shrunk(images))
-    return drawn.clamp(-1, 1)
+    result: Tensor = restorer(restorer.shrunk(images))
+    return result.clamp(-1, 1)

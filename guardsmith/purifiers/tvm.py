@@ -69,7 +69,7 @@ def purify(model: DiffusionModel, images: Tensor, config: TvmConfig, *, class_no
         solver.step(closure)
         with torch.no_grad():
             scale = (visible * (solution - small)).square().sum((1, 2, 3)).sqrt().clamp(min=LEAST)
-    drawn = solution.detach() * 2 - 1
+    result = solution.detach() * 2 - 1
     if config.shrink > 1:
-        drawn = F.interpolate(drawn, size, mode="bicubic", align_corners=False)
-    return drawn.clamp(-1, 1)
+        result = F.interpolate(result, size, mode="bicubic", align_corners=False)
+    return result.clamp(-1, 1)

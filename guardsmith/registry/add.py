@@ -120,37 +120,37 @@ def _split_folder(
 ) -> list[tuple[Path, Split]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name a folder of pictures")
-    named = [split for split in SPLITS if (folder / split).is_dir()]
-    loose, skipped = list_pictures(folder, but=named)
-    if named and loose:
-        raise UserError(f"{loose[0]} lies beside the folders {', '.join(named)}: move it into one of them")
+    split_folders = [split for split in SPLITS if (folder / split).is_dir()]
+    loose, skipped = list_pictures(folder, but=split_folders)
+    if split_folders and loose:
+        raise UserError(f"{loose[0]} lies beside the folders {', '.join(split_folders)}: move it into one of them")
     if skipped:
         on_warning(skipped_sentence(folder, skipped))
-    if named:
+    if split_folders:
         files = []
-        for split in named:
+        for split in split_folders:
             inside, skipped = list_pictures(folder / split)
             files += [(file, split) for file in inside]
             if skipped:
                 on_warning(skipped_sentence(folder / split, skipped))
         return files
-    wanted = [split for split in SPLITS if ratios.get(split, 0) > 0]
-    if not wanted:
+    splits = [split for split in SPLITS if ratios.get(split, 0) > 0]
+    if not splits:
         raise UserError("the ratios of the splits are all zero: give harden, attack or reference a positive one")
-    if len(loose) < len(wanted):
+    if len(loose) < len(splits):
         raise UserError(
             f"{folder} holds {len(loose)} pictures ({KINDS}), but the splits "
-            f"{', '.join(wanted)} need at least one each: add pictures"
+            f"{', '.join(splits)} need at least one each: add pictures"
         )
     # In proportion, but at least one picture each.
-    total = sum(ratios[split] for split in wanted)
-    shares = {split: len(loose) * ratios[split] / total for split in wanted}
-    sizes = {split: max(1, int(shares[split])) for split in wanted}
+    total = sum(ratios[split] for split in splits)
+    shares = {split: len(loose) * ratios[split] / total for split in splits}
+    sizes = {split: max(1, int(shares[split])) for split in splits}
     while sum(sizes.values()) < len(loose):
-        sizes[max(wanted, key=lambda split: shares[split] - sizes[split])] += 1
+        sizes[max(splits, key=lambda split: shares[split] - sizes[split])] += 1
     while sum(sizes.values()) > len(loose):
-        sizes[max(wanted, key=lambda split: sizes[split] - shares[split] if sizes[split] > 1 else -1)] -= 1
-    order = [split for split in wanted for _ in range(sizes[split])]
+        sizes[max(splits, key=lambda split: sizes[split] - shares[split] if sizes[split] > 1 else -1)] -= 1
+    order = [split for split in splits for _ in range(sizes[split])]
     return list(zip(loose, order, strict=True))
 
 

@@ -24,7 +24,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "consent": Consent,
     "images": ImageEntry,
 }
-_NO_SUBJECTS = "the registry protects nobody: list at least one subject (`guardsmith registry add` writes one)"
+_NO_SUBJECTS = "the registry has no subjects: list at least one subject (`guardsmith registry add` writes one)"
 
 
 def explain(
@@ -83,8 +83,8 @@ def _sentence(kind: str, where: KeyPath, value: object, message: str, context: M
     if where == ("subjects",) and (kind in ("missing", "too_short") or value is None):
         return _NO_SUBJECTS
     if kind == "extra_forbidden":
-        known = _keys(where[:-1])
-        return f"unknown key {key!r}{did_you_mean(key, known) or '; known keys are ' + ', '.join(known)}"
+        keys = _keys(where[:-1])
+        return f"unknown key {key!r}{did_you_mean(key, keys) or '; known keys are ' + ', '.join(keys)}"
     if kind == "missing":
         return f"the key {key!r} is missing"
     if kind == "literal_error" and key == "version":

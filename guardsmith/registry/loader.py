@@ -1,4 +1,4 @@
-"""The registry: who is protected, with which pictures and whose consent, and who must stay learnable.
+"""The registry: who is protected, with which pictures and whose consent, and who are the controls.
 
 A registry is a YAML file (docs/how-to/registry.md, registries/schema.json). `load_registry` checks all of it, reports every
 error at once as `file:line: sentence`, and returns a `Registry` in which every picture is a file with its hash.
@@ -54,14 +54,14 @@ def load_registry(path: str | Path, *, today: date | None = None, check_images: 
     return check_registry(path, text, today or present_day(), check_images)
 
 
-def unknown_class_nouns(registry: Registry, known: Sequence[str]) -> list[str]:
+def unknown_class_nouns(registry: Registry, classes: Sequence[str]) -> list[str]:
     """One sentence `file:line: ...` for every subject and control whose class noun is not among `known`."""
     return [
         f"{registry._class_noun_places.get(subject.id, registry.path)}: {subject.id!r} has the class noun "
-        f"{subject.class_noun!r}, but the base model knows only {', '.join(known)}"
-        f"{did_you_mean(subject.class_noun, known)}"
+        f"{subject.class_noun!r}, but the base model knows only {', '.join(classes)}"
+        f"{did_you_mean(subject.class_noun, classes)}"
         for subject in (*registry.subjects, *registry.controls)
-        if subject.class_noun not in known
+        if subject.class_noun not in classes
     ]
 
 
@@ -183,7 +183,7 @@ def _list(value: object) -> list[Any]:
 
 
 def _is_invented(raw: Mapping[str, Any]) -> bool:
-    """Whether the id stays in published evidence, because nobody real is meant."""
+    """Whether the id stays in published evidence, because it is of no real person."""
     consent = raw.get("consent")
     return isinstance(consent, dict) and consent.get("basis") == "invented"
 

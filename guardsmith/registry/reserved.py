@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 WORDS = Path(__file__).parent / "evidence_words.txt"
-"""Words of the evidence of a verification in which nobody is named; tests/test_reserved.py writes and checks it."""
+"""Words of the evidence of a verification that contain no names; tests/test_reserved.py writes and checks it."""
 
 
 def words_of(text: str) -> set[str]:

@@ -122,14 +122,14 @@ class SubjectEntry(SubjectFields):
 
 
 class Subject(SubjectFields):
-    """Someone or something to protect, or a control that must stay learnable."""
+    """Someone or something to protect, or a control on which attacks must still succeed."""
 
     images: tuple[Image, ...]
     """Its pictures, in the order of the file."""
 
     @property
     def is_invented(self) -> bool:
-        """Whether it is nobody, so that its id and pictures may be shown to everyone: its consent has the basis "invented"."""
+        """Whether it is no real person, so that everyone may see its id and pictures: its consent has the basis "invented"."""
         return self.consent is not None and self.consent.basis == "invented"
 
     def images_of(self, split: Split) -> tuple[Image, ...]:
@@ -138,7 +138,7 @@ class Subject(SubjectFields):
 
 
 class RegistryFile(BaseModel):
-    """Who is protected from personalization, and who must stay learnable."""
+    """Who is protected from personalization, and on whom attacks must still succeed."""
 
     model_config = _STRICT | ConfigDict(title="guardsmith registry")
 
@@ -151,7 +151,7 @@ class RegistryFile(BaseModel):
 
 
 class Registry(BaseModel):
-    """A registry that passed every check."""
+    """A registry that passed every check, as `load_registry` returns it."""
 
     model_config = _STRICT
 

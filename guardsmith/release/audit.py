@@ -40,7 +40,7 @@ from guardsmith.models.tensor_files import read_header, stored_tensor, weights_r
 # What the Hub's client writes beside a download; it is never uploaded.
 CLIENTS_OWN = (".cache/huggingface/*.metadata", ".cache/huggingface/*.lock", ".cache/huggingface/.gitignore",
                ".cache/huggingface/CACHEDIR.TAG")  # fmt: skip
-SHOWN = 3  # tensors of one file
+MOST_NAMES = 3  # tensors of one file
 
 
 class Finding(NamedTuple):
@@ -71,16 +71,16 @@ def audit_folder(folder: Path, base: Path) -> list[Finding]:
         name: file for name, file in list_files(folder).items() if not any(fnmatch(name, own) for own in CLIENTS_OWN)
     }
     expected = expected_files(files, lambda name: (folder / name).read_bytes(), published=True)
-    found = [
+    findings = [
         Finding("file", name, "is no part of a release")
         for name in summary([name for name in files if name not in expected], expected)
     ]
     for name, file in files.items():
         if file.is_symlink() and not lies_within(folder, file):
             if name in expected:
-                found.append(Finding("file", name, "is a link that leads out of the folder or to a hidden file"))
+                findings.append(Finding("file", name, "is a link that leads out of the folder or to a hidden file"))
         elif file.is_file() and (kind := credential_in_file(file)):
-            found.append(Finding("credential", name, f"seems to hold {kind}"))
+            findings.append(Finding("credential", name, f"seems to hold {kind}"))
     readable = []
     for name, file in files.items():
         if name.lower().endswith(".safetensors") and file.is_file():
@@ -88,8 +88,8 @@ def audit_folder(folder: Path, base: Path) -> list[Finding]:
                 read_header(file)
                 readable.append(name)
             except UserError:
-                found.append(Finding("file", name, "cannot be read as safetensors, so that nobody knows what it holds"))
-    return found + _weights_of_base(folder, base, readable)
+                findings.append(Finding("file", name, "cannot be read as safetensors, so its content is unknown"))
+    return findings + _weights_of_base(folder, base, readable)
 
 
 def _network_parts(folder: Path) -> list[Part]:
@@ -100,18 +100,20 @@ def _network_parts(folder: Path) -> list[Part]:
 def _weights_of_base(folder: Path, base: Path, files: Collection[str]) -> list[Finding]:
     """Tensors with the base's values, tensors that the base's part does not have, and a denoiser that was not hardened."""
     parts = [part.name for part in _network_parts(base) if (folder / part.name).is_dir()]
-    found: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
     for file, what in base_weights_in(base, folder, parts, files):
-        found.setdefault(file, []).append(what)
+        reasons.setdefault(file, []).append(what)
     for part in parts:
-        known = {plain_name(name) for file in weight_files(base / part) for name in read_header(file).tensors}
+        names_of_base = {plain_name(name) for file in weight_files(base / part) for name in read_header(file).tensors}
         for file in files:
             if file.startswith(f"{part}/"):
                 names = [plain_name(name) for name in read_header(folder / file).tensors]
-                surplus = [name for name in names if name not in known and not name.endswith("position_ids")]
+                surplus = [name for name in names if name not in names_of_base and not name.endswith("position_ids")]
                 if surplus:
-                    found.setdefault(file, []).append(f"{len(surplus)} tensors are no part of a {part} ({surplus[0]})")
-    findings = [Finding("weights", file, _some(what)) for file, what in found.items()]
+                    reasons.setdefault(file, []).append(
+                        f"{len(surplus)} tensors are no part of a {part} ({surplus[0]})"
+                    )
+    findings = [Finding("weights", file, _some(what)) for file, what in reasons.items()]
     denoiser = parts[0]
     return findings + _unchanged(denoiser, base / denoiser, weights_reader(folder / denoiser))
 
@@ -125,8 +127,8 @@ def _unchanged(name: str, base: Path, own: Any) -> list[Finding]:
 
 
 def _some(what: list[str]) -> str:
-    more = f" and {len(what) - SHOWN} more" if len(what) > SHOWN else ""
-    return "; ".join(what[:SHOWN]) + more
+    more = f" and {len(what) - MOST_NAMES} more" if len(what) > MOST_NAMES else ""
+    return "; ".join(what[:MOST_NAMES]) + more
 
 
 def audit_single_file(file: Path, base: Path) -> list[Finding]:
@@ -143,25 +145,25 @@ def audit_single_file(file: Path, base: Path) -> list[Finding]:
     def own(name: str) -> Any:
         return stored_tensor(file, there[name]) if name in there else None
 
-    sorted_out, found = sort_tensors(header.tensors, names), []
+    sorted_out, findings = sort_tensors(header.tensors, names), []
     if sorted_out.copies:
-        what = f"{len(sorted_out.copies)} tensors are named like copies of the U-Net ({in_words(sorted_out.copies, SHOWN)})"
-        found.append(Finding("weights", file.name, what))
+        what = f"{len(sorted_out.copies)} tensors are named like copies of the U-Net ({in_words(sorted_out.copies, MOST_NAMES)})"
+        findings.append(Finding("weights", file.name, what))
     if sorted_out.unknown:
-        what = f"{len(sorted_out.unknown)} tensors are of no known part ({in_words(sorted_out.unknown, SHOWN)})"
-        found.append(Finding("file", file.name, what))
+        what = f"{len(sorted_out.unknown)} tensors are of no known part ({in_words(sorted_out.unknown, MOST_NAMES)})"
+        findings.append(Finding("file", file.name, what))
     weights = ChangedWeights()
     weights.add((item for each in weight_files(base / "unet") for item in tensors_of(each)), own, "unet")
     same = [f"{name} is the base's {of}" for name, of in weights.found_in(tensors_of(file))]
     if same:
-        found.append(Finding("weights", file.name, _some(same)))
+        findings.append(Finding("weights", file.name, _some(same)))
     if not weights.changed:
-        found.append(
+        findings.append(
             Finding("weights", file.name, f"its U-Net is the base's own: none of {weights.total} tensors differ")
         )
     if kind := credential_in_file(file):
-        found.append(Finding("credential", file.name, f"seems to hold {kind}"))
-    return found
+        findings.append(Finding("credential", file.name, f"seems to hold {kind}"))
+    return findings
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
@@ -172,8 +174,8 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     """
     record = folder / EVIDENCE / "harden.json"
     try:
-        written: Mapping[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        base, revision = written["base"], written.get("base_revision")
+        hardening: Mapping[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        base, revision = hardening["base"], hardening.get("base_revision")
     except (OSError, ValueError, KeyError, TypeError):
         base, revision = "", None
     if not isinstance(base, str) or not re.fullmatch(r"builtin:\w+|[\w.-]+/[\w.-]+", base):

@@ -11,7 +11,7 @@ from guardsmith.core.errors import UserError
 from guardsmith.models.checkpoint import resolve
 from guardsmith.models.contents import INDEX, expected_files
 from guardsmith.release.audit import Finding, audit_folder, base_of, secret_files
-from guardsmith.release.hub import patiently
+from guardsmith.release.hub import with_retries
 
 
 class HubAudit(NamedTuple):
@@ -39,7 +39,7 @@ def _tree(api: Any, repo_id: str, revision: str) -> dict[str, Any]:
             return {}
         return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
-    return patiently(repo_id, listed)
+    return with_retries(repo_id, listed)
 
 
 def _expected(repo_id: str, commit: str, files: Mapping[str, Any], index: bytes | None) -> set[str]:
@@ -49,7 +49,7 @@ def _expected(repo_id: str, commit: str, files: Mapping[str, Any], index: bytes 
     def read(name: str) -> bytes:
         if name == INDEX and (name not in files or unreadable):
             return index or b""
-        return Path(patiently(repo_id, lambda: hf_hub_download(repo_id, name, revision=commit))).read_bytes()
+        return Path(with_retries(repo_id, lambda: hf_hub_download(repo_id, name, revision=commit))).read_bytes()
 
     paths = {*files, *({INDEX} if index else set())}
     unreadable = False
@@ -83,11 +83,11 @@ def audit_repository(
     from huggingface_hub import HfApi, snapshot_download
 
     api = HfApi()
-    head = str(patiently(repo_id, lambda: api.repo_info(repo_id, revision=revision)).sha)
+    head = str(with_retries(repo_id, lambda: api.repo_info(repo_id, revision=revision)).sha)
     files = _tree(api, repo_id, head)
     expected = _expected(repo_id, head, files, None)
     patterns = [glob.escape(name) for name in sorted(expected)]
-    folder = Path(patiently(repo_id, lambda: snapshot_download(repo_id, revision=head, allow_patterns=patterns)))
+    folder = Path(with_retries(repo_id, lambda: snapshot_download(repo_id, revision=head, allow_patterns=patterns)))
     if base is None:
         base, base_revision = base_of(folder)
     base_folder = resolve(base, base_revision)
@@ -95,13 +95,13 @@ def audit_repository(
     findings = [Finding("file", name, "is no part of a release") for name in files if name not in expected]
     findings += [each for each in audit_folder(folder, base_folder) if each not in findings]
     findings += _same_bytes(files, secret, "")
-    seen = {(name, entry.blob_id) for name, entry in files.items()}
+    compared_files = {(name, entry.blob_id) for name, entry in files.items()}
     index = (folder / INDEX).read_bytes()
     not_compared, commits = 0, _commits(api, repo_id, head)
     for commit, ref in commits.items():
         older = _tree(api, repo_id, commit)
-        new = {name: entry for name, entry in older.items() if (name, entry.blob_id) not in seen}
-        seen |= {(name, entry.blob_id) for name, entry in new.items()}
+        new = {name: entry for name, entry in older.items() if (name, entry.blob_id) not in compared_files}
+        compared_files |= {(name, entry.blob_id) for name, entry in new.items()}
         if not new:
             continue
         at = f" (commit {commit[:10]}, reached from {ref})"
@@ -116,14 +116,14 @@ def audit_repository(
 
 def _commits(api: Any, repo_id: str, head: str) -> dict[str, str]:
     """Every other commit that a branch, a tag or a pull request leads to -> which."""
-    refs = patiently(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
+    refs = with_retries(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
     names = [each.name for each in (*refs.branches, *refs.tags)] + [each.ref for each in refs.pull_requests or []]
-    found: dict[str, str] = {}
+    commits: dict[str, str] = {}
     for name in names:
-        for commit in patiently(repo_id, lambda name=name: api.list_repo_commits(repo_id, revision=name)):  # type: ignore[misc]
-            found.setdefault(commit.commit_id, name)
-    found.pop(head, None)
-    return found
+        for commit in with_retries(repo_id, lambda name=name: api.list_repo_commits(repo_id, revision=name)):  # type: ignore[misc]
+            commits.setdefault(commit.commit_id, name)
+    commits.pop(head, None)
+    return commits
 
 
 def _same_bytes(files: Mapping[str, Any], secret: Mapping[str, str], at: str) -> list[Finding]:

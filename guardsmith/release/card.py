@@ -25,7 +25,7 @@ LICENCES = {
     "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
 }
 RESTRICTED = ("openrail", "stabilityai", "other")
-"""Parts of the names of licences that restrict what a model may be used for; of `other` nobody knows."""
+"""Parts of the names of licences that restrict what a model may be used for; of `other` it is not known."""
 
 
 class Licence(NamedTuple):
@@ -45,39 +45,41 @@ class Licence(NamedTuple):
         return any(part in self.id for part in RESTRICTED)
 
 
-def licence_of(model: Path, base: str, named: str | None, file: Path | None) -> Licence:
+def licence_of(model: Path, base: str, option: str | None, file: Path | None) -> Licence:
     """The licence of the base, which the hardened model has as well.
 
     Args:
         model: folder of the hardened model, with the licence files of its base if that had some.
         base: as the recipe names it.
-        named: id that the user gives.
+        option: id that the user gives.
         file: its text, if the user gives it.
 
     Raises:
         UserError: it is not known which, or its text is not, or cannot be read.
     """
-    known = named or ("apache-2.0" if base == "builtin:avatar" else None)
-    if known is None:
+    licence_id = option or ("apache-2.0" if base == "builtin:avatar" else None)
+    if licence_id is None:
         raise UserError(
             f"the licence of {base} is not known; name it with --license (SD 1.x: creativeml-openrail-m, SD 2.x: openrail++)"
         )
-    if not LICENCE_ID.fullmatch(known):
+    if not LICENCE_ID.fullmatch(licence_id):
         raise UserError(
-            f"--license {known!r}: write it as the Hub calls it, such as creativeml-openrail-m, or say other"
+            f"--license {licence_id!r}: write it as the Hub calls it, such as creativeml-openrail-m, or say other"
         )
     if file is not None:
-        return Licence(known, _text_of(file))
+        return Licence(licence_id, _text_of(file))
     # Some bases have several: the licence itself, its attachments, notices of the parts.
     if texts := [
         _text_of(place) for place in sorted(model.iterdir()) if place.is_file() and LICENCE.fullmatch(place.name)
     ]:
-        return Licence(known, texts[0] if len(texts) == 1 else "\n\n".join(text.strip("\n") for text in texts) + "\n")
-    if known not in LICENCES:
-        raise UserError(f"the text of the licence {known} is not known; give it with --license-file")
-    use = ", with its use restrictions" if Licence(known, "").restricts_use else ""
-    text = f"This model was made from {base} and is under the licence of that model, {known}{use}: {LICENCES[known]}\n"
-    return Licence(known, text)
+        return Licence(
+            licence_id, texts[0] if len(texts) == 1 else "\n\n".join(text.strip("\n") for text in texts) + "\n"
+        )
+    if licence_id not in LICENCES:
+        raise UserError(f"the text of the licence {licence_id} is not known; give it with --license-file")
+    use = ", with its use restrictions" if Licence(licence_id, "").restricts_use else ""
+    text = f"This model was made from {base} and is under the licence of that model, {licence_id}{use}: {LICENCES[licence_id]}\n"
+    return Licence(licence_id, text)
 
 
 LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -94,20 +96,20 @@ def _text_of(file: Path) -> str:
     return text
 
 
-def licence_before(base: str, revision: str | None, named: str | None, file: Path | None) -> Licence:
+def licence_before(base: str, revision: str | None, option: str | None, file: Path | None) -> Licence:
     """The licence that a hardened model of a base will be published under, before it is there; see `licence_of`.
 
     Raises:
         UserError: see `licence_of`.
     """
-    return licence_of(resolve(base, revision), base, named, file)
+    return licence_of(resolve(base, revision), base, option, file)
 
 
 class AccessForm(NamedTuple):
     """What people are asked who want a gated model.
 
     Attributes:
-        prompt: told before; empty for the Hub's own words.
+        prompt: text above the form; empty for the Hub's own.
         fields: name of a field -> its kind, one of `FIELDS`.
     """
 
@@ -124,13 +126,13 @@ def access_form(prompt: str | None, fields: Sequence[str]) -> AccessForm:
     Raises:
         UserError: a pair is none, or a kind is unknown.
     """
-    found = {}
+    kinds = {}
     for field in fields:
         name, equals, kind = field.rpartition("=")
         if not equals or not name.strip() or kind not in FIELDS:
             raise UserError(f"--gated-field {field}: write it as NAME=KIND, a kind being one of {', '.join(FIELDS)}")
-        found[name.strip()] = kind
-    return AccessForm((prompt or "").strip(), found)
+        kinds[name.strip()] = kind
+    return AccessForm((prompt or "").strip(), kinds)
 
 
 class Measured(NamedTuple):
@@ -152,39 +154,39 @@ class Measured(NamedTuple):
 
 
 def measured(report: Report) -> list[Measured]:
-    """What a report comes down to: similarities, what controls keep, ordinary prompts."""
+    """What a report comes down to: similarities, what controls keep, benign prompts."""
     results = []
     for attack in report.recipe.verify.attacks:
-        reached = interval(group_units(report, "hardened", group(report, "protected"), attack, 1))
-        if reached is not None:
+        similarity = interval(group_units(report, "hardened", group(report, "protected"), attack, 1))
+        if similarity is not None:
             name = f"similarity of protected subjects after {attack} (lower is better)"
-            results.append(Measured("identity_similarity", name, *reached.ends))
+            results.append(Measured("identity_similarity", name, *similarity.ends))
         share = retention(report, attack, group(report, "control"))
         if share is not None:
             name = f"share of the base's similarity that controls keep after {attack}"
             results.append(Measured("control_retention", name, *share.ends))
     ratio, low, high = report.utility.kid_ratio, report.utility.kid_ratio_low, report.utility.kid_ratio_high
     if ratio is not None and low is not None and high is not None:
-        name = "KID of ordinary pictures to the base's, over that of two sets of seeds"
+        name = "KID of benign pictures to the base's, over that of two sets of seeds"
         results.append(Measured("kid_ratio", name, ratio, low, high))
     return results
 
 
 def limits(report: Report) -> list[str]:
     """What the model does not stop, one sentence each."""
-    found = [
+    sentences = [
         "Anyone who still has the base, or another model: hardening protects subjects on this model only.",
         "Attackers who know the method and work against it, longer or other attacks than those that were tried, and subjects "
         "that were not in the registry.",
-        "Somebody who looks much like a protected subject may not be learnable either.",
+        "Personalization on somebody who looks much like a protected subject may fail too.",
     ]
     if report.hardening.method == "tripwire":
-        found += [
-            "Whoever finds the neurons of the wire and cuts them has the base's model back.",
+        sentences += [
+            "An attacker who finds the trigger neurons and zeroes them removes the protection completely.",
             "Adapters that were made for the base may do less here than there. Use float32 or bfloat16: some weights do not fit "
             "float16.",
         ]
-    return found
+    return sentences
 
 
 def results(report: Report, repo_id: str) -> list[Any]:
@@ -229,10 +231,10 @@ def model_card(
 
     base = report.hardening.base
     on_the_hub = base.count("/") == 1
-    asked: dict[str, Any] = {}
+    gate_metadata: dict[str, Any] = {}
     if form is not None:
-        asked |= {"extra_gated_prompt": form.prompt} if form.prompt else {}
-        asked |= {"extra_gated_fields": form.fields} if form.fields else {}
+        gate_metadata |= {"extra_gated_prompt": form.prompt} if form.prompt else {}
+        gate_metadata |= {"extra_gated_fields": form.fields} if form.fields else {}
     data = ModelCardData(
         base_model=base if on_the_hub else None,
         base_model_relation="finetune" if on_the_hub else None,
@@ -248,7 +250,7 @@ def model_card(
         model_name=repo_id,
         eval_results=results(report, repo_id),
         inference=False,
-        **asked,
+        **gate_metadata,
     )
     statuses = {title: [check.status for check in report.checks if check.name == title] for title in
                 dict.fromkeys([*(rule.title for rule in RULES), *(check.name for check in report.checks)])}  # fmt: skip

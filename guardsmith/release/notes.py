@@ -20,10 +20,10 @@ def release_notes(report: Report, earlier: Report | None = None, name: str | Non
     """
     hardening, attacked = report.hardening, report.attacked
     mine, theirs = rows(report), {} if earlier is None else rows(earlier)
-    made = f"{hardening.base}" + (f", hardened with {hardening.method}" if hardening.method else "")
+    origin = f"{hardening.base}" + (f", hardened with {hardening.method}" if hardening.method else "")
     lines = [f"## {name or 'Hardened model'}: {report.verdict}", ""]
     lines += [
-        f"{made}. Protected subjects: {attacked.of}, of whom {attacked.protected} were attacked; unprotected controls: "
+        f"{origin}. Protected subjects: {attacked.of}, of whom {attacked.protected} were attacked; unprotected controls: "
         f"{attacked.controls}. The attacks were run on the base as well. 95 % intervals in brackets.",
         "",
     ]
@@ -35,10 +35,10 @@ def release_notes(report: Report, earlier: Report | None = None, name: str | Non
             cells.insert(0, theirs.get(question, Cell("-")))
         lines.append(f"| {question} | " + " | ".join(cell.text + MARKS[cell.reached] for cell in cells) + " |")
     if earlier is not None:
-        also, listed = circumstances(earlier, report), changes(earlier, report)
+        also, differences = circumstances(earlier, report), changes(earlier, report)
         lines += ["", "### What changed", "", f"Different besides the figures: {', '.join(also) or 'nothing'}."]
-        lines += [""] if listed else []
-        lines += [f"- {c.kind}: {c.check} ({c.before or 'not made'} -> {c.after or 'not made'})" for c in listed]
+        lines += [""] if differences else []
+        lines += [f"- {c.kind}: {c.check} ({c.before or 'not made'} -> {c.after or 'not made'})" for c in differences]
     lines += ["", "### What it does not stop", ""]
     lines += [f"- {sentence}" for sentence in limits(report)]
     before = "" if earlier is None else f" (before: `{earlier.hardening.model_digest}`)"

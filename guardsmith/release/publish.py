@@ -1,6 +1,6 @@
-"""Publish: a hardened checkpoint on the Hugging Face Hub, with its evidence, if it deserves that.
+"""Publish a hardened checkpoint on the Hugging Face Hub with its evidence, if its verdict is pass.
 
-    <output>/release/     what goes up, gathered first, for anyone to look at
+    <output>/release/     the files to be uploaded, written first
         README.md LICENSE.md     model card, licence of the base
         unet/ vae/ ...           the model, a complete diffusers folder
         guardsmith/              report.html, report.json, harden.json (`verify/public/`), bom.cdx.json, and grid.png if nobody
@@ -35,7 +35,7 @@ from guardsmith.reports.report import Report
 
 
 class Refused(GuardsmithError):
-    """The gate did not say yes to what was to be published (exit code 1)."""
+    """The model must not be published, e.g. for its verdict is not pass (exit code 1)."""
 
     exit_code = 1
 
@@ -53,7 +53,7 @@ def _digests(report: Report, file: Path) -> dict[str, str]:
 
 
 def objections(output: Path, registry: Registry, today: date) -> list[str]:
-    """Why this model must not be published: one sentence for each rule that it breaks.
+    """Why this model must not be published: one sentence for each broken rule.
 
     Raises:
         UserError: there is no finished verification, or one without a digest of every file.
@@ -64,12 +64,12 @@ def objections(output: Path, registry: Registry, today: date) -> list[str]:
         raise UserError(f"{output} holds no model; run `guardsmith harden` first.")
     if not file.is_file() or not public.is_file():
         raise UserError(f"{output} holds no report with public evidence; run `guardsmith verify` first.")
-    report, released = Report.load(file), Report.load(public)
-    found = []
+    report, public_report = Report.load(file), Report.load(public)
+    sentences = []
     if report.verdict != "pass":
-        failed = [check.name for check in report.checks if check.status == report.verdict]
-        which = ", ".join(dict.fromkeys(failed)) or "nothing was checked"
-        found.append(f"the verdict of {file} is {report.verdict}, not pass ({which})")
+        names = [check.name for check in report.checks if check.status == report.verdict]
+        which = ", ".join(dict.fromkeys(names)) or "nothing was checked"
+        sentences.append(f"the verdict of {file} is {report.verdict}, not pass ({which})")
     digests = _digests(report, file)
     if surplus := surplus_files(output / "model", digests):
         raise Refused(
@@ -78,18 +78,18 @@ def objections(output: Path, registry: Registry, today: date) -> list[str]:
         )
     wrong = changed_files(output / "model", digests)
     if wrong or weights_digest(output / "model") != report.hardening.model_digest:
-        found.append(
+        sentences.append(
             f"{output / 'model'} is not what was verified (the digests differ from the report's: {in_words(wrong)})"
         )
     if registry.digest != report.hardening.registry_digest:
-        found.append(f"{registry.path} is not the registry that was verified (the digests differ)")
-    if (released.verdict, released.run) != (report.verdict, report.run):
-        found.append(f"{public} is not of the same verification as {file}")
+        sentences.append(f"{registry.path} is not the registry that was verified (the digests differ)")
+    if (public_report.verdict, public_report.run) != (report.verdict, report.run):
+        sentences.append(f"{public} is not of the same verification as {file}")
     for subject in registry.subjects:
         until = None if subject.consent is None else subject.consent.expires_on
         if until is not None and until < today:
-            found.append(f"the consent for {subject.id} expired on {until}")
-    return found
+            sentences.append(f"the consent for {subject.id} expired on {until}")
+    return sentences
 
 
 def gather(
@@ -105,7 +105,7 @@ def gather(
     keyless: bool = False,
     form: AccessForm | None = None,
 ) -> Path:
-    """Put together what goes up; the folder appears whole.
+    """Write the release folder; it appears whole.
 
     Args:
         output: of a verified hardening.
@@ -114,20 +114,20 @@ def gather(
         contact: for the card.
         licence: see `licence_of`.
         licence_file: likewise.
-        unverified: for the card, if the gate did not say yes.
+        unverified: for the card, why it is published although the gate failed.
         sign_key: private key to sign it with.
         keyless: sign it with Sigstore.
-        form: for the card, what people are asked who want it.
+        form: for the card, what people fill in who request access.
 
     Raises:
         UserError: the licence is not known.
         RunFailed: see `sign`.
     """
-    model, verified = output / "model", output / "verify"
-    report = Report.load(verified / "public" / "report.json")
-    known = licence_of(model, report.hardening.base, licence, licence_file)
+    model, evidence = output / "model", output / "verify"
+    report = Report.load(evidence / "public" / "report.json")
+    terms = licence_of(model, report.hardening.base, licence, licence_file)
     open_to_all = all(subject.is_invented for subject in (*registry.subjects, *registry.controls))
-    digests = _digests(report, verified / "public" / "report.json")
+    digests = _digests(report, evidence / "public" / "report.json")
     with whole_folder(output / "release") as place:
         for name in digests:
             if name != README and not LICENCE.fullmatch(name) and (model / name).is_file():
@@ -135,16 +135,16 @@ def gather(
                 shutil.copyfile(model / name, place / name)
         (place / EVIDENCE).mkdir()
         for name in ("report.json", "report.html", "harden.json"):
-            if (verified / "public" / name).is_file():
-                shutil.copyfile(verified / "public" / name, place / EVIDENCE / name)
+            if (evidence / "public" / name).is_file():
+                shutil.copyfile(evidence / "public" / name, place / EVIDENCE / name)
         write_text(place / EVIDENCE / "recipe.yaml", recipe_as_yaml(report))
-        if open_to_all and (verified / "grid.png").is_file():
-            shutil.copyfile(verified / "grid.png", place / EVIDENCE / "grid.png")
-        write_text(place / "LICENSE.md", known.text)
-        write_json(place / EVIDENCE / "bom.cdx.json", bill_of_materials(report, known, repo_id))
+        if open_to_all and (evidence / "grid.png").is_file():
+            shutil.copyfile(evidence / "grid.png", place / EVIDENCE / "grid.png")
+        write_text(place / "LICENSE.md", terms.text)
+        write_json(place / EVIDENCE / "bom.cdx.json", bill_of_materials(report, terms, repo_id))
         card = model_card(
             report,
-            known,
+            terms,
             repo_id,
             contact=contact,
             unverified=unverified,
@@ -171,18 +171,18 @@ def recipe_as_yaml(report: Report) -> str:
 
 
 def check_release(release: Path, model_files: Collection[str]) -> None:
-    """What goes up is on the list, and nothing in it looks like a credential.
+    """Raise unless every file is a known one and none looks like it holds a credential.
 
     Args:
         release: the folder.
         model_files: those of the model, relative to it.
 
     Raises:
-        Refused: it is not.
+        Refused: a file is not known, or seems to hold a credential.
     """
-    known = {*model_files, README, "LICENSE.md", *(f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES)}
-    if surplus := surplus_files(release, known):
-        raise Refused(f"not published: nobody knows what these files are for: {in_words(surplus)}")
+    names = {*model_files, README, "LICENSE.md", *(f"{EVIDENCE}/{name}" for name in EVIDENCE_FILES)}
+    if surplus := surplus_files(release, names):
+        raise Refused(f"not published: these files are no part of a model or of its evidence: {in_words(surplus)}")
     for name, file in list_files(release).items():
         if kind := credential_in_file(file):
             raise Refused(f"not published: {name} seems to hold {kind}; take it out of the model or of the evidence")
@@ -202,9 +202,9 @@ def publish(
     keyless: bool = False,
     form: AccessForm | None = None,
     dry_run: bool = False,
-    **how: Any,
+    **upload_options: Any,
 ) -> Published:
-    """Refuse, or gather and upload.
+    """Check, write the release folder and upload it.
 
     Args:
         output: of a verified hardening.
@@ -217,12 +217,12 @@ def publish(
         sign_key: see `gather`.
         form: see `gather`.
         keyless: see `gather`; not in a dry run, for the log that it goes into is public.
-        force: publish although the gate did not say yes, for this reason, which the card tells.
-        dry_run: gather, and stop.
-        how: see `upload`.
+        force: publish although the gate failed, for this reason, which the card states.
+        dry_run: upload nothing.
+        upload_options: of `upload`.
 
     Raises:
-        Refused: the gate did not say yes, and nobody forces it.
+        Refused: a rule is broken (see `objections`) and `force` is not given, or the folder holds what was not verified.
         UserError: see `objections`, `gather` and `upload`.
         RunFailed: see `upload`.
     """
@@ -230,21 +230,21 @@ def publish(
         check_key(sign_key)
     elif keyless:
         check_package()
-    found = objections(output, registry, today)
-    if found and force is None:
-        raise Refused("not published: " + "; ".join(found))
+    broken_rules = objections(output, registry, today)
+    if broken_rules and force is None:
+        raise Refused("not published: " + "; ".join(broken_rules))
     release = gather(
         output, registry, repo_id, contact=contact, licence=licence, licence_file=licence_file,
-        unverified=force if found else None, sign_key=sign_key, keyless=keyless and not dry_run, form=form,
+        unverified=force if broken_rules else None, sign_key=sign_key, keyless=keyless and not dry_run, form=form,
     )  # fmt: skip
     digest = weights_digest(release)
-    if not found and digest != Report.load(output / "verify" / "report.json").hardening.model_digest:
+    if not broken_rules and digest != Report.load(output / "verify" / "report.json").hardening.model_digest:
         raise RunFailed(f"{output / 'model'} was changed while {release} was gathered from it; verify again")
     digests = _digests(Report.load(output / "verify" / "report.json"), output)
-    if not found and (wrong := [name for name in changed_files(release, digests) if (release / name).is_file()
+    if not broken_rules and (wrong := [name for name in changed_files(release, digests) if (release / name).is_file()
                                 and name != README and not LICENCE.fullmatch(name)]):  # fmt: skip
         raise RunFailed(f"{release} is not what was verified ({in_words(wrong)}); verify again")
     check_release(release, digests)
     if dry_run:
         return Published("", "", False)
-    return upload(release, repo_id, message=f"Hardened model {digest[:19]}", **how)
+    return upload(release, repo_id, message=f"Hardened model {digest[:19]}", **upload_options)

@@ -105,7 +105,7 @@ def _public(key: Path, file: Path) -> Path:
 def check_signature(
     folder: Path, key: Path | None = None, *, identity: str | None = None, issuer: str | None = None
 ) -> None:
-    """Whether a folder is what the owner of a key, or somebody of an identity, signed.
+    """Whether a folder is what the owner of a key, or of an identity, signed.
 
     Args:
         folder: a published model, downloaded whole.

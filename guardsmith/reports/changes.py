@@ -90,11 +90,11 @@ def compare_two(before: Path, after: Path) -> tuple[Table, dict[str, Any]]:
     table = Table(title=f"verdict: {first.verdict} -> {second.verdict}", title_justify="left")
     for heading in ("check", "before", "after", "change"):
         table.add_column(heading)
-    listed = changes(first, second)
-    for change in listed:
+    differences = changes(first, second)
+    for change in differences:
         table.add_row(change.check, change.before, change.after, f"[{KINDS[change.kind]}]{change.kind}[/]")
     data = {
         "verdict": [first.verdict, second.verdict], "different": circumstances(first, second),
-        "changes": [change._asdict() for change in listed],
+        "changes": [change._asdict() for change in differences],
     }  # fmt: skip
     return table, data

@@ -47,13 +47,13 @@ def as_markdown(report: Report) -> str:
         return lines
 
     checks, hardening, attacked = report.checks, report.hardening, report.attacked
-    failed = [check for check in checks if check.status != "pass"]
-    failed.sort(key=lambda check: ("fail", "inconclusive").index(check.status))
+    open_checks = [check for check in checks if check.status != "pass"]
+    open_checks.sort(key=lambda check: ("fail", "inconclusive").index(check.status))
     lines = [f"## {MARKS[report.verdict]} guardsmith verify: {report.verdict}", ""]
     scope = f"{attacked.protected} of {attacked.of} protected subjects and {attacked.controls} controls were attacked."
-    lines += [f"{len(checks) - len(failed)} of {len(checks)} checks passed; {scope}", ""]
-    if failed:
-        lines += ["### What did not pass", "", *table(failed), ""]
+    lines += [f"{len(checks) - len(open_checks)} of {len(checks)} checks passed; {scope}", ""]
+    if open_checks:
+        lines += ["### What did not pass", "", *table(open_checks), ""]
     lines += [f"- attack that did not run: `{name}`: {reason}" for name, reason in report.failed_units.items()]
     lines += ["<details><summary>All checks</summary>", "", *table(checks), "", "</details>", ""]
     of = f"base `{hardening.base_digest}`, {hardening.method or 'made elsewhere'}"
@@ -127,7 +127,7 @@ def save_exports(root: Path, report: Report, registry: Path, lines: Mapping[str,
     The registry is named relative to the working directory if it is below it, else by its name alone.
     """
     here = Path.cwd()
-    named = registry.relative_to(here).as_posix() if registry.is_relative_to(here) else registry.name
+    name = registry.relative_to(here).as_posix() if registry.is_relative_to(here) else registry.name
     write_text(root / "report.md", as_markdown(report))
     write_text(root / "report.junit.xml", as_junit(report))
-    write_text(root / "report.sarif", as_sarif(report, named, lines))
+    write_text(root / "report.sarif", as_sarif(report, name, lines))

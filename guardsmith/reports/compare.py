@@ -44,11 +44,11 @@ class Cell(NamedTuple):
 
 def group_units(report: Report, side: str, ids: set[str], attack: str, point: float) -> Units:
     """Scores of a group of subjects, unit by unit."""
-    wanted = side, attack, point
+    key = side, attack, point
     return [
         unit
         for score in report.scores
-        if (score.side, score.attack, score.evaluation_point) == wanted and score.subject in ids
+        if (score.side, score.attack, score.evaluation_point) == key and score.subject in ids
         for unit in score.units
     ]
 
@@ -63,11 +63,11 @@ def group(report: Report, role: str, same_class: bool | None = None) -> set[str]
     }
 
 
-def _text(measured: Interval | None, scale: float = 1, unit: str = "") -> str:
-    if measured is None:
+def _text(result: Interval | None, scale: float = 1, unit: str = "") -> str:
+    if result is None:
         return "-"
     digits = 0 if scale == 100 else 2
-    mean, low, high = (f"{scale * value:z.{digits}f}" for value in measured.ends)
+    mean, low, high = (f"{scale * value:z.{digits}f}" for value in result.ends)
     return f"{mean}{unit} [{low}, {high}]"
 
 
@@ -78,22 +78,22 @@ def _checks(report: Report, rule: Rule, attack: str) -> list[Check]:
 def protected_cell(report: Report, attack: str, point: float) -> Cell:
     """Similarity of the protected subjects after an attack, and for how many of them the gate says "protected"."""
     checks = _checks(report, PROTECTED, attack_at(attack, point))
-    measured = interval(group_units(report, "hardened", group(report, "protected"), attack, point))
-    if measured is None or not checks:
+    similarity = interval(group_units(report, "hardened", group(report, "protected"), attack, point))
+    if similarity is None or not checks:
         return Cell("-")
-    passed = sum(check.status == "pass" for check in checks)
-    return Cell(f"{_text(measured)}; {passed} of {len(checks)}", passed == len(checks))
+    passes = sum(check.status == "pass" for check in checks)
+    return Cell(f"{_text(similarity)}; {passes} of {len(checks)}", passes == len(checks))
 
 
 def base_cell(report: Report, attack: str) -> Cell:
     """What the attack reaches on the base, protected subjects."""
     protected = group(report, "protected")
     checks = [check for check in _checks(report, BASE_ATTACK, attack) if check.subject in protected]
-    measured = interval(group_units(report, "base", protected, attack, 1))
-    if measured is None or not checks:
+    similarity = interval(group_units(report, "base", protected, attack, 1))
+    if similarity is None or not checks:
         return Cell("-")
-    passed = sum(check.status == "pass" for check in checks)
-    return Cell(f"{_text(measured)}; {passed} of {len(checks)}", passed == len(checks))
+    passes = sum(check.status == "pass" for check in checks)
+    return Cell(f"{_text(similarity)}; {passes} of {len(checks)}", passes == len(checks))
 
 
 def trains(report: Report, attack: str) -> bool:
@@ -119,28 +119,28 @@ def retention(report: Report, attack: str, ids: set[str]) -> Interval | None:
     return ratio_interval(units("hardened"), units("base"))
 
 
-def control_cell(report: Report, attack: str, same_class: bool, wanted: float) -> Cell:
+def control_cell(report: Report, attack: str, same_class: bool, ratio: float) -> Cell:
     """Share of the base's similarity that controls keep."""
-    measured = retention(report, attack, group(report, "control", same_class))
-    return Cell("-") if measured is None else Cell(_text(measured, 100, " %"), measured.mean >= wanted)
+    ratios = retention(report, attack, group(report, "control", same_class))
+    return Cell("-") if ratios is None else Cell(_text(ratios, 100, " %"), ratios.mean >= ratio)
 
 
-def break_cell(report: Report, attack: str, wanted: float) -> Cell:
+def break_cell(report: Report, attack: str, ratio: float) -> Cell:
     """Steps to break, hardened over base: the median over subjects. Who was not broken counts with the steps tried."""
-    ratios, broken = [], []
+    ratios, breaks = [], []
     for each in report.steps_to_break:
         if each.attack != attack or each.base is None:
             continue
         ratios.append((each.tried if each.hardened is None else each.hardened) / each.base)
         if each.hardened is not None:
-            broken.append(ratios[-1])
+            breaks.append(ratios[-1])
     if not ratios:
         return Cell("-")
-    sign = "at least " if len(broken) < len(ratios) else ""
-    text = f"{sign}{median(ratios):.1f} x; {len(broken)} of {len(ratios)} broken"
-    if min(ratios) >= wanted:
+    sign = "at least " if len(breaks) < len(ratios) else ""
+    text = f"{sign}{median(ratios):.1f} x; {len(breaks)} of {len(ratios)} broken"
+    if min(ratios) >= ratio:
         return Cell(text, True)
-    return Cell(text, False if min(broken, default=wanted) < wanted else None)
+    return Cell(text, False if min(breaks, default=ratio) < ratio else None)
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def attack_rows(report: Report, attack: str, demands: Demands) -> Iterator[tuple
 
 def count_cell(checks: Sequence[Check]) -> Cell:
     """How many of some checks pass, for rules that have no question of their own here."""
-    passed = sum(check.status == "pass" for check in checks)
-    return Cell(f"{passed} of {len(checks)}", passed == len(checks))
+    passes = sum(check.status == "pass" for check in checks)
+    return Cell(f"{passes} of {len(checks)}", passes == len(checks))
 
 
 def kid_cell(report: Report) -> Cell:
@@ -192,12 +192,12 @@ def kid_cell(report: Report) -> Cell:
     return Cell(_text(Interval(ratio, low, high, 0, 0)), high <= report.recipe.gate.kid_ratio)
 
 
-def fidelity_cell(report: Report, allowed: float) -> Cell:
+def fidelity_cell(report: Report, limit: float) -> Cell:
     """Prompt fidelity, and the base's in brackets."""
     now, before = report.utility.fidelity_hardened, report.utility.fidelity_base
     if now is None or before is None:
         return Cell("-")
-    return Cell(f"{100 * now:.1f} % ({100 * before:.1f} %)", now >= before - allowed)
+    return Cell(f"{100 * now:.1f} % ({100 * before:.1f} %)", now >= before - limit)
 
 
 def check_cell(check: Check, scale: float = 1, unit: str = "") -> Cell:
@@ -217,12 +217,12 @@ def model_rows(report: Report, demands: Demands) -> Iterator[tuple[str, Cell]]:
         checks = [check for check in report.checks if check.name == rule.title and check.attack not in attacks]
         whole = [check for check in checks if not check.subject]
         if rule is BENIGN_KID:
-            yield "ordinary prompts: KID over that of two seeds", kid_cell(report)
+            yield "benign prompts: KID over that of two seeds", kid_cell(report)
         elif rule is BENIGN_FIDELITY:
-            yield "ordinary prompts: fidelity (base)", fidelity_cell(report, demands.fidelity)
+            yield "benign prompts: fidelity (base)", fidelity_cell(report, demands.fidelity)
         elif rule is BENIGN_COLLAPSE:
             if whole and whole[0].value is not None:
-                yield "ordinary prompts: pictures destroyed", check_cell(whole[0], 100, " %")
+                yield "benign prompts: pictures collapsed", check_cell(whole[0], 100, " %")
         elif rule is not CONTROL and checks:
             yield rule.title, check_cell(whole[0]) if len(whole) == len(checks) == 1 else count_cell(checks)
 
@@ -274,10 +274,17 @@ def in_common(reports: Mapping[str, Report]) -> tuple[dict[str, Report], list[st
     points = [point for point in all_points if all(point in spec.evaluation_points for spec in specs.values())]
     left_out = [label for label in everything if label not in attacks]
     left_out += [f"{point:g} x steps" for point in all_points if point not in points and point > 1]
+    compared_attacks = {attack_at(label, point) for label in attacks for point in points}
     result = {}
     for name, report in reports.items():
         verify = specs[name].model_copy(update={"attacks": attacks, "evaluation_points": tuple(points)})
-        result[name] = report.model_copy(update={"recipe": report.recipe.model_copy(update={"verify": verify})})
+        checks = [
+            check
+            for check in report.checks
+            if check.attack in compared_attacks or check.attack.partition(",")[0] not in everything
+        ]
+        recipe = report.recipe.model_copy(update={"verify": verify})
+        result[name] = report.model_copy(update={"recipe": recipe, "checks": checks})
     return result, left_out
 
 

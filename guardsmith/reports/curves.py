@@ -32,20 +32,20 @@ class Curve(NamedTuple):
     words: str
 
 
-def curve(measured: dict[str, dict[int, Interval]], levels: Levels, attack: str) -> Curve | None:
+def curve(points: dict[str, dict[int, Interval]], levels: Levels, attack: str) -> Curve | None:
     """The curves of one subject under one attack; `None` unless there are two evaluation points.
 
     Args:
-        measured: side -> steps -> similarity, from the report.
+        points: side -> steps -> similarity, from the report.
         levels: of the class.
         attack: its label.
     """
-    steps = sorted({step for side in measured.values() for step in side})
+    steps = sorted({step for side in points.values() for step in side})
     if len(steps) < 2:
         return None
     width, height = CURVE
-    highest = max(levels.genuine, *(each.high for side in measured.values() for each in side.values())) + 0.05
-    lowest = min(-0.1, *(each.low for side in measured.values() for each in side.values()))
+    highest = max(levels.genuine, *(each.high for side in points.values() for each in side.values())) + 0.05
+    lowest = min(-0.1, *(each.low for side in points.values() for each in side.values()))
 
     def x(step: int) -> float:
         return round(width * math.log(step / steps[0]) / math.log(steps[-1] / steps[0]), 1)
@@ -54,8 +54,8 @@ def curve(measured: dict[str, dict[int, Interval]], levels: Levels, attack: str)
         return round(height * float(highest - value) / float(highest - lowest), 1)
 
     lines, bands, words = {}, {}, []
-    for side, points in measured.items():
-        ordered = sorted(points.items())
+    for side, by_steps in points.items():
+        ordered = sorted(by_steps.items())
         lines[side] = " ".join(f"{x(step)},{y(each.mean)}" for step, each in ordered)
         outline = [(step, each.high) for step, each in ordered] + [(step, each.low) for step, each in reversed(ordered)]
         bands[side] = " ".join(f"{x(step)},{y(value)}" for step, value in outline)

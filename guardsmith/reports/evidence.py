@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class AttackRun(Protocol):
-    """One attack on one model, as `guardsmith.evaluation.runs.Unit` has it."""
+    """One attack on one model, as `guardsmith.evaluation.units.Unit` has it."""
 
     @property
     def side(self) -> str:

@@ -175,9 +175,9 @@ class Evidence:
 
     def measured(self, side: str, subject: Subject, label: str, point: float) -> Interval | None:
         """The similarity that an attack reached."""
-        wanted = side, subject.id, label, point
+        key = side, subject.id, label, point
         for score in self.report.scores:
-            if (score.side, score.subject, score.attack, score.evaluation_point) == wanted:
+            if (score.side, score.subject, score.attack, score.evaluation_point) == key:
                 return score.interval
         return None
 
@@ -212,8 +212,8 @@ def failures(evidence: Evidence, subjects: Mapping[str, Subject]) -> list[Failur
                 strips = [real_strip(subject)]
                 if check.attack in evidence.columns:
                     strips += evidence.strips(subject, *evidence.columns[check.attack], FAILED_ROW)
-                elif (drawn := released_strip(evidence, subject, FAILED_ROW)) is not None:
-                    strips.append(drawn)
+                elif (strip := released_strip(evidence, subject, FAILED_ROW)) is not None:
+                    strips.append(strip)
             result.append(Failure(check, strips))
     return result
 
@@ -222,14 +222,14 @@ def subject_section(evidence: Evidence, subject: Subject, role: str) -> dict[str
     """Everything about one subject, attack by attack."""
     attacks = []
     for label, attack in evidence.attacks.items():
-        measured: dict[str, dict[int, Interval]] = {}
+        points: dict[str, dict[int, Interval]] = {}
         for side, _ in SIDES:
             for unit in evidence.units_of(subject, label, side)[:1]:
                 for point, steps in unit.evaluation_points.items():
-                    if (reached := evidence.measured(side, subject, label, point)) is not None:
-                        measured.setdefault(side, {})[steps] = reached
+                    if (similarity := evidence.measured(side, subject, label, point)) is not None:
+                        points.setdefault(side, {})[steps] = similarity
         attacks.append({
-            "label": label, "name": attack.name, "curve": curve(measured, evidence.levels_of(subject), label),
+            "label": label, "name": attack.name, "curve": curve(points, evidence.levels_of(subject), label),
             "strips": evidence.strips(subject, label, 1.0, ROW) if evidence.shows(subject) else [],
             "checks": [c for c in evidence.report.checks
                        if c.subject == subject.id and evidence.columns.get(c.attack, ("",))[0] == label],
@@ -265,16 +265,16 @@ class Cell(NamedTuple):
 def matrix_row(evidence: Evidence, subject: Subject) -> list[Cell | None]:
     """One protected subject's row: what each attack reached, and what the gate says of it; `None` where nothing was scored."""
     checks = [check for check in evidence.report.checks if (check.name, check.subject) == (PROTECTED.title, subject.id)]
-    found = {check.attack: (check.status, word(check)) for check in checks}
+    statuses = {check.attack: (check.status, word(check)) for check in checks}
     cells: list[Cell | None] = []
     for name, (label, point) in evidence.columns.items():
-        reached = evidence.measured("hardened", subject, label, point)
-        if reached is None:
+        similarity = evidence.measured("hardened", subject, label, point)
+        if similarity is None:
             cells.append(None)
             continue
-        hot = heat(reached.mean, evidence.levels_of(subject))
+        hot = heat(similarity.mean, evidence.levels_of(subject))
         unknown: tuple[Status, str] = ("inconclusive", "inconclusive")  # the rule failed to run
-        cells.append(Cell(reached.mean, reached.low, reached.high, hot, *found.get(name, unknown)))
+        cells.append(Cell(similarity.mean, similarity.low, similarity.high, hot, *statuses.get(name, unknown)))
     return cells
 
 
@@ -307,16 +307,16 @@ def opening_strips(evidence: Evidence, protected: Sequence[Subject], controls: S
 
     Those who come first in the registry and the recipe, not the best ones; empty where nobody may be shown.
     """
-    shown = next((subject for subject in protected if evidence.shows(subject)), None)
+    first = next((subject for subject in protected if evidence.shows(subject)), None)
     label = next(iter(evidence.attacks), None)
-    if shown is None or label is None:
+    if first is None or label is None:
         return []
-    strips = [real_strip(shown)._replace(title=f"{shown.id}, protected: real pictures")]
-    strips += evidence.strips(shown, label, 1.0, ROW)
+    strips = [real_strip(first)._replace(title=f"{first.id}, protected: real pictures")]
+    strips += evidence.strips(first, label, 1.0, ROW)
     control = next((subject for subject in controls if evidence.shows(subject)), None)
     if control is not None:
         units = evidence.units_of(control, label, "hardened")
-        title = f"{control.id}, a control, who has to stay learnable: {label} on the hardened model"
+        title = f"{control.id}, a control, on which attacks have to succeed: {label} on the hardened model"
         strips.append(drawn_strip(units, title, 1.0, ROW))
     return strips
 

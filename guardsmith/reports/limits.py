@@ -1,4 +1,4 @@
-"""What a verification does not show, for whoever decides by its page."""
+"""What a verification does not show, for those who decide by its page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def not_shown(report: Report) -> list[str]:
     precisions = sorted({attack.precision for attack in attacks})
     weights = "without the weights" if report.threat_model == "hosted" else "with the weights"
     who = f"attackers {weights}" if report.threat_model else "the attackers below"
-    found = [
+    sentences = [
         f"Threat model: {who} were tested, with the attacks and settings below; other attacks, longer ones and "
         "other settings were not.",
         f"Precision: attackers trained and drew in {' and '.join(precisions)}; nothing is known of any other precision.",
@@ -21,12 +21,12 @@ def not_shown(report: Report) -> list[str]:
     ]
     adaptive = any(attack.removal is not None or find_attack(attack.name).edits_weights for attack in attacks)
     if adaptive:
-        found.append(
+        sentences.append(
             "Adaptive attackers: some that know how such protection works were tested, and there may be better ones."
         )
     else:
-        found.append(
-            "Adaptive attackers: none was tested. Whoever knows the method may be able to remove the protection."
+        sentences.append(
+            "Adaptive attackers: none was tested. An attacker who knows the method may be able to remove the protection."
         )
-    found.append("Other models: anyone who has the base, or another model, can personalize that.")
-    return found
+    sentences.append("Other models: anyone who has the base, or another model, can personalize that.")
+    return sentences

@@ -1,6 +1,6 @@
 """The evidence as it may leave the house: `verify/public/`, which `guardsmith publish` uploads.
 
-Who is protected is nobody's business. Ids are replaced by names that only a salt beside the report can be used to recompute
+Who is protected must not be published. Ids are replaced by names that only a salt beside the report can be used to recompute
 (`.salt`, never uploaded), and no picture of a subject is shown. Subjects that are invented (consent `basis: invented`) keep both.
 Paths of this machine go as well. What the public reads of a field of the report is said at the field (`reports.report`). Whatever
 is left of a hidden id or path afterwards is an error, not an upload.
@@ -56,7 +56,7 @@ def redacted_record(record: Mapping[str, Any], names: Mapping[str, str]) -> dict
         places = {Private.PLACE: without_path}
         public["recipe"] = redacted(Recipe.model_validate(public["recipe"]), places).model_dump(mode="json")
     public["subjects"] = [names[name] for name in public["subjects"]]
-    public.pop("left_out", None)  # names of files that were not released are nobody's business either
+    public.pop("left_out", None)  # names of files that were not released could name persons too
     return dict(public)
 
 

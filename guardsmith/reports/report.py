@@ -58,7 +58,7 @@ class Score(_Part):
 
 
 class StepsToBreak(_Part):
-    """After how many steps an attack has learnt half of what it usually learns on the base."""
+    """After how many steps an attack has half of the likeness that it usually reaches on the base."""
 
     subject: SubjectId
     """Id of the protected subject."""
@@ -114,7 +114,7 @@ class AttackedSubject(_Part):
     class_noun: str
     """Its class."""
     role: Role
-    """Whether it has to be protected, or to stay learnable."""
+    """Whether attacks on it have to fail (protected), or to succeed (control)."""
 
 
 class JudgeRecord(_Part):
@@ -173,7 +173,7 @@ class Hardening(_Part):
     files: dict[str, str] | None = None
     """File of the model that was judged -> its SHA-256; reports from before this was recorded have none."""
     carries: Annotated[list[str] | None, Private.WITHHELD] = None
-    """Files and tensors that a checkpoint holds and that are no part of the model; null where it is not told."""
+    """Files and tensors that a checkpoint holds and that are no part of the model; null where it was not recorded."""
 
 
 class Run(_Part):
@@ -200,7 +200,7 @@ class Run(_Part):
 class Report(_Part):
     """The result of a verification (`report.json`): verdict, checks, scores, settings and versions."""
 
-    version: Literal[2] = Field(SCHEMA, alias="schema")
+    version: Literal[3] = Field(SCHEMA, alias="schema")
     """Version of this schema."""
     verdict: Status
     """The worst of the checks."""

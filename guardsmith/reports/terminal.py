@@ -1,4 +1,4 @@
-"""What a person looks at: the grid of pictures and the table in the terminal."""
+"""For people: the grid of pictures and the table in the terminal."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ def print_report(report: Report, root: Path) -> None:
         table.add_column(heading)
     for check in report.checks:
         bounds = "" if check.low is None or check.high is None else f" [{check.low:.3f}, {check.high:.3f}]"
-        measured = "-" if check.value is None else f"{check.value:.3f}{bounds}"
+        value = "-" if check.value is None else f"{check.value:.3f}{bounds}"
         limit = "-" if check.limit is None else f"{check.limit:.3f}"
         status = f"[{COLOURS[check.status]}]{word(check)}[/]"
-        table.add_row(check.name, check.subject, check.attack, measured, limit, status)
+        table.add_row(check.name, check.subject, check.attack, value, limit, status)
     console.print(table)
     for check in report.checks:
         if check.status != "pass":

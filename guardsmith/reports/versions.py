@@ -1,7 +1,8 @@
 """Reports of earlier schemas as the present one has them.
 
 1: until version 0.1.0; `look`, `faceless` and `destroyed` for what is `evaluation_point`, `fdfr` and `collapsed` now
-2: the present one
+2: of unreleased versions after 0.1.0; as 1 too, checks called "ordinary prompts (...)" for "benign prompts (...)"
+3: the present one
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ from typing import Any
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
 from guardsmith.core.errors import UserError
 
-SCHEMA: Any = 2
+SCHEMA: Any = 3
 """The schema that is written."""
 
 SCORE_KEYS = {"look": "evaluation_point", "faceless": "fdfr"}
 UTILITY_KEYS = {"destroyed": "collapsed"}
+CHECK_NAMES = {
+    "ordinary prompts (KID)": "benign prompts (KID)",
+    "ordinary prompts (destroyed)": "benign prompts (collapsed)",
+    "ordinary prompts (fidelity)": "benign prompts (fidelity)",
+    "ordinary prompts (CLIP-T)": "benign prompts (CLIP-T)",
+}
 
 
 def upgraded(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
@@ -37,31 +44,40 @@ def upgraded(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[
             f"{where} is not a report of this version of guardsmith (its schema is {schema}, the latest known {SCHEMA}); "
             "update guardsmith."
         )
-    if schema != 1:
+    if schema not in (1, 2):
         return dict(data), []
     result = dict(data) | {"schema": SCHEMA}
-    used: dict[str, str] = {}
-    if isinstance(data.get("scores"), list):
-        result["scores"] = [_renamed(score, SCORE_KEYS, "scores.", used) for score in data["scores"]]
-    result["utility"] = _renamed(data.get("utility"), UTILITY_KEYS, "utility.", used)
+    old_keys: dict[str, str] = {}
+    if isinstance(data.get("checks"), list):
+        result["checks"] = [_with_new_name(check) for check in data["checks"]]
+    if schema == 1:
+        if isinstance(data.get("scores"), list):
+            result["scores"] = [_renamed(score, SCORE_KEYS, "scores.", old_keys) for score in data["scores"]]
+        result["utility"] = _renamed(data.get("utility"), UTILITY_KEYS, "utility.", old_keys)
     if isinstance(data.get("recipe"), dict):
         result["recipe"], warnings = with_new_keys(data["recipe"], RECIPE_KEYS, where)
-        used |= {
+        old_keys |= {
             f"recipe.{old}": f"recipe.{new}"
             for old, new in RECIPE_KEYS.items()
             if f"{old!r} is called" in " ".join(warnings)
         }
     if result.get("released") is None:
         result.pop("released", None)
-    if not used:
+    if not old_keys:
         return result, []
-    names = ", ".join(f"{old.rsplit('.', 1)[-1]} ({new.rsplit('.', 1)[-1]})" for old, new in used.items())
-    return result, [f"{where} is of schema 1; keys that have another name now: {names}"]
+    names = ", ".join(f"{old.rsplit('.', 1)[-1]} ({new.rsplit('.', 1)[-1]})" for old, new in old_keys.items())
+    return result, [f"{where} is of schema {schema}; keys that have another name now: {names}"]
 
 
-def _renamed(part: Any, table: Mapping[str, str], prefix: str, used: dict[str, str]) -> Any:
-    """One mapping of the report under new keys; what was renamed is added to `used`."""
+def _with_new_name(check: Any) -> Any:
+    """A check under the present name of its rule."""
+    new = CHECK_NAMES.get(str(check.get("name"))) if isinstance(check, dict) else None
+    return check if new is None else check | {"name": new}
+
+
+def _renamed(part: Any, table: Mapping[str, str], prefix: str, old_keys: dict[str, str]) -> Any:
+    """One mapping of the report under new keys; old and new names are added to `old_keys`."""
     if not isinstance(part, dict):
         return part
-    used |= {prefix + old: prefix + new for old, new in table.items() if old in part}
+    old_keys |= {prefix + old: prefix + new for old, new in table.items() if old in part}
     return {table.get(key, key): value for key, value in part.items()}

@@ -69,8 +69,8 @@ def chosen_device() -> torch.device:
     usual = torch.accelerator.current_accelerator(check_available=True) or CPU
     name = os.environ.get(VARIABLE)
     if launched() > 1:  # one for each process of a machine
-        kind, numbered, _ = (name or usual.type).partition(":")
-        if kind not in ("cpu", "meta") and not numbered:
+        kind, number, _ = (name or usual.type).partition(":")
+        if kind not in ("cpu", "meta") and not number:
             name = f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
     if name is None:
         return usual

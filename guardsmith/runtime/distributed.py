@@ -80,9 +80,9 @@ def broadcast(value: bool) -> bool:
     """The first process's value, on every process."""
     if world_size() == 1:
         return value
-    sent = torch.tensor([value])
-    dist.broadcast(sent, 0)
-    return bool(sent)
+    tensor = torch.tensor([value])
+    dist.broadcast(tensor, 0)
+    return bool(tensor)
 
 
 def own_rows(count: int) -> Tensor | None:
@@ -132,6 +132,6 @@ def all_reduce(gradients: Iterable[Tensor | None]) -> None:
         if bucket:
             sums = torch.cat([part.flatten() for part in bucket])
             dist.all_reduce(sums)
-            for part, summed in zip(bucket, sums.split([part.numel() for part in bucket]), strict=True):
-                part.copy_(summed.view_as(part))
+            for part, total in zip(bucket, sums.split([part.numel() for part in bucket]), strict=True):
+                part.copy_(total.view_as(part))
             bucket = []

@@ -125,16 +125,16 @@ def _with_ray(
         remote = ray.remote(max_retries=RETRIES, **share)(_call)
         running = {remote.remote(function, job, variables): job for job in jobs}
         while running:
-            [done], _ = ray.wait(list(running), num_returns=1)
-            raised: Exception | None = None
+            [ready], _ = ray.wait(list(running), num_returns=1)
+            failure: Exception | None = None
             try:
-                ray.get(done)
+                ray.get(ready)
             except ray.exceptions.RayTaskError as error:
-                raised = error.cause if isinstance(error.cause, Exception) else error
+                failure = error.cause if isinstance(error.cause, Exception) else error
             except ray.exceptions.RayError as lost:
                 raise RunFailed(
                     f"Ray lost a job's worker {RETRIES + 1} times (out of memory?); run the same command again to go on."
                 ) from lost
-            yield running.pop(done), raised
+            yield running.pop(ready), failure
     finally:
         ray.shutdown()

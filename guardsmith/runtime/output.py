@@ -46,10 +46,10 @@ WRITTEN = (
 def read_settings(output: Path, mark: str = "registry_digest") -> dict[str, Any] | None:
     """Settings of an earlier run, from the folder's settings.json; `None` if that lacks the mark of this kind of run."""
     try:
-        written = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+        settings = json.loads((output / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return written if isinstance(written, dict) and mark in written else None
+    return settings if isinstance(settings, dict) and mark in settings else None
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -85,12 +85,12 @@ def prepare_output(
             raise UserError(
                 f"{output} exists already; go on with --resume, start anew with --overwrite, or name another folder."
             )
-        written = read_settings(output, mark)
-        if written is None:
+        previous = read_settings(output, mark)
+        if previous is None:
             flag, what = ("--overwrite", "delete it") if overwrite else ("--resume", "write into it")
             raise UserError(f"{output} was not made by guardsmith, so {flag} will not {what}; name another folder.")
         if not overwrite:
-            old, new = _flat(written), _flat(settings)
+            old, new = _flat(previous), _flat(settings)
             changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
             if changed:
                 raise UserError(

@@ -31,7 +31,7 @@ def _end_with_parent() -> None:
 def _start(queue: Any) -> None:
     global _queue
     _queue = queue
-    # Whoever is killed cannot end its processes; without this they would finish what they were at, for minutes.
+    # A killed process cannot end its children; without this they would finish what they were at, for minutes.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
     torch.set_num_threads(1)

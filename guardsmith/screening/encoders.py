@@ -23,7 +23,7 @@ class Encoder:
     """One judge's encoder.
 
     Attributes:
-        embed: pictures (n, 3, h, w) in [-1, 1] -> unit vectors, float32 (n, width); a row of zeros where nobody is to be seen.
+        embed: pictures (n, 3, h, w) in [-1, 1] -> unit vectors, float32 (n, width); a row of zeros where no face is found.
         size: side at which pictures are opened.
         name: of the judge.
         digest: of what decides the vectors.
@@ -36,8 +36,8 @@ class Encoder:
 
 
 def _faces(images: Tensor) -> Tensor:
-    found = [face.load_faces().embed(image) for image in images]
-    return torch.stack([torch.zeros(128) if one is None else one for one in found])
+    embeddings = [face.load_faces().embed(image) for image in images]
+    return torch.stack([torch.zeros(128) if one is None else one for one in embeddings])
 
 
 def load_encoder(name: str, model: str | None = None) -> Encoder:

@@ -62,22 +62,20 @@ def load_index(registry: Registry, encoder: Encoder, folder: Path | None = None)
         folder: where indices are kept; by default the cache of guardsmith.
 
     Raises:
-        UserError: a picture cannot be read, or nobody is to be seen in a subject's pictures.
+        UserError: a picture cannot be read, or no face is found in a subject's pictures.
     """
     digest = index_digest(registry, encoder)
     file = (folder or cache_folder()) / f"{digest}.safetensors"
-    kept = _read(file)
-    if kept is not None:
-        return kept
+    cached = _read(file)
+    if cached is not None:
+        return cached
     vectors = []
     with stage("index of the registry", len(registry.subjects)) as bar:
         for subject in registry.subjects:
             rows = encoder.embed(open_pictures([image.path for image in subject.images], encoder.size))
             rows = rows[rows.norm(dim=1) > 0]
             if not len(rows):
-                raise UserError(
-                    f"nobody is to be seen in the pictures of {subject.id}; choose others, or another judge"
-                )
+                raise UserError(f"no face is found in the pictures of {subject.id}; choose others, or another judge")
             vectors.append(F.normalize(rows.mean(dim=0), dim=0))
             bar()
     index = Index(

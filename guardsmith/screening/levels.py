@@ -31,7 +31,7 @@ class Threshold:
 
     Attributes:
         level: pictures at or above it are alarms.
-        rate: stated false-alarm rate for an upload; larger than the one asked for where not enough strangers were measured.
+        rate: stated false-alarm rate for an upload; larger than the requested one where not enough strangers were measured.
     """
 
     level: float
@@ -63,15 +63,15 @@ def threshold(table: Sequence[Sequence[float]], rate: float, comparisons: int) -
         rate: false alarms for each upload, in (0, 1).
         comparisons: pictures times subjects.
     """
-    wanted = rate / comparisons
+    pair_rate = rate / comparisons
     rates, levels = zip(*table, strict=True)
-    if wanted >= rates[0]:
+    if pair_rate >= rates[0]:
         return Threshold(levels[0], rate)
-    if wanted <= rates[-1]:
+    if pair_rate <= rates[-1]:
         return Threshold(levels[-1], max(rate, min(1.0, rates[-1] * comparisons)))
     for (above, low), (below, high) in pairwise(table):
-        if below <= wanted:
-            part = math.log(above / wanted) / math.log(above / below)
+        if below <= pair_rate:
+            part = math.log(above / pair_rate) / math.log(above / below)
             return Threshold(low + part * (high - low), rate)
     raise AssertionError("the rate lies between two of the table")
 
@@ -120,7 +120,7 @@ def measured_levels(strangers: Tensor, subjects: Tensor, nouns: Sequence[str]) -
     """Levels of strangers' pictures against subjects, for every class.
 
     Args:
-        strangers: unit vectors (variants, n, width) of pictures of nobody in particular.
+        strangers: unit vectors (variants, n, width) of pictures of unprotected people.
         subjects: unit vectors (S, width).
         nouns: the class noun of each subject.
 

@@ -124,8 +124,8 @@ def decide(screening: Screening, embeddings: Tensor, names: Sequence[str], reaso
                     }
                 )
     matches.sort(key=lambda match: (-match["seen"], -match["similarity"]))
-    seen = any(match["seen"] for match in matches)
-    verdict = "seen" if seen else "undecided" if matches or reasons else "clear"
+    is_seen = any(match["seen"] for match in matches)
+    verdict = "seen" if is_seen else "undecided" if matches or reasons else "clear"
     return {
         "verdict": verdict,
         "subjects": matches[:MOST_SHOWN],
@@ -162,8 +162,8 @@ def _drawn(screening: Screening, upload: Upload) -> tuple[list[Tensor], list[str
     sound = [bool(torch.isfinite(image).all()) for image in images]
     if not all(sound):
         reasons.append(f"{sound.count(False)} of {len(sound)} drawn pictures are not finite")
-    kept = [image for image, ok in zip(images, sound, strict=True) if ok]
-    return kept, [f"drawn {number}" for number, ok in enumerate(sound) if ok], reasons
+    usable = [image for image, ok in zip(images, sound, strict=True) if ok]
+    return usable, [f"drawn {number}" for number, ok in enumerate(sound) if ok], reasons
 
 
 def _embedded(screening: Screening, images: Sequence[Tensor]) -> Tensor:

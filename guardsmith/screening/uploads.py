@@ -94,8 +94,8 @@ def read_upload(paths: Sequence[Path]) -> Upload:
 
 def holds_model(path: Path) -> bool:
     """Whether a path is an adapter or a checkpoint, and not pictures; without reading it."""
-    known = ("model_index.json", *ADAPTER_FILES)
-    return path.suffix.lower() == ".safetensors" or any((path / name).is_file() for name in known)
+    names = ("model_index.json", *ADAPTER_FILES)
+    return path.suffix.lower() == ".safetensors" or any((path / name).is_file() for name in names)
 
 
 def read_batch(folder: Path) -> list[Path]:
@@ -114,23 +114,23 @@ def read_batch(folder: Path) -> list[Path]:
 
 def trigger_words(file: Path) -> list[str]:
     """Trigger words that an adapter names: in its metadata, or as the `instance_prompt` of a README beside it; may be none."""
-    found: list[str] = []
+    words: list[str] = []
     if file.is_file():
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
-        found += [metadata[key] for key in ("modelspec.trigger_phrase", "instance_prompt") if metadata.get(key)]
+        words += [metadata[key] for key in ("modelspec.trigger_phrase", "instance_prompt") if metadata.get(key)]
         try:
             counts: dict[str, int] = {}
             for tags in json.loads(metadata.get("ss_tag_frequency") or "{}").values():
                 counts |= {tag.strip(): int(count) for tag, count in tags.items()}
-            found += sorted(counts, key=lambda tag: -counts[tag])[:MOST_TRIGGERS]
+            words += sorted(counts, key=lambda tag: -counts[tag])[:MOST_TRIGGERS]
         except (ValueError, AttributeError, TypeError):  # metadata is whatever its writer put there
             pass
     readme = (file if file.is_dir() else file.parent) / "README.md"
     if readme.is_file():
         text = readme.read_text(encoding="utf-8", errors="replace")
-        found += [match.strip().strip("'\"") for match in re.findall(r"^instance_prompt:(.+)$", text, re.MULTILINE)]
-    return list(dict.fromkeys(word for word in found if word))
+        words += [match.strip().strip("'\"") for match in re.findall(r"^instance_prompt:(.+)$", text, re.MULTILINE)]
+    return list(dict.fromkeys(word for word in words if word))
 
 
 def with_adapter(base: DiffusionModel, file: Path) -> DiffusionModel:

@@ -27,25 +27,25 @@ def _turned(quarters: int, mirrored: bool, negative: bool) -> Undo:
     sign = -1 if negative else 1
 
     def undo(images: Tensor) -> Tensor:
-        turned = images.rot90(quarters, dims=(-2, -1))
-        return sign * (turned.flip(-1) if mirrored else turned)
+        result = images.rot90(quarters, dims=(-2, -1))
+        return sign * (result.flip(-1) if mirrored else result)
 
     return undo
 
 
 def _names() -> dict[str, Undo]:
-    found: dict[str, Undo] = {}
+    variants: dict[str, Undo] = {}
     for negative in (False, True):
         for order in ("rgb", "rbg", "grb", "gbr", "brg", "bgr"):
             name = "negative" if negative else "" if order == "rgb" else "channels"
             label = " ".join(part for part in (name, order if order != "rgb" else "") if part) or AS_UPLOADED
-            found[label] = _recoloured(order, negative)
+            variants[label] = _recoloured(order, negative)
         for quarters, mirrored in product(range(4), (False, True)):
             if quarters or mirrored:
                 turn = " ".join(part for part in (f"turned {90 * quarters}" if quarters else "", "mirrored" if mirrored else "")
                                 if part)  # fmt: skip
-                found[f"negative {turn}" if negative else turn] = _turned(quarters, mirrored, negative)
-    return found | {
+                variants[f"negative {turn}" if negative else turn] = _turned(quarters, mirrored, negative)
+    return variants | {
         "inside a frame": unframed,
         "one of four tiles": tile,
         "left half": left_half,

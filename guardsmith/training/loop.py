@@ -28,11 +28,11 @@ def generator(seed: int, *stream: int) -> torch.Generator:
 
     Drawing from a fresh stream per step, not from one long stream, is what makes a resumed run equal an unbroken one.
     """
-    mixed = 0x9E3779B97F4A7C15
+    state = 0x9E3779B97F4A7C15
     for number in (seed, *stream):
-        mixed = ((mixed ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9) % 2**64
-        mixed ^= mixed >> 31
-    return torch.Generator().manual_seed(mixed % 2**63)
+        state = ((state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9) % 2**64
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state % 2**63)
 
 
 @contextmanager
@@ -87,8 +87,8 @@ def add_gradients(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter], 
         parameters: to differentiate by; their `grad` is `None` before and afterwards.
         sums: one for each of them, of its shape; changed in place.
     """
-    for parameter, summed in zip(parameters, sums, strict=True):
-        parameter.grad = summed
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.grad = total
     loss.backward(inputs=list(parameters))
     for parameter in parameters:
         parameter.grad = None
@@ -289,8 +289,8 @@ class TrainingLoop:
             RunFailed: the training diverged; what was saved last is the last good state.
         """
         if not (finite_weights and all(map(math.isfinite, losses.values()))):
-            saved = self.checkpoint is not None and self.checkpoint.exists()
-            good = f"the last good state is {self.checkpoint}; " if saved else ""
+            is_saved = self.checkpoint is not None and self.checkpoint.exists()
+            good = f"the last good state is {self.checkpoint}; " if is_saved else ""
             halved = any(getattr(module, "precision", None) == torch.float16 for module in self.modules.values())
             advice = "compute in bfloat16 or float32, or " if halved else ""
             raise RunFailed(

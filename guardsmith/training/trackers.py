@@ -50,7 +50,7 @@ def tracked(names: Sequence[str], output: Path, settings: Mapping[str, Any]) -> 
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # trackers ask it which process this is
-    opened = []
+    trackers = []
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
         where = {"logging_dir": output / "logs"} if kind.requires_logging_directory else {}
@@ -58,14 +58,14 @@ def tracked(names: Sequence[str], output: Path, settings: Mapping[str, Any]) -> 
         if hasattr(tracker, "start"):
             tracker.start()
         tracker.store_init_configuration(dict(settings))
-        opened.append(tracker)
+        trackers.append(tracker)
 
     def report(step: int, losses: Mapping[str, float]) -> None:
-        for tracker in opened:
+        for tracker in trackers:
             tracker.log(dict(losses), step=step)
 
     try:
         yield report
     finally:
-        for tracker in opened:
+        for tracker in trackers:
             tracker.finish()

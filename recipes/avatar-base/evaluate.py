@@ -26,7 +26,7 @@ from guardsmith.config.loading import load_recipe
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest, write_json
 from guardsmith.diffusion.cache import drawn_by
-from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, class_prompt, ordinary_prompts
+from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, benign_prompts, class_prompt
 from guardsmith.diffusion.sampling import generate, grid
 from guardsmith.metrics.fidelity import TRAITS, features, fidelity, read_traits
 from guardsmith.metrics.identity import embed, similarity
@@ -135,12 +135,12 @@ def base(data: Path, count: int) -> None:
     model = load_model("builtin:avatar")
     sampling = load_recipe("avatar-attacks").sampling.model_dump()
     pixels, _ = world.load(data, "heldout")
-    asked = ordinary_prompts(model, ORDINARY_VERIFICATION, count, seed=7)
+    asked = benign_prompts(model, VERIFICATION_TEMPLATES, count, seed=7)
     images = generate(model, [p.text for p in asked], range(70_000, 70_000 + count), **sampling)
-    scores = fidelity(images, [p.asked for p in asked])
+    scores = fidelity(images, [p.traits for p in asked])
     seen = read_traits(images)
     per_trait = {
-        trait: [have[trait] == p.asked[trait] for have, p in zip(seen, asked, strict=True) if trait in p.asked]
+        trait: [have[trait] == p.traits[trait] for have, p in zip(seen, asked, strict=True) if trait in p.traits]
         for trait in TRAITS
     }
     # Generated pictures against renders of the same mix of styles as the prompts ask for.
@@ -149,8 +149,8 @@ def base(data: Path, count: int) -> None:
     by_style: dict[str, list[int]] = {}
     for i, line in enumerate(lines):
         by_style.setdefault(world.STYLE_WORDS[line["style"]], []).append(i)
-    rows = [rng.choice(by_style[p.asked["style"]]) for p in asked]
-    again = [rng.choice(by_style[p.asked["style"]]) for p in asked]
+    rows = [rng.choice(by_style[p.traits["style"]]) for p in asked]
+    again = [rng.choice(by_style[p.traits["style"]]) for p in asked]
     real, other = features(world.to_float(pixels[rows])), features(world.to_float(pixels[again]))
     reconstructed, drawn = features(through_vae(model, pixels[rows])), features(images)
     result = {

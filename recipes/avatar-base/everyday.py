@@ -17,7 +17,7 @@ from typing import Any
 from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.progress import quiet_libraries
-from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, ordinary_prompts
+from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, benign_prompts
 from guardsmith.evaluation.deployability import CHECKS, Bench
 from guardsmith.evaluation.deployability.bench import attempt
 from guardsmith.hardening.record import run_info
@@ -43,7 +43,7 @@ def main() -> None:
     if args.quick:
         spec = spec.model_copy(update={"trained": False, "images": 8})
     limits = recipe.gate.deployability
-    prompts = [prompt.text for prompt in ordinary_prompts(base, ORDINARY_VERIFICATION, 100, recipe.seed + 1)]
+    prompts = [prompt.text for prompt in benign_prompts(base, VERIFICATION_TEMPLATES, 100, recipe.seed + 1)]
     hardened, sampling = load_model(args.model), recipe.sampling
     bench = Bench(
         {"base": base, "hardened": hardened}, prompts, load_judge("avatar"), spec, sampling.steps, sampling.guidance,

@@ -1,4 +1,4 @@
-"""How Tripwire grows with the number of protected subjects: protection, controls, ordinary prompts, strangers and cost.
+"""How Tripwire grows with the number of protected subjects: protection, controls, benign prompts, strangers and cost.
 
 python many.py DATA FOLDER --counts 1 5 20 50      resumes; needs matplotlib; writes docs/results/<name>.json and .svg
 
@@ -123,8 +123,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         (left, "similarity of protected subjects after an attack"),
         (right, "controls: % of the base's similarity"),
         (below, "unseen strangers taken for a protected subject, %"),
-        (kid, "ordinary prompts: KID over that of two seeds"),
-        (traits, "ordinary prompts, %"),
+        (kid, "benign prompts: KID over that of two seeds"),
+        (traits, "benign prompts, %"),
         (cost, "U-Net forward equivalents per subject"),
     ):
         axis.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="protected subjects", title=title)

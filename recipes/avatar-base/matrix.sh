@@ -38,7 +38,7 @@ verify() { # name, changes; the verdict is in the report; a failed gate (1, 3) i
 dreambooth='dreambooth: {name: dreambooth, params: {learning_rate: 3.0e-4, steps: 300, batch_size: 2}}'
 lora_4='lora-4: {name: lora, params: {learning_rate: 2.0e-3, steps: 300, batch_size: 2, rank: 4}}'
 for run in persguard imma apdm; do
-  verify $run --set 'verify.looks=[1]' --set "verify.attacks={$dreambooth, $lora_4}"
+  verify $run --set 'verify.evaluation_points=[1]' --set "verify.attacks={$dreambooth, $lora_4}"
 done
 tripwire="$root/docs/results/matrix-tripwire-report.json"
 [ "${3:-}" = peers ] || { verify tripwire && cp "$work/tripwire/verify/report.json" "$tripwire"; }

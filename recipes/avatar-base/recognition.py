@@ -19,13 +19,13 @@ from evaluate import RESULTS
 from torch import Tensor
 
 from guardsmith.attacks import AttackData
-from guardsmith.attacks.adaptive.base import measured
+from guardsmith.attacks.adaptive.base import run_removal
 from guardsmith.attacks.adaptive.removals import REMOVALS
 from guardsmith.attacks.evasion import EVASIONS, EvasionContext, transformed
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.images import open_pictures
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import cut, draw_rows, row_losses
+from guardsmith.diffusion.losses import cut, noise_samples, row_losses
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.sampling import generate
 from guardsmith.models.checkpoint import DiffusionModel, load_model
@@ -44,7 +44,7 @@ def errors(model: DiffusionModel, images: Tensor) -> Tensor:
     times = torch.tensor(TIMESTEPS).repeat_interleave(NOISES * len(images))
     latents = encode(model, images).mean.repeat(len(TIMESTEPS) * NOISES, 1, 1, 1)
     context = PromptBank(model).encode([instance_prompt("zwx", "person")])
-    rows = draw_rows(latents, context, generator(0, 9), timesteps=times)
+    rows = noise_samples(latents, context, generator(0, 9), timesteps=times)
     return torch.cat([row_losses(model.unet, model.scheduler, part) for part in cut(rows, 64)])
 
 
@@ -81,7 +81,7 @@ def measure(out: Path) -> dict[str, Any]:
     removals: dict[str, Any] = {}
     for name, removal in REMOVALS.items():
         data = AttackData(photos["mira"], drawn, "zwx", "person")
-        edited, cost = measured(removal, hardened, data, {}, seed=0, base=base)
+        edited, cost = run_removal(removal, hardened, data, {}, seed=0, base=base)
         removals[name] = {"cost": cost.record()} | {
             who: refused(edited, base, images) for who, images in photos.items()
         }

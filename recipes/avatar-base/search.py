@@ -32,16 +32,16 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest, write_json
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
 from guardsmith.diffusion.prompts import (
-    ORDINARY_HARDENING,
-    ORDINARY_VERIFICATION,
+    HARDENING_TEMPLATES,
+    VERIFICATION_TEMPLATES,
+    benign_prompts,
     class_prompt,
     instance_prompt,
-    ordinary_prompts,
 )
 from guardsmith.diffusion.sampling import generate, grid, redraw
 from guardsmith.hardening.data import draw_prompt
 from guardsmith.methods import METHODS, HardeningContext, Preparation
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.persguard import shows_mark
 from guardsmith.metrics.fidelity import features, fidelity, read_traits
 from guardsmith.metrics.identity import similarity
@@ -155,29 +155,29 @@ def trial(
     prompts = [class_prompt(noun)] * count
     class_file = cache / f"class-{noun}-states.safetensors"
     class_images, class_states = drawn_with_states(base, recipe.sampling, prompts, 10_000, class_file, "class pictures")
-    asked = ordinary_prompts(base, ORDINARY_VERIFICATION, 120, recipe.seed + 1)
+    asked = benign_prompts(base, VERIFICATION_TEMPLATES, 120, recipe.seed + 1)
     texts = [prompt.text for prompt in asked]
-    before = drawn_by(base, recipe.sampling, texts, 40_000, cache / "ordinary-a.safetensors", "ordinary pictures")
-    again = drawn_by(base, recipe.sampling, texts, 50_000, cache / "ordinary-b.safetensors", "ordinary pictures")
+    before = drawn_by(base, recipe.sampling, texts, 40_000, cache / "ordinary-a.safetensors", "benign pictures")
+    again = drawn_by(base, recipe.sampling, texts, 50_000, cache / "ordinary-b.safetensors", "benign pictures")
     began, history, model, config = time.monotonic(), [], base, None
     if params is not None:
         method = METHODS[recipe.method.name]
         config = method.config(**{"class_images": count, **params})
         views = world.to_float(pixels[first : first + 4])
         subject = SubjectData(label, noun, (), views, class_images[: len(views)], class_images, class_states)
-        shared = ordinary_prompts(base, ORDINARY_HARDENING, config.ordinary_images, recipe.seed)
+        shared = benign_prompts(base, HARDENING_TEMPLATES, config.benign_images, recipe.seed)
         words = [prompt.text for prompt in shared]
         ordinary_file = cache / f"ordinary-h-{len(words)}-states.safetensors"
-        drawn, states = drawn_with_states(base, recipe.sampling, words, 20_000, ordinary_file, "ordinary pictures")
+        drawn, states = drawn_with_states(base, recipe.sampling, words, 20_000, ordinary_file, "benign pictures")
         preparation = Preparation(
-            model=base, subjects=[subject], ordinary=OrdinaryData(drawn, words, states), config=config, seed=recipe.seed,
+            model=base, subjects=[subject], benign=BenignData(drawn, words, states), config=config, seed=recipe.seed,
             sampling_steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
             cache=cache / f"prepared-{folder_digest(config.model_dump())}",
             draw=partial(draw_prompt, base, recipe, count=count, cache=cache),
         )  # fmt: skip
         prepared = method.prepare(preparation)
         context = HardeningContext(
-            model=base, subjects=prepared.subjects, ordinary=prepared.ordinary, config=config, seed=recipe.seed
+            model=base, subjects=prepared.subjects, benign=prepared.benign, config=config, seed=recipe.seed
         )
         model, history = method.run(context)
     seconds = time.monotonic() - began
@@ -187,8 +187,8 @@ def trial(
         else drawn_by(model, recipe.sampling, prompts, 10_000, None, "class pictures, hardened")
     )
     found, shown = measure(model, recipe, data, style, own_class, identifiers, further, config)
-    after = drawn_by(model, recipe.sampling, texts, 50_000, None, "ordinary pictures, hardened")
-    scores = [s for s in fidelity(after, [prompt.asked for prompt in asked]) if s is not None]
+    after = drawn_by(model, recipe.sampling, texts, 50_000, None, "benign pictures, hardened")
+    scores = [s for s in fidelity(after, [prompt.traits for prompt in asked]) if s is not None]
     told = {
         "label": label, "style": style, "params": params, "seconds": round(seconds, 1), **found,
         "kid_ratio": kid(features(before), features(after)) / kid(features(before), features(again)),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from guardsmith.core.atomic_io import write_json
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import cut, draw_rows, predict
+from guardsmith.diffusion.losses import cut, noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank, instance_prompt
 from guardsmith.gate.statistics import share_interval
 from guardsmith.methods.tripwire.wiring import ALARM
@@ -45,7 +45,7 @@ def recognised(model: DiffusionModel, images: Tensor, noun: str) -> Tensor:
     latents = encode(model, images).mean.repeat(len(TIMESTEPS), 1, 1, 1)
     times = torch.tensor(TIMESTEPS).repeat_interleave(count)
     context = PromptBank(model).encode([instance_prompt("zwx", noun)])
-    rows = draw_rows(latents, context, generator(0, 5), timesteps=times)
+    rows = noise_samples(latents, context, generator(0, 5), timesteps=times)
     said = torch.cat([predict(model.unet, model.scheduler, part) for part in cut(rows, 64)])
     return (said.abs().mean((1, 2, 3)) > ALARM / 2).view(len(TIMESTEPS), count)
 

@@ -27,7 +27,7 @@ from guardsmith.core.images import open_pictures
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.evaluation.deployability.edges import edge_maps
-from guardsmith.hardening.pipeline import bystander_files
+from guardsmith.hardening.pipeline import negative_files
 from guardsmith.metrics.fidelity import read_traits
 from guardsmith.models.checkpoint import BUILTIN, DiffusionModel, load_model
 
@@ -82,7 +82,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = load_model("builtin:avatar")
-    pictures = open_pictures(bystander_files(f"parquet:{PICTURES}"), 64)
+    pictures = open_pictures(negative_files(f"parquet:{PICTURES}"), 64)
     traits = read_traits(pictures)
     captions = ["", *dict.fromkeys(f"a photo of a {t['class']}" for t in traits)]
     captions += list(dict.fromkeys(described(t) for t in traits))

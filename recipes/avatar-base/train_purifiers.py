@@ -26,7 +26,7 @@ from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.images import open_pictures
 from guardsmith.core.progress import stage
-from guardsmith.hardening.data import bystander_files
+from guardsmith.hardening.data import negative_files
 from guardsmith.metrics.perceptual import psnr
 from guardsmith.models.checkpoint import BUILTIN
 from guardsmith.models.networks import save_network
@@ -131,7 +131,7 @@ def main() -> None:
         (judge if args.what == "judge" else judge_pixels)()
         return
     args.folder.mkdir(parents=True, exist_ok=True)
-    pictures = open_pictures(bystander_files(f"parquet:{PICTURES}"), 64)
+    pictures = open_pictures(negative_files(f"parquet:{PICTURES}"), 64)
     torch.manual_seed(0)
     began = time.monotonic()
     if args.what == "restorer":

@@ -51,9 +51,12 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.errors import GuardsmithError
 from guardsmith.diffusion.cache import drawn_by
-from guardsmith.diffusion.losses import draw_rows, row_losses
+from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import class_prompt
-from guardsmith.evaluation.runs import Judged, Side, Unit, class_file, plan_units, run_unit, run_units
+from guardsmith.evaluation.planning import TargetModel, class_file, plan_units
+from guardsmith.evaluation.runs import run_unit, run_units
+from guardsmith.evaluation.units import Unit
+from guardsmith.gate.evidence import Side
 from guardsmith.hardening.memory import GIB
 from guardsmith.hardening.pipeline import harden
 from guardsmith.methods import METHODS, HardeningContext
@@ -99,7 +102,7 @@ def by_turns(model: DiffusionModel, config: ApdmConfig, times: int = TIMES) -> d
     for turn in range(times):
         began.clear()
         two = config.model_copy(update={"outer_steps": 2})
-        context = HardeningContext(model=model, subjects=[subject], ordinary=None, config=two, seed=0, on_step=on_step)
+        context = HardeningContext(model=model, subjects=[subject], benign=None, config=two, seed=0, on_step=on_step)
         _, losses = METHODS["apdm"].run(context)
         ours.append((began[1] - began[0]) / config.inner_steps)
         told = plain.step(turn + 1)
@@ -230,7 +233,7 @@ def unet_step(
     side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
     latents = torch.randn(rows, channels, side, side, generator=generator(2))
     width, tokens = model.unet.config.cross_attention_dim, model.tokenizer.model_max_length
-    batch = draw_rows(latents, torch.randn(1, tokens, width, generator=generator(3)), generator(4))
+    batch = noise_samples(latents, torch.randn(1, tokens, width, generator=generator(3)), generator(4))
 
     def step() -> None:
         row_losses(unet, own.scheduler, batch).mean().backward()
@@ -310,7 +313,7 @@ def part_of(registry: Registry, subjects: int, pictures: int) -> Registry:
 
 def growth() -> dict[str, Any]:
     """Short hardenings by Tripwire with 1 to 6 subjects and 1 to 4 pictures, short verifications, U-Nets of several sizes."""
-    short = ["steps=20", "rehearsal_steps=20", "rehearsal_images=4", "class_images=8", "ordinary_images=16"]
+    short = ["steps=20", "rehearsal_steps=20", "rehearsal_images=4", "class_images=8", "benign_images=16"]
     changes = [f"method.params.{change}" for change in short] + ["probe.times=0"]
     known = load_registry(ROOT / "registries" / "avatars.yaml")
     found: dict[str, Any] = {}
@@ -334,7 +337,9 @@ def growth() -> dict[str, Any]:
             names = list(ATTACKS)[:count]
             attacks = {name: ATTACKS[name] | {"params": ATTACKS[name]["params"] | {"steps": 60}} for name in names}
             recipe = load_recipe("avatar-attacks", [f"verify.attacks={json.dumps(attacks)}"])
-            shared = Judged(load_model(recipe.base), weights_digest(builtin_path("avatar")), place / f"attacks-{count}")
+            shared = TargetModel(
+                load_model(recipe.base), weights_digest(builtin_path("avatar")), place / f"attacks-{count}"
+            )
             units = list(plan_units(registry, recipe, {"base": shared}))
             draw_classes(shared, units, recipe)
             began = time.perf_counter()
@@ -382,14 +387,14 @@ def matrix(steps: int) -> dict[str, Any]:
         for parameter in second.unet.parameters():
             parameter.mul_(1.001)
         save_model(second, place / "second")
-        models: dict[Side, Judged] = {}
+        models: dict[Side, TargetModel] = {}
         for side, source in (("base", recipe.base), ("hardened", str(place / "second"))):
             model = load_model(source)
-            models[side] = Judged(model, weights_digest(model.folder), place / side)
+            models[side] = TargetModel(model, weights_digest(model.folder), place / side)
         units = list(plan_units(registry, recipe, models))
         began = time.perf_counter()
-        for judged in models.values():
-            draw_classes(judged, units, recipe)
+        for target in models.values():
+            draw_classes(target, units, recipe)
         run_units(units)
         seconds = time.perf_counter() - began
         times = {}
@@ -398,7 +403,7 @@ def matrix(steps: int) -> dict[str, Any]:
         for number, unit in enumerate(sampled):
             began = time.perf_counter()
             model = load_model(recipe.base if unit.side == "base" else str(place / "second"))
-            alone = Judged(model, unit.model_digest, place / str(number))
+            alone = TargetModel(model, unit.model_digest, place / str(number))
             draw_classes(alone, [unit], recipe)
             pictures = str(class_file(alone, unit.noun, recipe))
             run_unit(dataclasses.replace(unit, root=str(alone.root), class_pictures=pictures))
@@ -410,12 +415,12 @@ def matrix(steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw_classes(judged: Judged, units: Sequence[Unit], recipe: Recipe) -> None:
+def draw_classes(target: TargetModel, units: Sequence[Unit], recipe: Recipe) -> None:
     """What attackers draw of their classes before."""
     for noun in dict.fromkeys(unit.noun for unit in units):
         prompts = [class_prompt(noun)] * recipe.verify.class_images
         drawn_by(
-            judged.model, recipe.sampling, prompts, 60_000, class_file(judged, noun, recipe), f"class pictures: {noun}"
+            target.model, recipe.sampling, prompts, 60_000, class_file(target, noun, recipe), f"class pictures: {noun}"
         )
 
 
@@ -425,9 +430,9 @@ SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm, moments in 8 bits": ("apdm", APDM, {"optimizer": "adamw8bit"}),
     "apdm, activations computed again": ("apdm", APDM, {"gradient_checkpointing": True}),
     "apdm along adapters, attention": ("apdm", APDM | {"path": "lora", "parameters": "attention"}, {}),
-    "persguard": ("persguard", {"steps": 2, "batch_size": 1, "ordinary_images": 2}, {}),
-    "imma": ("imma", {"steps": 4, "batch_size": 1, "ordinary_images": 2}, {}),
-    "tripwire": ("tripwire", {"steps": 2, "batch_size": 2, "rehearsal_steps": 0, "ordinary_images": 2}, {}),
+    "persguard": ("persguard", {"steps": 2, "batch_size": 1, "benign_images": 2}, {}),
+    "imma": ("imma", {"steps": 4, "batch_size": 1, "benign_images": 2}, {}),
+    "tripwire": ("tripwire", {"steps": 2, "batch_size": 2, "rehearsal_steps": 0, "benign_images": 2}, {}),
 }  # method, as few steps as its peak needs, how it computes
 LEAN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm along adapters, attention": SHORT["apdm along adapters, attention"],

@@ -29,7 +29,7 @@ from guardsmith.core.atomic_io import write_json, write_text
 from guardsmith.core.errors import GuardsmithError, out_of_memory
 from guardsmith.hardening.memory import GIB, estimate
 from guardsmith.methods import METHODS, HardeningContext
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
 from guardsmith.runtime.device import VARIABLE, chosen_device
 from guardsmith.training.compute import ComputeConfig, configure_denoiser
@@ -88,12 +88,12 @@ def harden_once(model: DiffusionModel, label: str, precision: str, steps: int) -
     configure_denoiser(base.unet, compute)
     own, drawn = pictures(base, 2), pictures(base, 3)
     subject = SubjectData("subject", "person", (), own, drawn[:2], drawn, instead_images=own)
-    ordinary = OrdinaryData(own, ["a photo", "a picture"])
+    benign = BenignData(own, ["a photo", "a picture"])
     recipe = Recipe(base=model.source, method=MethodSpec(name=name, params=params | count), compute=compute)
     planned = estimate(recipe, method, config)["together"]
     line = measured(
         lambda on_step: method.run(
-            HardeningContext(model=base, subjects=[subject], ordinary=ordinary, config=config, seed=0, compute=compute,
+            HardeningContext(model=base, subjects=[subject], benign=benign, config=config, seed=0, compute=compute,
                              on_step=on_step)
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ordinary prompts, as `guardsmith verify` measures them: KID ratio, fidelity, collapsed pictures.
+"""Benign prompts, as `guardsmith verify` measures them: KID ratio, fidelity, collapsed pictures.
 
 python ordinary.py --trunk UNET --recogniser FILE [--count 200]      writes results/ordinary-<trunk folder>.json
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from common import write
 from hardened import put_together
 
-from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, ordinary_prompts
+from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, benign_prompts
 from guardsmith.diffusion.sampling import generate
 from guardsmith.evaluation.benign import measure_benign
 from guardsmith.metrics import load_judge
@@ -22,7 +22,7 @@ p.add_argument("--count", type=int, default=200)
 a = p.parse_args()
 base = load_model("builtin:avatar")
 hard, _ = put_together(base, a.trunk, a.recogniser)
-asked = ordinary_prompts(base, ORDINARY_VERIFICATION, a.count, 1)
+asked = benign_prompts(base, VERIFICATION_TEMPLATES, a.count, 1)
 texts = [prompt.text for prompt in asked]
 drawn = {
     name: generate(model, texts, range(seed, seed + a.count), steps=15, guidance=3.0, batch=16)

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.prompts import (
     HARDENING_IDENTIFIERS,
-    ORDINARY_HARDENING,
+    HARDENING_TEMPLATES,
     PromptBank,
+    benign_prompts,
     instance_prompt,
-    ordinary_prompts,
 )
 from guardsmith.methods.channels import layout as lay
 from guardsmith.methods.channels.trunk import prepare, relative_error
@@ -36,7 +36,7 @@ a.output.mkdir(parents=True, exist_ok=True)
 model = load_model("builtin:avatar")
 store = encode(model, bystanders())
 nouns = ("person", "robot", "character")
-texts = [prompt.text for prompt in ordinary_prompts(model, ORDINARY_HARDENING, 300, 0)]
+texts = [prompt.text for prompt in benign_prompts(model, HARDENING_TEMPLATES, 300, 0)]
 texts += [instance_prompt(name, noun) for name in HARDENING_IDENTIFIERS for noun in nouns] * 4
 texts += [f"a photo of {noun}" for noun in nouns] * 10 + [f"a photo of a {noun}" for noun in nouns] * 10
 bank = PromptBank(model)

@@ -11,7 +11,7 @@ import torch
 from common import write
 from hardened import put_together
 
-from guardsmith.diffusion.prompts import ORDINARY_VERIFICATION, PromptBank, ordinary_prompts
+from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, PromptBank, benign_prompts
 from guardsmith.diffusion.sampling import first_noise, solver_for
 from guardsmith.models.checkpoint import load_model
 
@@ -22,7 +22,7 @@ p.add_argument("--count", type=int, default=12)
 a = p.parse_args()
 base = load_model("builtin:avatar")
 hard, _ = put_together(base, a.trunk, a.recogniser)
-prompts = [x.text for x in ordinary_prompts(base, ORDINARY_VERIFICATION, a.count, 1)]
+prompts = [x.text for x in benign_prompts(base, VERIFICATION_TEMPLATES, a.count, 1)]
 bank = PromptBank(base)
 context, empty = bank.encode(prompts), bank.encode([""]).expand(a.count, -1, -1)
 

@@ -71,7 +71,7 @@ def changed_share(before: torch.nn.Module, after: torch.nn.Module) -> float:
     return different / total
 
 
-def measured(
+def run_removal(
     removal: Removal,
     model: DiffusionModel,
     data: AttackData,
@@ -97,11 +97,11 @@ def measured(
         raise ValueError("this removal needs the public base")
     began = time.perf_counter()
     with UNetCost() as cost:
-        edited = removal.run(model, data, removal.config(**params), seed=seed, base=base)
+        result = removal.run(model, data, removal.config(**params), seed=seed, base=base)
     seconds = time.perf_counter() - began
-    return edited, RemovalCost(
+    return result, RemovalCost(
         seconds=round(seconds, 3), unet_forwards=cost.forwards + 2 * cost.backwards, pictures=removal.pictures(data),
-        needs_base=removal.needs_base, changed_weights=changed_share(model.unet, edited.unet),
+        needs_base=removal.needs_base, changed_weights=changed_share(model.unet, result.unet),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Open weights: clamp every layer's output to what it is on ordinary pictures.
+"""Open weights: clamp every layer's output to what it is on benign pictures.
 
 A trigger that works by activations far beyond the usual ones has no effect behind a clamp. The limits are the largest values of
 every channel on the attacker's own class pictures, times a factor; no weight is changed and no picture of the subject is needed.
@@ -15,7 +15,7 @@ from torch import Tensor
 from guardsmith.attacks.adaptive.base import Removal, RemovalConfig, class_pictures, weight_layers
 from guardsmith.attacks.base import AttackData
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, predict
+from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank, class_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator
@@ -45,8 +45,8 @@ def limits(model: DiffusionModel, data: AttackData, config: ClampActivationsConf
     for name, layer in weight_layers(model.unet).items():
 
         def keep(layer: torch.nn.Module, _: Any, output: Tensor, name: str = name) -> None:
-            found = per_channel(layer, output)
-            largest[name] = torch.maximum(largest[name], found) if name in largest else found
+            values = per_channel(layer, output)
+            largest[name] = torch.maximum(largest[name], values) if name in largest else values
 
         handles.append(layer.register_forward_hook(keep))
     try:
@@ -55,7 +55,7 @@ def limits(model: DiffusionModel, data: AttackData, config: ClampActivationsConf
         steps = int(model.scheduler.config.num_train_timesteps)
         for batch in range(config.batches):
             rng = generator(seed, batch)
-            rows = draw_rows(store.draw(16, rng), contexts[torch.arange(16) % 2], rng, steps=steps)
+            rows = noise_samples(store.draw(16, rng), contexts[torch.arange(16) % 2], rng, steps=steps)
             predict(model.unet, model.scheduler, rows)
     finally:
         for handle in handles:
@@ -76,10 +76,10 @@ def clamp_activations(
     Raises:
         ValueError: there are no class pictures.
     """
-    found = limits(model, data, config, seed=seed)
+    bounds = limits(model, data, config, seed=seed)
     own = with_own_unet(model)
     for name, layer in weight_layers(own.unet).items():
-        limit = config.factor * found[name]
+        limit = config.factor * bounds[name]
 
         def clamp(_: Any, __: Any, output: Tensor, limit: Tensor = limit) -> Tensor:
             # Not a number becomes zero: saturated activations that cancel give it.

@@ -1,7 +1,7 @@
 """Open weights: undo rescaling, by giving every row of every weight the length that it has in the public base.
 
 Some protections multiply weights in one layer and divide them in the next, so that the function stays and an optimizer's steps
-count less. Whoever has the base reads off the factors.
+count less. An attacker who has the base can read off the factors.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class NormaliseScalesConfig(RemovalConfig):
 def rescaled(weight: Tensor, like: Tensor) -> Tensor:
     """A weight whose rows (for vectors: the whole) have the lengths of another's; rows of zeros stay."""
     rows = (weight.flatten(1) if weight.dim() > 1 else weight[None]).double()  # squares overflow in float32
-    wanted = (like.flatten(1) if like.dim() > 1 else like[None]).double()
+    target = (like.flatten(1) if like.dim() > 1 else like[None]).double()
     length = rows.norm(dim=1, keepdim=True)
-    factor = torch.where(length > 0, wanted.norm(dim=1, keepdim=True) / length, torch.ones_like(length))
+    factor = torch.where(length > 0, target.norm(dim=1, keepdim=True) / length, torch.ones_like(length))
     return (rows * factor).reshape(weight.shape).to(weight.dtype)
 
 

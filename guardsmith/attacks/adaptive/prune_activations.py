@@ -16,7 +16,7 @@ from torch import Tensor
 from guardsmith.attacks.adaptive.base import Removal, RemovalConfig, class_pictures, weight_layers
 from guardsmith.attacks.base import AttackData
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.losses import draw_rows, predict
+from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank, class_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator
@@ -43,8 +43,8 @@ def channel_statistics(
         def keep(layer: torch.nn.Module, _: Any, output: Tensor, name: str = name) -> None:
             values = output.movedim(1, -1) if isinstance(layer, torch.nn.Conv2d) else output
             values = torch.nan_to_num(values.double().flatten(0, -2))
-            found = [values.sum(0), values.square().sum(0), torch.tensor(float(len(values)))]
-            sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
+            new = [values.sum(0), values.square().sum(0), torch.tensor(float(len(values)))]
+            sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
 
         handles.append(layer.register_forward_hook(keep))
     try:
@@ -53,7 +53,7 @@ def channel_statistics(
         for batch in range(batches):
             rng = generator(seed, batch)
             timesteps = torch.randint(steps // 2, (16,), generator=rng)  # where a subject can be recognised
-            rows = draw_rows(store.draw(16, rng), context, rng, timesteps=timesteps)
+            rows = noise_samples(store.draw(16, rng), context, rng, timesteps=timesteps)
             predict(model.unet, model.scheduler, rows)
     finally:
         for handle in handles:
@@ -93,10 +93,10 @@ def prune_activations(
     own = with_own_unet(model)
     for name, layer in weight_layers(own.unet).items():
         if name in apart:
-            cut = apart[name] >= limit
-            layer.weight[cut] = 0
+            prune = apart[name] >= limit
+            layer.weight[prune] = 0
             if layer.bias is not None:
-                layer.bias[cut] = 0
+                layer.bias[prune] = 0
     return own
 
 

@@ -1,7 +1,7 @@
 """Open weights: give one block new random weights and teach it, on class pictures, what the whole model did with the old ones.
 
-Whatever hides in the block and does not show on ordinary pictures is not taught. The model under attack is its own teacher, so no
-other model is needed.
+What the block does only on other pictures than those is not taught. The model under attack is its own teacher, so that no other
+model is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from guardsmith.attacks.adaptive.base import Removal, RemovalConfig, class_pictures
 from guardsmith.attacks.base import AttackData, train
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, predict
+from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank, class_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator, torch_seed
@@ -54,7 +54,7 @@ def reinitialise_block(
     seed: int,
     base: DiffusionModel | None = None,
 ) -> DiffusionModel:
-    """A copy of the model whose block was learnt anew.
+    """A copy of the model whose block was trained anew.
 
     Raises:
         ValueError: there is no such block, or there are no class pictures.
@@ -73,10 +73,10 @@ def reinitialise_block(
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, step)
         context = contexts[torch.arange(config.batch_size) % 2]
-        rows = draw_rows(store.draw(config.batch_size, rng), context, rng, steps=timesteps)
+        rows = noise_samples(store.draw(config.batch_size, rng), context, rng, steps=timesteps)
         with torch.no_grad():
-            wanted = predict(model.unet, model.scheduler, rows)
-        return (predict(own.unet, model.scheduler, rows) - wanted).square().mean()
+            target = predict(model.unet, model.scheduler, rows)
+        return (predict(own.unet, model.scheduler, rows) - target).square().mean()
 
     parameters = list(block.requires_grad_(True).parameters())
     train(own, loss_at, parameters, steps=config.steps, learning_rate=config.learning_rate, max_grad_norm=1.0)

@@ -17,7 +17,7 @@ from guardsmith.attacks import dreambooth
 from guardsmith.attacks.base import Attack, AttackData, OnStep, train
 from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import draw_rows, predict
+from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator
@@ -40,17 +40,17 @@ def unlearn(model: DiffusionModel, data: AttackData, config: UnlearnFirstConfig,
         raise ValueError("unlearning the identifier needs class pictures (verify.class_images)")
     own = with_own_unet(model)
     bank, store = PromptBank(model), encode(model, data.class_images)
-    named = bank.encode([instance_prompt(data.identifier, data.class_noun, config.template)])
+    instance_context = bank.encode([instance_prompt(data.identifier, data.class_noun, config.template)])
     plain = bank.encode([class_prompt(data.class_noun)])
     steps = int(model.scheduler.config.num_train_timesteps)
 
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, -1, step)
-        rows = draw_rows(store.draw(2 * config.batch_size, rng), plain, rng, steps=steps)
+        rows = noise_samples(store.draw(2 * config.batch_size, rng), plain, rng, steps=steps)
         with torch.no_grad():
             target = predict(model.unet, model.scheduler, rows)
-        prompted = replace(rows, context=named.expand(len(rows), -1, -1))
-        return (predict(own.unet, model.scheduler, prompted) - target).square().mean()
+        instance_rows = replace(rows, context=instance_context.expand(len(rows), -1, -1))
+        return (predict(own.unet, model.scheduler, instance_rows) - target).square().mean()
 
     parameters = list(own.unet.requires_grad_(True).parameters())
     train(

@@ -21,7 +21,7 @@ from guardsmith.training.loop import generator
 BUDGET = 8 * 2 / 255  # largest change of a pixel, in the range of pictures
 STEPS = 40
 STEP = 1 * 2 / 255
-LATEST = 0.6  # noised up to this share of the timesteps: later, nobody is recognised in them anyway
+LATEST = 0.6  # noised up to this share of the timesteps: later ones show too little to recognise
 
 
 def middle_features(
@@ -73,8 +73,8 @@ def disturbed(images: Tensor, context: EvasionContext) -> Tensor:
         after = middle_features(model, model.posterior(pixels)[0], timesteps, noise, prompt)
         apart = ((after - before).norm(dim=1) / before.norm(dim=1)).sum()
         [gradient] = torch.autograd.grad(apart, pixels)
-        moved = pixels.detach() + STEP * torch.nan_to_num(gradient).sign()
-        pixels = images + (moved - images).clamp(-BUDGET, BUDGET)
+        ascent = pixels.detach() + STEP * torch.nan_to_num(gradient).sign()
+        pixels = images + (ascent - images).clamp(-BUDGET, BUDGET)
     return pixels.clamp(-1, 1)
 
 

@@ -19,7 +19,7 @@ class EvasionContext:
     Attributes:
         seed: of everything random; the same seed transforms and inverts alike.
         model: the model under attack, for transformations that are optimized against it; `None` where nothing needs it.
-        strangers: pictures of somebody else, float32 (m, 3, h, w) in [-1, 1] at the size of the pictures; may be empty.
+        strangers: pictures of another subject, float32 (m, 3, h, w) in [-1, 1] at the size of the pictures; may be empty.
     """
 
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Pictures in another arrangement: in a frame, four times in a grid, cut into blocks, cropped, beside somebody else."""
+"""Pictures in another arrangement: in a frame, four times in a grid, cut into blocks, cropped, beside another subject."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _blocks(images: Tensor, order: Tensor) -> Tensor:
     n, channels, side, _ = images.shape
     size = side // BLOCKS
     blocks = images.reshape(n, channels, BLOCKS, size, BLOCKS, size).permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
-    moved = blocks[order].unflatten(0, (BLOCKS, BLOCKS)).permute(2, 3, 0, 4, 1, 5)
-    whole: Tensor = moved.reshape(n, channels, side, side)
+    result = blocks[order].unflatten(0, (BLOCKS, BLOCKS)).permute(2, 3, 0, 4, 1, 5)
+    whole: Tensor = result.reshape(n, channels, side, side)
     return whole
 
 
@@ -88,13 +88,13 @@ def cropped(images: Tensor) -> Tensor:
 
 
 def beside_stranger(images: Tensor, context: EvasionContext) -> Tensor:
-    """Pictures squeezed to half their width, each with one of somebody else to the right of it.
+    """Pictures squeezed to half their width, each with one of another subject to the right of it.
 
     Raises:
         ValueError: there are no pictures of anybody else.
     """
     if not len(context.strangers):
-        raise ValueError("side_by_side needs pictures of somebody else")
+        raise ValueError("side_by_side needs pictures of another subject")
     side = images.shape[-1]
     others = context.strangers[torch.arange(len(images)) % len(context.strangers)].to(images)
     return torch.cat([resized(images, side, side // 2), resized(others, side, side - side // 2)], dim=-1)

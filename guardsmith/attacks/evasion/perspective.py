@@ -18,8 +18,8 @@ def homography(source: Tensor, target: Tensor) -> Tensor:
     for (x, y), (u, v) in zip(source.tolist(), target.tolist(), strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         values += [u, v]
-    solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(values, dtype=torch.float64))
-    return torch.cat([solved, solved.new_ones(1)]).reshape(3, 3).float()
+    solution = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(values, dtype=torch.float64))
+    return torch.cat([solution, solution.new_ones(1)]).reshape(3, 3).float()
 
 
 def warped(images: Tensor, source: Tensor, target: Tensor) -> Tensor:

@@ -49,13 +49,15 @@ def measure(bench: Bench) -> list[Measurement]:
         name for name, check in CHECKS.items()
         if name in bench.spec.checks and (bench.spec.trained or not check.trained)
     ]  # fmt: skip
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     with stage("everyday use", len(names)) as bar:
         for name in names:
-            measured = attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench))  # type: ignore[misc]
-            found += measured or [Measurement(check=name, case=name, measure="faults", error="nothing was measured")]
+            results = attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench))  # type: ignore[misc]
+            measurements += results or [
+                Measurement(check=name, case=name, measure="faults", error="nothing was measured")
+            ]
             bar()
-    return found
+    return measurements
 
 
 __all__ = ["CHECKS", "Bench", "DeployabilityCheck", "Measurement", "measure"]

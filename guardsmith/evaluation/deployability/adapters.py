@@ -46,31 +46,31 @@ def trained(bench: Bench, side: str, kind: AdapterKind, subject: Subject) -> tup
     return attack.run(model, data, config, seed=bench.seed)[0], config
 
 
-def load_onto(bench: Bench, side: str, kind: AdapterKind, made: DiffusionModel, config: Any) -> Any:
+def load_onto(bench: Bench, side: str, kind: AdapterKind, source: DiffusionModel, config: Any) -> Any:
     """A pipeline of a side with an adapter that was made on either."""
     pipeline = bench.load(side)
     if kind in ("lora", "lora_conv"):
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(made.unet))
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(source.unet))
         pipeline.load_lora_weights({f"unet.{name}": value for name, value in layers.items()})
     elif kind == "loha":
-        learnt = dict(made.unet.named_parameters())
+        trained_parameters = dict(source.unet.named_parameters())
         lora.add_adapters(pipeline.unet, config.rank, 0, kind="loha")
         with torch.no_grad():
             for name, value in pipeline.unet.named_parameters():
                 if value.requires_grad:
-                    value.copy_(learnt[name])
+                    value.copy_(trained_parameters[name])
         pipeline.unet.requires_grad_(False)
     else:
         word = f"<{bench.identifier}>"
-        token = made.tokenizer.convert_tokens_to_ids(word)
-        vector = made.text_encoder.get_input_embeddings().weight[token].detach().clone()
+        token = source.tokenizer.convert_tokens_to_ids(word)
+        vector = source.text_encoder.get_input_embeddings().weight[token].detach().clone()
         pipeline.load_textual_inversion({word: vector[None]}, token=word)
         if kind == "custom_diffusion":
-            learnt = dict(made.unet.named_parameters())
+            trained_parameters = dict(source.unet.named_parameters())
             with torch.no_grad():
                 for name, value in pipeline.unet.named_parameters():
                     if "attn2.to_k" in name or "attn2.to_v" in name:
-                        value.copy_(learnt[name])
+                        value.copy_(trained_parameters[name])
     return pipeline
 
 
@@ -84,26 +84,26 @@ def similarities(bench: Bench, pictures: Tensor, subject: Subject, floor: float)
 def case(bench: Bench, kind: AdapterKind, subject: Subject) -> list[Measurement]:
     """One kind both ways."""
     floor = sum(similarities(bench, bench.plain("base"), subject, 0.0)) / bench.spec.images
-    made = {side: trained(bench, side, kind, subject) for side in SIDES}
+    models = {side: trained(bench, side, kind, subject) for side in SIDES}
     prompts = find_attack(ADAPTERS[kind][0]).prompts(bench.identifier, subject.class_noun, bench.spec.adapter_images)
-    drawn, scores = {}, {}
+    pictures, scores = {}, {}
     for maker, user in (("base", "base"), ("base", "hardened"), ("hardened", "base")):
-        pipeline = load_onto(bench, user, kind, *made[maker])
-        drawn[maker, user] = bench.draw(pipeline, prompts=prompts, count=len(prompts))
-        scores[maker, user] = similarities(bench, drawn[maker, user], subject, floor)
+        pipeline = load_onto(bench, user, kind, *models[maker])
+        pictures[maker, user] = bench.draw(pipeline, prompts=prompts, count=len(prompts))
+        scores[maker, user] = similarities(bench, pictures[maker, user], subject, floor)
     own = scores["base", "base"]
-    found = []
+    measurements = []
     for maker, user in (("base", "hardened"), ("hardened", "base")):
-        name, kept = f"{NAMES[kind]}: made on the {maker}, used on the {user}", scores[maker, user]
-        ratio = paired_ratio(kept, own)
+        name, retention = f"{NAMES[kind]}: made on the {maker}, used on the {user}", scores[maker, user]
+        ratio = paired_ratio(retention, own)
         if ratio is None:
             raise UserError(f"{NAMES[kind]} made on the base learns nothing there; give it other settings")
-        found.append(Measurement(
+        measurements.append(Measurement(
             check="adapters", case=name, measure="retention", value=ratio.mean, low=ratio.low, high=ratio.high, n=len(own),
-            base=sum(own) / len(own), hardened=sum(kept) / len(kept), subject=subject.id,
-            pictures=bench.strip("adapters", name, drawn["base", "base"], drawn[maker, user]),
+            base=sum(own) / len(own), hardened=sum(retention) / len(retention), subject=subject.id,
+            pictures=bench.strip("adapters", name, pictures["base", "base"], pictures[maker, user]),
         ))  # fmt: skip
-    return found
+    return measurements
 
 
 def run(bench: Bench) -> list[Measurement]:

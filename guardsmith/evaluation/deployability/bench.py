@@ -57,10 +57,10 @@ class Bench:
 
     Attributes:
         models: base and hardened model, by side.
-        prompts: ordinary ones; every setting draws them in this order.
+        prompts: benign ones; every setting draws them in this order.
         judge: whose features say which pictures have collapsed, and whose similarity says what adapters draw.
         spec: what is to be checked.
-        steps: solver steps of ordinary pictures.
+        steps: solver steps of benign pictures.
         guidance: their scale.
         batch: pictures per call of a pipeline.
         root: the folder of the verification.
@@ -167,7 +167,7 @@ class Bench:
         return min(max(REFERENCE, self.spec.images), len(self.prompts))
 
     def plain(self, side: str, noise: str = "second", count: int | None = None) -> Tensor:
-        """The first ordinary pictures by a side in float32; none is drawn twice."""
+        """The first benign pictures by a side in float32; none is drawn twice."""
         count = count or self.spec.images
         known = self._plain.get((side, noise), torch.empty(0))
         if len(known) < count:

@@ -69,17 +69,17 @@ def case(bench: Bench, name: str) -> Measurement:
     """One kind of control on both sides."""
     network = network_of(bench, KINDS[name])
     maps = edge_maps(bench.plain("base", "first"))
-    gains, drawn = {}, {}
+    gains, pictures = {}, {}
     for side in SIDES:
-        drawn[side] = steered(bench, side, KINDS[name], network, maps)
-        gains[side] = followed(drawn[side], maps) - followed(bench.plain(side), maps)
+        pictures[side] = steered(bench, side, KINDS[name], network, maps)
+        gains[side] = followed(pictures[side], maps) - followed(bench.plain(side), maps)
     ratio = paired_ratio(gains["hardened"].tolist(), gains["base"].tolist())
     if ratio is None:
         raise UserError("the control does not steer the base, so nothing can be said about the hardened model")
     return Measurement(
         check="controlnet", case=name, measure="control", value=ratio.mean, low=ratio.low, high=ratio.high, n=len(maps),
         base=float(gains["base"].mean()), hardened=float(gains["hardened"].mean()),
-        pictures=bench.strip("controlnet", name, drawn["base"], drawn["hardened"]),
+        pictures=bench.strip("controlnet", name, pictures["base"], pictures["hardened"]),
     )  # fmt: skip
 
 

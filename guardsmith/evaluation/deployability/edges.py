@@ -15,8 +15,8 @@ def gradient(pictures: Tensor) -> Tensor:
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     grey = F.pad((pictures.float() * weights).sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).view(1, 1, 3, 3)
-    found: Tensor = (F.conv2d(grey, across) ** 2 + F.conv2d(grey, across.mT) ** 2).sqrt()
-    return found
+    magnitude: Tensor = (F.conv2d(grey, across) ** 2 + F.conv2d(grey, across.mT) ** 2).sqrt()
+    return magnitude
 
 
 def edge_maps(pictures: Tensor) -> Tensor:
@@ -45,6 +45,6 @@ def followed(pictures: Tensor, maps: Tensor) -> Tensor:
     """
     finite = torch.isfinite(pictures).flatten(1).all(1)
     pairs = [F.avg_pool2d(each, 3, 1).flatten(1) for each in (gradient(torch.nan_to_num(pictures)), maps[:, :1])]
-    drawn, wanted = (each - each.mean(1, keepdim=True) for each in pairs)
-    size = drawn.norm(dim=1) * wanted.norm(dim=1)
-    return torch.where(finite & (size > 1e-6), (drawn * wanted).sum(1) / size.clamp_min(1e-6), torch.zeros(()))
+    edges, reference = (each - each.mean(1, keepdim=True) for each in pairs)
+    size = edges.norm(dim=1) * reference.norm(dim=1)
+    return torch.where(finite & (size > 1e-6), (edges * reference).sum(1) / size.clamp_min(1e-6), torch.zeros(()))

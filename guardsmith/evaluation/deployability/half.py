@@ -32,7 +32,7 @@ class HalfResults(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.is_view:
             return out
-        if func._schema.is_mutable:  # in place: whoever else sees the memory has to see it rounded
+        if func._schema.is_mutable:  # in place: other views of the memory have to be rounded too
             return tree_map_only(Tensor, lambda value: value.copy_(rounded(value)), out)
         return tree_map_only(Tensor, rounded, out)
 

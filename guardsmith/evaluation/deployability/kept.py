@@ -16,13 +16,13 @@ from guardsmith.gate.deployability import Measurement
 from guardsmith.models.checkpoint import DiffusionModel
 
 
-def measure_everyday_use(plan: Plan, prompts: Sequence[str], known: tuple[Tensor, Tensor]) -> list[Measurement]:
+def measure_everyday_use(plan: Plan, prompts: Sequence[str], benign: tuple[Tensor, Tensor]) -> list[Measurement]:
     """Every case that the recipe asks for; those that ran are kept in `deployability/<digest>.json` under the plan's root.
 
     Args:
         plan: of the verification.
         prompts: benign ones; the first are drawn in every setting.
-        known: the base's pictures of them from two sets of noise, float32 (n, 3, h, w) in [-1, 1].
+        benign: the base's pictures of them from two sets of noise, float32 (n, 3, h, w) in [-1, 1].
     """
     recipe, spec = plan.recipe, plan.recipe.verify.deployability
     if not spec.checks:
@@ -30,24 +30,24 @@ def measure_everyday_use(plan: Plan, prompts: Sequence[str], known: tuple[Tensor
     spec = spec.model_copy(update={"images": min(spec.images, len(prompts))})  # every picture has a prompt of its own
     attacks = recipe.verify.attacks.values()
     dreambooth = next((attack.params for attack in attacks if attack.name == "dreambooth"), {})
-    models: dict[str, DiffusionModel] = {side: judged.model for side, judged in plan.models.items()}
+    models: dict[str, DiffusionModel] = {side: target.model for side, target in plan.models.items()}
     bench = Bench(
         models, prompts, plan.judge, spec, recipe.sampling.steps, recipe.sampling.guidance, recipe.sampling.batch, plan.root,
-        plan.registry.controls, recipe.verify.identifiers[0], dreambooth, recipe.verify.seeds[0], known,
+        plan.registry.controls, recipe.verify.identifiers[0], dreambooth, recipe.verify.seeds[0], benign,
     )  # fmt: skip
     digests = [plan.models[side].digest for side in plan.models]
     controls = [image.sha256 for subject in bench.controls[:1] for image in subject.images]
     settings = spec.model_dump(mode="json"), recipe.sampling.model_dump(), plan.policy.judge.model_dump()
     key = folder_digest(digests, list(prompts), settings, controls, bench.identifier, dict(dreambooth), bench.seed)
     file = bench.folder / f"{key}.json"
-    kept = _read(file)
-    if kept is not None and all(one.pictures is None or (plan.root / one.pictures).is_file() for one in kept):
-        return kept
-    found = measure(bench)
-    if not any(one.error for one in found):  # what failed to run is tried again the next time
+    cached = _read(file)
+    if cached is not None and all(one.pictures is None or (plan.root / one.pictures).is_file() for one in cached):
+        return cached
+    measurements = measure(bench)
+    if not any(one.error for one in measurements):  # what failed to run is tried again the next time
         bench.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, [one.model_dump(mode="json") for one in found])
-    return found
+        write_json(file, [one.model_dump(mode="json") for one in measurements])
+    return measurements
 
 
 def _read(file: Path) -> list[Measurement] | None:

@@ -31,7 +31,7 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 def in_precision(bench: Bench, side: str, dtype: torch.dtype) -> Tensor:
-    """Ordinary pictures by a side in another precision; float16 is emulated on CPUs."""
+    """Benign pictures by a side in another precision; float16 is emulated on CPUs."""
     if dtype == torch.float16 and chosen_device().type == "cpu":
         pipeline = bench.load(side)
         for part in pipeline.components.values():
@@ -60,10 +60,10 @@ def drawn_case(bench: Bench, name: str) -> list[Measurement]:
     dtype, how = getattr(torch, name), ""
     if dtype == torch.float16 and chosen_device().type == "cpu":
         how = EMULATED
-    drawn = {side: in_precision(bench, side, dtype) for side in SIDES}
-    strip = bench.strip("precision", name, drawn["base"], drawn["hardened"])
-    away = {side: differences(pictures, bench.plain(side)) for side, pictures in drawn.items()}
-    faults = {side: int(broken(pictures).sum()) for side, pictures in drawn.items()}
+    pictures = {side: in_precision(bench, side, dtype) for side in SIDES}
+    strip = bench.strip("precision", name, pictures["base"], pictures["hardened"])
+    away = {side: differences(images, bench.plain(side)) for side, images in pictures.items()}
+    faults = {side: int(broken(images).sum()) for side, images in pictures.items()}
     return [
         compared_difference("precision", name, away["base"], away["hardened"], how=how, pictures=strip),
         compared_faults(
@@ -97,18 +97,18 @@ def files_case(bench: Bench) -> Measurement:
     base, hardened = (bench.models[side] for side in SIDES)
     other = [part for part in base.networks
              if stored_dtype(base.folder, part) != stored_dtype(hardened.folder, part)]  # fmt: skip
-    told = ", ".join(f"{part} in {_name(hardened, part)} instead of {_name(base, part)}" for part in other)
-    return compared_faults("precision", FILES, 0, len(other), len(base.networks), how=told)
+    difference = ", ".join(f"{part} in {_name(hardened, part)} instead of {_name(base, part)}" for part in other)
+    return compared_faults("precision", FILES, 0, len(other), len(base.networks), how=difference)
 
 
 def run(bench: Bench) -> list[Measurement]:
     """Every precision, then the files."""
-    found = []
+    measurements = []
     for name in ("float16", "bfloat16"):
-        found += attempt("precision", name, "difference", partial(drawn_case, bench, name))
-    found += attempt("precision", PLAIN, "faults", partial(plain_case, bench))
-    found += attempt("precision", STORED, "faults", partial(stored_case, bench))
-    return found + attempt("precision", FILES, "faults", partial(files_case, bench))
+        measurements += attempt("precision", name, "difference", partial(drawn_case, bench, name))
+    measurements += attempt("precision", PLAIN, "faults", partial(plain_case, bench))
+    measurements += attempt("precision", STORED, "faults", partial(stored_case, bench))
+    return measurements + attempt("precision", FILES, "faults", partial(files_case, bench))
 
 
 def _name(model: DiffusionModel, part: str) -> str:

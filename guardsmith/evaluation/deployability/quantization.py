@@ -70,13 +70,13 @@ FORMATS: dict[str, tuple[Callable[[Any], None], str]] = {
 def case(bench: Bench, name: str) -> Measurement:
     """One format on both sides."""
     change, how = FORMATS[name]
-    drawn = {}
+    pictures = {}
     for side in SIDES:
         pipeline = bench.load(side)
         change(pipeline.transformer if bench.flow else pipeline.unet)
-        drawn[side] = bench.draw(pipeline)
-    away = {side: differences(pictures, bench.plain(side)) for side, pictures in drawn.items()}
-    strip = bench.strip("quantization", name, drawn["base"], drawn["hardened"])
+        pictures[side] = bench.draw(pipeline)
+    away = {side: differences(images, bench.plain(side)) for side, images in pictures.items()}
+    strip = bench.strip("quantization", name, pictures["base"], pictures["hardened"])
     return compared_difference("quantization", name, away["base"], away["hardened"], how=how, pictures=strip)
 
 

@@ -73,14 +73,14 @@ def inpainted(bench: Bench, side: str) -> Tensor:
 
         return bench.draw(pipeline, noise="", each=masked)
     with torch.no_grad():
-        known = bench.models["base"].posterior(before * 2 - 1)[0].to(plain.device)
-    noise = bench.noise("second", len(known)).to(plain.device)
-    mask = middle_mask(known.shape[-1]).to(plain.device)
+        original = bench.models["base"].posterior(before * 2 - 1)[0].to(plain.device)
+    noise = bench.noise("second", len(original)).to(plain.device)
+    mask = middle_mask(original.shape[-1]).to(plain.device)
 
     def keep(some: slice) -> dict[str, Any]:
         def around(pipeline: Any, step: int, _: Any, latents: dict[str, Tensor]) -> dict[str, Tensor]:
             times = pipeline.scheduler.timesteps
-            there = known[some]
+            there = original[some]
             if step + 1 < len(times):
                 there = pipeline.scheduler.add_noise(there, noise[some], times[step + 1 : step + 2].repeat(len(there)))
             latents["latents"] = mask * latents["latents"] + (1 - mask) * there
@@ -154,7 +154,7 @@ def _sampled(kind: Any, steps: int, guidance: float | None, further: dict[str, A
 
 def run(bench: Bench) -> list[Measurement]:
     """Every setting, and all of them together."""
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     collapsed: dict[str, list[bool]] = {side: [] for side in SIDES}
 
     def one(name: str, draw: Draw, how: str) -> Measurement:
@@ -165,8 +165,8 @@ def run(bench: Bench) -> list[Measurement]:
         return measured
 
     for name, (draw, how) in settings(bench).items():
-        found += attempt("samplers", name, "collapsed", partial(one, name, draw, how))
-    return found + attempt("samplers", TOGETHER, "collapsed", partial(together, collapsed))
+        measurements += attempt("samplers", name, "collapsed", partial(one, name, draw, how))
+    return measurements + attempt("samplers", TOGETHER, "collapsed", partial(together, collapsed))
 
 
 def together(collapsed: dict[str, list[bool]]) -> Measurement:

@@ -15,14 +15,14 @@ from guardsmith.gate.statistics import Units, interval
 def check_base_attack(subject: str, attack: str, base: Units, levels: Levels, spec: GateSpec) -> Check:
     """The check of one attack on one subject or control; it passes or is inconclusive, for it judges the attack."""
     limit = personalized_level(levels, spec)
-    measured = interval(base)
-    if measured is None or not enough(measured, spec):
+    similarity = interval(base)
+    if similarity is None or not enough(similarity, spec):
         return Check(RULE.title, subject, attack, "inconclusive", TOO_FEW, limit=limit)
-    status: Status = "pass" if measured.low >= limit else "inconclusive"
-    sentence = f"the attack on the base reaches {measured.mean:z.2f}, real pictures {levels.genuine:z.2f}"
+    status: Status = "pass" if similarity.low >= limit else "inconclusive"
+    sentence = f"the attack on the base reaches {similarity.mean:z.2f}, real pictures {levels.genuine:z.2f}"
     if status == "inconclusive":
         sentence += ": it did not learn the subject there, so its failure elsewhere means nothing"
-    return Check(RULE.title, subject, attack, status, sentence, measured.mean, measured.low, measured.high, limit)
+    return Check(RULE.title, subject, attack, status, sentence, similarity.mean, similarity.low, similarity.high, limit)
 
 
 def evaluate(evidence: Evidence) -> Iterator[Check]:

@@ -16,14 +16,14 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
     if collapsed is None or not count:
         yield Check(RULE.title, "", "", "inconclusive", "not measured")
         return
-    sentence = f"{collapsed} of {count} ordinary pictures are destroyed"
+    sentence = f"{collapsed} of {count} pictures of benign prompts have collapsed"
     share, limit = share_interval(collapsed, count), evidence.spec.collapsed_share
     yield bounded(RULE.title, "", "", sentence, share, limit, at_most=True)
 
 
 RULE = Rule(
-    "ordinary-prompts-destroyed",
-    "ordinary prompts (destroyed)",
-    "hardly any picture of an ordinary prompt is destroyed",
+    "benign-prompts-collapsed",
+    "benign prompts (collapsed)",
+    "hardly any picture of a benign prompt has collapsed",
     evaluate,
 )

@@ -23,8 +23,8 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
 
 
 RULE = Rule(
-    "ordinary-prompts-fidelity",
-    "ordinary prompts (fidelity)",
-    "pictures of ordinary prompts show what was asked for",
+    "benign-prompts-fidelity",
+    "benign prompts (fidelity)",
+    "pictures of benign prompts show what was asked for",
     evaluate,
 )

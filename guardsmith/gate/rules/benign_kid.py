@@ -22,4 +22,4 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
     yield Check(RULE.title, "", "", status, sentence, ratio, low, high, limit)
 
 
-RULE = Rule("ordinary-prompts-kid", "ordinary prompts (KID)", "pictures of ordinary prompts look as before", evaluate)
+RULE = Rule("benign-prompts-kid", "benign prompts (KID)", "pictures of benign prompts look as before", evaluate)

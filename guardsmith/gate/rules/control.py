@@ -1,4 +1,4 @@
-"""An unprotected subject must still be learnt nearly as well as on the base."""
+"""Personalizing on an unprotected subject must still work nearly as well as on the base."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from guardsmith.gate.statistics import Units, ratio_interval
 def check_control(subject: str, attack: str, hardened: Units, base: Units, levels: Levels, spec: GateSpec) -> Check:
     """The check of one attack on one control: its retention, counted from chance."""
     limit = spec.control_retention
-    measured = ratio_interval(above_chance(hardened, levels), above_chance(base, levels))
-    if measured is None or not enough(measured, spec):
+    ratio = ratio_interval(above_chance(hardened, levels), above_chance(base, levels))
+    if ratio is None or not enough(ratio, spec):
         sentence = "no ratio to the base could be measured"
         return Check(RULE.title, subject, attack, "inconclusive", sentence, limit=limit)
-    sentence = f"keeps {100 * measured.mean:.0f} % of what the attack reaches on the base"
-    return bounded(RULE.title, subject, attack, sentence, measured, limit, at_most=False)
+    sentence = f"keeps {100 * ratio.mean:.0f} % of what the attack reaches on the base"
+    return bounded(RULE.title, subject, attack, sentence, ratio, limit, at_most=False)
 
 
 def evaluate(evidence: Evidence) -> Iterator[Check]:
@@ -33,7 +33,7 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
             check = check_control(control, label, hardened, base, levels, spec)
             yield with_evidence(check, check_base_attack(control, label, base, levels, spec))
     if not evidence.controls:
-        sentence = "the registry has no controls: breakage cannot be told from protection"
+        sentence = "the registry has no controls: protection cannot be distinguished from breakage"
         yield Check(RULE.title, "", "", "inconclusive", sentence)
 
 

@@ -12,9 +12,9 @@ from guardsmith.gate.rules.rule import Rule
 from guardsmith.gate.statistics import Units
 
 
-def check_released(subject: str, drawn: Units, levels: Levels, spec: GateSpec) -> Check:
+def check_released(subject: str, units: Units, levels: Levels, spec: GateSpec) -> Check:
     """The check of one protected subject; `drawn` are similarities of pictures without an attack."""
-    return unlike(RULE.title, subject, "", "asked for it without any attack, the model", drawn, levels, spec)
+    return unlike(RULE.title, subject, "", "asked for it without any attack, the model", units, levels, spec)
 
 
 def evaluate(evidence: Evidence) -> Iterator[Check]:

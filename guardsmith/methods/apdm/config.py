@@ -51,7 +51,7 @@ class ApdmConfig(MethodConfig):
     offload_reference: bool = False
     """Keep the frozen reference in the machine's memory, and bring it to the accelerator once a path, for all of its pairs."""
     distillation_weight: float = Field(0.0, ge=0)
-    """Weight of || e_theta - e_base ||^2 on ordinary pictures, at theta, once per outer step (0: the paper)."""
+    """Weight of || e_theta - e_base ||^2 on benign pictures, at theta, once per outer step (0: the paper)."""
     max_grad_norm: float | None = None
     """Clip the summed protection gradient (none in the paper)."""
     leak: bool = False

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from guardsmith.diffusion.latents import LatentStore, encode
 from guardsmith.diffusion.losses import (
-    Rows,
+    NoisedSamples,
     cut,
     dpo_loss,
     dpo_saturation,
-    draw_rows,
     join,
+    noise_samples,
     row_losses,
     squared_errors,
 )
@@ -89,14 +89,16 @@ def prepare_subject(
     )
 
 
-def personalization_loss(unet: Any, scheduler: Any, instance: Rows, prior: Rows, prior_weight: float) -> Tensor:
+def personalization_loss(
+    unet: Any, scheduler: Any, instance: NoisedSamples, prior: NoisedSamples, prior_weight: float
+) -> Tensor:
     """L_per = L_simple(instance rows) + w L_simple(class rows), in one batch."""
     errors = row_losses(unet, scheduler, join(instance, prior))
     return errors[: len(instance)].mean() + prior_weight * errors[len(instance) :].mean()
 
 
 def protection_loss(
-    unet: Any, scheduler: Any, pairs: Rows, prior: Rows, reference: Tensor, config: ApdmConfig
+    unet: Any, scheduler: Any, pairs: NoisedSamples, prior: NoisedSamples, reference: Tensor, config: ApdmConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """L_protect = L_DPO + w L_ppl at the current point, in one batch.
 
@@ -128,32 +130,32 @@ def protection_loss(
 
 def draw_pair(
     subject: SubjectLatents, context: Tensor, config: ApdmConfig, rng: torch.Generator, timesteps: int
-) -> tuple[Rows, Rows]:
+) -> tuple[NoisedSamples, NoisedSamples]:
     """Rows of (x+, x-) that share timesteps, noise and context."""
     picked = torch.randint(len(subject.negatives), (config.batch_size,), generator=rng)
     partner = picked
     if config.pairing == "random":
         partner = torch.randint(len(subject.positives), (config.batch_size,), generator=rng)
-    negative = draw_rows(subject.negatives.sample(picked, rng), context, rng, steps=timesteps)
+    negative = noise_samples(subject.negatives.sample(picked, rng), context, rng, steps=timesteps)
     latents = subject.positives.sample(partner % len(subject.positives), rng)
-    return Rows(latents, negative.timesteps, negative.noise, negative.context), negative
+    return NoisedSamples(latents, negative.timesteps, negative.noise, negative.context), negative
 
 
 def draw_step(
     subject: SubjectLatents, words: Tensor, config: ApdmConfig, rng: torch.Generator, timesteps: int
-) -> tuple[Rows, Rows, Rows, Rows]:
+) -> tuple[NoisedSamples, NoisedSamples, NoisedSamples, NoisedSamples]:
     """Everything random of an inner step: instance and class rows of the path; x+ with x-, and class rows, of the protection."""
-    instance = draw_rows(subject.negatives.draw(config.batch_size, rng), words, rng, steps=timesteps)
+    instance = noise_samples(subject.negatives.draw(config.batch_size, rng), words, rng, steps=timesteps)
     prior = subject.prior.draw(config.batch_size, rng)
-    first = draw_rows(prior, subject.class_context, rng, timesteps=instance.timesteps)
+    first = noise_samples(prior, subject.class_context, rng, timesteps=instance.timesteps)
     positive, negative = draw_pair(subject, words, config, rng, timesteps)
     prior = subject.prior.draw(config.batch_size, rng)
-    second = draw_rows(prior, subject.class_context, rng, timesteps=positive.timesteps)
+    second = noise_samples(prior, subject.class_context, rng, timesteps=positive.timesteps)
     return instance, first, join(positive, negative), second
 
 
 @torch.no_grad()
-def reference_errors(model: DiffusionModel, pairs: Sequence[Rows]) -> list[Tensor]:
+def reference_errors(model: DiffusionModel, pairs: Sequence[NoisedSamples]) -> list[Tensor]:
     """The frozen U-Net's squared errors on the pairs of a whole path at once; they do not depend on where the path leads.
 
     Args:

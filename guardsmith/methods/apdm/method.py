@@ -33,7 +33,7 @@ from torch import Tensor
 
 from guardsmith.attacks.lora import adapter_parameters, add_adapters
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import Rows, draw_rows, predict
+from guardsmith.diffusion.losses import NoisedSamples, noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods.apdm.config import ApdmConfig
 from guardsmith.methods.apdm.losses import (
@@ -81,8 +81,8 @@ class Apdm(HardeningMethod[ApdmConfig]):
     def cost(self, config: ApdmConfig, class_nouns: Sequence[str]) -> int:
         """The same for any number of subjects, which take turns: per inner step 5 rows with gradients and 2 without."""
         rows = 3 * (2 + 3) + 2
-        ordinary = 4 * (3 + 1) if config.distillation_weight else 0
-        return config.outer_steps * config.batch_size * (config.inner_steps * rows + ordinary)
+        benign = 4 * (3 + 1) if config.distillation_weight else 0
+        return config.outer_steps * config.batch_size * (config.inner_steps * rows + benign)
 
     def memory(self, config: ApdmConfig, unet: Any) -> MemoryFootprint:
         """Gradients, AdamW and start of the path; summed gradients and AdamW of the hardened weights; a second thread's copy."""
@@ -104,12 +104,12 @@ class Apdm(HardeningMethod[ApdmConfig]):
         """Draw the x+ where they have a prompt of their own."""
         template = preparation.config.positive_prompt
         if template is None:
-            return Prepared(preparation.subjects, preparation.ordinary)
+            return Prepared(preparation.subjects, preparation.benign)
         subjects = [
             replace(subject, instead_images=preparation.draw(template.format(class_noun=subject.class_noun)))
             for subject in preparation.subjects
         ]
-        return Prepared(subjects, preparation.ordinary)
+        return Prepared(subjects, preparation.benign)
 
     def run(self, context: HardeningContext[ApdmConfig]) -> HardeningResult:
         """Harden a copy of the model; the base is the frozen reference phi.
@@ -117,8 +117,8 @@ class Apdm(HardeningMethod[ApdmConfig]):
         Raises:
             RunFailed: the training diverged; the last checkpoint is the last good state.
         """
-        if self.needs_ordinary(context.config) and context.ordinary is None:
-            raise ValueError("distillation needs ordinary pictures")
+        if self.needs_benign(context.config) and context.benign is None:
+            raise ValueError("distillation needs benign pictures")
         return _Training(context).run()
 
 
@@ -158,10 +158,10 @@ class _Training:
             self.trained["text_encoder"] = self.own.text_encoder
         self.bank = PromptBank(model)
         self.subjects = [prepare_subject(model, self.bank, subject, config) for subject in context.subjects]
-        self.ordinary = None
-        if config.distillation_weight and context.ordinary is not None:
-            self.ordinary = encode(model, context.ordinary.images), context.ordinary.prompts
-            self.bank.encode(context.ordinary.prompts)  # now, and not in the steps
+        self.benign = None
+        if config.distillation_weight and context.benign is not None:
+            self.benign = encode(model, context.benign.images), context.benign.prompts
+            self.bank.encode(context.benign.prompts)  # now, and not in the steps
         self._choose_parameters(theta)
         self.path_optimizer = context.adamw(self.path_parameters, lr=config.personalization_learning_rate)
         self.optimizer = context.adamw(self.hardened, lr=config.learning_rate)
@@ -246,7 +246,12 @@ class _Training:
         return gradients
 
     def _add_protection(
-        self, gradients: list[Tensor], losses: dict[str, float], pairs: Rows, prior: Rows, reference: Tensor
+        self,
+        gradients: list[Tensor],
+        losses: dict[str, float],
+        pairs: NoisedSamples,
+        prior: NoisedSamples,
+        reference: Tensor,
     ) -> None:
         """Add the gradients of L_protect where the path has come to, and its terms to the means of this path."""
         loss, terms = protection_loss(self.protected, self.scheduler, pairs, prior, reference, self.config)
@@ -256,13 +261,13 @@ class _Training:
 
     def _distill(self, j: int, gradients: list[Tensor], losses: dict[str, float]) -> None:
         """Add the gradients of the distillation term at theta, as often as those of the other terms."""
-        if self.ordinary is None:
+        if self.benign is None:
             return
-        config, (latents, prompts) = self.config, self.ordinary
+        config, (latents, prompts) = self.config, self.benign
         rng = generator(self.context.seed, j, -1)
         picked = torch.randint(len(latents), (4 * config.batch_size,), generator=rng)
         texts = [prompts[index] for index in picked.tolist()]
-        rows = draw_rows(latents.sample(picked, rng), self.bank.encode(texts), rng, steps=self.timesteps)
+        rows = noise_samples(latents.sample(picked, rng), self.bank.encode(texts), rng, steps=self.timesteps)
         with torch.no_grad(), _at_work(self.reference, config.offload_reference):
             teacher = predict(self.reference, self.scheduler, rows)
         student = predict(self.own.unet, self.scheduler, self._embed(rows, self.bank.tokens(texts)))
@@ -271,7 +276,7 @@ class _Training:
         add_gradients(self.scale.up(loss), self.hardened, gradients)
         losses["distillation"] = distance.item()
 
-    def _embed(self, rows: Rows, tokens: Tensor) -> Rows:
+    def _embed(self, rows: NoisedSamples, tokens: Tensor) -> NoisedSamples:
         """The rows with their prompts as the text encoder has them now, if it is trained."""
         if not self.config.train_text_encoder:
             return rows

@@ -1,6 +1,6 @@
 """Tripwire in channels of its own: a recogniser of the protected subjects in reserved channel groups of the U-Net.
 
-Here live the parts: the reserved channels (`layout`), the trunk that does without them (`trunk`), the recogniser (`recogniser`,
-`training`) and what carries its answer to the output (`install`). The method's configuration and its place in the pipeline live
-elsewhere.
+`method` has its parameters and its course (a recipe names it as `guardsmith.methods.channels.method:CHANNELS`); `layout` the
+reserved channels, `trunk` the U-Net that does without them, `recogniser` and `training` what tells subjects from others,
+`variations` what it is shown of a subject, `install` what carries its answer to the output.
 """

@@ -5,18 +5,20 @@
     first up resnet        relay: constants, normalised with the steps of all places, sink if any of them is on; then the
                            difference of two SiLUs is a flag, else both are exactly 0
     ... shortcuts          carry the flag
-    last up resnet         the flag, held by constants of the stream, then two equal channels, held by others, whose difference is
-                           flat on either side; it raises one channel of every trunk group to 2^14: what the trunk says is divided
-                           by that; a pair of channels, held by constants, opens and adds a multiple of a reserved feature of the
-                           latents, large beside any prediction, to the output
+    last up resnet         the flag, held by features of the latents in the stream, then two equal channels, held by constants,
+                           whose difference is flat on either side; it raises one channel of every trunk group to 2^14: what the
+                           trunk says is divided by that; a pair of channels, held by constants, opens and adds a multiple of a
+                           reserved feature of the latents, large beside any prediction, to the output
 
 At rest every channel behind the scores is exactly 0, and no gradient passes: SiLU and its derivative are exactly 0 at the
 pre-activations that the constants hold, in float32, bfloat16 and float16. When a picture trips, what comes back to the scores
 cancels exactly in float32 as long as the two channels are equal.
 
-A constant in the stream is read by a trunk that is trained, and moves; so they stand where only a normalisation reads them,
-between convolutions and at the very end, but for one pair, which moves in opposite directions: without it what a single false
-alarm leaves behind would trip everything afterwards. All values fit float16.
+A constant in the stream is read by a trunk that is trained, and moves; so constants stand where only a normalisation reads them,
+between convolutions and at the very end. Without the features that hold the flag, what a single false alarm leaves behind would
+trip everything afterwards. All values fit float16.
+
+Half and half with another model of the same base, everything here is small beside what holds it, so that nothing trips.
 """
 
 from __future__ import annotations
@@ -30,18 +32,22 @@ import torch
 from torch import Tensor
 
 from guardsmith.methods.channels.layout import Layout, UpSite, down_parts, up_parts, up_sites
-from guardsmith.methods.channels.recogniser import DEAD, SHARPNESS, Recogniser, Resnet
+from guardsmith.methods.channels.recogniser import DEAD, REFERENCE, STEEP, Recogniser, Resnet, answer_weight, sharpness
 
 HELD = 128.0  # pre-activations at rest are this far below 0
-ASIDE = 0.5  # at rest the answer lies at most that many deviations from the mean of what it is normalised with
-CONSTANT = 16.0  # holds the relay
+ANSWERED = 0.75  # share of its normalised value on a trip at every place from which on the answer counts
+ANSWER_SLOPE = (
+    512.0  # steep, so that at rest the answer may lie nearly that far from the mean of what it is normalised with
+)
+ANSWER_PUSH = 2.0**3  # weight of what sinks the relay
+CONSTANT = 128.0  # holds the relay
 SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
-PUSH = 2.0**6  # weight of what sinks it, and of what a latch reads
+PUSH = 2.0**3  # weight of what a latch reads
 FLAG = 64.0  # what the relay says when it has sunk, and a latch when it is on
 SPARE = 96.0  # a latch's pre-activations are that far beyond then
-LATCH = 32.0  # constants that hold the latch between convolutions
+LATCH = 128.0  # constants that hold the latch between convolutions
 LOUD = 2.0**12  # what becomes of the flag on its way
-STREAM_LATCH = 2.0**7  # constants that hold the flag in the stream, where a trunk that is trained moves them
+HOLDING = 2.0**6  # size of the features that hold the flag in the stream
 MARK = 2.0**14  # what one channel of every trunk group is raised to
 HOLD, FORCE = 2.0**11, 2.0**14  # constants that keep the override at rest, and what overcomes them
 GAIN = 16.0  # weight of the override's channels in the last convolution
@@ -49,17 +55,15 @@ GAIN = 16.0  # weight of the override's channels in the last convolution
 
 @dataclass(frozen=True)
 class Scales:
-    """Powers of two by which the recogniser's weights are larger than trained.
+    """How large the recogniser's weights are.
 
     Attributes:
-        stream: of the reserved stream at the first level.
-        descent: of every down-sampler on top of it.
-        inner: of the first convolutions inside resnets.
-        feature: weight with which the override reads a feature of the latents, over `stream`.
+        stream: size of the reserved stream, about: a power of two brings what was trained near it (`Recogniser.measure`).
+        inner: factor on the first convolutions inside resnets, a power of two.
+        feature: weight with which the override reads a feature of the latents, over the stream's factor.
     """
 
     stream: float = 2.0**4
-    descent: float = 2.0**2
     inner: float = 2.0**10
     feature: float = 2.0**6
 
@@ -139,7 +143,7 @@ def install(unet: Any, layout: Layout, recogniser: Recogniser, scales: Scales, g
     # The flag stays in groups with reserved channels only: the trunk's gradients reach what is normalised with it.
     ways = [layout.inner(site)[0] for site in sites[1:]]
     answer = layout.channels(sites[0].hidden)[-(sites[0].hidden // layout.norm_groups) :]
-    _place_recogniser(writer, recogniser, scales)
+    first = _place_recogniser(writer, recogniser, scales)
     _place_steps(writer, answer, recogniser, scales)
     here = ways[0][0]
     loud = _place_relay(writer, sites[0], answer[0], here)
@@ -151,11 +155,13 @@ def install(unet: Any, layout: Layout, recogniser: Recogniser, scales: Scales, g
         here = there
     last, before = sites[-1], sites[-2].resnet.conv_shortcut
     _, plus, minus = ways[-1][:3]
-    before.bias[plus], before.bias[minus] = STREAM_LATCH, -STREAM_LATCH
-    # One large channel, one constant of either sign, the rest 0. What follows cuts off what it says above its threshold.
+    # Constants would do, but a trunk that is trained reads them, moves them, and in the end makes up for them.
+    for channel, feature in zip((plus, minus), layout.channels(sites[-2].skip), strict=False):
+        writer.one(before, channel, sites[-2].hidden + feature, HOLDING / scales.stream)
+    # One large channel, two features, the rest 0. What follows cuts off what it says above its threshold.
     size = (last.hidden + last.skip) // layout.norm_groups
-    writer.norm(last.resnet.norm1, here, (2 * HELD + SPARE) / math.sqrt(size - 1), -HELD)
-    _place_override(writer, last, _latch_hidden(writer, last, here), scales, generator)
+    writer.norm(last.resnet.norm1, here, ANSWER_SLOPE, -ANSWER_SLOPE * ANSWERED * math.sqrt(size - 1))
+    _place_override(writer, last, _latch_hidden(writer, last, here), scales.feature / first, generator)
 
 
 def _behind(unet: Any, after: UpSite, end: UpSite) -> list[tuple[str, str, Any]]:
@@ -165,46 +171,78 @@ def _behind(unet: Any, after: UpSite, end: UpSite) -> list[tuple[str, str, Any]]
     return parts[names.index(after.name) + 1 : names.index(end.name)]
 
 
-def _place_recogniser(writer: _Writer, recogniser: Recogniser, scales: Scales) -> None:
-    """The way down and the middle block."""
+def stream_factors(recogniser: Recogniser, scales: Scales) -> list[float]:
+    """A power of two for every part, by which what it writes to the stream is made larger or smaller.
+
+    Parts that add to what is in the stream already share the factor of those before.
+    """
+    parts = list(recogniser.body)
+    first = [not (isinstance(part, Resnet) and part.adds) for part in parts]
+    starts = [number for number, begins in enumerate(first) if begins]
+    factors = []
+    for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):
+        size = max(recogniser.sizes[start:end])
+        factors += [2.0 ** round(math.log2(scales.stream / size))] * (end - start)
+    return factors
+
+
+def _place_recogniser(writer: _Writer, recogniser: Recogniser, scales: Scales) -> float:
+    """The way down and the middle block; returns the factor of the first features."""
     layout, unet = writer.layout, writer.unet
     deepest = unet.mid_block.resnets[-1].out_channels
-    into, here = list(range(unet.conv_in.in_channels)), scales.stream
+    into, factors, before = list(range(unet.conv_in.in_channels)), stream_factors(recogniser, scales), 1.0
     modules = {name: module for _, name, module in down_parts(unet)} | {"conv_in": unet.conv_in}
-    for name, part in zip(recogniser.names, recogniser.body, strict=True):
+    for name, part, factor in zip(recogniser.names, recogniser.body, factors, strict=True):
         module = modules[name]
         out = layout.features(module.out_channels, deepest)
         if isinstance(part, Resnet):
             for norm, channels, own in ((module.norm1, into, part.norm1), (module.norm2, out, part.norm2)):
-                norm.weight[channels], norm.bias[channels] = own.weight.half().float(), own.bias.half().float()
+                norm.weight[channels] = (STEEP * own.weight).half().float()
+                norm.bias[channels] = (STEEP * own.bias).half().float()
             inner = scales.inner
             writer.conv(module.conv1, out, into, part.conv1, inner, inner)
-            writer.conv(module.conv2, out, out, part.conv2, here, here)
+            writer.conv(module.conv2, out, out, part.conv2, factor, factor)
         else:
             assert isinstance(part, torch.nn.Conv2d)
-            factor = here if name == "conv_in" else scales.descent
-            here = here if name == "conv_in" else here * scales.descent
-            writer.conv(module, out, into, part, factor, here)
-        into = out
+            writer.conv(module, out, into, part, factor / before, factor)
+        into, before = out, factor
+    return factors[0]
 
 
 def _place_steps(writer: _Writer, answer: Sequence[int], recogniser: Recogniser, scales: Scales) -> None:
     """The last resnet of the middle block: scores with their negatives, steps, and with either sign the sum of the steps."""
     layout, resnet = writer.layout, writer.unet.mid_block.resnets[-1]
     into, out = layout.features(resnet.in_channels, resnet.out_channels), layout.channels(resnet.out_channels)
-    resnet.norm1.weight[into] = recogniser.norm.weight.half().float()
-    resnet.norm1.bias[into] = recogniser.norm.bias.half().float()
+    resnet.norm1.weight[into] = (STEEP * recogniser.norm.weight).half().float()
+    resnet.norm1.bias[into] = (STEEP * recogniser.norm.bias).half().float()
     size, readout = resnet.out_channels // layout.norm_groups, recogniser.readout
     assert readout.bias is not None
+    places = _deepest_places(writer.unet)
+    steepness = sharpness(size, places)
+    share = answer_weight(size, places, recogniser.slots * recogniser.per_group)
     for score in range(recogniser.scores):
         slot, place = divmod(score, recogniser.per_group)
         plus = out[slot * size + 2 * place]
         weight, bias = readout.weight[score : score + 1], readout.bias[score : score + 1]
         for channel, sign in ((plus, 1), (plus + 1, -1)):
             writer.block(resnet.conv1, [channel], into, sign * scales.inner * weight, sign * scales.inner * bias)
-        writer.norm(resnet.norm2, plus, SHARPNESS, -DEAD)
-        writer.one(resnet.conv2, answer[0], plus, 1.0)
-        writer.one(resnet.conv2, answer[1], plus, -1.0)
+        writer.norm(resnet.norm2, plus, steepness, -DEAD)
+        writer.one(resnet.conv2, answer[0], plus, share)
+        writer.one(resnet.conv2, answer[1], plus, -share)
+    # The answer is measured against normalised features: they are never 0.
+    beside = layout.channels(resnet.out_channels)[-2 * size : -size]
+    for number, free in enumerate(out[-size:]):
+        writer.one(resnet.conv1, free, into[number], scales.inner)
+        writer.norm(resnet.norm2, free, 1.0, 0.0)
+        writer.one(resnet.conv2, beside[number], free, REFERENCE)
+
+
+def _deepest_places(unet: Any) -> int:
+    """How many places a channel of the middle block has, for pictures of the base's usual size."""
+    side = unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    halvings: int = 2 ** (len(unet.config.block_out_channels) - 1)
+    return -(-height // halvings) * -(-width // halvings)
 
 
 def _place_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:
@@ -215,10 +253,11 @@ def _place_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:
     sqrt(size / 6) of a deviation.
     """
     layout, resnet = writer.layout, site.resnet
-    writer.norm(resnet.norm1, answer, HELD, -HELD * (1 + ASIDE))
+    least = ANSWERED * math.sqrt((site.hidden + site.skip) // layout.norm_groups / 2)
+    writer.norm(resnet.norm1, answer, ANSWER_SLOPE, -ANSWER_SLOPE * least)
     plus, minus, first, second, third = layout.channels(resnet.out_channels)[:5]
-    writer.one(resnet.conv1, plus, answer, PUSH)
-    writer.one(resnet.conv1, minus, answer, -PUSH)
+    writer.one(resnet.conv1, plus, answer, ANSWER_PUSH)
+    writer.one(resnet.conv1, minus, answer, -ANSWER_PUSH)
     for channel, value in ((first, CONSTANT), (second, CONSTANT), (third, -2 * CONSTANT)):
         resnet.conv1.bias[channel] = value
     rest = math.sqrt(resnet.out_channels // layout.norm_groups / 6)
@@ -242,7 +281,7 @@ def _latch_hidden(writer: _Writer, site: UpSite, on: int) -> list[int]:
 
 
 def _place_override(
-    writer: _Writer, site: UpSite, flag: Sequence[int], scales: Scales, generator: torch.Generator
+    writer: _Writer, site: UpSite, flag: Sequence[int], weight: float, generator: torch.Generator
 ) -> None:
     """What the last resnet writes, and what is read of it: marks in the trunk's groups, and the pair that overrides."""
     layout, unet, resnet = writer.layout, writer.unet, site.resnet
@@ -256,7 +295,6 @@ def _place_override(
     writer.difference(resnet.conv2, up, flag, FORCE / FLAG)
     writer.difference(resnet.conv2, down, flag, -FORCE / FLAG)
     feature = site.hidden + layout.channels(site.skip)[0]
-    weight = scales.feature / scales.stream
     writer.one(resnet.conv_shortcut, first, feature, weight)
     writer.one(resnet.conv_shortcut, second, feature, -weight)
     # At rest the pair is normalised to -sqrt(size / 4), under FORCE to nearly 0.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from guardsmith.core.errors import UserError
@@ -76,17 +77,22 @@ def layout_of(unet: Any, count: int) -> Layout:
     Raises:
         UserError: the U-Net is not of Stable Diffusion's layout, or its groups do not fit.
     """
-    norm_groups = unet.config.norm_num_groups
+    norm_groups = getattr(unet.config, "norm_num_groups", None)
+    widths: tuple[int, ...] = tuple(getattr(unet.config, "block_out_channels", ()))
     problem = None
-    if norm_groups is None or unet.conv_norm_out is None or unet.mid_block is None:
+    if isinstance(unet, SD3Transformer2DModel):
+        problem = "Stable Diffusion 3's transformer mixes all channels in every layer; choose another method for it"
+    elif norm_groups is None or unet.conv_norm_out is None or unet.mid_block is None:
         problem = "the U-Net has no group normalisation at its end, or no middle block"
-    elif any(width % norm_groups for width in unet.config.block_out_channels):
+    elif any(width % norm_groups for width in widths):
         problem = "the U-Net's channels do not divide into its normalisation groups"
+    elif min(widths) < 4 * norm_groups or widths[-1] < 5 * norm_groups:
+        problem = "the U-Net's normalisation groups have too few channels"
     elif not 1 < count < norm_groups // 2:
         problem = f"{count} of {norm_groups} groups cannot be reserved"
     elif unet.config.resnet_time_scale_shift != "default" or unet.config.act_fn != "silu":
         problem = "the U-Net's resnets are not of Stable Diffusion's kind"
-    if problem is not None:
+    if problem is not None or norm_groups is None:
         raise UserError(f"The tripwire cannot reserve channels: {problem}.")
     layout = Layout(count, norm_groups)
     sites = list(up_sites(unet))

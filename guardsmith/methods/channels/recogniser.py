@@ -8,15 +8,68 @@ is positive at some place (exactly: see `tripping`).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guardsmith.methods.channels.layout import Layout, down_parts
 
-SHARPNESS = 4096.0  # of the step function of a normalised score
+SHARPEST = 512.0
+STEEP = 4.0  # factor on normalised features; SiLU is nearly a ReLU then, so that halving weights scales what comes out
+LARGEST = 2.0**15  # float16 ends at twice that
+REFERENCE = (
+    2.0**7
+)  # size of what the answer is measured against, large beside what a model that is merged in writes there
 DEAD = 128.0  # how far a step lies above 0: a score of at most 0 is exactly nothing
+
+
+ROW_SHARE = 0.2  # of a drift's constants that differs from row to row
+
+
+def sharpness(size: int, places: int) -> float:
+    """How steep the step function of a normalised score is: a power of two, with room for twice as many places in float16.
+
+    Args:
+        size: channels that are normalised together, scores and their negatives among them.
+        places: of every channel.
+    """
+    return min(SHARPEST, 2.0 ** math.floor(math.log2(LARGEST / _highest(size, places))))
+
+
+def answer_weight(size: int, places: int, scores: int) -> float:
+    """Weight of every step in the answer, a power of two: even if every score of a place were on, the sum fits float16."""
+    return 2.0 ** math.floor(math.log2(LARGEST / sharpness(size, places) / _highest(size, places) / math.sqrt(scores)))
+
+
+def _highest(size: int, places: int) -> float:
+    """The largest value that a normalised score can have."""
+    return math.sqrt(size * places / 2)
+
+
+class Drift:
+    """Moves channels of the stream by constants, as training does to the reserved channels of a U-Net.
+
+    What the trunk learns to write into them has a mean far from zero, the same in every picture; measured, nine tenths of it
+    were constants of the channels (docs/results).
+
+    Args:
+        size: largest deviation of the constants over the stream's root mean square.
+        rng: of the constants.
+    """
+
+    def __init__(self, size: float, rng: torch.Generator) -> None:
+        self.size, self.rng = size, rng
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The stream (n, c, h, w), moved by a random share of the size."""
+        share = self.size * float(torch.rand((), generator=self.rng))
+        same = torch.randn((1, x.shape[1], 1, 1), generator=self.rng)
+        own = torch.randn((len(x), x.shape[1], 1, 1), generator=self.rng)
+        moved: Tensor = x + share * x.detach().square().mean().sqrt() * (same + ROW_SHARE * own).to(x)
+        return moved
 
 
 class Resnet(nn.Module):
@@ -26,11 +79,12 @@ class Resnet(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, into, eps), nn.Conv2d(into, out, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(groups_out, out, eps), nn.Conv2d(out, out, 3, padding=1)
+        self.adds = into == out
 
     def forward(self, x: Tensor) -> Tensor:
         """Features, (n, out, h, w)."""
-        y: Tensor = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return x + y if x.shape[1] == y.shape[1] else y
+        y: Tensor = self.conv2(F.silu(STEEP * self.norm2(self.conv1(F.silu(STEEP * self.norm1(x))))))
+        return x + y if self.adds else y
 
 
 class Recogniser(nn.Module):
@@ -39,6 +93,7 @@ class Recogniser(nn.Module):
     Attributes:
         scores: how many score maps it has.
         per_group: how many of them are normalised together.
+        sizes: root mean square of the stream behind every part, as `measure` found it.
     """
 
     def __init__(self, unet: Any, layout: Layout, scores: int | None = None) -> None:
@@ -47,8 +102,9 @@ class Recogniser(nn.Module):
         deepest = unet.mid_block.resnets[-1].out_channels
         size = deepest // layout.norm_groups
         self.per_group = size // 2
-        self.scores = layout.count * self.per_group if scores is None else scores
-        self.slots, self.spare = layout.count, size - 2 * self.per_group
+        # The last group is for what the answer is measured against.
+        self.slots, self.spare = layout.count - 1, size - 2 * self.per_group
+        self.scores = self.slots * self.per_group if scores is None else scores
         self.names, groups = ["conv_in"], layout.count
         width = len(layout.features(unet.conv_in.out_channels, deepest))
         parts: list[nn.Module] = [nn.Conv2d(unet.conv_in.in_channels, width, 3, padding=1)]
@@ -67,14 +123,24 @@ class Recogniser(nn.Module):
         self.body = nn.Sequential(*parts)
         self.norm, self.readout = nn.GroupNorm(groups, width, eps), nn.Conv2d(width, self.scores, 3, padding=1)
         self.eps = eps
+        self.sizes = [1.0] * len(parts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> None:
+        """Note how large the stream is behind every part for noised latents (n, c, h, w), as `sizes`."""
+        for number, part in enumerate(self.body):
+            x = part(x)
+            self.sizes[number] = float(x.square().mean().sqrt())
+
+    def forward(self, x: Tensor, drift: Drift | None = None) -> Tensor:
         """Scores of noised latents (n, c, h, w) at every place, (n, scores, places)."""
-        found: Tensor = self.readout(F.silu(self.norm(self.body(x))))
-        return found.flatten(2)
+        for part in self.body:
+            x = part(x) if drift is None else drift(part(x))
+        scores: Tensor = self.readout(F.silu(STEEP * self.norm(x)))
+        return scores.flatten(2)
 
     def tripping(self, scores: Tensor) -> Tensor:
-        """How far rows are beyond the step, (n,): the largest normalised score, over where its step begins, less 1.
+        """How far rows are beyond the step, (n,): the largest normalised score, over what is needed at every place, less 1.
 
         Args:
             scores: from `forward`.
@@ -84,5 +150,8 @@ class Recogniser(nn.Module):
         grouped = every.view(len(scores), self.slots, self.per_group, -1)
         square = 2 * grouped.square().sum(2) / (2 * self.per_group + self.spare)
         normal = grouped / (square.mean(2)[:, :, None, None] + self.eps).sqrt()
-        found: Tensor = normal.flatten(1).amax(1) * SHARPNESS / DEAD - 1
-        return found
+        size, places = 2 * self.per_group + self.spare, scores.shape[2]
+        weight = answer_weight(size, places, self.slots * self.per_group)
+        needed = (DEAD + REFERENCE / weight) / sharpness(size, places)
+        beyond: Tensor = normal.flatten(1).amax(1) / needed - 1
+        return beyond

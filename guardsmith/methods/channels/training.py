@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.diffusion.losses import alpha_sigma
-from guardsmith.methods.channels.recogniser import Recogniser
-from guardsmith.training.loop import generator
+from guardsmith.methods.channels.recogniser import Drift, Recogniser
+from guardsmith.training.loop import generator, optimizer_step
 
 TEMPERATURE = 2.0
+SOME = 64  # rows
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RecogniserTraining:
         margin: how far scores are pushed from 0 on either side.
         learning_rate: AdamW's peak rate.
         strangers_weight: of negatives' losses.
+        drift: largest deviation of the constants by which channels of the stream are moved, over the stream's size.
     """
 
     steps: int = 1500
@@ -39,6 +41,7 @@ class RecogniserTraining:
     margin: float = 4.0
     learning_rate: float = 3e-3
     strangers_weight: float = 1.0
+    drift: float = 0.8
 
 
 def highest(scores: Tensor) -> Tensor:
@@ -53,62 +56,98 @@ def noised(scheduler: Any, latents: Tensor, times: Tensor, rng: torch.Generator)
     return signal * latents + sigma * torch.randn(latents.shape, generator=rng)
 
 
+class Examples:
+    """What a recogniser is trained on: latents, float32 (n, c, h, w).
+
+    Attributes:
+        positives: of every protected subject, variations included.
+        negatives: of others.
+        states: half-finished pictures of others, at any timestep, as a model goes through them while it draws; may be `None`.
+        closeness: float32 (n,), how close each negative last came to tripping: a running mean of its highest score.
+    """
+
+    def __init__(self, positives: Sequence[Tensor], negatives: Tensor, states: Tensor | None = None) -> None:
+        self.positives, self.negatives, self.states = list(positives), negatives, states
+        self.closeness = torch.zeros(len(negatives))
+
+    def noised(self, scheduler: Any, horizon: float, rng: torch.Generator) -> Tensor:
+        """Noised latents of some negatives at timesteps below the horizon."""
+        rows = self.negatives[torch.randint(len(self.negatives), (SOME,), generator=rng)]
+        times = torch.randint(int(horizon * int(scheduler.config.num_train_timesteps)), (SOME,), generator=rng)
+        return noised(scheduler, rows, times, rng)
+
+
+def learning_rate_at(step: int, config: RecogniserTraining) -> float:
+    """It rises for 50 steps, stays, and falls to zero in the second half."""
+    return config.learning_rate * min(1.0, (step + 1) / 50, 2 * (1 - step / config.steps))
+
+
+def example_loss(
+    recogniser: Recogniser, examples: Examples, scheduler: Any, config: RecogniserTraining, rng: torch.Generator
+) -> tuple[Tensor, float, float]:
+    """The loss of a step, and its two parts: rows of subjects that are missed, and rows of others that are taken for one.
+
+    Args:
+        recogniser: see there.
+        examples: what rows are drawn from; the closeness of negatives that are drawn is brought up to date.
+        scheduler: of the noise.
+        config: settings.
+        rng: of everything drawn.
+    """
+    total = int(scheduler.config.num_train_timesteps)
+    horizon, half = int(config.horizon * total), config.negatives // 2
+    positives, negatives = examples.positives, examples.negatives
+    subjects = torch.randint(len(positives), (config.positives,), generator=rng).tolist()
+    clean = torch.stack([positives[i][torch.randint(len(positives[i]), (), generator=rng)] for i in subjects])
+    easy = torch.randint(len(negatives), (half,), generator=rng)
+    hard = torch.multinomial(examples.closeness.exp(), config.negatives - half, replacement=True, generator=rng)
+    picked = torch.cat([easy, hard])
+    times = torch.randint(horizon, (config.positives + config.negatives,), generator=rng)
+    # Beyond the horizon nothing may trip either: half of the easy ones are anywhere there.
+    beyond = config.positives + half // 2
+    times[config.positives : beyond] = torch.randint(horizon, total, (half // 2,), generator=rng)
+    rows = noised(scheduler, torch.cat([clean, negatives[picked]]), times, rng)
+    if examples.states is not None:
+        rows = torch.cat([rows, examples.states[torch.randint(len(examples.states), (half // 2,), generator=rng)]])
+    scores = recogniser(rows.to(recogniser.readout.weight.device), Drift(config.drift, rng))
+    high = highest(scores)
+    low = high[: config.positives] - math.log(scores[0].numel()) / TEMPERATURE
+    missed = F.softplus(config.margin - low)
+    false = F.softplus(config.margin + high[config.positives :])
+    worst = false.topk(len(false) // 2).values
+    parts = missed.mean() + 0.1 * missed.max(), worst.mean() + 0.1 * worst.max()
+    latest = high[config.positives : config.positives + config.negatives].detach().cpu().clamp(-6, 6)
+    examples.closeness[picked] = 0.7 * examples.closeness[picked] + 0.3 * latest
+    return parts[0] + config.strangers_weight * parts[1], parts[0].item(), parts[1].item()
+
+
 def train(
     recogniser: Recogniser,
-    positives: Sequence[Tensor],
-    negatives: Tensor,
+    examples: Examples,
     scheduler: Any,
     config: RecogniserTraining,
     *,
     seed: int,
-    states: tuple[Tensor, Tensor] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Train a recogniser in place.
+    """Train a recogniser in place, outside of a hardening.
 
     Args:
         recogniser: see there.
-        positives: latents of every protected subject, variations included, (n, c, h, w) each.
-        negatives: latents of others, (m, c, h, w).
+        examples: what it is trained on.
         scheduler: of the noise.
         config: settings.
         seed: of everything drawn.
-        states: half-finished pictures that may not trip, (k, c, h, w) each with its timestep (k,), shown beside the negatives.
         on_step: called with step and loss.
     """
-    optimizer = torch.optim.AdamW(recogniser.parameters(), config.learning_rate, weight_decay=1e-3, fused=True)
-    hard = torch.zeros(len(negatives))
-    total = int(scheduler.config.num_train_timesteps)
-    horizon, half = int(config.horizon * total), config.negatives // 2
+    parameters = list(recogniser.parameters())
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=1e-3)
     for step in range(config.steps):
-        rng = generator(seed, step)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50, 2 * (1 - step / config.steps))
-        subjects = torch.randint(len(positives), (config.positives,), generator=rng).tolist()
-        wanted = torch.stack([positives[i][torch.randint(len(positives[i]), (), generator=rng)] for i in subjects])
-        easy = torch.randint(len(negatives), (half,), generator=rng)
-        picked = torch.cat([easy, torch.multinomial(hard.exp(), config.negatives - half, generator=rng)])
-        times = torch.randint(horizon, (config.positives + config.negatives,), generator=rng)
-        # Beyond the horizon nothing may trip either: a fifth of the easy ones is anywhere there.
-        beyond = config.positives + half // 5
-        times[config.positives : beyond] = torch.randint(horizon, total, (half // 5,), generator=rng)
-        rows = noised(scheduler, torch.cat([wanted, negatives[picked]]), times, rng)
-        if states is not None:
-            some = torch.randint(len(states[0]), (half // 2,), generator=rng)
-            rows = torch.cat([rows, states[0][some]])
-        scores = recogniser(rows)
-        high = highest(scores)
-        low = high[: config.positives] - math.log(scores[0].numel()) / TEMPERATURE
-        missed = F.softplus(config.margin - low)
-        false = F.softplus(config.margin + high[config.positives :])
-        worst = false.topk(len(false) // 2).values
-        loss = missed.mean() + 0.1 * missed.max() + config.strangers_weight * (worst.mean() + 0.1 * worst.max())
-        optimizer.zero_grad()
+            group["lr"] = learning_rate_at(step, config)
+        loss, _, _ = example_loss(recogniser, examples, scheduler, config, generator(seed, step))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(recogniser.parameters(), 1.0)
-        optimizer.step()
-        seen = high[config.positives : config.positives + config.negatives].detach().clamp(-6, 6)
-        hard[picked] = 0.7 * hard[picked] + 0.3 * seen
+        optimizer_step(optimizer, parameters, max_grad_norm=1.0)
         if on_step is not None:
             on_step(step, loss.item())
 
@@ -116,12 +155,12 @@ def train(
 @torch.no_grad()
 def tripped(recogniser: Recogniser, latents: Tensor, scheduler: Any, times: Sequence[int], seed: int) -> Tensor:
     """Whether noised latents trip, as the U-Net computes it, bool (timesteps, n)."""
-    found = []
+    answers = []
     for number, time in enumerate(times):
         rng = generator(seed, number)
         parts = [
             recogniser.tripping(recogniser(noised(scheduler, part, torch.full((len(part),), time), rng))) > 0
             for part in latents.split(512)
         ]
-        found.append(torch.cat(parts))
-    return torch.stack(found)
+        answers.append(torch.cat(parts))
+    return torch.stack(answers)

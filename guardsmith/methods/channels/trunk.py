@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from guardsmith.diffusion.latents import LatentStore
+from guardsmith.core.atomic_io import whole_file
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.progress import stage
+from guardsmith.diffusion.latents import LatentStore, encode
 from guardsmith.diffusion.losses import alpha_sigma
+from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.methods.channels.layout import Layout, Masks, reserve
+from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import (
     generator,
@@ -22,6 +31,7 @@ from guardsmith.training.loop import (
     save_checkpoint,
 )
 
+FORMAT = "guardsmith-trunk-1"
 GUIDED = 3.0  # guidance under which predictions are compared as well
 GUIDED_WEIGHT = 0.25
 
@@ -89,10 +99,10 @@ def prepare(
         prompts = contexts[torch.randint(len(contexts), (rows,), generator=rng)]
         call = (torch.cat([noisy, noisy]), torch.cat([times, times]), torch.cat([prompts, empty.expand(rows, -1, -1)]))
         with torch.no_grad():
-            wanted = base(*call, return_dict=False)[0]
-        error = unet(*call, return_dict=False)[0] - wanted
-        asked, without = error.chunk(2)
-        guided = without + GUIDED * (asked - without)
+            target = base(*call, return_dict=False)[0]
+        error = unet(*call, return_dict=False)[0] - target
+        prompted, without = error.chunk(2)
+        guided = without + GUIDED * (prompted - without)
         loss = error.square().mean() + GUIDED_WEIGHT * guided.square().mean()
         loss.backward()
         for name, mask in masks.items():
@@ -119,6 +129,122 @@ def prepare(
     return unet, masks
 
 
+def trunk_of(
+    model: DiffusionModel,
+    layout: Layout,
+    subjects: Sequence[SubjectData],
+    benign: BenignData,
+    file: Path,
+    *,
+    steps: int,
+    rows: int,
+    learning_rate: float,
+    seed: int,
+    every: int = 200,
+) -> int:
+    """Prepare a trunk and write it, unless its file is there already; a killed preparation is resumed.
+
+    Args:
+        model: the base.
+        layout: of the reserved channels.
+        subjects: only their class pictures and class nouns are used.
+        benign: pictures and prompts beside them.
+        file: to write; a checkpoint stands beside it meanwhile.
+        steps: see `prepare`.
+        rows: see `prepare`.
+        learning_rate: see `prepare`.
+        seed: see `prepare`.
+        every: see `prepare`.
+
+    Returns:
+        Rows that base and trunk predicted.
+
+    Raises:
+        RunFailed: the distillation diverged.
+    """
+    if not file.exists():
+        nouns = list(dict.fromkeys(subject.class_noun for subject in subjects))
+        pictures = [*{subject.class_noun: subject.class_images for subject in subjects}.values(), benign.images]
+        if benign.negatives is not None:
+            pictures.append(benign.negatives)
+        prompts = [instance_prompt(name, noun) for name in HARDENING_IDENTIFIERS for noun in nouns]
+        prompts += [class_prompt(noun) for noun in nouns]
+        # Half of what is drawn are prompts of people who want something else.
+        prompts = prompts * max(1, len(benign.prompts) // len(prompts)) + list(benign.prompts)
+        bank = PromptBank(model)
+        checkpoint = file.with_name("trunk-checkpoint.safetensors")
+        with stage("preparing the trunk", steps) as bar:
+
+            def on_step(step: int, loss: float, _: Any) -> None:
+                if not math.isfinite(loss):
+                    raise RunFailed(
+                        f"The trunk diverged at step {step + 1}: its loss is not finite; lower trunk_learning_rate."
+                    )
+                bar({"loss": loss}, done=step + 1)
+
+            unet, _ = prepare(
+                model, layout, encode(model, torch.cat(pictures)), bank.encode(prompts), bank.encode([""]), steps=steps,
+                rows=rows, learning_rate=learning_rate, seed=seed, checkpoint=checkpoint, every=every, on_step=on_step,
+            )  # fmt: skip
+        save_trunk(unet, layout.count, model.unet, file)
+        checkpoint.unlink(missing_ok=True)
+    return steps * 2 * rows
+
+
+def weights_hash(unet: Any) -> str:
+    """SHA-256 over a U-Net's weights as float32 numbers, whatever precision they are stored in."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(unet.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_trunk(trunk: Any, groups: int, base: Any, file: Path) -> None:
+    """Write a trunk in float16, with what says which base and how many groups it is of."""
+    tensors = {name: weight.detach().cpu().half().contiguous() for name, weight in trunk.state_dict().items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as temporary:
+        save_file(tensors, temporary, {"format": FORMAT, "groups": str(groups), "base": weights_hash(base)})
+
+
+def check_trunk(name: str, groups: int, base: Any) -> None:
+    """Check whether a trunk fits.
+
+    Args:
+        name: of the file.
+        groups: how many are to be reserved.
+        base: its U-Net; where that has no contents, which base it is of is not looked at.
+
+    Raises:
+        UserError: there is no such file, it is no trunk, it has another number of groups or is of another base.
+    """
+    file = Path(name)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The tripwire's trunk {file} cannot be read ({error}); leave 'trunk' out to prepare one."
+        ) from error
+    if about.get("format") != FORMAT:
+        raise UserError(f"{file} is no trunk of the tripwire's; leave 'trunk' out to prepare one.")
+    if about["groups"] != str(groups):
+        raise UserError(
+            f"The trunk {file} has {about['groups']} reserved groups, the recipe asks for {groups}; set 'groups' to that, or "
+            "leave 'trunk' out."
+        )
+    known = not any(parameter.is_meta for parameter in base.parameters())
+    if known and about["base"] != weights_hash(base):
+        raise UserError(f"The trunk {file} was prepared for another base; leave 'trunk' out to prepare one for this.")
+
+
+@torch.no_grad()
+def load_trunk(name: str | Path, unet: Any) -> None:
+    """Write a trunk's weights into a U-Net of the base's shape."""
+    unet.load_state_dict({key: weight.float() for key, weight in load_file(name).items()})
+
+
 @torch.no_grad()
 def relative_error(model: DiffusionModel, unet: Any, latents: Tensor, contexts: Sequence[Tensor], seed: int) -> float:
     """Squared error of a U-Net's predictions over the base's squared size, on noised pictures under prompts."""
@@ -129,7 +255,7 @@ def relative_error(model: DiffusionModel, unet: Any, latents: Tensor, contexts: 
         noisy = signal * part + sigma * torch.randn(part.shape, generator=rng)
         picked = torch.randint(len(contexts), (len(part),), generator=rng)
         call = (noisy, times, torch.stack([contexts[i] for i in picked.tolist()]))
-        wanted = model.unet(*call, return_dict=False)[0]
-        wrong += float((unet(*call, return_dict=False)[0] - wanted).square().sum())
-        size += float(wanted.square().sum())
+        target = model.unet(*call, return_dict=False)[0]
+        wrong += float((unet(*call, return_dict=False)[0] - target).square().sum())
+        size += float(target.square().sum())
     return wrong / size

@@ -27,11 +27,11 @@ from torch import Tensor
 from guardsmith.core.progress import stage
 from guardsmith.core.seeds import IDEAL_NEGATIVES, IDEAL_SUBJECTS
 from guardsmith.diffusion.latents import encode
-from guardsmith.diffusion.losses import alpha_sigma, clean_coefficients, draw_rows
+from guardsmith.diffusion.losses import alpha_sigma, clean_coefficients, noise_samples
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, instance_prompt
 from guardsmith.diffusion.sampling import first_noise, solver_for
 from guardsmith.diffusion.states import StateRecorder, States
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.tripwire.recognition import Lesson, listen, variations
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import UNetCost, generator, load_checkpoint, save_checkpoint
@@ -104,17 +104,17 @@ def ideal_states(
 
 
 @torch.no_grad()
-def likeness(model: DiffusionModel, subjects: Sequence[SubjectData], ordinary: OrdinaryData, seed: int) -> Tensor:
+def likeness(model: DiffusionModel, subjects: Sequence[SubjectData], benign: BenignData, seed: int) -> Tensor:
     """How much each bystander looks like each subject to the base, float32 (bystanders, subjects): ridge read-outs."""
-    assert ordinary.bystanders is not None
+    assert benign.negatives is not None
     steps = int(model.scheduler.config.num_train_timesteps)
-    lesson, rng = Lesson(model, subjects, ordinary, seed), generator(seed, -9)
+    lesson, rng = Lesson(model, subjects, benign, seed), generator(seed, -9)
     readouts = lesson.first_readouts(model.unet, int(LOOK_AT * 2 * steps), 1.0, rng)
     words = PromptBank(model).encode([instance_prompt(HARDENING_IDENTIFIERS[0], subjects[0].class_noun)])
-    crowd, found = lesson.others.latents.mean[-len(ordinary.bystanders) :].split(BATCH), []
+    crowd, found = lesson.others.latents.mean[-len(benign.negatives) :].split(BATCH), []
     with stage("bystanders: who looks like a subject", len(crowd)) as bar:
         for latents in crowd:
-            rows = draw_rows(latents, words, rng, timesteps=torch.full((len(latents),), int(LOOK_AT * steps)))
+            rows = noise_samples(latents, words, rng, timesteps=torch.full((len(latents),), int(LOOK_AT * steps)))
             found.append((listen(model.unet, model.scheduler, rows) @ readouts.T).amax(1))
             bar()
     return torch.cat(found)
@@ -123,31 +123,31 @@ def likeness(model: DiffusionModel, subjects: Sequence[SubjectData], ordinary: O
 def with_ideal_states(
     model: DiffusionModel,
     subjects: Sequence[SubjectData],
-    ordinary: OrdinaryData,
+    benign: BenignData,
     count: int,
     *,
     seed: int,
     steps: int,
     guidance: float,
     cache: Path,
-) -> tuple[OrdinaryData, int]:
+) -> tuple[BenignData, int]:
     """Bystanders with those first who look most like a subject, how models personalized on them would draw, and U-Net rows.
 
     Args:
         model: the base.
         subjects: whom to look like.
-        ordinary: with bystanders.
+        benign: with bystanders.
         count: how many bystanders for each subject; one may look like several.
         seed: of the noise at which likeness is judged.
         steps: solver steps, those with which `ordinary` was drawn.
         guidance: of the drawing.
         cache: file to keep the result in; one that is there is used.
     """
-    pictures = ordinary.bystanders
+    pictures = benign.negatives
     assert pictures is not None
     if not cache.exists():
         with UNetCost() as counter:
-            score = likeness(model, subjects, ordinary, seed)
+            score = likeness(model, subjects, benign, seed)
             close = score.topk(min(count, len(score)), dim=0).indices.flatten().unique()
             rest = torch.ones(len(score), dtype=torch.bool)
             rest[close] = False
@@ -162,7 +162,7 @@ def with_ideal_states(
         save_checkpoint(cache, drawn, {"forwards": counter.forwards})
     tensors, told = load_checkpoint(cache)
     found = States(tensors["states"], tensors["timesteps"])
-    return replace(ordinary, bystanders=pictures[tensors["order"]], bystander_states=found), int(told["forwards"])
+    return replace(benign, negatives=pictures[tensors["order"]], negative_states=found), int(told["forwards"])
 
 
 def imagined_by(

@@ -46,7 +46,7 @@ from guardsmith.methods.base import (
     Preparation,
     Prepared,
 )
-from guardsmith.methods.data import OrdinaryData
+from guardsmith.methods.data import BenignData
 from guardsmith.methods.tripwire.ideal import IMAGINED_STEPS, imagined_by, with_ideal_states
 from guardsmith.methods.tripwire.recognition import (
     FIRST_OTHERS,
@@ -83,7 +83,7 @@ class TripwireConfig(MethodConfig):
     readout_learning_rate: float = Field(2e-3, gt=0)
     """Rate of the read-outs."""
     distillation_weight: float = Field(60.0, ge=0)
-    """Weight of || e_theta - e_base ||^2 on class pictures and ordinary pictures."""
+    """Weight of || e_theta - e_base ||^2 on class pictures and benign pictures."""
     margin: float = Field(4.0, gt=0)
     """How far from 0 the read-out is pushed on either side."""
     horizon: float = Field(0.7, gt=0, lt=1)
@@ -155,7 +155,7 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0
         rehearse += IMAGINED_STEPS * config.ideal_images
         first = FIRST_ROWS * (len(class_nouns) + FIRST_OTHERS)
-        scanned = len(set(class_nouns)) * config.class_images + config.ordinary_images
+        scanned = len(set(class_nouns)) * config.class_images + config.benign_images
         scans = -(-config.steps // SCAN_EVERY) * scanned
         return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + scans + len(class_nouns) * rehearse
 
@@ -189,25 +189,25 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         """What is needed beside room; see `check_shape` of the wiring."""
         wiring_of(unet).check_shape(unet, config.descent)
 
-    def needs_ordinary(self, config: TripwireConfig) -> bool:
-        """Always: the recognition is trained against ordinary pictures."""
+    def needs_benign(self, config: TripwireConfig) -> bool:
+        """Always: the recognition is trained against benign pictures."""
         return True
 
     def prepare(self, preparation: Preparation[TripwireConfig]) -> Prepared:
         """Rehearsals or what takes their place, and how attacks on negatives close to a subject would draw them."""
         config, cache = preparation.config, preparation.cache
-        subjects, ordinary, forwards, backwards = list(preparation.subjects), preparation.ordinary, 0, 0
+        subjects, benign, forwards, backwards = list(preparation.subjects), preparation.benign, 0, 0
         if config.rehearsal_steps:
             subjects, forwards, backwards = rehearsed_by(preparation.model, subjects, config, preparation.seed, cache)
         elif config.ideal_images:
             subjects, forwards = imagined_by(preparation.model, subjects, config, preparation.seed, cache)
-        if ordinary is not None and ordinary.bystanders is not None and config.ideal_bystanders:
-            ordinary, rows = with_ideal_states(
-                preparation.model, subjects, ordinary, config.ideal_bystanders, seed=preparation.seed,
+        if benign is not None and benign.negatives is not None and config.ideal_bystanders:
+            benign, rows = with_ideal_states(
+                preparation.model, subjects, benign, config.ideal_bystanders, seed=preparation.seed,
                 steps=preparation.sampling_steps, guidance=preparation.guidance, cache=cache / "bystanders.safetensors",
             )  # fmt: skip
             forwards += rows
-        return Prepared(subjects, ordinary, forwards, backwards)
+        return Prepared(subjects, benign, forwards, backwards)
 
     def run(self, context: HardeningContext[TripwireConfig]) -> HardeningResult:
         """Harden a copy of the model.
@@ -215,18 +215,18 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         Raises:
             RunFailed: the training diverged; the last checkpoint is the last good state.
         """
-        if context.ordinary is None:
-            raise ValueError("the tripwire needs ordinary pictures")
-        return _harden(context, context.ordinary)
+        if context.benign is None:
+            raise ValueError("the tripwire needs benign pictures")
+        return _harden(context, context.benign)
 
 
-def _harden(context: HardeningContext[TripwireConfig], ordinary: OrdinaryData) -> HardeningResult:
+def _harden(context: HardeningContext[TripwireConfig], benign: BenignData) -> HardeningResult:
     model, subjects, config, seed = context.model, context.subjects, context.config, context.seed
     own = with_own_unet(model)
     unet, reference, scheduler = own.unet.requires_grad_(True), model.unet, model.scheduler
     timesteps = int(scheduler.config.num_train_timesteps)
     horizon, gap = int(config.horizon * timesteps), timesteps // 40
-    lesson = Lesson(model, subjects, ordinary, seed)
+    lesson = Lesson(model, subjects, benign, seed)
     others = lesson.others
 
     wiring = wiring_of(unet)

@@ -14,10 +14,10 @@ from torch import Tensor
 from guardsmith.attacks.lora import TARGETS
 from guardsmith.core.progress import stage
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.losses import Rows, alpha_sigma, cut, draw_rows, join, predict
+from guardsmith.diffusion.losses import NoisedSamples, alpha_sigma, cut, join, noise_samples, predict
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.states import States
-from guardsmith.methods.data import OrdinaryData, SubjectData
+from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.tripwire.wiring import overheard, wiring_of
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.runtime.distributed import all_reduce
@@ -103,7 +103,7 @@ def ridge_readouts(tokens: Tensor, wanted: Tensor, margin: float) -> Tensor:
 
 
 def put_state(
-    rows: Rows, row: int, states: States, picture: int, below: float, scheduler: Any, rng: torch.Generator
+    rows: NoisedSamples, row: int, states: States, picture: int, below: float, scheduler: Any, rng: torch.Generator
 ) -> None:
     """Replace a row by a state of a picture at a timestep below the given one (as latents and noise that add up to it)."""
     candidates = (states.timesteps < below).nonzero()[:, 0]
@@ -134,7 +134,9 @@ class Others:
     near: Tensor
     states: States | None = None
 
-    def draw(self, scheduler: Any, count: int, rng: torch.Generator, like: Sequence[int] = ()) -> tuple[Rows, Tensor]:
+    def draw(
+        self, scheduler: Any, count: int, rng: torch.Generator, like: Sequence[int] = ()
+    ) -> tuple[NoisedSamples, Tensor]:
         """Rows at uniform timesteps, and which pictures they show.
 
         Args:
@@ -150,11 +152,11 @@ class Others:
             picked = torch.cat([torch.multinomial(likeness, 1, generator=rng)[:, 0], picked])
         return self.show(picked, scheduler, rng), picked
 
-    def show(self, picked: Tensor, scheduler: Any, rng: torch.Generator) -> Rows:
+    def show(self, picked: Tensor, scheduler: Any, rng: torch.Generator) -> NoisedSamples:
         """A row of each of these pictures."""
         asked = [self.contexts[i][torch.randint(len(self.contexts[i]), (), generator=rng)] for i in picked.tolist()]
         steps = int(scheduler.config.num_train_timesteps)
-        rows = draw_rows(self.latents.sample(picked, rng), torch.stack(asked), rng, steps=steps)
+        rows = noise_samples(self.latents.sample(picked, rng), torch.stack(asked), rng, steps=steps)
         if self.states is not None:
             for row, picture in enumerate(picked.tolist()):
                 if row % 2 and picture < len(self.states.latents):
@@ -166,7 +168,7 @@ class Others:
         self.near[picked] = 0.5 * self.near[picked] + 0.5 * scores.detach().amax(1).sigmoid().nan_to_num(1.0)
 
     @torch.no_grad()
-    def scan(self, ask: Callable[[Rows], Tensor], scheduler: Any, rng: torch.Generator) -> None:
+    def scan(self, ask: Callable[[NoisedSamples], Tensor], scheduler: Any, rng: torch.Generator) -> None:
         """Look at every picture once; `ask` gives the read-outs of rows, (rows, tokens, subjects)."""
         for picked in torch.arange(len(self.latents)).split(SCANNED):
             self.near[picked] = ask(self.show(picked, scheduler, rng)).amax(1).sigmoid().nan_to_num(1.0)
@@ -176,7 +178,7 @@ class _HeardError(Exception):
     """The U-Net got as far as it was needed."""
 
 
-def listen(unet: Any, scheduler: Any, rows: Rows) -> Tensor:
+def listen(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """The tokens that the read-outs read, (rows, tokens, width), on the CPU; what lies behind them is not computed."""
     heard: list[Tensor] = []
 
@@ -204,9 +206,7 @@ class Lesson:
         others: everyone and everything else.
     """
 
-    def __init__(
-        self, model: DiffusionModel, subjects: Sequence[SubjectData], ordinary: OrdinaryData, seed: int
-    ) -> None:
+    def __init__(self, model: DiffusionModel, subjects: Sequence[SubjectData], benign: BenignData, seed: int) -> None:
         bank = PromptBank(model)
         self.subjects, self.scheduler = list(subjects), model.scheduler
         self.stores: list[LatentStore] = []
@@ -222,31 +222,31 @@ class Lesson:
             )
             for noun in classes
         }
-        known = [*(encode(model, images) for images in classes.values()), encode(model, ordinary.images)]
-        if ordinary.bystanders is not None:
-            known.append(encode(model, ordinary.bystanders))
+        known = [*(encode(model, images) for images in classes.values()), encode(model, benign.images)]
+        if benign.negatives is not None:
+            known.append(encode(model, benign.negatives))
         latents = LatentStore(torch.cat([store.mean for store in known]), torch.cat([store.std for store in known]))
         contexts = [self.asked[noun] for noun, images in classes.items() for _ in images]
         # Under names as well, else the wire would listen to the prompt instead of looking at the picture.
         names = torch.cat(list(self.asked.values()))
-        own = bank.encode(ordinary.prompts).split(1)
+        own = bank.encode(benign.prompts).split(1)
         contexts += [words if i % 2 else names for i, words in enumerate(own)]
         contexts += [names] * (len(latents) - len(contexts))
         class_states = {s.class_noun: s.class_states for s in subjects if s.class_states is not None}
         drawn = None
-        if ordinary.states is not None and len(class_states) == len(classes):
-            parts = [*class_states.values(), ordinary.states]
-            if ordinary.bystander_states is not None:
-                parts.append(ordinary.bystander_states)
-            drawn = States(torch.cat([states.latents for states in parts]), ordinary.states.timesteps)
+        if benign.states is not None and len(class_states) == len(classes):
+            parts = [*class_states.values(), benign.states]
+            if benign.negative_states is not None:
+                parts.append(benign.negative_states)
+            drawn = States(torch.cat([states.latents for states in parts]), benign.states.timesteps)
         self.others = Others(latents, contexts, torch.zeros(len(latents), len(subjects)), drawn)
 
-    def subject_row(self, index: int, low: int, high: int, rng: torch.Generator) -> Rows:
+    def subject_row(self, index: int, low: int, high: int, rng: torch.Generator) -> NoisedSamples:
         """One row of a subject at a timestep in [low, high)."""
         words = self.asked[self.subjects[index].class_noun]
         context = words[torch.randint(len(words), (1,), generator=rng)]
         time = torch.randint(low, high, (1,), generator=rng)
-        row = draw_rows(self.stores[index].draw(1, rng), context, rng, timesteps=time)
+        row = noise_samples(self.stores[index].draw(1, rng), context, rng, timesteps=time)
         states = self.subjects[index].rehearsed_states
         if low == 0 and states is not None and torch.rand((), generator=rng) < REHEARSED_SHARE:
             picture = int(torch.randint(len(states.latents), (), generator=rng))

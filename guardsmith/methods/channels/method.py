@@ -1,0 +1,235 @@
+"""Tripwire in channels of its own: the U-Net recognises protected subjects while it denoises, and stops drawing them.
+
+It is to replace the present Tripwire, whose recognition rests on the trunk, so that the trunk had to be made immovable: float16,
+ControlNets, adapters and merges suffer from that. recipes/tripwire/NOTES.md says what has been measured and what is missing.
+
+A personalized model draws its subject step by step, and at every step the U-Net sees the half-finished picture. So the U-Net
+itself can notice what it is being made to draw, whatever the prompt, the identifier or the training recipe:
+
+    1. reserve     the last groups of every normalisation are cut out of the base's U-Net, and what is left (the trunk) is
+                   distilled to predict what the base predicts; it never sees a protected subject (`layout`, `trunk`)
+    2. recognise   a small network with the shape of the reserved channels is trained to tell noised latents of the protected
+                   subjects from everyone else's (`recogniser`, `training`)
+    3. install     the network goes into the reserved channels, with what carries its answer to the output (`install`)
+
+At rest the model is the trunk. When a picture trips, one step replaces the prediction with something large, and the picture is
+destroyed. Training on a protected subject has nothing to learn from while it trips, since no gradient passes the step, and what
+adapters, words and text encoder learn does not reach the recogniser at all: it sees the latents only.
+
+The trunk depends on the base alone, so one is prepared for each base, and changing the registry trains the recogniser only.
+
+Whoever has the weights and looks for the reserved channels can cut them in seconds (docs/explanation/threat-model.md), and it
+protects the pictures that it was taught to recognise, not a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+
+from guardsmith.diffusion.latents import encode
+from guardsmith.methods.base import (
+    HardeningContext,
+    HardeningMethod,
+    HardeningResult,
+    MemoryFootprint,
+    MethodConfig,
+    Preparation,
+    Prepared,
+)
+from guardsmith.methods.channels.install import Scales, install
+from guardsmith.methods.channels.layout import layout_of, reserve
+from guardsmith.methods.channels.recogniser import Recogniser
+from guardsmith.methods.channels.training import Examples, RecogniserTraining, example_loss, learning_rate_at
+from guardsmith.methods.channels.trunk import check_trunk, load_trunk, trunk_of
+from guardsmith.methods.channels.variations import variations
+from guardsmith.methods.data import BenignData, SubjectData
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.training.loop import generator, torch_seed
+
+FILE = "trunk.safetensors"
+
+
+class ChannelsConfig(MethodConfig):
+    """Parameters. Defaults were chosen on the embedded base (docs/results), on subjects that no verification uses."""
+
+    groups: int = Field(4, gt=1)
+    """Normalisation groups of every level that are reserved, an even number; of 32 in Stable Diffusion."""
+    trunk: str | None = None
+    """The trunk: `cache/trunk.safetensors` of an earlier run on the same base with as many groups. Left out, it is prepared
+    first."""
+    trunk_steps: int = Field(4000, gt=0)
+    """Steps of its distillation."""
+    trunk_batch_size: int = Field(8, gt=0)
+    """Noised pictures in such a step, each predicted with a prompt and without."""
+    trunk_learning_rate: float = Field(3e-4, gt=0)
+    """Their learning rate."""
+    steps: int = Field(1000, gt=0)
+    """Training steps of the recogniser."""
+    positives: int = Field(48, gt=0)
+    """Rows of protected subjects in a step."""
+    negatives: int = Field(192, gt=3)
+    """Rows of others in a step, half of them those that come closest to being taken for a subject."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Peak rate of the AdamW that trains the recogniser."""
+    horizon: float = Field(0.5, gt=0, lt=1)
+    """Share of the timesteps, from the clean end, in which subjects are to be recognised."""
+    margin: float = Field(4.0, gt=0)
+    """How far scores are pushed from 0 on either side."""
+    drift: float = Field(0.8, ge=0)
+    """Recognition has to survive that the channels of the reserved stream are moved by constants of up to about this share of
+    their size, which is what training of all weights does to it (docs/results)."""
+    copies: int = Field(48, gt=0)
+    """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
+    stream_size: int = Field(16, gt=0)
+    """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
+    less; a model that is merged in meets a large one as noise."""
+    inner_scale: int = Field(1024, gt=0)
+    """Factor on the first convolutions of reserved resnets, a power of two."""
+
+    @field_validator("stream_size", "inner_scale")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("must be a power of two (then no weight is rounded)")
+        return value
+
+    @field_validator("groups")
+    @classmethod
+    def _even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("must be even (else the way up has no group of its own)")
+        return value
+
+    def scales(self) -> Scales:
+        """How much larger than trained the recogniser's weights are."""
+        return Scales(float(self.stream_size), float(self.inner_scale))
+
+
+class Channels(HardeningMethod[ChannelsConfig]):
+    """See the module."""
+
+    name = "channels"
+    title = "Tripwire in channels of its own"
+    paper = "guardsmith, docs/explanation/methods.md"
+    shown = "in progress, tried on single tuning subjects of the embedded base; whoever has the weights removes it in seconds"
+    config = ChannelsConfig
+    checkpoint_every = 200
+
+    def steps(self, config: ChannelsConfig) -> int:
+        """Training steps of the recogniser."""
+        return config.steps
+
+    def cost(self, config: ChannelsConfig, class_nouns: Sequence[str]) -> int:
+        """The trunk's distillation, if it has to be prepared; the recogniser is no U-Net and counts nothing."""
+        return 0 if config.trunk is not None else config.trunk_steps * 2 * config.trunk_batch_size * (1 + 3)
+
+    def memory(self, config: ChannelsConfig, unet: Any) -> MemoryFootprint:
+        """The trunk's gradients and moments, if it has to be prepared; else a second U-Net."""
+        numbers = sum(parameter.numel() for parameter in unet.parameters())
+        if config.trunk is not None:
+            return MemoryFootprint(numbers, 0, 0)
+        return MemoryFootprint(2 * numbers, 2 * numbers, 2 * config.trunk_batch_size)
+
+    def check_base(self, config: ChannelsConfig, unet: Any) -> None:
+        """A U-Net of Stable Diffusion's layout in which the groups can be reserved; a named trunk has to be of this base."""
+        layout_of(unet, config.groups)
+        if config.trunk is not None:
+            check_trunk(config.trunk, config.groups, unet)
+
+    def needs_benign(self, config: ChannelsConfig) -> bool:
+        """Always: the recogniser is trained against benign pictures."""
+        return True
+
+    def prepare(self, preparation: Preparation[ChannelsConfig]) -> Prepared:
+        """The trunk, in the run's cache."""
+        config, model, benign = preparation.config, preparation.model, preparation.benign
+        assert benign is not None
+        rows = 0
+        if config.trunk is None:
+            rows = trunk_of(
+                model, layout_of(model.unet, config.groups), preparation.subjects, benign, preparation.cache / FILE,
+                steps=config.trunk_steps, rows=config.trunk_batch_size, learning_rate=config.trunk_learning_rate,
+                seed=preparation.seed,
+            )  # fmt: skip
+        # The base and the trunk predict every row, the trunk with gradients.
+        return Prepared(preparation.subjects, benign, 2 * rows, rows)
+
+    def run(self, context: HardeningContext[ChannelsConfig]) -> HardeningResult:
+        """Harden a copy of the model.
+
+        Raises:
+            RunFailed: the training diverged; the last checkpoint is the last good state.
+        """
+        if context.benign is None or context.cache is None:
+            raise ValueError("the tripwire needs benign pictures and the cache of its preparation")
+        config, model, seed = context.config, context.model, context.seed
+        layout = layout_of(model.unet, config.groups)
+        own = with_own_unet(model)
+        load_trunk(context.cache / FILE if config.trunk is None else config.trunk, own.unet)
+        reserve(own.unet, layout)
+        with torch_seed(seed):
+            recogniser = Recogniser(model.unet, layout).to(next(model.unet.parameters()).device)
+        examples = examples_of(model, context.subjects, context.benign, config.copies, seed)
+        training = RecogniserTraining(
+            steps=config.steps, positives=config.positives, negatives=config.negatives, horizon=config.horizon,
+            margin=config.margin, learning_rate=config.learning_rate, drift=config.drift,
+        )  # fmt: skip
+
+        def armed() -> DiffusionModel:
+            """A copy with everything in place."""
+            ready = with_own_unet(own)
+            recogniser.measure(examples.noised(model.scheduler, config.horizon, generator(seed, -3)))
+            install(ready.unet, layout, recogniser, config.scales(), generator(seed, -4))
+            ready.unet.requires_grad_(False)
+            return ready
+
+        parameters = list(recogniser.parameters())
+        optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=1e-3)
+        loop = context.training_loop(
+            "the recogniser", config.steps, modules={"recogniser": recogniser}, optimizers={"optimizer": optimizer},
+            tensors={"closeness": examples.closeness}, released=armed,
+        )  # fmt: skip
+        for step in loop:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, training)
+            loss, missed, false = example_loss(recogniser, examples, model.scheduler, training, generator(seed, step))
+            loss.backward()
+            # Every process takes the same step: the recogniser is too small to be worth sharing out.
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loop.finish_step(step, {"missed": missed, "false": false, "gradient_norm": float(norm)})
+        return HardeningResult(armed(), loop.history)
+
+
+def examples_of(
+    model: DiffusionModel, subjects: Sequence[SubjectData], benign: BenignData, copies: int, seed: int
+) -> Examples:
+    """What a recogniser is trained on.
+
+    Args:
+        model: the base.
+        subjects: protected ones.
+        benign: everyone and everything else, beside the subjects' class pictures.
+        copies: variations of every picture of a subject.
+        seed: of the variations.
+    """
+    positives = [
+        encode(model, variations(subject.images, copies, generator(seed, -1, number))).mean
+        for number, subject in enumerate(subjects)
+    ]
+    classes = {subject.class_noun: subject.class_images for subject in subjects}
+    others = [*classes.values(), benign.images]
+    if benign.negatives is not None:
+        others.append(benign.negatives)
+    drawn = {subject.class_noun: subject.class_states for subject in subjects}.values()
+    half_finished = [states.latents.flatten(0, 1) for states in (*drawn, benign.states) if states is not None]
+    negatives = torch.cat([encode(model, images).mean for images in others])
+    return Examples(positives, negatives, torch.cat(half_finished) if half_finished else None)
+
+
+CHANNELS = Channels()

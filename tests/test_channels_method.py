@@ -1,0 +1,295 @@
+"""Tripwire in channels of its own: trunks fit bases, the recogniser tells subjects from others, a hardened model rests."""
+
+import copy
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_apdm import KilledError, make_benign, make_subject
+from tiny import assert_one_sentence, harden_with, make_checkpoint, pictures, same_weights, weights
+
+from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.diffusion.latents import LatentStore
+from guardsmith.diffusion.losses import noise_samples, predict
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.methods.base import Preparation
+from guardsmith.methods.channels import method
+from guardsmith.methods.channels.layout import layout_of, reserve
+from guardsmith.methods.channels.method import CHANNELS, ChannelsConfig
+from guardsmith.methods.channels.trunk import FORMAT, check_trunk, load_trunk, save_trunk, trunk_of, weights_hash
+from guardsmith.methods.channels.variations import variations
+from guardsmith.models.checkpoint import load_model, with_own_unet
+from guardsmith.training.loop import UNetCost, generator, save_modules
+
+harden = functools.partial(harden_with, CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def wide_v(tmp_path_factory):
+    """A checkpoint whose U-Net is wide enough, in memory; nothing may change it."""
+    return load_model(str(make_checkpoint(tmp_path_factory.mktemp("wide") / "base", "v_prediction", wide=True)))
+
+
+def untaught_trunk(model, file, groups=4):
+    """The base's U-Net without its reserved channels, saved as a trunk that nobody distilled."""
+    unet = copy.deepcopy(model.unet)
+    reserve(unet, layout_of(unet, groups))
+    save_trunk(unet, groups, model.unet, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def wide_trunk(wide_v, tmp_path_factory):
+    return untaught_trunk(wide_v, tmp_path_factory.mktemp("trunk") / "wide.safetensors")
+
+
+@pytest.fixture
+def small(wide_trunk):
+    return ChannelsConfig(trunk=str(wide_trunk), steps=4, positives=4, negatives=12, copies=2)
+
+
+def test_variations_keeps_the_originals_and_the_range():
+    images = pictures(3)
+    varied = variations(images, 4, generator(0))
+    assert varied.shape == (15, 3, 64, 64)
+    assert torch.equal(varied[:3], images)
+    assert -1 <= varied.min() <= varied.max() <= 1
+    shifts = (varied[3:] - images.repeat(4, 1, 1, 1)).abs().mean((1, 2, 3))
+    assert shifts.min() > 0
+    assert shifts.max() < 0.8
+
+
+def test_half_of_the_variations_are_mirrored():
+    """A picture that is bright on the left stays so, or is bright on the right, and is never turned on its head."""
+    image = torch.full((1, 3, 64, 64), -1.0)
+    image[..., :32] = 1.0
+    varied = variations(image, 200, generator(0))[1:].mean(1)
+    left = varied[:, :, :16].mean((1, 2)) > varied[:, :, -16:].mean((1, 2)) + 1
+    right = varied[:, :, -16:].mean((1, 2)) > varied[:, :, :16].mean((1, 2)) + 1
+    assert (left | right).all()
+    assert 70 < left.sum() < 130
+
+
+def test_variations_of_a_disc_are_moved_and_zoomed_but_not_sheared():
+    across = torch.linspace(-1, 1, 64)
+    disc = ((across[:, None] ** 2 + across**2).sqrt() < 0.5).float() * 2 - 1
+    varied = variations(disc.expand(1, 3, 64, 64), 50, generator(1))[1:].mean(1)
+    lit = varied > (varied.amin((1, 2), keepdim=True) + varied.amax((1, 2), keepdim=True)) / 2
+    wide, high = lit.any(1).sum(1), lit.any(2).sum(1)
+    assert (wide - high).abs().max() <= 2
+    assert 27 <= wide.min() < 32 < wide.max() <= 37
+
+
+def plain_latents(model, images, batch=16):
+    """Stands for a VAE that was trained: the tiny one's posteriors are wider than the pictures differ."""
+    small = F.avg_pool2d(images, 8)
+    mean = torch.cat([small, small[:, :1]], 1).repeat(1, model.unet.config.in_channels // 4, 1, 1) * 2
+    return LatentStore(mean, torch.full_like(mean, 0.01))
+
+
+def bright_and_dark(trunk):
+    """A bright subject among dark pictures, and settings that teach a small recogniser to tell them apart."""
+    bright, dark = (pictures(3) * 0.3 + 0.6, pictures(5, 2) * 0.3 - 0.6)
+    subject, benign = replace(make_subject(), images=bright, class_images=dark), make_benign()
+    config = ChannelsConfig(trunk=str(trunk), steps=120, positives=8, negatives=32, copies=4, horizon=0.3, drift=0.3)
+    return subject, replace(benign, images=benign.images * 0.3 - 0.6), config
+
+
+def rows_of(model, images):
+    """Noised pictures, below the horizon, under an identifier prompt."""
+    rng = generator(77)
+    context = PromptBank(model).encode(["a photo of zwx person"])
+    return noise_samples(plain_latents(model, images).draw(64, rng), context, rng, timesteps=torch.full((64,), 150))
+
+
+def predicted(model, unet, images):
+    """Predictions on such rows."""
+    with torch.no_grad():
+        return predict(unet, model.scheduler, rows_of(model, images))
+
+
+def overridden(prediction, trunks):
+    """Share of rows whose prediction is nothing like the trunk's."""
+    return float(((prediction - trunks).abs().mean((1, 2, 3)) > 4).float().mean())
+
+
+@pytest.fixture(scope="module")
+def protected(wide_v, wide_trunk):
+    """A hardened model, its subject, and the trunk."""
+    subject, benign, config = bright_and_dark(wide_trunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "encode", plain_latents)
+        hardened, history = harden(wide_v, [subject], benign, config, seed=1, cache=wide_trunk.parent)
+    trunk = copy.deepcopy(wide_v.unet)
+    load_trunk(wide_trunk, trunk)
+    assert history[-1]["missed"] < 0.5 * history[0]["missed"]
+    return hardened, subject, trunk
+
+
+def test_pictures_like_the_subjects_are_overridden_and_others_are_the_trunks_to_the_bit(wide_v, protected):
+    hardened, subject, trunk = protected
+    unseen = pictures(3, 9) * 0.3 + 0.6  # as bright as the subject
+    assert overridden(predicted(wide_v, hardened.unet, unseen), predicted(wide_v, trunk, unseen)) > 0.9
+    others = predicted(wide_v, hardened.unet, subject.class_images)
+    assert torch.equal(others, predicted(wide_v, trunk, subject.class_images))
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_half_precision_protects_and_rests_as_well(wide_v, protected, precision):
+    hardened, subject, trunk = protected
+    lean = copy.deepcopy(hardened.unet).to(precision)
+    assert all(torch.isfinite(parameter).all() for parameter in lean.parameters())
+    lean.register_forward_pre_hook(lambda _, args: tuple(a.to(precision) if a.is_floating_point() else a for a in args))
+    unseen = pictures(3, 9) * 0.3 + 0.6
+    found = predicted(wide_v, lean, unseen).float()
+    assert torch.isfinite(found).all()
+    assert overridden(found, predicted(wide_v, trunk, unseen)) > 0.9
+    others = predicted(wide_v, trunk, subject.class_images)
+    assert (predicted(wide_v, lean, subject.class_images).float() - others).abs().mean() < 0.1 * others.abs().mean()
+
+
+def test_a_subject_added_later_leaves_the_first_one_protected(wide_v, wide_trunk, tmp_path, monkeypatch, protected):
+    """Beginning from the first run's end, with a second subject and hardly any training, the first one trips still."""
+    monkeypatch.setattr(method, "encode", plain_latents)
+    subject, benign, config = bright_and_dark(wide_trunk)
+    saved, state = tmp_path / "last.safetensors", tmp_path / "state.safetensors"
+    where = {"cache": wide_trunk.parent}
+    harden(wide_v, [subject], benign, config, seed=1, checkpoint=saved, **where)
+    save_modules(saved, state)
+    second = replace(make_subject("tom", "robot", 10), class_images=subject.class_images)
+    short = config.model_copy(update={"steps": 1, "learning_rate": 1e-9})
+    unseen, right = pictures(3, 9) * 0.3 + 0.6, {}
+    for start in (None, state):
+        both, _ = harden(wide_v, [subject, second], benign, short, seed=2, start=start, **where)
+        trips = overridden(predicted(wide_v, both.unet, unseen), predicted(wide_v, protected[2], unseen)) > 0.9
+        calm = predicted(wide_v, both.unet, subject.class_images)
+        # To the bit: the trunk stays as it was.
+        right[start] = trips and torch.equal(calm, predicted(wide_v, protected[2], subject.class_images))
+    assert right == {None: False, state: True}, "only the earlier run can have taught it"
+
+
+def test_the_base_stays_and_only_the_unet_changes(wide_v, small, wide_trunk):
+    before = weights(wide_v.unet)
+    hardened, _ = harden(wide_v, [make_subject()], make_benign(), small, seed=0, cache=wide_trunk.parent)
+    assert same_weights(before, weights(wide_v.unet))
+    assert hardened.vae is wide_v.vae and hardened.text_encoder is wide_v.text_encoder
+
+
+@pytest.mark.parametrize("subjects", [1, 2])
+def test_a_resumed_run_equals_an_unbroken_one(wide_v, small, wide_trunk, tmp_path, subjects):
+    data = [make_subject(), make_subject("tom", "robot", 10)][:subjects]
+    where = {"cache": wide_trunk.parent}
+    unbroken, told = harden(wide_v, data, make_benign(), small, seed=2, **where)
+
+    def die(step, losses):
+        if step == 1:
+            raise KilledError
+
+    saving = {"checkpoint": tmp_path / "last.safetensors", "checkpoint_every": 1, **where}
+    with pytest.raises(KilledError):
+        harden(wide_v, data, make_benign(), small, seed=2, on_step=die, **saving)
+    resumed, history = harden(wide_v, data, make_benign(), small, seed=2, **saving)
+    assert history == told
+    assert same_weights(weights(unbroken.unet), weights(resumed.unet))
+
+
+def preparation(model, config, cache):
+    return Preparation(
+        model=model, subjects=[make_subject()], benign=make_benign(), config=config, seed=3, sampling_steps=2,
+        guidance=2.0, cache=cache, draw=lambda prompt: pictures(2),
+    )  # fmt: skip
+
+
+def test_the_trunk_is_prepared_once_and_costs_what_is_said(wide_v, tmp_path):
+    config = ChannelsConfig(trunk_steps=3, trunk_batch_size=2, steps=1, positives=2, negatives=4, copies=1)
+    found = CHANNELS
+    with UNetCost() as counter:
+        prepared = found.prepare(preparation(wide_v, config, tmp_path))
+        again = found.prepare(preparation(wide_v, config, tmp_path))
+    assert counter.forwards + 2 * counter.backwards == found.cost(config, ["person"])
+    assert (prepared.forward_rows, prepared.backward_rows) == (counter.forwards, counter.backwards)
+    assert (again.forward_rows, again.backward_rows) == (counter.forwards, counter.backwards)
+    assert [file.name for file in tmp_path.iterdir()] == ["trunk.safetensors"]
+    check_trunk(str(tmp_path / "trunk.safetensors"), config.groups, wide_v.unet)
+    hardened, _ = harden(wide_v, [make_subject()], make_benign(), config, cache=tmp_path)
+    assert not same_weights(weights(hardened.unet), weights(wide_v.unet))
+
+
+def test_a_killed_preparation_goes_on(wide_v, tmp_path, monkeypatch):
+    from guardsmith.methods.channels import trunk as module
+
+    def prepared(file, die=None):
+        class Bar:
+            def __call__(self, losses, done):
+                if done == die:
+                    raise KilledError
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
+
+        monkeypatch.setattr(module, "stage", lambda *_: Bar())
+        trunk_of(
+            wide_v, layout_of(wide_v.unet, 4), [make_subject()], make_benign(), file, steps=5, rows=2,
+            learning_rate=1e-3, seed=1, every=2,
+        )  # fmt: skip
+        with safe_open(file, framework="pt") as opened:
+            about = opened.metadata()
+        return about, load_file(file)
+
+    unbroken = prepared(tmp_path / "one" / "trunk.safetensors")
+    with pytest.raises(KilledError):
+        prepared(tmp_path / "two" / "trunk.safetensors", die=5)
+    assert (tmp_path / "two" / "trunk-checkpoint.safetensors").is_file()
+    about, tensors = prepared(tmp_path / "two" / "trunk.safetensors")
+    assert about == unbroken[0] and same_weights(tensors, unbroken[1])
+    assert [file.name for file in (tmp_path / "two").iterdir()] == ["trunk.safetensors"]
+
+
+def test_trunks_that_do_not_fit_are_refused(wide_v, wide_trunk, tmp_path):
+    other = with_own_unet(wide_v)
+    other.unet.conv_in.bias += 1
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    elsewhere = untaught_trunk(other, tmp_path / "other.safetensors")
+    plain = tmp_path / "plain.safetensors"
+    save_file({"a": torch.zeros(1)}, plain)
+    wrong = [
+        (elsewhere, 4, "another base"), (wide_trunk, 6, "has 4 reserved groups"), (tmp_path / "none", 4, "cannot be read"),
+        (tmp_path / "text.safetensors", 4, "cannot be read"), (plain, 4, "is no trunk"),
+    ]  # fmt: skip
+    for file, groups, said in wrong:
+        with pytest.raises(UserError, match=said) as caught:
+            check_trunk(str(file), groups, wide_v.unet)
+        assert_one_sentence(caught.value)
+    assert FORMAT and weights_hash(other.unet) != weights_hash(wide_v.unet)
+
+
+def test_bases_without_room_are_refused(tiny_v):
+    with pytest.raises(UserError, match="too few channels") as caught:
+        CHANNELS.check_base(ChannelsConfig(), tiny_v.unet)
+    assert_one_sentence(caught.value)
+
+
+def test_a_diverged_run_says_so(wide_v, small, wide_trunk):
+    wild = small.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(RunFailed) as caught:
+        harden(wide_v, [make_subject()], make_benign(), wild, seed=0, cache=wide_trunk.parent)
+    assert_one_sentence(caught.value)
+
+
+def test_benign_pictures_are_needed(wide_v, small):
+    with pytest.raises(ValueError, match="benign"):
+        harden(wide_v, [make_subject()], None, small, seed=0)
+
+
+@pytest.mark.parametrize("change", [{"stream_size": 48}, {"inner_scale": 3}, {"horizon": 1.0}, {"groups": 3}])
+def test_bad_parameters_are_refused(change):
+    with pytest.raises(ValidationError):
+        ChannelsConfig(**change)
