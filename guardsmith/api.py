@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from guardsmith.release.hub import Published
     from guardsmith.reports.report import Report
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def load_registry(path: str | Path, *, today: date | None = None) -> Registry:

@@ -1,16 +1,24 @@
-"""The plain loop that the benchmark compares with: the same rows, losses and weights as guardsmith's APDM."""
+"""The benchmarks: the plain loop computes what guardsmith's APDM does, and pages say what was measured, and what was not."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from test_apdm import make_subject
-from tiny import harden_with
+from tiny import harden_with, same_weights, weights
 
 from guardsmith.methods.apdm import ApdmConfig
+from guardsmith.models.checkpoint import load_model
+from guardsmith.models.single_file import unet_names
+from guardsmith.models.tensor_files import read_header
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "benchmark"))
+import benchmark
+import full_size
+import gpu
 import scale
 from plain_apdm import Plain
 
@@ -37,6 +45,57 @@ def test_the_plain_loop_and_guardsmith_do_the_same(tiny, beta):
     )
     assert moved > 0
     assert apart < 0.05 * moved
+
+
+def test_the_page_of_a_gpu_says_that_there_was_none(monkeypatch, v_folder):
+    """Everything is measured on what there is: seconds and peaks of every method and attack, in every precision asked for."""
+    monkeypatch.setenv("GUARDSMITH_DEVICE", "cpu")
+    found = gpu.run(str(v_folder), 2, ("float32", "bfloat16"))
+    assert not found["measured_on_a_gpu"]
+    assert len(found["lines"]) == 2 * (len(gpu.HARDENINGS) + len(gpu.ATTACKERS))
+    for line in found["lines"]:
+        assert len(line["all_seconds"]) == 2 and line["seconds"] > 0 and line["peak_gib"] > 0, line
+        assert line["what"] in gpu.ATTACKERS or line["planned_gib"] > 0
+    page = gpu.markdown(found)
+    assert "Not measured on a GPU yet" in page and page.count("\n| ") == 2 + len(found["lines"])
+    assert "Not measured" not in gpu.markdown(found | {"measured_on_a_gpu": True})
+
+
+def test_what_does_not_fit_is_said_on_the_page():
+    def run(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    line = gpu.measured(run)
+    assert line["failed"] == "out of memory" and line["seconds"] is None
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Of Stable Diffusion 1.5's layout, narrow, with latents of 8 x 8."""
+    return benchmark.stable_diffusion(32, 8)
+
+
+def test_the_names_of_the_single_file_are_those_that_diffusers_reads(small, tmp_path):
+    names = [full_size.in_single_file(name) for name in small.unet.state_dict()]
+    file = tmp_path / "one.safetensors"
+    save_file(dict(zip(names, small.unet.state_dict().values(), strict=True)), file)
+    found = unet_names(read_header(file), dict(small.unet.config), file)
+    assert found == dict(zip(names, small.unet.state_dict(), strict=True))
+
+
+def test_a_base_that_is_written_is_one_that_guardsmith_reads(small, tmp_path):
+    benchmark.save_base(small, tmp_path / "base")
+    loaded = load_model(str(tmp_path / "base"))
+    assert same_weights(weights(loaded.unet), weights(small.unet))
+
+
+def test_a_base_of_full_size_stays_below_the_limit():
+    told = json.loads(full_size.RESULTS.read_text())
+    assert (told["width"], told["latent_size"], told["weights"]) == (320, 64, 859_520_964)
+    assert 0 < told["peak_gib"] <= told["limit_gib"] == full_size.LIMIT and told["changed_weights"] > 0
+    assert set(told["precision"].values()) == {"float16"} and told["stored_gib"]["model"] == told["stored_gib"]["base"]
+    assert set(told["stages"]) == {"base", "plan", "harden", "load", "export"}
+    assert told["method"] == full_size.METHOD
 
 
 def test_the_page_on_scale_says_what_the_methods_count_now():

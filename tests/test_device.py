@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -56,10 +57,19 @@ PARAMS = {
 
 
 class Accelerator(TorchDispatchMode):
-    """Lets numbers of the meta device be asked for."""
+    """Lets numbers of the meta device be asked for, and counts how many a copy to the CPU has, in `copied`."""
+
+    def __init__(self):
+        super().__init__()
+        self.copied = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        to_cpu = (
+            func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", META).type == "cpu"
+        ) or (func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta)
+        if to_cpu:
+            self.copied.append(args[0].numel())
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 0.1
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", META).type == "cpu":
@@ -82,8 +92,10 @@ def model(v_folder, monkeypatch):
         torch.optim, "AdamW", lambda rows, **how: real(rows, **{k: v for k, v in how.items() if k != "fused"})
     )
     monkeypatch.setenv(device.VARIABLE, "meta")
-    with Accelerator():
-        yield load_model(str(v_folder))
+    with Accelerator() as accelerator:
+        loaded = load_model(str(v_folder))
+        loaded.accelerator = accelerator
+        yield loaded
 
 
 def test_a_mixture_is_noticed(model):
@@ -114,6 +126,54 @@ def test_hardening(model, name, params):
     hardened, history = harden_with(name, model, [subject], make_benign(), config)
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
     assert history
+
+
+class Watch:
+    """Called after every step: what was copied to the CPU in all steps but the first, which may still prepare something."""
+
+    def __init__(self, accelerator):
+        self.accelerator, self.copied = accelerator, []
+
+    def __call__(self, step, *_):
+        if step > 0:
+            self.copied.append(list(self.accelerator.copied))
+        self.accelerator.copied.clear()
+
+
+TRAINED = [
+    ("dreambooth", {}), ("dreambooth", {"train_text_encoder": True}), ("lora", {}), ("lora", {"train_text_encoder": True}),
+    ("textual_inversion", {}), ("custom_diffusion", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "params"), TRAINED)
+def test_nothing_but_scalars_comes_back_in_a_step_of_an_attack(model, name, params):
+    watch = Watch(model.accelerator)
+    attack = ATTACKS[name]
+    attack.run(model, make_data(), attack.config(steps=3, **params), seed=0, on_step=watch)
+    assert len(watch.copied) == 2 and max([0, *chain(*watch.copied)]) <= 1
+
+
+@pytest.mark.parametrize(("name", "params"), [entry for entry in HARDENINGS if entry[0] != "tripwire"])
+def test_nothing_but_scalars_comes_back_in_a_step_of_a_hardening(model, name, params):
+    if params.get("offload_reference"):
+        pytest.skip("its reference lies in the machine's memory because the user wants that")
+    watch = Watch(model.accelerator)
+    subject = replace(make_subject(), instead_images=pictures(3, 8))
+    steps = (
+        {"outer_steps": 3} if name == "apdm" else {"steps": 12, "inner_steps": 2} if name == "imma" else {"steps": 3}
+    )
+    config = METHODS[name].config(**params | steps)
+    harden_with(name, model, [subject], make_benign(), config, on_step=watch)
+    assert len(watch.copied) >= 2 and max([0, *chain(*watch.copied)]) <= 1
+
+
+def test_a_copy_in_a_step_is_noticed(model):
+    watch = Watch(model.accelerator)
+    watch(0)
+    model.unet.conv_in.weight.detach().cpu()
+    watch(1)
+    assert watch.copied == [[model.unet.conv_in.weight.numel()]]
 
 
 def test_hardening_a_transformer(model, tmp_path):

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from pydantic import ValidationError
 from test_apdm import KilledError, make_benign, make_subject
 from tiny import harden_with, same_weights, weights
 
@@ -201,3 +202,11 @@ def test_a_diverged_run_says_so(tiny_v):
 def test_ordinary_pictures_are_needed_for_the_utility_term(tiny_v):
     with pytest.raises(ValueError, match="benign"):
         harden(tiny_v, [make_subject()], None, SMALL.model_copy(update={"distillation_weight": 1.0}), seed=0)
+
+
+def test_steps_that_only_move_the_adapter_are_refused():
+    with pytest.raises(ValidationError, match="more than inner_steps"):
+        ImmaConfig(steps=1)
+    with pytest.raises(ValidationError, match="more than inner_steps"):
+        ImmaConfig(steps=3, inner_steps=3)
+    assert ImmaConfig(steps=2).steps == 2

@@ -20,6 +20,8 @@ from guardsmith.training.compute import ComputeConfig
 from guardsmith.training.loop import TrainingLoop
 from guardsmith.training.optimizers import MOMENTS
 
+ROOT = Path(__file__).parent.parent
+
 
 def inputs(unet, rows=1):
     return torch.zeros(rows, 4, 8, 8), torch.zeros(rows, dtype=torch.long), torch.zeros(rows, 16, 16)
@@ -171,3 +173,83 @@ def test_what_the_documentation_says_of_stable_diffusion():
             (networks + held.numbers * BYTES + held.moments * MOMENTS[kind]) / GIB for kind in ("adamw", "adamw8bit")
         ]
         assert f"| {label} | {found[0]:.1f} GiB | {found[1]:.1f} GiB |" in page
+
+
+SDXL_UNET = {
+    "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816, "_class_name": "UNet2DConditionModel",
+}  # fmt: skip
+
+
+def write_shapes(file, numbers):
+    """A safetensors file of one float16 tensor of so many numbers that takes no room on the disk."""
+    header = json.dumps({"all": {"dtype": "F16", "shape": [numbers], "data_offsets": [0, 2 * numbers]}}).encode()
+    with file.open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        out.truncate(8 + len(header) + 2 * numbers)
+
+
+@pytest.fixture
+def sdxl_of_full_size(tmp_path):
+    """SDXL's published shapes and numbers of weights."""
+    folder = make_sdxl(tmp_path / "sdxl")
+    (folder / "unet/config.json").write_text(json.dumps(SDXL_UNET))
+    vae = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(vae | {"block_out_channels": [128, 256, 512, 512]}))
+    tokens = json.loads((folder / "tokenizer/tokenizer_config.json").read_text())
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(tokens | {"model_max_length": 77}))
+    for part, numbers in {"text_encoder": 123_060_480, "text_encoder_2": 694_659_840}.items():
+        write_shapes(folder / part / "model.safetensors", numbers)
+    for part, numbers in {"unet": 2_567_463_684, "vae": 83_653_863}.items():
+        write_shapes(folder / part / "diffusion_pytorch_model.safetensors", numbers)
+    return folder
+
+
+@pytest.mark.parametrize(("method", "params", "compute", "low", "high"), [
+    ("persguard", {"distillation_weight": 0}, {"gradient_checkpointing": True}, 50, 60),
+    ("apdm", {"path": "lora", "parameters": "cross_attention"}, {"gradient_checkpointing": True}, 24, 40),
+])  # fmt: skip
+def test_sdxl_of_full_size_is_estimated_from_its_files_alone(sdxl_of_full_size, method, params, compute, low, high):
+    """Two U-Nets of 9.6 GiB and 3.4 of text encoders and VAE; PersGuard has three more of the U-Net's size."""
+    recipe = Recipe(
+        base=str(sdxl_of_full_size), method={"name": method, "params": params}, compute=ComputeConfig(**compute)
+    )
+    found = estimate(recipe, METHODS[method], METHODS[method].config(**params))
+    assert found["weights"] == pytest.approx((2 * 2_567_463_684 + 901_374_183) * 4 / GIB)
+    if method == "persguard":
+        assert found["training"] == pytest.approx(3 * 2_567_463_684 * 4 / GIB)
+    assert low < found["together"] - found["rest"] < high
+
+
+def test_the_plan_of_sdxl_says_what_it_needs(tmp_path, capsys):
+    base = make_sdxl(tmp_path / "sdxl")
+    main(["plan", "persguard-sdxl", "--base", str(base), "--subjects", str(ROOT / "registries/demo.yaml"), "--output",
+          str(tmp_path / "out"), "--json"])  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+    assert told["memory_gib"]["together"] > 0 and told["disk_gib"]["needed"] > 0 and told["hours"]["hardening"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_loaded_is_counted_once(v_folder, tmp_path):
+    """The plan loads it before it estimates: what it takes is in `weights`, and no part of the process' own memory."""
+    recipe = Recipe(base=str(v_folder), method={"name": "persguard"})
+    config, held = METHODS["persguard"].config(), torch.ones(2**26)  # 256 MiB
+    without = estimate(recipe, METHODS["persguard"], config)
+    found = estimate(recipe, METHODS["persguard"], config, loaded=held.nbytes)
+    assert without["rest"] - found["rest"] == pytest.approx(0.25, abs=0.02)
+    assert without["together"] - found["together"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_plan_says_how_much_is_loaded(monkeypatch, v_folder, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        "guardsmith.evaluation.forecast.estimate",
+        lambda *args, loaded: seen.append(loaded) or estimate(*args, loaded=loaded),
+    )
+    main(["plan", "persguard-sd21", "--base", str(v_folder), "--subjects", str(ROOT / "registries/demo.yaml"), "--output",
+          str(tmp_path / "out")])  # fmt: skip
+    model = load_model(str(v_folder))
+    assert seen == [sum(weight.numel() * 4 for part in model.networks.values() for weight in part.parameters())]

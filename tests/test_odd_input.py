@@ -1,10 +1,11 @@
-"""Odd registries, recipes and policies, thrown at `check`, `harden --dry-run` and `verify --policy`: a sentence, and exit 2 or 0.
+"""Odd registries, recipes, policies and bases, thrown at `check`, `--dry-run` and `verify --policy`: a sentence, and exit 2 or 0.
 
-A dozen of each in CI. `python tests/test_odd_input.py 1000` throws so many of each and prints what came of them.
+Some dozens of each in CI. `python tests/test_odd_input.py 1000` throws so many of each and prints what came of them.
 """
 
 import contextlib
 import io
+import shutil
 import sys
 import tempfile
 import traceback
@@ -17,11 +18,12 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import make_checkpoint
 
 from guardsmith.cli.app import main
 from guardsmith.gate.policy import as_yaml, default_policy
 
-COUNT = int(sys.argv[1]) if __name__ == "__main__" and len(sys.argv) > 1 else 12
+COUNT = int(sys.argv[1]) if __name__ == "__main__" and len(sys.argv) > 1 else 40
 OPTIONS = settings(
     max_examples=COUNT, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -183,6 +185,50 @@ def test_odd_policies(place):
     odd()
 
 
+@st.composite
+def spoilt_folders(draw, files):
+    """Changes of one or two files of a checkpoint: name -> bytes, or `None` for a file that is not there any more."""
+    found = {}
+    for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2, unique=True)):
+        raw = files[name]
+        kind = draw(st.sampled_from(["text", "text", "text", "gone", "cut", "pointer", "bytes"]))
+        if kind == "text" and name.endswith(".json") and "tokenizer.json" not in name:
+            found[name] = draw(texts(raw.decode()))
+        elif kind == "gone":
+            found[name] = None
+        elif kind == "pointer":
+            found[name] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        elif kind == "bytes":
+            place = draw(st.integers(0, len(raw) - 1))
+            found[name] = raw[:place] + draw(st.binary(min_size=1, max_size=8)) + raw[place + 8 :]
+        else:
+            found[name] = raw[: draw(st.integers(0, len(raw) - 1))]
+    return found
+
+
+def test_odd_bases(place, epsilon_folder):
+    base = place / "base"
+    shutil.copytree(epsilon_folder, base)
+    files = {file.relative_to(base).as_posix(): file.read_bytes() for file in base.rglob("*") if file.is_file()}
+    command = ["harden", "--recipe", "apdm-sd15", "--base", str(base), "--subjects", str(place / "good.yaml"), "--output",
+               str(place / "out"), "--dry-run"]  # fmt: skip
+    assert throw(command) == 0
+
+    @OPTIONS
+    @given(spoilt_folders(files))
+    def odd(found):
+        for name, data in found.items():
+            (base / name).unlink() if data is None else (base / name).write_bytes(data)
+        try:
+            throw(command)
+        finally:
+            for name in found:
+                (base / name).write_bytes(files[name])
+
+    odd()
+    assert not (place / "out").exists()
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         here = make_place(Path(folder))
@@ -190,4 +236,5 @@ if __name__ == "__main__":
         for name in ("demo", "avatar-axes", "avatar-images"):
             test_odd_recipes(here, name)
         test_odd_policies(here)
+        test_odd_bases(here, make_checkpoint(Path(folder) / "epsilon", "epsilon"))
     print(dict(OUTCOMES))

@@ -16,6 +16,7 @@ from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.prompts import sample_prompts
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import optimizer_step
+from guardsmith.training.scaling import LossScale
 
 OnStep = Callable[[int, float, DiffusionModel], bool | None]
 """Called after every step of an attack with its number (from 0), its loss and the model at that point; true ends the attack."""
@@ -95,6 +96,8 @@ def train(
 ) -> list[float]:
     """The loop of every attack; by default AdamW with weight decay 0.01, as diffusers' training scripts have it.
 
+    In float16 losses are scaled, as they are there too (`LossScale`).
+
     Args:
         model: what the parameters belong to; handed to `on_step`.
         loss_at: step -> scalar; it draws its noised samples from a generator of that step.
@@ -114,16 +117,19 @@ def train(
         RunFailed: a loss is not finite.
     """
     optimizer = make_optimizer(optimizer_name, parameters, learning_rate=learning_rate, weight_decay=weight_decay)
-    losses = []
+    scale, losses = LossScale(enabled=model.unet.precision == torch.float16), []
     for step in range(steps):
         if rate_at is not None:
             optimizer.param_groups[0]["lr"] = rate_at(step)
         loss = loss_at(step)
-        loss.backward()
-        optimizer_step(optimizer, parameters, max_grad_norm=max_grad_norm)
+        scale.up(loss).backward()
+        optimizer_step(optimizer, parameters, max_grad_norm=max_grad_norm, scale=scale)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise RunFailed(f"the attack diverged at step {step + 1}: its loss is not finite; lower its learning rate")
+            advice = "train it in bfloat16 or float32, or " if scale.enabled else ""
+            raise RunFailed(
+                f"the attack diverged at step {step + 1}: its loss is not finite; {advice}lower its learning rate"
+            )
         if on_step is not None and on_step(step, losses[-1], model):
             break
     return losses

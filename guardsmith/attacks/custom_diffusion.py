@@ -21,6 +21,7 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import join, noise_samples, squared_errors
 from guardsmith.diffusion.prompts import PromptBank, class_prompt, instance_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.runtime.device import outputs_stay
 from guardsmith.training.loop import generator
 
 VIEWS = 25  # of every picture; the script makes a new one at every step
@@ -126,12 +127,13 @@ def attack(
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, step)
         picked = torch.randint(len(pictures), (config.batch_size,), generator=rng)
-        context = own.text_encoder(tokens[picked]).last_hidden_state
+        with outputs_stay():
+            context = own.text_encoder(tokens[picked]).last_hidden_state
         rows = noise_samples(pictures.sample(picked, rng), context, rng, steps=timesteps)
         if prior is not None:
             rows = join(rows, noise_samples(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))
         errors = squared_errors(own.unet, own.scheduler, rows)
-        instance_errors, mask = errors[: config.batch_size], masks[picked]
+        instance_errors, mask = errors[: config.batch_size], masks[picked].to(errors.device)
         # The script divides by the mask's pixels and not by its channels, so the subject counts as often as there are channels.
         loss = ((instance_errors * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
         if prior is not None:

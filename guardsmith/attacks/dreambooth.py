@@ -21,6 +21,7 @@ from guardsmith.diffusion.latents import LatentStore, encode
 from guardsmith.diffusion.losses import join, noise_samples, row_losses
 from guardsmith.diffusion.prompts import INSTANCE_TEMPLATE, PromptBank, class_prompt, instance_prompt
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.runtime.device import outputs_stay
 from guardsmith.training.loop import generator
 
 
@@ -103,14 +104,16 @@ def train_on_subject(
         class_prompt(data.class_noun),
     )
     bank = PromptBank(model)
+    tokens, contexts = bank.tokens(texts), bank.encode(texts)
     timesteps = int(model.scheduler.config.num_train_timesteps)
 
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, step)
+        words = contexts
         if config.train_text_encoder:
-            instance_context, class_context = model.text_encoder(bank.tokens(texts)).last_hidden_state.split(1)
-        else:
-            instance_context, class_context = bank.encode(texts).split(1)
+            with outputs_stay():
+                words = model.text_encoder(tokens).last_hidden_state
+        instance_context, class_context = words.split(1)
         rows = noise_samples(subject.draw(config.batch_size, rng), instance_context, rng, steps=timesteps)
         if prior is not None:
             rows = join(rows, noise_samples(prior.draw(config.batch_size, rng), class_context, rng, steps=timesteps))

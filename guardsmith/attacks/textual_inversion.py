@@ -22,6 +22,7 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.runtime.device import outputs_stay
 from guardsmith.training.loop import generator, torch_seed
 
 
@@ -140,7 +141,8 @@ def attack(
     def loss_at(step: int) -> Tensor:
         rng = generator(seed, stream, step)
         prompts = tokens[torch.randint(len(tokens), (config.batch_size,), generator=rng)]
-        context = own.text_encoder(prompts).last_hidden_state
+        with outputs_stay():
+            context = own.text_encoder(prompts).last_hidden_state
         rows = noise_samples(pictures.draw(config.batch_size, rng), context, rng, steps=timesteps)
         return row_losses(own.unet, own.scheduler, rows).mean()
 

@@ -21,14 +21,20 @@ registry_app = typer.Typer(help="Write registries of protected subjects.", no_ar
 
 def check(
     registry: Annotated[Path, typer.Argument(metavar="R.yaml", help="Registry file.")],
+    base: Annotated[str | None, typer.Option("--base", help="Base model to check as well: folder or Hub id.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     today: Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)] = None,
 ) -> None:
-    """Check a registry: its keys, pictures, hashes, splits and consents."""
+    """Check a registry (its keys, pictures, hashes, splits and consents) and, if wanted, a base model."""
     from guardsmith.registry.add import small_splits
     from guardsmith.registry.loader import load_registry
 
     content = load_registry(registry, today=day(today))
+    if base is not None:
+        from guardsmith.hardening.compatibility import check_computes
+        from guardsmith.models.checkpoint import load_model
+
+        check_computes(load_model(base))
     if as_json:
         typer.echo(json.dumps(_as_json(content), indent=2))
     else:
@@ -39,6 +45,8 @@ def check(
         for sentence in small_splits(subject):
             warn(sentence)
     print_line(f"the registry is in order: {len(content.subjects)} protected, {len(content.controls)} controls")
+    if base is not None:
+        print_line(f"the base is in order: {base}")
     if all(subject.is_invented for subject in content.subjects):  # as those that the embedded base can draw
         print_line(f"next: guardsmith harden --subjects {shlex.quote(str(registry))}")
     else:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from guardsmith.config.deployability import DeployabilityLimits, DeployabilitySpec
 from guardsmith.config.judge import RecipeJudge
 from guardsmith.core.redaction import Place, Private
-from guardsmith.training.compute import ComputeConfig
+from guardsmith.training.compute import ComputeConfig, Precision
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -67,8 +67,9 @@ class AttackSpec(BaseModel):
     """The attacker's pictures: the registry's `attack` pictures; the very ones that were hardened on; one of the subject among
     three of other people of its class; or the `attack` pictures mirrored, blurred (a 128th of their width) or saved as JPEG of
     quality 30."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """How the attacker trains and draws; bfloat16 is what `--mixed_precision bf16` is in diffusers' scripts (autocast)."""
+    precision: Precision = "float32"
+    """How the attacker trains and draws (autocast); bfloat16 and float16, the latter with scaled losses, are what
+    `--mixed_precision bf16` and `fp16` are in diffusers' scripts."""
     two_stage: bool = False
     """Train on another subject first, for as many steps, and then on this one (dreambooth and lora)."""
     trained_on: Literal["itself", "base", "hardened"] = "itself"

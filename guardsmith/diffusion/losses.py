@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.models.families import FlowSchedule
+from guardsmith.runtime.device import concatenated, outputs_stay
 from guardsmith.runtime.distributed import all_gather, own_rows
 
 Reduction = Literal["mean", "element"]
@@ -56,8 +57,8 @@ def join(*parts: NoisedSamples) -> NoisedSamples:
         torch.cat([p.latents for p in parts]),
         torch.cat([p.timesteps for p in parts]),
         torch.cat([p.noise for p in parts]),
-        torch.cat([p.context for p in parts]),
-        torch.cat(targets) if targets else None,
+        concatenated([p.context for p in parts]),
+        concatenated(targets) if targets else None,
     )
 
 
@@ -137,13 +138,17 @@ def epsilon_of(scheduler: Any, prediction: Tensor, noisy: Tensor, timesteps: Ten
 
 
 def predict(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
-    """The U-Net's prediction for all rows, (n, c, h, w); each of several processes computes its part (`runtime.distributed`)."""
+    """The U-Net's prediction for all rows, (n, c, h, w), on the device that it computes on.
+
+    Each of several processes computes its part (`runtime.distributed`).
+    """
     noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
     timesteps, context = rows.timesteps, rows.context
     own = own_rows(len(rows))
     if own is not None:
         noisy, timesteps, context = noisy[own], timesteps[own], context[own]
-    out: Tensor = unet(noisy, timesteps, context, return_dict=False)[0]
+    with outputs_stay():
+        out: Tensor = unet(noisy, timesteps, context, return_dict=False)[0]
     return all_gather(out, len(rows))
 
 
@@ -151,15 +156,17 @@ def predict(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
 def score_residual(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
     """eps_theta(z_t, t, c) - eps of every row, (n, c, h, w), without a graph: what score distillation moves latents by."""
     noisy = add_noise(scheduler, rows.latents, rows.noise, rows.timesteps)
-    return epsilon_of(scheduler, predict(unet, scheduler, rows), noisy, rows.timesteps) - rows.noise
+    prediction = predict(unet, scheduler, rows).to(noisy.device)
+    return epsilon_of(scheduler, prediction, noisy, rows.timesteps) - rows.noise
 
 
 def squared_errors(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:
-    """Element-wise squared errors of all rows, float32 (n, c, h, w); average over dims 1-3 for a per-row loss."""
+    """Element-wise squared errors of all rows, float32 (n, c, h, w), on the U-Net's device; average dims 1-3 for a row loss."""
     target = rows.target
     if target is None:
         target = own_target(scheduler, rows.latents, rows.noise, rows.timesteps)
-    return (predict(unet, scheduler, rows).float() - target.float()).square()
+    prediction = predict(unet, scheduler, rows).float()
+    return (prediction - target.to(prediction.device).float()).square()
 
 
 def row_losses(unet: Any, scheduler: Any, rows: NoisedSamples) -> Tensor:

@@ -323,8 +323,11 @@ def _look_at_room(plan: Forecast, recipe: Recipe, output: Path, base: DiffusionM
     plan.data["disk_gib"] = {"needed": round(size, 3), "free": round(free, 1)}
     plan.add("disk", f"{size:.2f} GiB needed in {place}, {free:.1f} GiB free", "problem" if size > free else "fine")
     method = find_method(recipe.method.name)
+    loaded = sum(
+        weight.nbytes for part in base.networks.values() for weight in part.parameters() if weight.device.type == "cpu"
+    )
     try:
-        needs = estimate(recipe, method, method.config(**recipe.method.params))
+        needs = estimate(recipe, method, method.config(**recipe.method.params), loaded=loaded)
     except RunFailed:
         return
     plan.data["memory_gib"] = {key: round(value, 2) for key, value in needs.items()}

@@ -68,7 +68,7 @@ def _not_for_this_family(model: DiffusionModel, recipe: Recipe) -> list[str]:
 
 @torch.no_grad()
 def check_computes(model: DiffusionModel) -> None:
-    """Whether the base computes one picture in finite numbers: finite weights can be too large for that.
+    """Whether the base computes a prediction, latents and a picture in finite numbers: finite weights can be too large.
 
     Raises:
         UserError: which part does not, or why it cannot be computed at all.
@@ -83,7 +83,9 @@ def check_computes(model: DiffusionModel) -> None:
         part, context = model.family.denoiser, computed[part]
         computed[part] = model.unet(latents, half_way, context, return_dict=False)[0]
         part = "vae"
-        computed[part] = model.decode(latents)
+        picture = torch.zeros(1, 3, model.image_size, model.image_size)
+        computed["vae decoder"] = model.decode(latents)
+        computed["vae encoder"] = torch.cat([each.flatten() for each in model.posterior(picture)])
     except Exception as error:  # parts that do not belong together fail anywhere in the libraries
         if out_of_memory(error):
             raise
@@ -92,6 +94,11 @@ def check_computes(model: DiffusionModel) -> None:
             f"{model.source}: its {part} cannot be computed ({reason}); its parts do not belong together."
         ) from error
     for part, values in computed.items():
+        if float(values.std()) == 0:
+            raise UserError(
+                f"{model.source}: its {part} computes the same number everywhere, so every picture would be of one colour; the "
+                "checkpoint is broken."
+            )
         if not bool(torch.isfinite(values).all()):
             raise UserError(
                 f"{model.source}: its {part} computes numbers that are not finite, so every picture would be black; the "
@@ -110,7 +117,7 @@ def check_class_pictures(noun: str, pictures: Tensor, source: str) -> None:
     Raises:
         UserError: most of them are of one colour.
     """
-    blank = int((pictures.flatten(1).std(dim=1) < BLANK).sum())
+    blank = int((~(pictures.flatten(1).std(dim=1) >= BLANK)).sum())  # NaN is blank too
     if 2 * blank > len(pictures):
         raise UserError(
             f"{source}: {blank} of {len(pictures)} of its pictures of the class {noun} are blank; the base is broken, or its "

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from guardsmith.config.recipe import Recipe
 from guardsmith.methods import Method, MethodConfig
 from guardsmith.models.checkpoint import family_of, resolve, text_parts
+from guardsmith.models.contents import weight_files
 from guardsmith.models.families import SD, SD3, T5_TOKENS, Family
 from guardsmith.training.compute import configure_denoiser
 from guardsmith.training.optimizers import MOMENTS
@@ -36,10 +37,8 @@ GIB = 2**30
 
 def stored_numbers(folder: Path) -> int:
     """How many numbers are stored in a part's safetensors files, read from their headers; variants do not count."""
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in files if file.name.count(".") == 1] or files[:1]
     total = 0
-    for file in plain:
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118 (not a dict)
                 total += torch.Size(weights.get_slice(key).get_shape()).numel()
@@ -90,19 +89,20 @@ def _tokens(folder: Path, family: Family) -> int:
     return longest + T5_TOKENS if family is SD3 else longest
 
 
-def estimate(recipe: Recipe, method: Method, config: MethodConfig) -> dict[str, float]:
+def estimate(recipe: Recipe, method: Method, config: MethodConfig, *, loaded: int = 0) -> dict[str, float]:
     """Peak memory of a hardening in GiB: `weights`, `training`, `activations`, `pictures`, `rest`, and their sum, `together`.
 
     Args:
         recipe: base and `compute`.
         method: the hardening method.
         config: its parameters.
+        loaded: bytes of the base's weights that this process has in memory already, and that are not its `rest`.
 
     Raises:
         UserError: there is no such base.
         RunFailed: the base is not on this machine.
     """
-    rest = psutil.Process().memory_info().rss
+    rest = max(0, psutil.Process().memory_info().rss - loaded)
     folder = resolve(recipe.base, recipe.revision)
     family = family_of(folder)
     parts = ["vae", *(name for name, *_ in text_parts(folder, family))]

@@ -57,7 +57,7 @@ from guardsmith.runtime.distributed import (
     single_process,
     world_size,
 )
-from guardsmith.runtime.output import check_apart, lock_output, prepare_output, read_settings
+from guardsmith.runtime.output import check_apart, discard_output, lock_output, prepare_output, read_settings
 from guardsmith.training.compute import ComputeConfig, configure_denoiser
 from guardsmith.training.loop import UNetCost, save_modules
 from guardsmith.training.optimizers import eight_bits
@@ -153,6 +153,7 @@ def harden(
     check_trackers(report_to)
     with process_group(), ExitStack() as lock:
         job = _preflight(registry, recipe, output, add_to)
+        fresh = not output.exists() or (output.is_dir() and not any(output.iterdir()))
         with main_process_first():
             if first_process():
                 if check is not None and not job.record.exists():
@@ -165,10 +166,15 @@ def harden(
                     console.print(f"{output} is complete already.", markup=False, soft_wrap=True)
                 return finished
         began = time.monotonic()
-        with main_process_first():
-            if first_process():
-                try_saving(job.model, output, half_variant=recipe.half_variant)
-        data = _prepare(job)
+        try:
+            with main_process_first():
+                if first_process():
+                    try_saving(job.model, output, half_variant=recipe.half_variant)
+            data = _prepare(job)
+        except UserError:  # the base cannot be used: there is nothing that --resume could go on with
+            if fresh and first_process():
+                discard_output(output)
+            raise
         trained = _train(job, data, report_to)
         info = _save(job, data, trained, began) if first_process() else None
         with main_process_first():  # the others read what the first one has written
@@ -343,8 +349,8 @@ def _save_hardened(job: _Job, model: DiffusionModel) -> tuple[Built, float]:
     if changed == 0:
         shutil.rmtree(folder)
         raise UserError(
-            f"Hardening changed no stored weight in {job.method.steps(job.config)} steps: there are too few, or the learning "
-            "rate is too small for the precision of the base."
+            f"Hardening changed no stored weight in {job.method.steps(job.config)} steps: there are too few, or the "
+            "learning rate is too small for the precision of the base."
         )
     leaks = [f"{file}: {what}" for file, what in base_weights_in(base.folder, folder, parts)]
     if leaks:

@@ -23,6 +23,7 @@ from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.compute import ComputeConfig
 from guardsmith.training.loop import OnStep, Probe, TrainingLoop
 from guardsmith.training.optimizers import adamw
+from guardsmith.training.scaling import LossScale
 
 
 class MethodConfig(BaseModel):
@@ -150,6 +151,10 @@ class HardeningContext(Generic[Config]):
         """AdamW of the kind that `compute` asks for; see `guardsmith.training.optimizers.adamw`."""
         return adamw(parameters, lr=lr, weight_decay=weight_decay, kind=self.compute.optimizer)
 
+    def loss_scale(self) -> LossScale:
+        """For one optimizer, and for `optimizer_step` and `training_loop`: `up` before `backward`; scales in float16 only."""
+        return LossScale(enabled=self.compute.precision == "float16")
+
     def training_loop(
         self,
         name: str,
@@ -159,6 +164,7 @@ class HardeningContext(Generic[Config]):
         optimizers: Mapping[str, torch.optim.Optimizer],
         released: Callable[[], DiffusionModel],
         tensors: Mapping[str, Tensor] | None = None,
+        scales: Sequence[LossScale] = (),
     ) -> TrainingLoop:
         """A loop that resumes from, saves to and reports to what this context says.
 
@@ -169,9 +175,11 @@ class HardeningContext(Generic[Config]):
             optimizers: whose state is, likewise.
             released: gives the model as it would be released now, for probes.
             tensors: further ones that the loop changes in place.
+            scales: of the losses, in a fixed order.
         """
+        states = {f"scale.{number}": scale.state for number, scale in enumerate(scales) if scale.enabled}
         return TrainingLoop(
-            name, steps, modules=modules, optimizers=optimizers, tensors=tensors, start=self.start,
+            name, steps, modules=modules, optimizers=optimizers, tensors={**(tensors or {}), **states}, start=self.start,
             checkpoint=self.checkpoint, checkpoint_every=self.checkpoint_every, on_step=self.on_step, probe=self.probe,
             released=released,
         )  # fmt: skip

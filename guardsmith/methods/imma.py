@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from guardsmith.attacks.lora import TARGETS, adapter_parameters, add_adapters
@@ -31,6 +31,7 @@ from guardsmith.diffusion.prompts import INVERSION_TEMPLATES, PromptBank, class_
 from guardsmith.methods.base import HardeningContext, HardeningMethod, HardeningResult, MemoryFootprint, MethodConfig
 from guardsmith.methods.data import SubjectData
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.runtime.device import outputs_stay
 from guardsmith.training.loop import generator, optimizer_step
 
 
@@ -60,6 +61,15 @@ class ImmaConfig(MethodConfig):
     distillation_weight: float = Field(0.0, ge=0)
     """Weight of || e_theta - e_base ||^2 on class pictures and benign pictures, in theta's steps (0: the paper)."""
 
+    @model_validator(mode="after")
+    def _theta_moves(self) -> Self:
+        if self.steps <= self.inner_steps:
+            raise ValueError(
+                f"steps ({self.steps}) has to be more than inner_steps ({self.inner_steps}): the first ones move the adapter "
+                "only, and the model would stay as it is"
+            )
+        return self
+
 
 def immunized_names(unet: Any, which: str) -> list[str]:
     """Names of the parameters of theta_S in a U-Net without adapters, `which` of `ImmaConfig.parameters`."""
@@ -86,7 +96,7 @@ class Words:
     def contexts(self, which: int, count: int, rng: torch.Generator) -> Tensor:
         """Embeddings of prompts about a subject, (count, tokens, width), with a gradient to its word."""
         picked = self.prompts[which][torch.randint(len(self.prompts[which]), (count,), generator=rng)]
-        with with_embedding(self.model, self.tokens[which], self.vectors[which]):
+        with with_embedding(self.model, self.tokens[which], self.vectors[which]), outputs_stay():
             contexts: Tensor = self.model.text_encoder(picked).last_hidden_state
         return contexts
 
@@ -152,6 +162,7 @@ class _Training:
         self._choose_parameters()
         self.descent = context.adamw(self.adapter, lr=config.adapter_learning_rate)
         self.ascent = context.adamw(list(self.theta.values()), lr=config.learning_rate)
+        self.descent_scale, self.ascent_scale = context.loss_scale(), context.loss_scale()
 
         self.bank = PromptBank(model)
         self.latents = [encode(model, subject.images) for subject in context.subjects]
@@ -167,6 +178,7 @@ class _Training:
             class_latents = {noun: encode(model, images) for noun, images in classes.items()}
             benign = context.benign
             self.distilled = (class_latents, encode(model, benign.images), self.bank.encode(benign.prompts))
+            self.bank.encode([class_prompt(noun) for noun in classes])  # now, and not in the steps
 
         self.released = copy.deepcopy(model.unet, {id(p): p for p in model.unet.parameters()})
         for name, parameter in self.theta.items():
@@ -207,6 +219,7 @@ class _Training:
             "IMMA", config.steps,
             modules={"unet": self.work} | ({} if self.words is None else {"words": self.words.vectors}),
             optimizers={"descent": self.descent, "ascent": self.ascent}, released=self.released_model,
+            scales=[self.descent_scale, self.ascent_scale],
         )  # fmt: skip
         turn = config.inner_steps + config.outer_steps
         for j in loop:
@@ -215,12 +228,16 @@ class _Training:
             adaptation = row_losses(self.work, self.scheduler, self._subject_rows(subject, rng)).mean()
             losses = {"adaptation": adaptation.item(), "raising": float(raising)}
             if raising:
-                (-adaptation).backward()
+                self.ascent_scale.up(-adaptation).backward()
                 self._distill(subject, rng, losses)
-                losses["gradient_norm"] = optimizer_step(self.ascent, list(self.theta.values()), max_grad_norm=1.0)
+                losses["gradient_norm"] = optimizer_step(
+                    self.ascent, list(self.theta.values()), max_grad_norm=1.0, scale=self.ascent_scale
+                )
             else:
-                adaptation.backward()
-                losses["gradient_norm"] = optimizer_step(self.descent, self.adapter, max_grad_norm=1.0)
+                self.descent_scale.up(adaptation).backward()
+                losses["gradient_norm"] = optimizer_step(
+                    self.descent, self.adapter, max_grad_norm=1.0, scale=self.descent_scale
+                )
             for parameter in self.parameters:
                 parameter.grad = None
             loop.finish_step(j, losses)
@@ -250,5 +267,5 @@ class _Training:
         with torch.no_grad():
             teacher = predict(self.context.model.unet, self.scheduler, rows)
         distance = (predict(self.released, self.scheduler, rows) - teacher).square().mean()
-        (self.config.distillation_weight * distance).backward()
+        self.ascent_scale.up(self.config.distillation_weight * distance).backward()
         losses["distillation"] = distance.item()

@@ -291,9 +291,14 @@ class PersGuard(HardeningMethod[PersGuardConfig]):
             "benign": config.distillation_weight,
         }  # fmt: skip
         parameters = list(unet.parameters())
-        optimizer = context.adamw(parameters, lr=config.learning_rate)
+        optimizer, scale = context.adamw(parameters, lr=config.learning_rate), context.loss_scale()
         loop = context.training_loop(
-            "PersGuard", config.steps, modules={"unet": unet}, optimizers={"optimizer": optimizer}, released=lambda: own
+            "PersGuard",
+            config.steps,
+            modules={"unet": unet},
+            optimizers={"optimizer": optimizer},
+            released=lambda: own,
+            scales=[scale],
         )
         for j in loop:
             rng = generator(context.seed, j)
@@ -302,9 +307,9 @@ class PersGuard(HardeningMethod[PersGuardConfig]):
             errors = row_losses(unet, model.scheduler, join(*terms.values())).split(config.batch_size)
             means = {name: rows.mean() for name, rows in zip(terms, errors, strict=True)}
             total: Tensor = torch.stack([weights[name] * mean for name, mean in means.items()]).sum()
-            total.backward()
+            scale.up(total).backward()
             losses = {name: mean.item() for name, mean in means.items()}
-            losses["gradient_norm"] = optimizer_step(optimizer, parameters, max_grad_norm=1.0)
+            losses["gradient_norm"] = optimizer_step(optimizer, parameters, max_grad_norm=1.0, scale=scale)
             loop.finish_step(j, losses)
         unet.requires_grad_(False)
         return HardeningResult(own, loop.history)

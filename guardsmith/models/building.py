@@ -38,9 +38,11 @@ from guardsmith.models.contents import (
     releasable_metadata,
     summary,
     unknown_parts,
+    used_weights,
     weight_names,
 )
 from guardsmith.models.families import Family
+from guardsmith.models.reading import index_of, renamed
 from guardsmith.models.tensor_files import read_header, write_copy
 
 LARGEST_TEXT = 1 << 20  # bytes of a licence or a README
@@ -108,7 +110,12 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
         if part.name in files:
             raise UserError(f"{files[part.name]}: no folder, or a link to one; put the folder itself in its place.")
         weights = weight_names(part, files, read) if part.kind in STEMS else []
+        used = used_weights(part, files, read) if part.kind in STEMS else []
+        others = renamed(part, used, weights)
+        names |= others.keys()
         for name in part_names(part, files, read):
+            if others and name in weights:
+                continue
             names.add(name)
             if name in weights and part.name in hardened:
                 continue
@@ -119,6 +126,14 @@ def build_folder(base: Path, networks: Mapping[str, Any], hardened: Collection[s
             else:
                 _check_text(name, read(name))
                 shutil.copyfile(files[name], target)
+        if others and part.name not in hardened:
+            for name, new in others.items():
+                (place / part.name).mkdir(exist_ok=True)
+                notes += _copy_weights(inside(name), place / new, _known_names(part, networks, base), name)
+            if len(others) > 1:
+                stem = STEMS[part.kind]
+                index_name, text = index_of({Path(new).name: place / new for new in others.values()}, stem)
+                write_text(place / part.name / index_name, text)
         if part.kind in STEMS:
             names |= {name for name in weight_names(part, files, read, HALF) if part.name in networks}
     for name, file in files.items():
@@ -145,7 +160,7 @@ def _without(family: Family, index: dict[str, Any], files: Mapping[str, Path], b
     for part in parts_of(family, index):
         usable = {name: file for name, file in files.items() if part.required or lies_within(base, file)}
         names = part_names(part, usable, lambda name: files[name].read_bytes())
-        weights = [name for name in names if name.endswith(".safetensors")]
+        weights = used_weights(part, usable, lambda name: files[name].read_bytes()) if part.kind in STEMS else []
         if part.required or (names and (weights or part.kind not in STEMS)):
             continue
         there = [name for name in files if name.startswith(f"{part.name}/")]

@@ -22,10 +22,17 @@ from transformers import T5EncoderModel
 
 from guardsmith.core.errors import RunFailed, UserError, out_of_memory
 from guardsmith.core.images import sha256_file
-from guardsmith.models.base_checks import check_schedule, check_shapes, check_weight_files, check_widths, read_config
+from guardsmith.models.base_checks import (
+    check_files,
+    check_tokens,
+    check_vocabulary,
+    check_widths,
+    read_config,
+)
 from guardsmith.models.building import Built, build_folder, open_once, remove_folder
 from guardsmith.models.contents import EVIDENCE, HALF, is_named, list_files, weight_files
 from guardsmith.models.families import PIPELINES, SD, SDXL, Family
+from guardsmith.models.reading import has_halves, readable_folder
 from guardsmith.runtime.device import chosen_device, put, settle
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
@@ -165,11 +172,7 @@ def _check_folder(folder: Path) -> None:
         if (folder / "model" / "model_index.json").is_file():
             raise UserError(f"{folder} is the output of a hardening run; its model is {folder / 'model'}.")
         raise UserError(f"{folder}: not a diffusion model, it has no model_index.json; give a diffusers folder.")
-    try:
-        parts = json.loads(index.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{index}: not valid JSON ({error}).") from error
-    kind = parts.get("_class_name") if isinstance(parts, dict) else None
+    kind = read_config(index).get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
         names = ", ".join(family.name for family in PIPELINES.values())
         raise UserError(f"{folder}: a {kind} is not supported; guardsmith takes {names}.")
@@ -187,11 +190,8 @@ def _check_folder(folder: Path) -> None:
     for part in (*(tokenizer for _, tokenizer in texts), "scheduler"):
         if not (folder / part).is_dir():
             raise UserError(f"{folder}: the folder '{part}' is missing; the checkpoint is incomplete.")
-    # Without its vocabulary the tokenizer loads all the same, as one that knows no words.
     for _, part in texts:
-        known_files = {file.name for file in (folder / part).iterdir()}
-        if not known_files & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= known_files:
-            raise UserError(f"{folder / part}: no vocabulary found (tokenizer.json); the checkpoint is incomplete.")
+        check_vocabulary(folder / part)
 
 
 def text_parts(folder: Path, family: Family) -> list[tuple[str, str, Any, Any]]:
@@ -219,17 +219,16 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     family = family_of(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     networks, texts = {}, []
-    for name in (family.denoiser, "vae", *(name for name, *_ in text_parts(folder, family))):
-        read_config(folder / name / "config.json")
-        check_weight_files(folder, name)
-    check_shapes(folder, family)
-    check_schedule(folder, family)
+    check_files(folder, family, [name for name, *_ in text_parts(folder, family)])
     name = ""  # of the part that is being read
     try:
         for name, network in ((family.denoiser, family.network), ("vae", AutoencoderKL)):
-            networks[name] = network.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
+            with readable_folder(folder / name) as place:
+                networks[name] = network.from_pretrained(place, dtype=torch.float32, **options)
         for name, tokens, encoder, tokenizer in text_parts(folder, family):
-            networks[name] = encoder.from_pretrained(folder, subfolder=name, dtype=torch.float32, **options)
+            with readable_folder(folder / name) as place:
+                more = options | {"ignore_mismatched_sizes": True}  # they are refused below, in words
+                networks[name] = encoder.from_pretrained(place, dtype=torch.float32, **more)
             text_encoder, name = networks[name][0], tokens
             texts.append((text_encoder, tokenizer.from_pretrained(folder, subfolder=tokens)))
         name = "scheduler"
@@ -239,7 +238,7 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
     except Exception as error:  # whatever the libraries raise at odd files; a base is input, and no bug of ours
         if out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". If you want to instead")[0]
         raise UserError(f"{source}: its {name} cannot be read ({reason[:300]}).") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "flow"):
         raise UserError(f"{source}: prediction type '{scheduler.config.prediction_type}' is not supported.")
@@ -248,16 +247,14 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
             raise UserError(
                 f"{source}: {name} lacks {len(missing)} of its weights ({missing[0]}); the checkpoint is incomplete."
             )
+        if other := sorted(str(key[0]) for key in info["mismatched_keys"]):
+            raise UserError(f"{source}: {name} has weights of another shape than its config.json says ({other[0]}).")
         part.eval().requires_grad_(False)
         for key, value in part.state_dict().items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise UserError(f"{source}: {name} has weights that are not finite ({key}); the checkpoint is broken.")
-    for encoder, tokenizer in texts:
-        if len(tokenizer) > encoder.config.vocab_size:
-            raise UserError(
-                f"{source}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {encoder.config.vocab_size}; "
-                "they do not belong together."
-            )
+    for (_, tokens, *_), (encoder, tokenizer) in zip(text_parts(folder, family), texts, strict=True):
+        check_tokens(folder, tokens, tokenizer, encoder)
     unet, vae = networks[family.denoiser][0], networks["vae"][0]
     check_widths(source, family, unet, [encoder for encoder, _ in texts])
     settle()
@@ -311,7 +308,7 @@ def save_model(
         for name in parts:
             _save_part(model, name, temporary / name)
         stored = {name: stored_dtype(temporary, name) for name in model.networks}
-        halves = [name for name in model.networks if any((model.folder / name).glob(f"*.{HALF}[.-]*"))]
+        halves = [name for name in model.networks if has_halves(model.folder / name)]
         if half_variant:  # where the plain files are in half precision, they are what the variant would be
             halves += [name for name in model.networks if name not in halves and stored[name] != torch.float16]
         whole = all(name in halves or stored[name] == torch.float16 for name in parts)

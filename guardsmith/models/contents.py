@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,13 +121,68 @@ def weight_names(part: Part, paths: Collection[str], reader: Read, variant: str 
     return [index, *(f"{part.name}/{shard}" for shard in shards)]
 
 
+def weight_variants(part: Part, paths: Collection[str]) -> dict[str, list[str]]:
+    """Whole sets of weight files beside those that the library reads by itself, by variant (`fp16`, `non_ema`).
+
+    The empty name is that of shards without an index. A set of shards counts only if none is missing.
+    """
+    name = re.compile(
+        rf"{re.escape(part.name)}/{STEMS[part.kind]}(?:\.([\w-]+?))?(?:-(\d+)-of-(\d+))?(?:\.([\w-]+))?\.safetensors"
+    )
+    found: dict[str, dict[int, str]] = {}
+    wanted: dict[str, int] = {}
+    for path in sorted(paths):
+        match = name.fullmatch(path)
+        if match is None:
+            continue
+        before, number, count, behind = match.groups()
+        variant = before or behind or ""
+        if not variant and number is None:
+            continue  # what the library reads by itself
+        found.setdefault(variant, {})[int(number or 1)] = path
+        wanted[variant] = int(count or 1)
+    return {
+        variant: [shards[number] for number in sorted(shards)]
+        for variant, shards in found.items()
+        if set(shards) == set(range(1, wanted[variant] + 1))
+    }
+
+
+def used_weights(part: Part, paths: Collection[str], read: Read) -> list[str]:
+    """The safetensors files that a part is read from: those that its library reads, shards without an index, its only variant.
+
+    Empty where there are none of these, or several variants and nothing says which is meant.
+
+    Raises:
+        UserError: see `weight_names`.
+    """
+    plain = [name for name in weight_names(part, paths, read) if name.endswith(".safetensors")]
+    single = f"{part.name}/{STEMS[part.kind]}.safetensors"
+    if plain and (all(name in paths for name in plain) or single not in paths):
+        return plain
+    if single in paths:  # beside an index whose shards are not there
+        return [single]
+    variants = weight_variants(part, paths)
+    if "" in variants:
+        return variants[""]
+    return next(iter(variants.values())) if len(variants) == 1 else []
+
+
+def plain_names(part: Part, used: Sequence[str]) -> list[str]:
+    """What files of `used_weights` are called where the library is to read them by itself."""
+    stem = f"{part.name}/{STEMS[part.kind]}"
+    if len(used) == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number + 1:05}-of-{len(used):05}.safetensors" for number in range(len(used))]
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a network's folder that its library reads; all of them where none has a name that it reads."""
+    """The safetensors files that a network is read from (`used_weights`); all of its folder where there are none of these."""
     names = {f"{folder.name}/{file.name}": file for file in folder.glob("*") if file.is_file()}
     for kind in STEMS:
-        weights = weight_names(Part(folder.name, kind), names, lambda name: names[name].read_bytes())
+        weights = used_weights(Part(folder.name, kind), names, lambda name: names[name].read_bytes())
         if weights:
-            return [names[name] for name in weights if name.endswith(".safetensors") and name in names]
+            return [names[name] for name in weights if name in names]
     return sorted(folder.glob("*.safetensors"), key=lambda file: file.name.count("."))
 
 

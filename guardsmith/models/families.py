@@ -61,13 +61,13 @@ class Denoiser:
     """What the denoisers of all families have in common.
 
     Attributes:
-        precision: of what it computes, float32 or bfloat16; its weights and predictions are float32 all the same.
+        precision: of what it computes, float32, bfloat16 or float16; its weights and predictions are float32 all the same.
     """
 
     precision = torch.float32
 
     def compute_in(self, precision: str) -> None:
-        """Choose the precision of every forward pass from now on, `float32` or `bfloat16` (autocast); copies inherit it."""
+        """Choose the precision of every forward pass from now on (`ComputeConfig.precision`); copies inherit it."""
         self.precision = getattr(torch, precision)
 
 

@@ -29,8 +29,8 @@ from guardsmith.models.contents import (
     parse_index,
     parts_of,
     summary,
+    used_weights,
     weight_files,
-    weight_names,
 )
 from guardsmith.models.saved import base_weights_in
 from guardsmith.models.single_file import unet_names
@@ -195,7 +195,7 @@ def secret_files(base: Path, folder: Path) -> dict[str, str]:
     for part in _network_parts(base):
         if not (folder / part.name).is_dir():
             continue
-        names = weight_names(part, files, lambda name: (base / name).read_bytes())
+        names = used_weights(part, files, lambda name: (base / name).read_bytes())
         if _unchanged(part.name, base / part.name, weights_reader(folder / part.name)):
             same |= set(names)
     heavy = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5", ".gguf", ".pb")

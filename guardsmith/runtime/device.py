@@ -1,8 +1,9 @@
 """Where the networks run: on the CPU, or on an accelerator while everything around them stays on the CPU.
 
-What goes in and out of a diffusion model is small (a latent of 64 x 64 x 4, a context of 77 x 768), so it travels: a network
-that was put on a device takes its inputs there and gives its outputs back on the CPU, with their gradients. Rows, losses,
-schedules and everything random stay on the CPU, which is why the same seed gives the same rows wherever the networks run.
+What goes into a diffusion model is small (a latent of 64 x 64 x 4, a context of 77 x 768), so it travels: a network that was put
+on a device takes its inputs there and gives its outputs back on the CPU, with their gradients. Rows, schedules and everything
+random stay on the CPU, which is why the same seed gives the same rows wherever the networks run. In a training step, predictions
+and losses stay on the accelerator (`outputs_stay`), and only scalars come back: copying a tensor back makes the CPU wait for it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import ctypes
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ VARIABLE = "GUARDSMITH_DEVICE"
 CPU = torch.device("cpu")
 DETERMINISTIC = "GUARDSMITH_DETERMINISTIC"
 """Environment variable that is 1 where the same seed has to give the same bits."""
+_staying: ContextVar[bool] = ContextVar("staying", default=False)
 LARGE = 4 * 2**20
 """Bytes from which on a block of memory is given back to the system as soon as it is free."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt (malloc.h)
@@ -93,8 +98,26 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
+@contextmanager
+def outputs_stay() -> Iterator[None]:
+    """Inside, networks that were `put` on an accelerator leave their outputs there."""
+    token = _staying.set(True)
+    try:
+        yield
+    finally:
+        _staying.reset(token)
+
+
+def concatenated(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors one after the other: on the accelerator if one of them is there, else on the CPU."""
+    place = next((part.device for part in parts if part.device != CPU), CPU)
+    return torch.cat([part.to(place) for part in parts])
+
+
 def put(network: torch.nn.Module, device: torch.device) -> None:
-    """Move a network to a device; from outside it still takes and gives tensors on the CPU. On the CPU nothing happens.
+    """Move a network to a device; from outside it still takes and gives tensors on the CPU (but see `outputs_stay`).
+
+    On the CPU nothing happens.
 
     A VAE's parts are put there one by one, for it is called by `encode` and `decode`.
     """
@@ -106,7 +129,7 @@ def put(network: torch.nn.Module, device: torch.device) -> None:
         return moved(args, device), moved(kwargs, device)
 
     def give(_: Any, args: tuple[Any, ...], out: Any) -> Any:
-        return moved(out, CPU)
+        return out if _staying.get() else moved(out, CPU)
 
     parts = network.children() if hasattr(network, "encode") else [network]
     for part in parts:

@@ -113,6 +113,18 @@ def prepare_output(
         raise UserError(f"{output} cannot be written to ({error.strerror}); name another folder.") from error
 
 
+def discard_output(output: Path, written_here: Sequence[str] = WRITTEN) -> None:
+    """Delete what a run has begun to write into a folder that was empty or not there, and the folder if nothing else is in it."""
+    for name in (*written_here, "settings.json", ".lock"):
+        place = output / name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    if not any(output.iterdir()):
+        output.rmdir()
+
+
 def check_apart(base: Path, output: Path) -> None:
     """The base may not be what this run writes, nor around it.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 OptimizerKind = Literal["adamw", "adamw8bit", "offloaded", "sharded"]
 
 
@@ -19,7 +19,8 @@ class ComputeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     precision: Precision = "float32"
-    """bfloat16: products and convolutions in bfloat16 (autocast); weights, gradients and optimizer stay float32."""
+    """bfloat16, float16: products and convolutions in it (autocast), in float16 with scaled losses; weights, gradients and
+    optimizer stay float32. What `--mixed_precision bf16` and `fp16` are in diffusers' scripts."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     optimizer: OptimizerKind = "adamw"

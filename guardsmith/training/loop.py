@@ -20,6 +20,7 @@ from guardsmith.core.console import first_process
 from guardsmith.core.errors import RunFailed
 from guardsmith.models.families import DENOISERS
 from guardsmith.runtime.distributed import all_reduce
+from guardsmith.training.scaling import LossScale
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -43,7 +44,11 @@ def torch_seed(seed: int) -> Iterator[None]:
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], *, max_grad_norm: float | None = 1.0
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    *,
+    max_grad_norm: float | None = 1.0,
+    scale: LossScale | None = None,
 ) -> float:
     """Sum the gradients over the processes, clip them, take a step and clear them.
 
@@ -51,17 +56,27 @@ def optimizer_step(
         optimizer: over these parameters.
         parameters: with their gradients.
         max_grad_norm: largest norm of all gradients together; `None` does not clip.
+        scale: of the losses that the gradients are of. Where gradients overflowed in float16, no step is taken.
 
     Returns:
-        The gradient norm before clipping (inf or nan when the training diverged).
+        The gradient norm before clipping (inf or nan when the training diverged; 0 where no step was taken).
+
+    Raises:
+        RunFailed: see `LossScale.takes`.
     """
     all_reduce(parameter.grad for parameter in parameters)
+    if scale is not None:
+        scale.down(parameter.grad for parameter in parameters)
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-    optimizer.step()
+    length = float(norm)
+    if scale is None or scale.takes(length):
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        optimizer.step()
+    else:
+        length = 0.0
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return length
 
 
 def add_gradients(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter], sums: Sequence[torch.Tensor]) -> None:
@@ -276,8 +291,10 @@ class TrainingLoop:
         if not (finite_weights and all(map(math.isfinite, losses.values()))):
             is_saved = self.checkpoint is not None and self.checkpoint.exists()
             good = f"the last good state is {self.checkpoint}; " if is_saved else ""
+            halved = any(getattr(module, "precision", None) == torch.float16 for module in self.modules.values())
+            advice = "compute in bfloat16 or float32, or " if halved else ""
             raise RunFailed(
-                f"{self.name} diverged at step {step + 1}: a loss is not finite; {good}lower the learning rate."
+                f"{self.name} diverged at step {step + 1}: a loss is not finite; {good}{advice}lower the learning rate."
             )
         self.history.append(losses)
         if self.on_step is not None:

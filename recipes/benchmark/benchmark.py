@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peak import peak_rss
 from plain_apdm import Plain
 from scale import stable_diffusion_unet
@@ -144,8 +144,22 @@ def stable_diffusion(width: int, size: int) -> DiffusionModel:
         network.eval().requires_grad_(False)
     tokenizer = known.tokenizer
     tokenizer.model_max_length = 77
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler = DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False
+    )
     return DiffusionModel(unet, vae, text, tokenizer, scheduler, "random", builtin_path("avatar"))
+
+
+def save_base(model: DiffusionModel, folder: Path) -> None:
+    """Write a base as diffusers does, in the precision that its weights have."""
+    unet = UNet2DConditionModel.from_config(model.unet.config).to(
+        model.unet.dtype
+    )  # the pipeline's index names the class
+    unet.load_state_dict(model.unet.state_dict(), assign=True)
+    StableDiffusionPipeline(
+        unet=unet, vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, scheduler=model.scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
 
 
 def sd15(width: int, size: int) -> dict[str, Any]:
@@ -435,12 +449,8 @@ def memory(width: int, size: int, runs: dict[str, tuple[str, dict[str, Any], dic
     model = stable_diffusion(width, size)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "base"
-        parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
-        StableDiffusionPipeline(
-            **parts, tokenizer=model.tokenizer, scheduler=model.scheduler, safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
-        ).save_pretrained(folder)  # fmt: skip
-        del model, parts  # there is room for one of them only
+        save_base(model, folder)
+        del model  # there is room for one of them only
         for number, (label, (method, params, how)) in enumerate(runs.items()):
             recipe, out = Path(place) / f"{number}.yaml", Path(place) / str(number)
             asked = {"method": {"name": method, "params": params | {"class_images": 4}}, "base": str(folder), "compute": how,
@@ -448,7 +458,7 @@ def memory(width: int, size: int, runs: dict[str, tuple[str, dict[str, Any], dic
             recipe.write_text(json.dumps(asked))
             command = [sys.executable, str(PEAK), "harden", "--recipe", str(recipe), "--output", str(out), "--subjects",
                        str(ROOT / "registries" / "demo.yaml")]  # fmt: skip
-            dry = subprocess.run([*command, "--dry-run"], stdout=subprocess.PIPE, text=True, check=True)
+            dry = subprocess.run([*command, "--dry-run", "--json"], stdout=subprocess.PIPE, text=True, check=True)
             told = json.JSONDecoder().raw_decode(dry.stdout)[0]["memory_gib"]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             found[label] = {"estimated_gib": told}

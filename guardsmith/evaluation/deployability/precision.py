@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,6 +20,7 @@ from guardsmith.evaluation.deployability.bench import (
 from guardsmith.evaluation.deployability.half import as_half
 from guardsmith.gate.deployability import Measurement
 from guardsmith.models.checkpoint import DiffusionModel, stored_dtype
+from guardsmith.models.contents import weight_files
 from guardsmith.runtime.device import chosen_device
 
 EMULATED = "emulated: float32 with every result rounded to float16 (no float16 on this CPU in reasonable time)"
@@ -45,7 +45,7 @@ def beyond_half(model: DiffusionModel) -> tuple[int, int]:
     """How many stored weights are not finite in float16, and how many there are; the files' own, read one tensor at a time."""
     wrong = count = 0
     for part in model.networks:
-        for file in _plain_files(model, part):
+        for file in weight_files(model.folder / part):
             with safe_open(file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 (not a dict)
                     value = weights.get_tensor(key)
@@ -53,13 +53,6 @@ def beyond_half(model: DiffusionModel) -> tuple[int, int]:
                         wrong += int((~(value.float().abs() <= LARGEST)).sum())
                         count += value.numel()
     return wrong, count
-
-
-def _plain_files(model: DiffusionModel, part: str) -> list[Any]:
-    """Weight files of a part without its variants (`.fp16.`, `.non_ema.`)."""
-    files = sorted((model.folder / part).glob("*.safetensors"))
-    fewest = min(file.name.count(".") for file in files)
-    return [file for file in files if file.name.count(".") == fewest]
 
 
 def drawn_case(bench: Bench, name: str) -> list[Measurement]:

@@ -53,7 +53,7 @@ from guardsmith.methods.base import (
     Prepared,
 )
 from guardsmith.models.checkpoint import with_own_unet
-from guardsmith.runtime.device import CPU, chosen_device
+from guardsmith.runtime.device import CPU, chosen_device, outputs_stay
 from guardsmith.runtime.distributed import world_size
 from guardsmith.training.loop import Snapshot, add_gradients, generator, optimizer_step, reset_optimizer
 
@@ -161,9 +161,11 @@ class _Training:
         self.benign = None
         if config.distillation_weight and context.benign is not None:
             self.benign = encode(model, context.benign.images), context.benign.prompts
+            self.bank.encode(context.benign.prompts)  # now, and not in the steps
         self._choose_parameters(theta)
         self.path_optimizer = context.adamw(self.path_parameters, lr=config.personalization_learning_rate)
         self.optimizer = context.adamw(self.hardened, lr=config.learning_rate)
+        self.path_scale, self.scale = context.loss_scale(), context.loss_scale()
         self.snapshot = Snapshot(self.path_parameters)
 
     def _choose_parameters(self, theta: Any) -> None:
@@ -187,7 +189,7 @@ class _Training:
         """All steps."""
         loop = self.context.training_loop(
             "APDM", self.config.outer_steps, modules=self.trained, optimizers={"optimizer": self.optimizer},
-            released=lambda: self.own,
+            released=lambda: self.own, scales=[self.path_scale, self.scale],
         )  # fmt: skip
         self.snapshot.take()
         for j in loop:
@@ -198,7 +200,7 @@ class _Training:
             for parameter, gradient in zip(self.hardened, gradients, strict=True):
                 parameter.grad = gradient
             losses["gradient_norm"] = optimizer_step(
-                self.optimizer, self.hardened, max_grad_norm=self.config.max_grad_norm
+                self.optimizer, self.hardened, max_grad_norm=self.config.max_grad_norm, scale=self.scale
             )
             # Infinite also where only a sum overflows.
             norms = torch.stack(torch._foreach_norm([p.detach() for p in self.hardened]))
@@ -230,12 +232,13 @@ class _Training:
             for i, (instance, prior, pairs, protection_prior) in enumerate(steps):
                 rows = self._embed(instance, tokens), self._embed(prior, subject.class_tokens)
                 loss = personalization_loss(self.path, self.scheduler, *rows, config.prior_weight)
-                loss.backward(inputs=self.path_parameters)
+                self.path_scale.up(loss).backward(inputs=self.path_parameters)
                 if i == 0:
                     losses["personalization"] = loss.item()
                 if config.leak:
-                    torch._foreach_add_(leaked, [p.grad for p in self.hardened if p.grad is not None])
-                optimizer_step(self.path_optimizer, self.path_parameters, max_grad_norm=None)
+                    found = [p.grad for p in self.hardened if p.grad is not None]
+                    torch._foreach_add_(leaked, found, alpha=self.scale.value / self.path_scale.value)
+                optimizer_step(self.path_optimizer, self.path_parameters, max_grad_norm=None, scale=self.path_scale)
                 rows = self._embed(pairs, tokens), self._embed(protection_prior, subject.class_tokens)
                 submit(partial(self._add_protection, gradients, losses, *rows, errors[i]))
         if leaked is not gradients:
@@ -252,7 +255,7 @@ class _Training:
     ) -> None:
         """Add the gradients of L_protect where the path has come to, and its terms to the means of this path."""
         loss, terms = protection_loss(self.protected, self.scheduler, pairs, prior, reference, self.config)
-        add_gradients(loss, self.protected_parameters, gradients)
+        add_gradients(self.scale.up(loss), self.protected_parameters, gradients)
         for key, value in terms.items():
             losses[key] = losses.get(key, 0.0) + value / self.config.inner_steps
 
@@ -269,12 +272,14 @@ class _Training:
             teacher = predict(self.reference, self.scheduler, rows)
         student = predict(self.own.unet, self.scheduler, self._embed(rows, self.bank.tokens(texts)))
         distance = (student - teacher).square().mean()
-        add_gradients(config.distillation_weight * config.inner_steps * distance, self.hardened, gradients)
+        loss = config.distillation_weight * config.inner_steps * distance
+        add_gradients(self.scale.up(loss), self.hardened, gradients)
         losses["distillation"] = distance.item()
 
     def _embed(self, rows: NoisedSamples, tokens: Tensor) -> NoisedSamples:
         """The rows with their prompts as the text encoder has them now, if it is trained."""
         if not self.config.train_text_encoder:
             return rows
-        context = self.own.text_encoder(tokens).last_hidden_state
+        with outputs_stay():
+            context = self.own.text_encoder(tokens).last_hidden_state
         return replace(rows, context=context.expand(len(rows), -1, -1))

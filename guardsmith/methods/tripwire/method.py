@@ -248,7 +248,7 @@ def _harden(context: HardeningContext[TripwireConfig], benign: BenignData) -> Ha
         {"params": parameters},
         {"params": list(readout.parameters()), "lr": config.readout_learning_rate, "weight_decay": 0.0},
     ]
-    optimizer = context.adamw(groups, lr=config.learning_rate)
+    optimizer, scale = context.adamw(groups, lr=config.learning_rate), context.loss_scale()
     n = config.batch_size
     rng = generator(seed, -3)
     calm = others.draw(scheduler, 2 * n, rng)[0]
@@ -263,6 +263,7 @@ def _harden(context: HardeningContext[TripwireConfig], benign: BenignData) -> Ha
     loop = context.training_loop(
         "the tripwire", config.steps, modules={"unet": unet, "readout": readout}, optimizers={"optimizer": optimizer},
         tensors={"near": others.near} | {f"worst.{index}": way for index, way in enumerate(sway.worst)}, released=armed,
+        scales=[scale],
     )  # fmt: skip
     if not loop.history:
         rng = generator(seed, -5)
@@ -300,7 +301,7 @@ def _harden(context: HardeningContext[TripwireConfig], benign: BenignData) -> Ha
         sway.push(rng, lora=j % 2 == 1)
         scores = readout(listen(unet, scheduler, rows))
         missed, false = recognition_loss(scores, wanted, config.margin)
-        (missed + false).backward()
+        scale.up(missed + false).backward()
         others.heed(picked, scores[-len(picked) :])
         sway.back()
 
@@ -313,9 +314,10 @@ def _harden(context: HardeningContext[TripwireConfig], benign: BenignData) -> Ha
         same = (predict(unet, scheduler, strangers) - teacher).square().mean()
         scores = readout(overheard(heard["tokens"], len(strangers)))
         _, again = recognition_loss(scores, torch.zeros_like(scores[:, 0], dtype=torch.bool), config.margin)
-        (config.distillation_weight * same + again).backward()
+        scale.up(config.distillation_weight * same + again).backward()
         others.heed(picked, scores)
-        norm = optimizer_step(optimizer, parameters, max_grad_norm=1.0)
+        scale.down(parameter.grad for parameter in readout.parameters())  # whose norm is not clipped
+        norm = optimizer_step(optimizer, parameters, max_grad_norm=1.0, scale=scale)
         wiring.clear(unet, spare)
         losses = {"missed": missed.item(), "false": false.item(), "distillation": same.item(), "gradient_norm": norm}
         loop.finish_step(j, losses)

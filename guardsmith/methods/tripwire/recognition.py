@@ -306,4 +306,4 @@ class Sway:
         for parameter, worst in zip(self.moved.values(), self.worst, strict=True):
             gradient = parameter.grad.clone()
             all_reduce([gradient])
-            worst.copy_(gradient.sign())
+            worst.copy_(gradient.nan_to_num(0).sign())  # of a scaled loss some overflow
