@@ -22,7 +22,6 @@ from guardsmith.methods.channels import method
 from guardsmith.methods.channels.layout import layout_of, reserve
 from guardsmith.methods.channels.method import CHANNELS, ChannelsConfig
 from guardsmith.methods.channels.trunk import FORMAT, check_trunk, load_trunk, save_trunk, trunk_of, weights_hash
-from guardsmith.methods.channels.variations import variations
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.training.loop import UNetCost, generator, save_modules
 
@@ -51,38 +50,6 @@ def wide_trunk(wide_v, tmp_path_factory):
 @pytest.fixture
 def small(wide_trunk):
     return ChannelsConfig(trunk=str(wide_trunk), steps=4, positives=4, negatives=12, copies=2)
-
-
-def test_variations_keeps_the_originals_and_the_range():
-    images = pictures(3)
-    varied = variations(images, 4, generator(0))
-    assert varied.shape == (15, 3, 64, 64)
-    assert torch.equal(varied[:3], images)
-    assert -1 <= varied.min() <= varied.max() <= 1
-    shifts = (varied[3:] - images.repeat(4, 1, 1, 1)).abs().mean((1, 2, 3))
-    assert shifts.min() > 0
-    assert shifts.max() < 0.8
-
-
-def test_half_of_the_variations_are_mirrored():
-    """A picture that is bright on the left stays so, or is bright on the right, and is never turned on its head."""
-    image = torch.full((1, 3, 64, 64), -1.0)
-    image[..., :32] = 1.0
-    varied = variations(image, 200, generator(0))[1:].mean(1)
-    left = varied[:, :, :16].mean((1, 2)) > varied[:, :, -16:].mean((1, 2)) + 1
-    right = varied[:, :, -16:].mean((1, 2)) > varied[:, :, :16].mean((1, 2)) + 1
-    assert (left | right).all()
-    assert 70 < left.sum() < 130
-
-
-def test_variations_of_a_disc_are_moved_and_zoomed_but_not_sheared():
-    across = torch.linspace(-1, 1, 64)
-    disc = ((across[:, None] ** 2 + across**2).sqrt() < 0.5).float() * 2 - 1
-    varied = variations(disc.expand(1, 3, 64, 64), 50, generator(1))[1:].mean(1)
-    lit = varied > (varied.amin((1, 2), keepdim=True) + varied.amax((1, 2), keepdim=True)) / 2
-    wide, high = lit.any(1).sum(1), lit.any(2).sum(1)
-    assert (wide - high).abs().max() <= 2
-    assert 27 <= wide.min() < 32 < wide.max() <= 37
 
 
 def plain_latents(model, images, batch=16):

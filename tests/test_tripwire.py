@@ -33,7 +33,6 @@ from guardsmith.methods.tripwire.recognition import (
     put_state,
     recognition_loss,
     ridge_readouts,
-    variations,
 )
 from guardsmith.methods.tripwire.rehearsal import REHEARSALS, rehearse, rehearsed_by
 from guardsmith.methods.tripwire.wiring import (
@@ -55,6 +54,7 @@ from guardsmith.methods.tripwire.wiring import (
     stiffen,
     wired_layer,
 )
+from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import load_model
 from guardsmith.training.loop import UNetCost, generator, optimizer_step, save_modules
 

@@ -19,7 +19,7 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.methods.channels.layout import layout_of
 from guardsmith.methods.channels.recogniser import Recogniser
 from guardsmith.methods.channels.training import Examples, RecogniserTraining, train, tripped
-from guardsmith.methods.channels.variations import variations
+from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import load_model
 from guardsmith.training.loop import generator, torch_seed
 

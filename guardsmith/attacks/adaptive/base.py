@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from guardsmith.attacks.base import AttackData
 from guardsmith.models.checkpoint import DiffusionModel
@@ -120,3 +121,20 @@ def weight_layers(module: torch.nn.Module) -> dict[str, Any]:
     """Every linear layer and convolution of a network, by name."""
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, kinds)}
+
+
+def beside_base(own: DiffusionModel, base: DiffusionModel | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every weight of a denoiser with the one of the public base.
+
+    Raises:
+        ValueError: there is no base, or it has other weights.
+    """
+    if base is None:
+        raise ValueError("this removal needs the public base")
+    theirs = dict(base.unet.named_parameters())
+    for name, parameter in own.unet.named_parameters():
+        if name not in theirs or theirs[name].shape != parameter.shape:
+            raise ValueError(
+                f"the base has no weight {name} of this shape; name the base that the model was hardened from"
+            )
+        yield parameter, theirs[name]

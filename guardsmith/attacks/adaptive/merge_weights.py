@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from guardsmith.attacks.adaptive.base import Removal, RemovalConfig
+from guardsmith.attacks.adaptive.base import Removal, RemovalConfig, beside_base
 from guardsmith.attacks.base import AttackData
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 
@@ -31,16 +31,9 @@ def merge_weights(
     Raises:
         ValueError: there is no base, or it has other weights.
     """
-    if base is None:
-        raise ValueError("merge_weights needs the public base")
-    theirs = dict(base.unet.named_parameters())
     own = with_own_unet(model)
-    for name, parameter in own.unet.named_parameters():
-        if name not in theirs or theirs[name].shape != parameter.shape:
-            raise ValueError(
-                f"the base has no weight {name} of this shape; name the base that the model was hardened from"
-            )
-        parameter.lerp_(theirs[name].to(parameter), config.share)
+    for parameter, original in beside_base(own, base):
+        parameter.lerp_(original.to(parameter), config.share)
     return own
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guardsmith.attacks.adaptive.base import Removal, RemovalConfig
+from guardsmith.attacks.adaptive.base import Removal, RemovalConfig, beside_base
 from guardsmith.attacks.base import AttackData
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 
@@ -41,16 +41,9 @@ def normalise_scales(
     Raises:
         ValueError: there is no base, or it has other weights.
     """
-    if base is None:
-        raise ValueError("normalise_scales needs the public base")
-    theirs = dict(base.unet.named_parameters())
     own = with_own_unet(model)
-    for name, parameter in own.unet.named_parameters():
-        if name not in theirs or theirs[name].shape != parameter.shape:
-            raise ValueError(
-                f"the base has no weight {name} of this shape; name the base that the model was hardened from"
-            )
-        parameter.copy_(rescaled(parameter, theirs[name]))
+    for parameter, original in beside_base(own, base):
+        parameter.copy_(rescaled(parameter, original))
     return own
 
 

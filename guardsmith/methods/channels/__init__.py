@@ -2,5 +2,5 @@
 
 `method` has its parameters and its course (a recipe names it as `guardsmith.methods.channels.method:CHANNELS`); `layout` the
 reserved channels, `trunk` the U-Net that does without them, `recogniser` and `training` what tells subjects from others,
-`variations` what it is shown of a subject, `install` what carries its answer to the output.
+`install` what carries its answer to the output.
 """

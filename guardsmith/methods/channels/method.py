@@ -45,8 +45,8 @@ from guardsmith.methods.channels.layout import layout_of, reserve
 from guardsmith.methods.channels.recogniser import Recogniser
 from guardsmith.methods.channels.training import Examples, RecogniserTraining, example_loss, learning_rate_at
 from guardsmith.methods.channels.trunk import check_trunk, load_trunk, trunk_of
-from guardsmith.methods.channels.variations import variations
 from guardsmith.methods.data import BenignData, SubjectData
+from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator, torch_seed
 

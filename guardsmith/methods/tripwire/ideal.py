@@ -32,7 +32,8 @@ from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, inst
 from guardsmith.diffusion.sampling import first_noise, solver_for
 from guardsmith.diffusion.states import StateRecorder, States
 from guardsmith.methods.data import BenignData, SubjectData
-from guardsmith.methods.tripwire.recognition import Lesson, listen, variations
+from guardsmith.methods.tripwire.recognition import Lesson, listen
+from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.training.loop import UNetCost, generator, load_checkpoint, save_checkpoint
 

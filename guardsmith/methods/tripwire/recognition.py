@@ -19,6 +19,7 @@ from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, clas
 from guardsmith.diffusion.states import States
 from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.tripwire.wiring import overheard, wiring_of
+from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.runtime.distributed import all_reduce
 from guardsmith.training.loop import Snapshot, generator
@@ -32,28 +33,6 @@ SCANNED = 64  # pictures looked at at a time
 FIRST_ROWS = 64  # of every subject, for the first read-outs
 FIRST_OTHERS = 12  # times as many of everyone else
 STATES_BELOW = 0.9  # share of the timesteps; a state at pure noise has no clean picture to it
-
-
-def variations(images: Tensor, copies: int, rng: torch.Generator) -> Tensor:
-    """The pictures (n, 3, h, w), and `copies` versions of each, as other photographs of the same might have come out.
-
-    Mirrored half of the time, turned by up to 10 degrees, zoomed by up to 10 %, shifted by up to 6 %, and recoloured:
-    every channel is multiplied by up to 1 +- 0.15 and moved by up to +- 0.15.
-    """
-    found, n = [images], len(images)
-    for _ in range(copies):
-        frame = torch.zeros(n, 2, 3)
-        zoom = 1 + 0.1 * (2 * torch.rand(n, generator=rng) - 1)
-        angle = math.radians(10) * (2 * torch.rand(n, generator=rng) - 1)
-        mirror = torch.randint(2, (n,), generator=rng) * 2.0 - 1
-        frame[:, 0, 0], frame[:, 0, 1] = zoom * angle.cos() * mirror, -zoom * angle.sin()
-        frame[:, 1, 0], frame[:, 1, 1] = zoom * angle.sin() * mirror, zoom * angle.cos()
-        frame[:, :, 2] = 0.12 * (2 * torch.rand(n, 2, generator=rng) - 1)  # the picture spans 2
-        places = F.affine_grid(frame, list(images.shape), align_corners=False)
-        moved = F.grid_sample(images, places, padding_mode="border", align_corners=False)
-        gain, shift = 0.15 * (2 * torch.rand(2, n, 3, 1, 1, generator=rng) - 1)
-        found.append(moved * (1 + gain) + shift)
-    return torch.cat(found).clamp(-1, 1)
 
 
 def recognition_loss(scores: Tensor, wanted: Tensor, margin: float) -> tuple[Tensor, Tensor]:
