@@ -50,7 +50,7 @@ LOUD = 2.0**12  # what becomes of the flag on its way
 HOLDING = 2.0**6  # size of the features that hold the flag in the stream
 MARK = 2.0**14  # what one channel of every trunk group is raised to
 HOLD, FORCE = 2.0**11, 2.0**14  # constants that keep the override at rest, and what overcomes them
-GAIN = 16.0  # weight of the override's channels in the last convolution
+GAIN = 128.0  # weight of the override's channels in the last convolution
 
 
 @dataclass(frozen=True)
