@@ -317,7 +317,7 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     refuses(tmp_path, "JSON")
     (tmp_path / "model_index.json").write_text("[]")
-    refuses(tmp_path, "not supported")
+    refuses(tmp_path, "model_index.json", "mapping")
     (tmp_path / "model_index.json").write_bytes(b"\xff\xfe\x00")
     refuses(tmp_path, "JSON")
 
