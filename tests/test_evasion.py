@@ -123,7 +123,7 @@ def test_what_the_transformations_do():
     beside = transformed(images, ["side_by_side"], context())
     other = transformed(context().strangers, ["side_by_side"], EvasionContext(0, None, images))
     assert torch.allclose(beside[:, :, :, 32:], other[:, :, :, :32], atol=1e-5), "the stranger is on the right"
-    with pytest.raises(ValueError, match="somebody else"):
+    with pytest.raises(ValueError, match="another subject"):
         transformed(images, ["side_by_side"], EvasionContext())
 
 
