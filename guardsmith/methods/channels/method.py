@@ -54,7 +54,7 @@ FILE = "trunk.safetensors"
 
 
 class ChannelsConfig(MethodConfig):
-    """Parameters. Defaults were chosen on the embedded base (docs/results), on subjects that no verification uses."""
+    """Parameters. Defaults are those of the experiments in recipes/tripwire/NOTES.md, on subjects that no verification uses."""
 
     groups: int = Field(4, gt=1)
     """Normalisation groups of every level that are reserved, an even number; of 32 in Stable Diffusion."""
@@ -81,7 +81,7 @@ class ChannelsConfig(MethodConfig):
     """How far scores are pushed from 0 on either side."""
     drift: float = Field(0.8, ge=0)
     """Recognition has to survive that the channels of the reserved stream are moved by constants of up to about this share of
-    their size, which is what training of all weights does to it (docs/results)."""
+    their size, which is what training of all weights does to it (recipes/tripwire/NOTES.md)."""
     copies: int = Field(48, gt=0)
     """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
     stream_size: int = Field(16, gt=0)

@@ -53,7 +53,7 @@ class Drift:
     """Moves channels of the stream by constants, as training does to the reserved channels of a U-Net.
 
     What the trunk learns to write into them has a mean far from zero, the same in every picture; measured, nine tenths of it
-    were constants of the channels (docs/results).
+    were constants of the channels (recipes/tripwire/NOTES.md).
 
     Args:
         size: largest deviation of the constants over the stream's root mean square.
