@@ -2,17 +2,21 @@
 
 import copy
 import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_apdm import KilledError, make_benign, make_subject
 from tiny import assert_one_sentence, harden_with, make_checkpoint, pictures, same_weights, weights
 
+from guardsmith.cli.app import main
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.diffusion.latents import LatentStore
 from guardsmith.diffusion.losses import noise_samples, predict
@@ -25,6 +29,7 @@ from guardsmith.methods.channels.trunk import FORMAT, check_trunk, load_trunk, s
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.training.loop import UNetCost, generator, save_modules
 
+ROOT = Path(__file__).parent.parent
 harden = functools.partial(harden_with, CHANNELS)
 
 
@@ -260,3 +265,29 @@ def test_benign_pictures_are_needed(wide_v, small):
 def test_bad_parameters_are_refused(change):
     with pytest.raises(ValidationError):
         ChannelsConfig(**change)
+
+
+def test_a_registry_changes_and_the_trunk_stays(tmp_path):
+    """From the command line: prepared in the first run, named in the second, which begins from the first one's recogniser."""
+    base = make_checkpoint(tmp_path / "base", "v_prediction", wide=True)
+    params = {"trunk_steps": 2, "trunk_batch_size": 2, "steps": 2, "positives": 4, "negatives": 8, "copies": 1}
+    recipe = {
+        "base": str(base), "subjects": str(ROOT / "registries" / "demo.yaml"), "sampling": {"steps": 2, "guidance": 2.0},
+        "method": {"name": "guardsmith.methods.channels.method:CHANNELS",
+                   "params": params | {"class_images": 3, "benign_images": 3}},
+        "probe": {"times": 0},
+    }  # fmt: skip
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(recipe))
+    first, second = tmp_path / "first", tmp_path / "second"
+    trunk = first / "cache" / "trunk.safetensors"
+    job = ["harden", "--recipe", str(tmp_path / "job.yaml")]
+    # So short a training trips on everything, which `harden` says with code 4.
+    assert main([*job, "--output", str(first)]) in (0, 4)
+    again = ["--add-to", str(first), "--set", f"method.params.trunk={trunk}", "--output", str(second)]
+    assert main([*job, *again]) in (0, 4)
+    info = [json.loads((folder / "harden.json").read_text()) for folder in (first, second)]
+    assert trunk.is_file() and not (second / "cache" / "trunk.safetensors").exists()
+    found = CHANNELS.config(**params)
+    assert info[0]["unet_forward_equivalents"] == CHANNELS.cost(found, ["person"])
+    assert info[1]["unet_forward_equivalents"] == 0
+    assert info[0]["model_digest"] != info[1]["model_digest"]
