@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import yaml
@@ -306,3 +307,12 @@ def test_a_table_of_renamed_keys_leaves_the_data_as_it_is():
     renamed, warnings = with_new_keys(data, {"a.old": "a.new", "b.old": "b.new", "c": "d"}, "f")
     assert renamed == {"a": {"new": 1, "other": 2}, "b": 3} and list(renamed["a"]) == ["new", "other"]
     assert data["a"] == {"old": 1, "other": 2} and warnings == ["f: 'a.old' is called 'a.new' now; please rename it"]
+
+
+@pytest.mark.parametrize(
+    ("change", "near"),
+    [("steps=3", "did you mean 'sampling.steps'"), ("verify.seed=[0]", "did you mean 'seeds'"), ("sed=1", "did you mean 'seed'")],
+)  # fmt: skip
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(change, near):
+    with pytest.raises(UserError, match=re.escape(near)):
+        load_recipe("demo", [change])

@@ -3,8 +3,9 @@ import json
 import os
 import re
 import shutil
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import yaml
 from PIL import Image, ImageEnhance, ImageOps
 
 from guardsmith.core.errors import UserError
-from guardsmith.registry.add import add_subject
+from guardsmith.evaluation.forecast import _look_at_consents
+from guardsmith.registry.add import _numbered, add_subject
 from guardsmith.registry.loader import Registry, json_schema, load_registry, unknown_class_nouns
 
 TODAY = date(2026, 6, 1)
@@ -880,3 +882,32 @@ def test_pictures_of_any_name_are_read(folder):
     with pytest.raises(UserError, match="is not UTF-8, so it cannot be written in a registry") as caught:
         add_subject(folder / "R.yaml", other, "ann", "person", "person", **MIRA)
     assert "\n" not in str(caught.value) and (folder / "R.yaml").read_text() == before
+
+
+def test_numbered_pictures_stay_in_their_order():
+    names = ["IMG_10.png", "IMG_2.png", "IMG_1.png", "a.png", "2.png", "10.png"]
+    assert [file.name for file in sorted(map(Path, names), key=_numbered)] == [
+        "2.png", "10.png", "IMG_1.png", "IMG_2.png", "IMG_10.png", "a.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hours", "fine"), [(0.01, True), (None, True), (30.0, False)])
+def test_a_consent_holds_through_its_last_day(hours, fine):
+    today = date(2026, 5, 4)
+    consent = SimpleNamespace(expires_on=today)
+    registry = SimpleNamespace(subjects=[SimpleNamespace(id="mira", consent=consent)])
+    said = []
+    plan = SimpleNamespace(add=lambda what, text, status="fine": said.append((status, text)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("guardsmith.evaluation.forecast.datetime", Noon)
+        _look_at_consents(plan, registry, hours, today)
+    assert [status for status, _ in said] == ["fine" if fine else "problem"]
+    assert hours or "unknown" in said[0][1]
+
+
+class Noon(datetime):
+    """Whatever the clock says."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 5, 4, 12, tzinfo=tz)

@@ -61,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 gate failed, 2 wrong usage or input, 3 inconclusive, 4 run failed, 130 interrupted.
     """
-    for library in ("DIFFUSERS", "TRANSFORMERS"):  # what they warn of when they are imported is not for who runs a command
+    for library in (
+        "DIFFUSERS",
+        "TRANSFORMERS",
+    ):  # what they warn of when they are imported is not for who runs a command
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     with unfailing_stderr():
         return _main(arguments)

@@ -84,7 +84,7 @@ def explain(error: ValidationError, where: str, keys: Sequence[str]) -> list[str
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            hint = did_you_mean(problem["loc"][-1], keys) or "; remove it"
+            hint = _near(str(problem["loc"][-1]), place.rpartition(".")[0], keys) or "; remove it"
             sentences.append(f"{where}: {place!r} is not a known key{hint}")
         else:
             reason = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
@@ -92,12 +92,21 @@ def explain(error: ValidationError, where: str, keys: Sequence[str]) -> list[str
     return sentences
 
 
-def _known_keys(model: type[BaseModel]) -> list[str]:
+def _near(word: str, parent: str, keys: Sequence[str]) -> str:
+    """The end of a sentence about an unknown key: one spelt nearly like it in the same place, or the place of one elsewhere."""
+    here = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == parent]
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    if hint := did_you_mean(word, here):
+        return hint
+    return f"; did you mean {elsewhere[word]!r}?" if word in elsewhere else did_you_mean(word, keys)
+
+
+def _known_keys(model: type[BaseModel], parent: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        keys.append(name)
+        keys.append(f"{parent}{name}")
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation)
+            keys += _known_keys(field.annotation, f"{parent}{name}.")
     return keys
 
 

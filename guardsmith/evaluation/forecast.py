@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -344,7 +344,7 @@ def _look_at_room(plan: Forecast, recipe: Recipe, output: Path, base: DiffusionM
 
 
 def _look_at_consents(plan: Forecast, registry: Registry, hours: float | None, today: date) -> None:
-    end = today + timedelta(days=ceil((hours or 0) / 24))
+    end = (datetime.combine(today, datetime.now().astimezone().time()) + timedelta(hours=hours or 0)).date()
     ends = {
         subject.id: subject.consent.expires_on
         for subject in registry.subjects
@@ -358,5 +358,8 @@ def _look_at_consents(plan: Forecast, registry: Registry, hours: float | None, t
     if not short:
         first: Sequence[date] = sorted(ends.values())
         plan.add(
-            "consents", f"hold through {end}, the expected end" + (f"; the first ends on {first[0]}" if first else "")
+            "consents",
+            f"hold through {end}, "
+            + ("when the run is expected to end" if hours else "today; how long a run takes is unknown")
+            + (f"; the first ends on {first[0]}" if first else ""),
         )

@@ -142,6 +142,7 @@ def _split_folder(
             f"{folder} holds {len(loose)} pictures ({KINDS}), but the splits "
             f"{', '.join(splits)} need at least one each: add pictures"
         )
+    loose = sorted(loose, key=_numbered)
     # In proportion, but at least one picture each.
     total = sum(ratios[split] for split in splits)
     shares = {split: len(loose) * ratios[split] / total for split in splits}
@@ -152,6 +153,11 @@ def _split_folder(
         sizes[max(splits, key=lambda split: sizes[split] - shares[split] if sizes[split] > 1 else -1)] -= 1
     order = [split for split in splits for _ in range(sizes[split])]
     return list(zip(loose, order, strict=True))
+
+
+def _numbered(file: Path) -> list[tuple[int, str]]:
+    """Sorts IMG_2 before IMG_10, so that pictures taken one after the other stay together."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", file.name)]
 
 
 def _relative(file: Path, start: Path) -> str:
