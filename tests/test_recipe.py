@@ -316,3 +316,13 @@ def test_a_table_of_renamed_keys_leaves_the_data_as_it_is():
 def test_a_key_in_the_wrong_place_is_told_where_it_belongs(change, near):
     with pytest.raises(UserError, match=re.escape(near)):
         load_recipe("demo", [change])
+
+
+def test_levels_of_the_embedded_judge_are_refused(tmp_path):
+    """It has levels of its own, which would be used in their place."""
+    file = tmp_path / "levels.yaml"
+    classes = {"person": {"chance": 0.0, "chance_high": 0.1, "genuine": 0.8}}
+    file.write_text(yaml.safe_dump({"judge": "avatar", "dated": "2026-01-01", "classes": classes}))
+    with pytest.raises(UserError, match="has its own levels") as caught:
+        load_recipe("demo", [f"judge={json.dumps({'levels': str(file)})}"])
+    assert_one_sentence(caught.value)

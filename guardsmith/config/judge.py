@@ -119,6 +119,10 @@ def with_levels(judge: RecipeJudge, folder: Path, names_judge: bool) -> RecipeJu
             f"judge.levels: there is no file {file}; measure one with `guardsmith levels FOLDER --judge NAME`"
         )
     levels = load_levels(file)
+    if levels.judge == JudgeSpec().name:
+        raise UserError(
+            f"judge.levels: {file} is of the embedded judge, which has its own levels; leave it out, or measure another."
+        )
     if names_judge and judge.name != levels.judge:
         raise UserError(
             f"judge.levels: {file} has the levels of {levels.judge}, and the recipe's judge is {judge.name}"
