@@ -1,7 +1,7 @@
 # guardsmith in a container.
 #   docker build --tag guardsmith .                                  for CPUs
 #   docker build --tag guardsmith:cuda --build-arg DEVICE=cuda .     for NVIDIA GPUs (run with --gpus all)
-#   docker run --rm --volume "$PWD/out:/work/out" guardsmith         runs the demo; its files are in ./out
+#   docker run --rm --volume "$PWD/out:/data/out" guardsmith         runs the demo; its files are in ./out
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm
 
@@ -24,8 +24,8 @@ COPY registries ./registries
 RUN python -m pip install --constraint constraints.txt .
 
 # Not root, and a folder of its own for what it writes.
-RUN useradd --create-home --uid 1000 guardsmith && install -d -o guardsmith -g guardsmith /work /work/out
+RUN useradd --create-home --uid 1000 guardsmith && install -d -o guardsmith -g guardsmith /data /data/out
 USER 1000
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["guardsmith"]
 CMD ["run", "demo", "--output", "out/demo"]

@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from guardsmith.methods.data import BenignData, SubjectData
@@ -24,6 +24,16 @@ from guardsmith.training.compute import ComputeConfig
 from guardsmith.training.loop import OnStep, Probe, TrainingLoop
 from guardsmith.training.optimizers import adamw
 from guardsmith.training.scaling import LossScale
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("must be a power of two (then no weight is rounded)")
+    return value
+
+
+PowerOfTwo = Annotated[int, AfterValidator(_power_of_two)]
+"""A factor on weights that rounds none of them; with `Field(gt=0)`."""
 
 
 class MethodConfig(BaseModel):

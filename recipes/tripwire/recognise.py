@@ -59,7 +59,9 @@ train(
     RecogniserTraining(steps=a.steps, drift=a.drift),
     seed=a.seed,
     on_step=lambda s, x: (
-        print(s + 1, round(x, 3), f"{time.time() - began:.0f} s", flush=True) if (s + 1) % 250 == 0 else None
+        print(s + 1, {part: round(value, 3) for part, value in x.items()}, f"{time.time() - began:.0f} s", flush=True)
+        if (s + 1) % 250 == 0
+        else None
     ),
 )
 seconds = time.time() - began

@@ -139,8 +139,8 @@ class Bench:
             prompts: likewise.
             each: further arguments of the pipeline for a slice of the pictures.
         """
-        asked = list(prompts or self.prompts)[: count or self.spec.images]
-        count = len(asked)
+        texts = list(prompts or self.prompts)[: count or self.spec.images]
+        count = len(texts)
         dtype, device = _denoiser(pipeline).dtype, chosen_device()
         drawn, seeds = [], NOISE[noise or "second"].seeds(count)
         for start in range(0, count, self.batch):
@@ -149,7 +149,7 @@ class Bench:
             if noise:
                 further["latents"] = self.noise(noise, count)[some].to(device, dtype)
             out = pipeline(
-                prompt=asked[some], num_inference_steps=steps or self.steps,
+                prompt=texts[some], num_inference_steps=steps or self.steps,
                 guidance_scale=self.guidance if guidance is None else guidance, output_type="pt",
                 **further, **(each(some) if each else {}),
             )  # fmt: skip

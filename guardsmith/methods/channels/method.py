@@ -37,13 +37,14 @@ from guardsmith.methods.base import (
     HardeningResult,
     MemoryFootprint,
     MethodConfig,
+    PowerOfTwo,
     Preparation,
     Prepared,
 )
 from guardsmith.methods.channels.install import Scales, install
 from guardsmith.methods.channels.layout import layout_of, reserve
 from guardsmith.methods.channels.recogniser import Recogniser
-from guardsmith.methods.channels.training import Examples, RecogniserTraining, example_loss, learning_rate_at
+from guardsmith.methods.channels.training import Examples, RecogniserTraining, optimizer_of, training_step
 from guardsmith.methods.channels.trunk import check_trunk, load_trunk, trunk_of
 from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.variations import variations
@@ -84,18 +85,11 @@ class ChannelsConfig(MethodConfig):
     their size, which is what training of all weights does to it (recipes/tripwire/NOTES.md)."""
     copies: int = Field(48, gt=0)
     """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
-    stream_size: int = Field(16, gt=0)
+    stream_size: PowerOfTwo = Field(16, gt=0)
     """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
     less; a model that is merged in meets a large one as noise."""
-    inner_scale: int = Field(1024, gt=0)
+    inner_scale: PowerOfTwo = Field(1024, gt=0)
     """Factor on the first convolutions of reserved resnets, a power of two."""
-
-    @field_validator("stream_size", "inner_scale")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError("must be a power of two (then no weight is rounded)")
-        return value
 
     @field_validator("groups")
     @classmethod
@@ -187,22 +181,16 @@ class Channels(HardeningMethod[ChannelsConfig]):
             ready.unet.requires_grad_(False)
             return ready
 
-        parameters = list(recogniser.parameters())
-        optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=1e-3)
+        optimizer = optimizer_of(recogniser, training)
         loop = context.training_loop(
             "the recogniser", config.steps, modules={"recogniser": recogniser}, optimizers={"optimizer": optimizer},
             tensors={"closeness": examples.closeness}, released=armed,
         )  # fmt: skip
         for step in loop:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, training)
-            loss, missed, false = example_loss(recogniser, examples, model.scheduler, training, generator(seed, step))
-            loss.backward()
-            # Every process takes the same step: the recogniser is too small to be worth sharing out.
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            loop.finish_step(step, {"missed": missed, "false": false, "gradient_norm": float(norm)})
+            losses = training_step(
+                recogniser, optimizer, examples, model.scheduler, training, step=step, seed=seed
+            )  # fmt: skip
+            loop.finish_step(step, losses)
         return HardeningResult(armed(), loop.history)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guardsmith.diffusion.losses import alpha_sigma
 from guardsmith.methods.channels.recogniser import Drift, Recogniser
-from guardsmith.training.loop import generator, optimizer_step
+from guardsmith.training.loop import generator
 
 TEMPERATURE = 2.0
 SOME = 64  # rows
@@ -121,6 +121,36 @@ def example_loss(
     return parts[0] + config.strangers_weight * parts[1], parts[0].item(), parts[1].item()
 
 
+def optimizer_of(recogniser: Recogniser, config: RecogniserTraining) -> torch.optim.Optimizer:
+    """AdamW over the recogniser; `training_step` sets its rate."""
+    return torch.optim.AdamW(recogniser.parameters(), config.learning_rate, weight_decay=1e-3)
+
+
+def training_step(
+    recogniser: Recogniser,
+    optimizer: torch.optim.Optimizer,
+    examples: Examples,
+    scheduler: Any,
+    config: RecogniserTraining,
+    *,
+    step: int,
+    seed: int,
+) -> dict[str, float]:
+    """One step, the same in every process: the recogniser is too small to be worth sharing out.
+
+    Returns:
+        The two parts of the loss, and the gradient's norm before clipping.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, config)
+    loss, missed, false = example_loss(recogniser, examples, scheduler, config, generator(seed, step))
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(recogniser.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"missed": missed, "false": false, "gradient_norm": float(norm)}
+
+
 def train(
     recogniser: Recogniser,
     examples: Examples,
@@ -128,7 +158,7 @@ def train(
     config: RecogniserTraining,
     *,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
     """Train a recogniser in place, outside of a hardening.
 
@@ -138,18 +168,13 @@ def train(
         scheduler: of the noise.
         config: settings.
         seed: of everything drawn.
-        on_step: called with step and loss.
+        on_step: called with the step and what `training_step` returns.
     """
-    parameters = list(recogniser.parameters())
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=1e-3)
+    optimizer = optimizer_of(recogniser, config)
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        loss, _, _ = example_loss(recogniser, examples, scheduler, config, generator(seed, step))
-        loss.backward()
-        optimizer_step(optimizer, parameters, max_grad_norm=1.0)
+        losses = training_step(recogniser, optimizer, examples, scheduler, config, step=step, seed=seed)
         if on_step is not None:
-            on_step(step, loss.item())
+            on_step(step, losses)
 
 
 @torch.no_grad()

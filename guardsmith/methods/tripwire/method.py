@@ -43,6 +43,7 @@ from guardsmith.methods.base import (
     HardeningResult,
     MemoryFootprint,
     MethodConfig,
+    PowerOfTwo,
     Preparation,
     Prepared,
 )
@@ -103,26 +104,19 @@ class TripwireConfig(MethodConfig):
     ideal_images: int = Field(0, ge=0)
     """In place of rehearsals (`rehearsal_steps: 0`): so many pictures of each subject are drawn as a model ideally personalized
     on it would (`methods/ideal.py`), without any training."""
-    stiffness: int = Field(64, gt=0)
+    stiffness: PowerOfTwo = Field(64, gt=0)
     """Factor on the residual stream, a power of two: an attacker's steps on what writes to it count this much less."""
-    inner_stiffness: int = Field(4, gt=0)
+    inner_stiffness: PowerOfTwo = Field(4, gt=0)
     """Factor on values and gated neurons of the attention blocks up to the wire, a power of two."""
-    writer_stiffness: int = Field(4, gt=0)
+    writer_stiffness: PowerOfTwo = Field(4, gt=0)
     """Factor on what writes to the tokens there (the last layers of attention and feed-forward), a power of two. Not for the
     middle block, where it is as large as `stiffness` allows."""
-    reader_stiffness: int = Field(4, gt=0)
+    reader_stiffness: PowerOfTwo = Field(4, gt=0)
     """Factor on what reads the normalised tokens there (queries, keys, gates), a power of two."""
-    descent: int = Field(4, gt=0)
+    descent: PowerOfTwo = Field(4, gt=0)
     """Factor on the first down-sampler, a power of two."""
     kick: float = Field(12.0, ge=0)
     """Recognition has to survive this many optimizer steps straight against it."""
-
-    @field_validator("stiffness", "inner_stiffness", "writer_stiffness", "reader_stiffness", "descent")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError("must be a power of two (then no weight is rounded)")
-        return value
 
     @field_validator("ideal_images")
     @classmethod
