@@ -13,7 +13,6 @@ Errors are those of the command line: `UserError` for bad input, `RunFailed` for
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,8 +62,9 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
         UserError: there is no such recipe, or it has problems, one a line.
     """
     from guardsmith.config.loading import load_recipe as load
+    from guardsmith.config.problems import as_changes
 
-    return load(str(name), [f"{key}={json.dumps(value)}" for key, value in (changes or {}).items()])
+    return load(str(name), as_changes(changes or {}))
 
 
 @dataclass(frozen=True)

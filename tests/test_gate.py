@@ -3,9 +3,11 @@ import math
 import numpy as np
 import pytest
 
+from guardsmith.config.deployability import DeployabilityLimits
 from guardsmith.config.recipe import GateSpec
 from guardsmith.gate.calibration import Levels
-from guardsmith.gate.checks import EXIT_CODES, Check, undecided
+from guardsmith.gate.checks import EXIT_CODES, Check, needed, undecided
+from guardsmith.gate.deployability import Measurement
 from guardsmith.gate.evidence import Evidence, Utility
 from guardsmith.gate.rules import (
     RULES,
@@ -22,7 +24,7 @@ from guardsmith.gate.rules.base_attack import check_base_attack
 from guardsmith.gate.rules.benign_clip_t import check_clip_t
 from guardsmith.gate.rules.control import check_control
 from guardsmith.gate.rules.protected import check_protected
-from guardsmith.gate.statistics import Interval, interval, ratio_interval
+from guardsmith.gate.statistics import Interval, interval, ratio_interval, share_interval
 
 SPEC = GateSpec()  # control_retention 0.9, personalized_share 0.5, kid_ratio 2, fidelity_drop 0.05
 LEVELS = Levels(chance=0.2, chance_high=0.4, genuine=0.8)
@@ -393,7 +395,8 @@ def test_an_undecided_check_says_how_many_pictures_would_decide_it():
     spread = Interval(0.3, 0.1, 0.5, 16, 0)
     assert "64 pictures instead of 16" in undecided(spread, 0.4)
     assert "64 pictures instead of 16" in undecided(spread, 0.2)
-    assert "17 pictures instead of 16" in undecided(Interval(0.3, 0.25, 0.41, 16, 0), 0.4), "a lopsided interval"
+    lopsided = Interval(0.3, 0.25, 0.41, 16, 0)  # the end at the limit counts: .11 over .1
+    assert "20 pictures instead of 16" in undecided(lopsided, 0.4)
     assert "too close" in undecided(spread, 0.301)
     wide = [[0.1, 0.3, 0.5, 0.45] * 2]
     check = check_protected("mira", "db", wide, LEVELS, SPEC)
@@ -404,6 +407,69 @@ def test_an_undecided_check_says_how_many_pictures_would_decide_it():
     assert check.status == "pass" and "instead of" not in check.sentence
     check = check_control("tom", "db", same(1.0), same(1.0), LEVELS, SPEC)
     assert check.status == "pass" and "instead of" not in check.sentence
+
+
+def test_so_many_pictures_decide_it_and_one_fewer_does_not():
+    """Ends come nearer with the root of the pictures; a share's by Wilson's formula."""
+    for value, limit in ((Interval(0.3, 0.25, 0.41, 16, 0), 0.4), (Interval(0.95, 0.7, 1.2, 10, 0), 0.9)):
+        pictures = needed(value, limit)
+
+        def ends(count, value=value):
+            scale = (value.n / count) ** 0.5
+            return value.mean - (value.mean - value.low) * scale, value.mean + (value.high - value.mean) * scale
+
+        low, high = ends(pictures)
+        assert not low < limit < high or min(abs(limit - low), abs(limit - high)) < 1e-9
+        low, high = ends(pictures - 1)
+        assert low < limit < high
+    assert needed(Interval(0.3, 0.1, 0.5, 16, 0), 0.3) is None
+    check = collapsed(collapsed=0, n=20)
+    assert "; 73 pictures instead of 20 would decide it" in check.sentence
+    assert share_interval(0, 73).high <= 0.05 < share_interval(0, 72).high
+    assert "; 400 pictures" not in collapsed(collapsed=6).sentence  # .03 of n: the limit is .02 away
+    assert share_interval(14, 457).high > 0.05 > share_interval(13, 457).high
+    assert "; 457 pictures instead of 200" in collapsed(collapsed=6).sentence
+
+
+def test_a_check_of_too_few_pictures_says_how_many_it_needs():
+    few = [[0.1, 0.1, 0.1]]
+    assert SPEC.minimum_images == 8
+    sentence = check_protected("mira", "db", few, LEVELS, SPEC).sentence
+    assert sentence == "too few pictures: 3 pictures were scored and 8 are needed (verify.images_per_unit)"
+    assert "3 pictures were scored and 8 are needed" in check_base_attack("mira", "db", few, LEVELS, SPEC).sentence
+    assert "1 picture was scored" in check_protected("mira", "db", [[0.1]], LEVELS, SPEC).sentence
+    assert "no picture was scored, and 8 are needed" in check_protected("mira", "db", [[]], LEVELS, SPEC).sentence
+    wide = check_protected("mira", "db", [[0.1, 0.3, 0.7]], LEVELS, SPEC)  # across the limit: eight would not decide it
+    similarity = interval([[0.1, 0.3, 0.7]])
+    assert similarity.low < LEVELS.chance_high < similarity.high
+    assert f"and {needed(similarity, LEVELS.chance_high)} are needed" in wide.sentence
+    assert needed(similarity, LEVELS.chance_high) > 8
+    for hardened, base in ((few, same(0.8)), (same(0.8), [[0.8] * 3])):
+        assert "3 pictures were scored and 8" in check_control("tom", "db", hardened, base, LEVELS, SPEC).sentence
+    assert "no picture was scored, and 8" in check_control("tom", "db", [[]], same(0.8), LEVELS, SPEC).sentence
+    nothing_there = check_control("tom", "db", same(0.8), same(0.0), LEVELS, SPEC).sentence
+    assert "are needed" not in nothing_there and "above chance" in nothing_there
+    assert (
+        "1 of 16 pictures could not be scored"
+        in check_protected("m", "db", with_unscored(same(0.1)), LEVELS, SPEC).sentence
+    )
+    clip = check_clip_t([0.3] * 5, [0.3] * 5, SPEC).sentence
+    assert "5 pictures were scored and 8 are needed (verify.benign_images)" in clip
+
+
+def test_every_undecided_measurement_says_how_many_pictures_it_needs():
+    """KID and everyday use count their pictures too; an attack that did not learn is not mended by more of them."""
+    [kid] = benign(benign_kid, kid_ratio=1.5, kid_ratio_low=0.5, kid_ratio_high=2.5)
+    assert kid.status == "inconclusive" and "; 800 pictures instead of 200" in kid.sentence
+    everyday = Measurement(check="precision", case="bfloat16", measure="difference", value=1.5, low=1.0, high=2.5, n=16)
+    check = everyday.check_of("everyday use (precision)", DeployabilityLimits())
+    assert check.status == "inconclusive" and "; 64 pictures instead of 16" in check.sentence
+    failed = everyday.model_copy(update={"error": "RuntimeError: x"}).check_of("x", DeployabilityLimits())
+    assert failed.status == "inconclusive" and "would decide" not in failed.sentence
+    near = check_base_attack("mira", "db", [[0.4, 0.9] * 4], LEVELS, SPEC)
+    assert near.status == "inconclusive" and "would decide" in near.sentence
+    far = check_base_attack("mira", "db", [[0.1, 0.2] * 4], LEVELS, SPEC)
+    assert far.status == "inconclusive" and "did not learn" in far.sentence and "would decide" not in far.sentence
 
 
 def test_a_cell_whose_attack_does_not_work_on_the_base_is_no_evidence():

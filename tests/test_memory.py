@@ -138,7 +138,7 @@ def test_a_dry_run_tells_it_and_does_without_a_base_that_is_not_here(capsys, mon
     assert main([*asked, "--recipe", "apdm-sd15"]) == 0
     out = capsys.readouterr()
     assert json.loads(out.out)["memory_gib"] is None
-    assert "is not on this machine" in out.err
+    assert "there is no folder of this name, it is not in the local Hub cache" in out.err
 
 
 def test_what_the_documentation_says_of_stable_diffusion():

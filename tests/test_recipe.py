@@ -326,3 +326,54 @@ def test_levels_of_the_embedded_judge_are_refused(tmp_path):
     with pytest.raises(UserError, match="has its own levels") as caught:
         load_recipe("demo", [f"judge={json.dumps({'levels': str(file)})}"])
     assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("sampling.steps=1", "--set sampling.steps=1: input should be greater"),
+        ("sampling={steps: 1}", "--set sampling={steps: 1}: sampling.steps: input should be greater"),
+        ("method.params.betta=1", "--set method.params.betta=1: 'method.params.betta' is not a known key; did you mean"),
+        ("method.name=adpm", "--set method.name=adpm: method: there is no method 'adpm'"),
+        ("verify.attacks.a.params.rank=0", "--set verify.attacks.a.params.rank=0: input should be greater"),
+        ("seed=no", "--set seed=no: YAML reads yes"),
+        ("verify.attacks.a.evasion=nothing", "--set verify.attacks.a.evasion=nothing: "),
+        ("verify.looks=[2]", "--set verify.looks=[2]: value error, these have to be shares"),
+        ("verify={looks: [1], evaluation_points: [1]}", "--set verify={looks: [1], evaluation_points: [1]}: 'verify.looks'"),
+        ("verify.threat_model=open-weights", "--set verify.threat_model=open-weights: verify.threat_model is open-weights"),
+        ("judge.levels=none.yaml", "--set judge.levels=none.yaml: judge.levels: there is no file"),
+        # The parameters are the file's, and wrong only for the attack that the change names.
+        ("verify.attacks.a.name=dreambooth", "--set verify.attacks.a.name=dreambooth: 'verify.attacks.a.params.rank'"),
+    ],
+)  # fmt: skip
+def test_problems_of_a_change_name_the_change_and_not_the_file(write, change, expected):
+    path = write("verify: {attacks: {a: {name: lora, params: {rank: 2}}}}")
+    lines = problems_of(path, ["seed=3", change, "gate.kid_ratio=3"])
+    assert len(lines) == 1 and lines[0].startswith(expected)
+    assert "mine.yaml" not in lines[0]
+
+
+def test_problems_of_the_file_name_the_file_whatever_is_changed_besides(write):
+    path = write("sampling: {steps: 1}\nmethod: {params: {inner_steps: 0}}")
+    lines = problems_of(path, ["seed=3", "sampling.guidance=0", "method.params.beta=2"])
+    by_key = {next(key for key in ("inner_steps", "guidance", "sampling.steps") if key in line): line for line in lines}
+    assert len(by_key) == len(lines) == 3
+    assert by_key["guidance"].startswith("--set sampling.guidance=0: ")
+    for key in ("inner_steps", "sampling.steps"):
+        assert by_key[key].startswith(f"{path}: ")
+    # The last of two changes of a value is the one that counts, and one that mends the file's value is none.
+    assert problems_of(path, ["sampling.steps=4", "method.params.inner_steps=0", "method.params.inner_steps=-1"]) == [
+        "--set method.params.inner_steps=-1: input should be greater than 0 (found -1)"
+    ]
+
+
+def test_problems_of_options_and_arguments_name_these(capsys):
+    import guardsmith as gs
+    from guardsmith.cli import app as cli
+
+    assert cli.main(["harden", "--recipe", "demo", "--method", "adpm", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("--method adpm: method: there is no method 'adpm'")
+    assert cli.main(["plan", "demo", "--levels", "none.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("--levels none.yaml: judge.levels: there is no file")
+    with pytest.raises(UserError, match=r"^sampling\.steps='few': input should be a valid integer"):
+        gs.load_recipe("demo", {"sampling.steps": "few"})

@@ -115,7 +115,7 @@ def test_yes_and_no_are_no_numbers_in_recipes(tmp_path, text, place):
 
 def test_nor_on_the_command_line(capsys):
     assert main(["harden", "--recipe", "demo", "--set", "seed=no", "--dry-run"]) == 2
-    assert "seed: YAML reads yes, no" in capsys.readouterr().err
+    assert "--set seed=no: YAML reads yes, no" in capsys.readouterr().err
     assert main(["harden", "--recipe", "demo", "--set", "seed=" + "[" * 20_000, "--dry-run"]) == 2
     assert "bug" not in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import typer
 
 from guardsmith.core.console import print_line
 from guardsmith.core.errors import UserError
+from guardsmith.core.sources import check_source
 
 
 def audit_release(
@@ -34,9 +35,10 @@ def audit_release(
 
     quiet_libraries()
     place = Path(target).expanduser()
-    on_the_hub = not place.exists() and target.count("/") == 1 and not target.startswith((".", "/", "~"))
+    check_source(target, "release")
+    on_the_hub = not place.exists() and "/" in target
     if not place.exists() and not on_the_hub:
-        raise UserError(f"there is no release at {target}; give a folder, a file or a Hub id (org/name)")
+        raise UserError(f"there is no release at {target}; name a folder, a file or a Hub id (owner/name)")
     if revision is not None and not on_the_hub:
         raise UserError("--revision belongs to a repository on the Hub")
     note = ""

@@ -75,7 +75,7 @@ def cloak(
     from pydantic import ValidationError
 
     from guardsmith.cloaks import find_cloak
-    from guardsmith.config.loading import explain
+    from guardsmith.config.problems import explain
     from guardsmith.core.picture_folders import select_pictures
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.pictures.cloaking import cloak_pictures
@@ -153,7 +153,7 @@ def redteam(
     """Personalize a model on (cloaked) pictures as they are, purified, and purified with decoupling (CDL), and judge it."""
     from pydantic import ValidationError
 
-    from guardsmith.config.loading import explain
+    from guardsmith.config.problems import explain
     from guardsmith.core.picture_folders import select_pictures
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.metrics import find_judge

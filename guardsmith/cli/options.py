@@ -96,10 +96,16 @@ def recipe_of(name: str | None, base: str | None, changes: list[str] | None, **v
         UserError: there is none, or it has problems; see `choose_recipe`.
     """
     from guardsmith.config.loading import beside, choose_recipe
+    from guardsmith.config.problems import Change
 
-    if values.get("negatives") is not None:
-        values["negatives"] = beside(Path(), values["negatives"])
-    flags = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    given = {key: value for key, value in values.items() if value is not None}
+    flags = [
+        Change(
+            f"{key}={json.dumps(beside(Path(), value) if key == 'negatives' else value)}",
+            f"--{key.partition('.')[0]} {value}",  # --method is the recipe's method.name
+        )
+        for key, value in given.items()
+    ]
     return choose_recipe(name, base, [*(changes or []), *flags])
 
 
@@ -129,13 +135,18 @@ def verified_recipe(output: Path, name: str | None, changes: list[str]) -> Recip
 def budget_as_changes(name: str | None) -> list[str]:
     """The changes to a recipe that a budget stands for."""
     from guardsmith.config.loading import budget_changes
+    from guardsmith.config.problems import Change
 
-    return [f"{key}={json.dumps(value)}" for key, value in budget_changes(name).items()]
+    return [Change(f"{key}={json.dumps(value)}", f"--budget {name}") for key, value in budget_changes(name).items()]
 
 
 def levels_as_changes(levels: Path | None) -> list[str]:
     """The changes to a recipe that a file of levels stands for: its judge takes the place of the recipe's."""
-    return [] if levels is None else [f"judge={json.dumps({'levels': str(levels.expanduser().resolve())})}"]
+    from guardsmith.config.problems import Change
+
+    if levels is None:
+        return []
+    return [Change(f"judge={json.dumps({'levels': str(levels.expanduser().resolve())})}", f"--levels {levels}")]
 
 
 def policy_of(file: Path | None) -> Policy | None:

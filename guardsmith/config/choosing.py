@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.sources import is_path
 from guardsmith.methods import METHODS
 from guardsmith.models.checkpoint import family_of, resolve
 from guardsmith.models.families import SD3, SDXL
@@ -40,7 +41,7 @@ def kind_of_base(base: str) -> str | None:
         return BASES[base]
     if not Path(base).expanduser().exists():
         try:
-            if base.count("/") != 1 or base.startswith((".", "/", "~")):
+            if "/" not in base or is_path(base):
                 resolve(base)  # says what is wrong
         except RunFailed:  # pragma: no cover - only a Hub id is fetched
             pass

@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from guardsmith.config.deployability import ADAPTERS
 from guardsmith.config.judge import RecipeJudge, with_levels
+from guardsmith.config.problems import Change, as_changes, attributed, key_of, origin_of, recipe_findings
 from guardsmith.config.recipe import BUDGETS, MethodSpec, Recipe
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
 from guardsmith.core.console import first_process, print_line, warn
 from guardsmith.core.errors import UserError, did_you_mean
-from guardsmith.core.yaml_text import Problem, odd_numbers, parse, read_yaml
+from guardsmith.core.yaml_text import Problem, parse, read_yaml
 
 
 def recipe_folder() -> Path:
@@ -51,16 +50,17 @@ def find_recipe(name: str) -> Path:
 
 def _set(data: dict[str, Any], change: str) -> None:
     key, equals, text = (part.strip() for part in change.partition("="))
+    origin = origin_of(change)
     if not equals or not key:
-        raise UserError(f"--set {change}: write it as key=value, e.g. --set method.params.beta=2")
+        raise UserError(f"{origin}: write it as key=value, e.g. --set method.params.beta=2")
     if key in RECIPE_KEYS:
-        warn(f"--set {change}: {key!r} is called {RECIPE_KEYS[key]!r} now")
+        warn(f"{origin}: {key!r} is called {RECIPE_KEYS[key]!r} now")
     place = data
     *parents, last = RECIPE_KEYS.get(key, key).split(".")
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise UserError(f"--set {change}: {parent!r} is not a section of the recipe")
+            raise UserError(f"{origin}: {parent!r} is not a section of the recipe")
     try:
         place[last], _, problems = parse(Path("--set"), text)
     except UserError:
@@ -76,38 +76,6 @@ def _leave_out_params_of_another_method(data: dict[str, Any], changes: Sequence[
     method = data.get("method")
     if names and isinstance(method, dict) and method.get("name", MethodSpec().name) != names[-1].strip().strip("\"'"):
         data["method"] = {key: value for key, value in method.items() if key != "params"}
-
-
-def explain(error: ValidationError, where: str, keys: Sequence[str]) -> list[str]:
-    """Pydantic's findings as sentences, with a near word for unknown keys."""
-    sentences = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            hint = _near(str(problem["loc"][-1]), place.rpartition(".")[0], keys) or "; remove it"
-            sentences.append(f"{where}: {place!r} is not a known key{hint}")
-        else:
-            reason = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
-            sentences.append(f"{where}: {place}: {reason} (found {reprlib.repr(problem['input'])})")
-    return sentences
-
-
-def _near(word: str, parent: str, keys: Sequence[str]) -> str:
-    """The end of a sentence about an unknown key: one spelt nearly like it in the same place, or the place of one elsewhere."""
-    here = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == parent]
-    elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    if hint := did_you_mean(word, here):
-        return hint
-    return f"; did you mean {elsewhere[word]!r}?" if word in elsewhere else did_you_mean(word, keys)
-
-
-def _known_keys(model: type[BaseModel], parent: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(f"{parent}{name}")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{parent}{name}.")
-    return keys
 
 
 def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
@@ -132,8 +100,14 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         places["negatives"] = beside(path.parent, recipe.negatives)
     section = data.get("judge")
     replaces = isinstance(section, dict) and "name" in section
-    changed = any(change.split("=")[0].strip() == "judge.levels" for change in changes)  # typed here, so it begins here
-    places["judge"] = with_levels(recipe.judge, Path() if changed else path.parent, replaces)
+    changed = [
+        change for change in changes if key_of(change) in ("judge", "judge.levels")
+    ]  # typed here, so it begins here
+    try:
+        places["judge"] = with_levels(recipe.judge, Path() if changed else path.parent, replaces)
+    except UserError as error:
+        origin = origin_of(changed[-1]) if changed else str(path)
+        raise UserError("\n".join(f"{origin}: {sentence}" for sentence in str(error).split("\n"))) from None
     return recipe.model_copy(update=places)
 
 
@@ -148,31 +122,25 @@ def checked_recipe(data: dict[str, Any], where: str, changes: Sequence[str] = ()
     Raises:
         UserError: every problem, one sentence a line.
     """
-    from guardsmith.config.threat_model import threat_model_of
-
     problems = []
+    file_data = copy.deepcopy(data)
     _leave_out_params_of_another_method(data, changes)
     for change in changes:
         try:
             _set(data, change)
         except UserError as error:
             problems.append(str(error))
-    data, warnings = with_new_keys(data, RECIPE_KEYS, "--set")  # a change may be a whole section
+    # A change may be a whole section, with old names in it.
+    sections = [change for change in changes if any(old.startswith(f"{key_of(change)}.") for old in RECIPE_KEYS)]
+    data, warnings = with_new_keys(data, RECIPE_KEYS, origin_of(sections[-1]) if sections else where)
     for warning in warnings:
         warn(warning)
-    try:
-        problems += [f"{where}: {sentence}" for sentence in odd_numbers(data, Recipe.model_validate(data))]
-    except ValidationError as error:
-        problems += explain(error, where, _known_keys(Recipe))
-    problems += _parameter_problems(data, where)
+    if findings := recipe_findings(data):
+        of_file = recipe_findings(file_data) if changes else findings
+        problems += attributed(findings, where, changes, of_file)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    recipe = Recipe.model_validate(data)
-    try:
-        threat_model_of(recipe.verify)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return recipe
+    return Recipe.model_validate(data)
 
 
 def choose_recipe(
@@ -190,9 +158,9 @@ def choose_recipe(
         UserError: there is no such recipe, or it has problems, one a line.
     """
     if isinstance(changes, Mapping):
-        changes = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
+        changes = as_changes({key: value for key, value in changes.items() if value is not None})
     if base is not None:
-        changes = [*changes, f"base={json.dumps(base)}"]
+        changes = [*changes, Change(f"base={json.dumps(base)}", f"base {base}")]
     if isinstance(recipe, Recipe):
         changed = checked_recipe(recipe.model_dump(mode="json"), "the recipe", changes) if changes else recipe
         levels = changed.judge.levels is not None  # levels that are named take the place of those on record
@@ -229,70 +197,3 @@ def beside(folder: Path, place: str) -> str:
     if colon and kind in ("imagefolder", "parquet"):
         return f"{kind}:{(folder / Path(rest).expanduser()).resolve()}"
     return str((folder / Path(place).expanduser()).resolve())
-
-
-def _parameter_problems(data: dict[str, Any], where: str) -> list[str]:
-    """What is wrong with names and parameters of method and attacks, by the tables of methods and attacks.
-
-    Reads the raw data, so that one wrong key elsewhere does not hide the other problems.
-    """
-    from guardsmith.attacks import find_attack
-    from guardsmith.attacks.adaptive.removals import find_removal
-    from guardsmith.cloaks import find_cloak
-    from guardsmith.cloaks.rid import RidTraining
-    from guardsmith.methods import find_method
-    from guardsmith.purifiers import find_purifier
-
-    verify = data.get("verify")
-    attacks = verify.get("attacks") if isinstance(verify, dict) else None
-    sections: list[tuple[str, Any, Callable[[str], Any]]] = [("method", data.get("method"), find_method)]
-    problems = _evasion_problems(attacks, where) if isinstance(attacks, dict) else []
-    for label, spec in attacks.items() if isinstance(attacks, dict) else ():
-        sections.append((f"verify.attacks.{label}", spec, find_attack))
-        if isinstance(spec, dict) and isinstance(spec.get("removal"), dict):
-            sections.append((f"verify.attacks.{label}.removal", spec["removal"], find_removal))
-    everyday = verify.get("deployability") if isinstance(verify, dict) else None
-    adapters = everyday.get("adapters") if isinstance(everyday, dict) else None
-    for kind, params in adapters.items() if isinstance(adapters, dict) else ():
-        if kind in ADAPTERS:
-            spec = {"name": ADAPTERS[kind][0], "params": params}
-            sections.append((f"verify.deployability.adapters.{kind}", spec, find_attack))
-    pixels: tuple[tuple[str, Callable[[str], Any]], ...] = (("cloaks", find_cloak), ("purifiers", find_purifier))
-    for table, find_pixels in pixels:
-        specs = data.get(table)
-        for label, spec in specs.items() if isinstance(specs, dict) else ():
-            sections.append((f"{table}.{label}", spec, find_pixels))
-    if isinstance(data.get("defender"), dict):
-        try:
-            RidTraining.model_validate(data["defender"])
-        except ValidationError as error:
-            problems += explain(error, f"{where}: defender", list(RidTraining.model_fields))
-    for place, spec, find in sections:
-        mapping = spec if isinstance(spec, dict) else {}
-        name, params = mapping.get("name", MethodSpec().name if place == "method" else None), mapping.get("params", {})
-        if not isinstance(name, str) or not isinstance(params, dict):
-            continue  # the recipe's own types refuse it
-        try:
-            config = find(name).config
-            checked = config.model_validate(params)
-            problems += [f"{where}: {place}.params.{sentence}" for sentence in odd_numbers(params, checked)]
-        except UserError as error:
-            problems.append(f"{where}: {place}: {error}")
-        except ValidationError as error:
-            problems += explain(error, f"{where}: {place}.params", list(config.model_fields))
-    return problems
-
-
-def _evasion_problems(attacks: dict[str, Any], where: str) -> list[str]:
-    """Names of transformations that do not exist."""
-    from guardsmith.attacks.evasion import find_evasion
-
-    problems = []
-    for label, spec in attacks.items():
-        names = spec.get("evasion", ()) if isinstance(spec, dict) else ()
-        for name in (names,) if isinstance(names, str) else names if isinstance(names, list) else ():
-            try:
-                find_evasion(str(name))
-            except UserError as error:
-                problems.append(f"{where}: verify.attacks.{label}.evasion: {error}")
-    return problems

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from guardsmith.attacks import find_attack
 from guardsmith.config.recipe import AttackSpec, Recipe
@@ -175,10 +176,10 @@ def before_hardening(
 def _loaded(recipe: Recipe, plan: Forecast) -> DiffusionModel | None:
     try:
         return load_model(recipe.base, recipe.revision)
-    except RunFailed:  # a Hub id
-        plan.add(
-            "base", f"{recipe.base} is not on this machine: it, its memory and its speed cannot be looked at", "warning"
-        )
+    except RunFailed as error:  # a Hub id: elsewhere it may be had, unless the Hub says that there is no such model
+        known_not_to_be = isinstance(error.__cause__, RepositoryNotFoundError)
+        sentence = str(error).rstrip(".")
+        plan.add("base", f"{sentence}; memory and speed are not known", "problem" if known_not_to_be else "warning")
         return None
 
 

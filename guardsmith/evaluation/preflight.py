@@ -12,6 +12,7 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.config.threat_model import threat_model_of
 from guardsmith.core.console import in_words, warn
 from guardsmith.core.errors import UserError
+from guardsmith.core.sources import check_source
 from guardsmith.evaluation.planning import TargetModel, attacked_subjects
 from guardsmith.gate.calibration import calibration
 from guardsmith.gate.evidence import Side
@@ -110,15 +111,19 @@ def preflight(
 
 
 def check_attacks(recipe: Recipe) -> None:
-    """The recipe has to attack, and not with prompts alone.
+    """The recipe has to attack, and not with prompts alone; the networks that it names for everyday use have to be there.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, or a path leads nowhere.
     """
     if not recipe.verify.attacks:
         raise UserError("The recipe names no attacks (verify.attacks); nothing would be verified.")
     if not any(find_attack(spec.name).trains for spec in recipe.verify.attacks.values()):
         raise UserError("No attack of the recipe trains the model; add one that does, such as dreambooth.")
+    everyday = recipe.verify.deployability
+    for setting, source in (("controlnet", everyday.controlnet), ("t2i_adapter", everyday.t2i_adapter)):
+        if source is not None and "controlnet" in everyday.checks:
+            check_source(source, f"verify.deployability.{setting}")
 
 
 def check_threat_model(policy: Policy, recipe: Recipe) -> None:

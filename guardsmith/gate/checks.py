@@ -16,7 +16,6 @@ from guardsmith.gate.statistics import Interval, Units, interval
 
 Status = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[Status, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
-TOO_FEW = "too few pictures were scored"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -80,16 +79,53 @@ def compared(value: Interval, limit: float, *, at_most: bool) -> Status:
     return "fail" if (value.low > limit if at_most else value.high < limit) else "inconclusive"
 
 
-def undecided(value: Interval, limit: float) -> str:
-    """What would decide a check, for its sentence: an interval narrows with the root of its pictures."""
-    half = (value.high - value.low) / 2
+def needed(value: Interval, limit: float) -> int | None:
+    """How many pictures would decide a check, were the mean to stay; `None` where it is too close to the limit, or no number.
+
+    The end of an interval comes nearer to the mean with the root of the pictures.
+    """
+    end = value.high if limit > value.mean else value.low
     distance = abs(value.mean - limit)
-    if math.isnan(distance):
+    if not distance * 10 >= abs(end - value.mean):
+        return None
+    return max(math.ceil(round(value.n * (abs(end - value.mean) / distance) ** 2, 6)), value.n + 1)
+
+
+def undecided(value: Interval, limit: float, pictures: int | None = None) -> str:
+    """What would decide a check, for its sentence.
+
+    Args:
+        value: an interval with the limit inside.
+        limit: what its unfavourable end is compared with.
+        pictures: how many would decide it, where that is known better than by `needed`.
+    """
+    if math.isnan(value.mean - limit):
         return ""
-    if distance * 10 < half:
+    pictures = needed(value, limit) if pictures is None else pictures
+    if pictures is None:
         return "; too close to the limit for more pictures to decide"
-    pictures = math.ceil(round(value.n * (half / distance) ** 2, 6))
-    return f"; {max(pictures, value.n + 1)} pictures instead of {value.n} would decide it, were the mean to stay"
+    return f"; {pictures} pictures instead of {value.n} would decide it, were the mean to stay"
+
+
+def too_few(value: Interval | None, limit: float, spec: GateSpec, key: str = "verify.images_per_unit") -> str:
+    """Why a check was not made although something was drawn, and how many pictures it needs.
+
+    Args:
+        value: what was scored, of which `enough` does not hold.
+        limit: of the check.
+        spec: rules of the gate.
+        key: of the recipe, which says how many pictures are drawn.
+    """
+    if value is None:  # some are drawn always, so what drew them failed, or they are not finite
+        return f"no picture was scored, and {spec.minimum_images} are needed"
+    if value.unscored:
+        of = value.n + value.unscored
+        return f"{value.unscored} of {of} pictures could not be scored; all have to be"
+    pictures = spec.minimum_images
+    if value.low <= limit <= value.high:
+        pictures = max(pictures, needed(value, limit) or 0)
+    scored = "1 picture was" if value.n == 1 else f"{value.n} pictures were"
+    return f"too few pictures: {scored} scored and {pictures} are needed ({key})"
 
 
 def enough(value: Interval | None, spec: GateSpec) -> bool:
@@ -98,12 +134,13 @@ def enough(value: Interval | None, spec: GateSpec) -> bool:
 
 
 def bounded(
-    name: str, subject: str, attack: str, sentence: str, value: Interval, limit: float, *, at_most: bool
-) -> Check:
-    """A check of an interval against a limit; the sentence of an undecided one says what would decide it."""
+    name: str, subject: str, attack: str, sentence: str, value: Interval, limit: float, *, at_most: bool,
+    pictures: int | None = None,
+) -> Check:  # fmt: skip
+    """A check of an interval against a limit; the sentence of an undecided one says what would decide it (see `undecided`)."""
     status = compared(value, limit, at_most=at_most)
     if status == "inconclusive":
-        sentence += undecided(value, limit)
+        sentence += undecided(value, limit, pictures)
     return Check(name, subject, attack, status, sentence, value.mean, value.low, value.high, limit)
 
 
@@ -121,6 +158,6 @@ def unlike(name: str, subject: str, attack: str, what: str, units: Units, levels
     """
     limit, similarity = levels.chance_high, interval(units)
     if similarity is None or not enough(similarity, spec):
-        return Check(name, subject, attack, "inconclusive", TOO_FEW, limit=limit)
+        return Check(name, subject, attack, "inconclusive", too_few(similarity, limit, spec), limit=limit)
     sentence = f"{what} reaches {similarity.mean:z.2f}; different subjects stay below {limit:z.2f}"
     return bounded(name, subject, attack, sentence, similarity, limit, at_most=True)

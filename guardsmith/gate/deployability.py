@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from guardsmith.config.deployability import CheckName, DeployabilityLimits
 from guardsmith.core.redaction import Reason, SubjectId
-from guardsmith.gate.checks import Check, Status
+from guardsmith.gate.checks import Check, Status, undecided
+from guardsmith.gate.statistics import Interval
 
 Measure = Literal["difference", "faults", "collapsed", "control", "retention"]
 
@@ -92,5 +93,14 @@ class Measurement(BaseModel):
 
     def check_of(self, title: str, limits: DeployabilityLimits) -> Check:
         """The gate's check of this case, under the title of its rule."""
-        status, limit = self.status(limits), self.limit(limits)
-        return Check(title, "", self.case, status, self.sentence(), self.value, self.low, self.high, limit)
+        status, limit, sentence = self.status(limits), self.limit(limits), self.sentence()
+        value, low, high = self.value, self.low, self.high
+        if (
+            self.error is None
+            and value is not None
+            and low is not None
+            and high is not None
+            and status == "inconclusive"
+        ):
+            sentence += undecided(Interval(value, low, high, self.n, 0), limit)
+        return Check(title, "", self.case, status, sentence, value, low, high, limit)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from guardsmith.config.deployability import DeployabilityLimits
 from guardsmith.config.judge import ClassLevels, JudgeSpec
-from guardsmith.config.loading import explain
+from guardsmith.config.problems import explain
 from guardsmith.config.recipe import GateSpec, Recipe, ThreatModel
 from guardsmith.config.renamed import GATE_KEYS, POLICY_KEYS, with_new_keys
 from guardsmith.core.atomic_io import folder_digest

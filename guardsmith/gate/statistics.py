@@ -79,8 +79,25 @@ def ratio_interval(above: Units, below: Units, seed: int = 0) -> Interval | None
     return Interval(value, float(low), float(high), scored, missing_a + missing_b)
 
 
+Z = 1.959964
+"""Of a normal distribution, 95 % are within so many deviations."""
+
+
 def share_interval(hits: int, of: int) -> Interval:
     """A share with its 95 % interval (Wilson 1927); `of` is at least 1."""
-    z, share = 1.959964, hits / of
+    z, share = Z, hits / of
     middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
     return Interval(share, (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of), of, 0)
+
+
+def share_pictures(share: float, limit: float) -> int | None:
+    """Of how many pictures such a share's interval (`share_interval`) ends at the limit; `None` where no few thousand do.
+
+    Args:
+        share: in [0, 1].
+        limit: in (0, 1).
+    """
+    distance = abs(share - limit)
+    if distance * 100 < limit * (1 - limit):
+        return None
+    return math.ceil(round(Z * Z * limit * (1 - limit) / distance**2, 6))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.sources import check_source
 from guardsmith.metrics.identity import mean_cosine
 
 DEFAULTS = {"dino": "facebook/dinov2-small", "clip": "openai/clip-vit-large-patch14"}
@@ -37,6 +38,7 @@ def loading_errors(source: str) -> Iterator[None]:
     """
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    check_source(source, "judge")
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:  # a shape that does not fit is a RuntimeError
@@ -44,7 +46,8 @@ def loading_errors(source: str) -> Iterator[None]:
         offline = (LocalEntryNotFoundError, OfflineModeIsEnabled)
         if any(isinstance(each, offline) for each in (error, error.__cause__ or error.__context__)):
             raise RunFailed(
-                f"the judge {source} is not in the local Hub cache and the Hub cannot be reached; go online, or name a folder."
+                f"the judge {source}: there is no folder of this name, it is not in the local Hub cache, and the Hub cannot be "
+                "reached; go online, or name a folder"
             ) from error
         raise UserError(f"the judge {source} cannot be loaded ({reason}); it has to be safetensors.") from error
 

@@ -22,6 +22,7 @@ from transformers import T5EncoderModel
 
 from guardsmith.core.errors import RunFailed, UserError, out_of_memory
 from guardsmith.core.images import sha256_file
+from guardsmith.core.sources import check_source
 from guardsmith.models.base_checks import (
     check_files,
     check_tokens,
@@ -119,7 +120,7 @@ def resolve(source: str, revision: str | None = None) -> Path:
     """The local diffusers folder of a source (`builtin:NAME`, a folder, or a Hub id, downloaded when needed).
 
     Raises:
-        UserError: the source is a pickle, or is no Stable Diffusion folder.
+        UserError: the source is a pickle, a path with nothing there, or no Stable Diffusion folder.
         RunFailed: the Hub cannot be reached or does not have it.
     """
     if source.startswith("builtin:"):
@@ -137,8 +138,9 @@ def resolve(source: str, revision: str | None = None) -> Path:
     if path.exists():
         _check_folder(path)
         return path
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"There is no base model at '{source}'; give a folder, a Hub id (org/name) or builtin:avatar.")
+    check_source(source, "base model")
+    if "/" not in source:
+        raise UserError(f"there is no base model at {source}; name a folder, a Hub id (owner/name) or builtin:avatar")
     return _download(source, revision)
 
 
@@ -150,17 +152,19 @@ def _download(repo: str, revision: str | None) -> Path:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise RunFailed(
-            f"{repo}: not in the local Hub cache and the Hub cannot be reached; go online, unset HF_HUB_OFFLINE, "
-            "or give a folder."
+            f"{repo}: there is no folder of this name, it is not in the local Hub cache, and the Hub cannot be reached; go "
+            "online, unset HF_HUB_OFFLINE, or name a folder"
         ) from error
     except (HfHubHTTPError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RunFailed(
-            f"{repo}: the Hub did not give this model ({reason}); check the name and your access."
+            f"{repo}: there is no folder of this name, and the Hub did not give such a model ({reason}); check the name and "
+            "your access"
         ) from error
     except OSError as error:
         raise RunFailed(
-            f"{repo}: the Hub cannot be reached ({type(error).__name__}); go online or give a folder."
+            f"{repo}: there is no folder of this name, and the Hub cannot be reached ({type(error).__name__}); go online or "
+            "name a folder"
         ) from error
     _check_folder(folder)
     return folder

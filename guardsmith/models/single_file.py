@@ -19,6 +19,7 @@ from torch import Tensor
 from guardsmith.core.atomic_io import whole_folder
 from guardsmith.core.console import in_words
 from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.core.sources import check_source
 from guardsmith.models.base_checks import refuse_pointer
 from guardsmith.models.base_weights import ChangedWeights
 from guardsmith.models.building import plain_name
@@ -73,6 +74,8 @@ def read_single_file(file: Path, folder: Path, config: str | None = None) -> Non
     from diffusers.loaders.single_file_utils import SingleFileComponentError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    if config is not None:
+        check_source(config, "folder of configurations")
     if file.suffix.lower() in PICKLES:
         raise UserError(f"{file}: pickled weights can run code when opened and are refused; get it as safetensors")
     with file.open("rb") as stream:

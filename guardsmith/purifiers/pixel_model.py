@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from guardsmith.core.errors import UserError
+from guardsmith.core.sources import check_source
 from guardsmith.models.checkpoint import BUILTIN
 from guardsmith.training.loop import generator
 
@@ -40,6 +41,8 @@ def load_pixel_model(source: str) -> PixelModel:
 
     if source.startswith("builtin:"):
         source = str(BUILTIN / "pixels" / source.removeprefix("builtin:"))
+    else:
+        check_source(source, "pixel diffusion model")
     place = Path(source).expanduser()
     inside = (place / "unet").is_dir() if place.exists() else False
     try:

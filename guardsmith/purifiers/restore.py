@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import to_pil, to_tensor
+from guardsmith.core.sources import check_source
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.models.networks import load_network
 
@@ -89,6 +90,7 @@ def upscaled(images: Tensor, config: RestoreConfig, class_noun: str, seed: int) 
     """
     from diffusers import StableDiffusionUpscalePipeline
 
+    check_source(str(config.upscaler), "upscaler")
     try:
         pipeline = StableDiffusionUpscalePipeline.from_pretrained(config.upscaler, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from guardsmith.config.recipe import GateSpec
 from guardsmith.gate.calibration import Levels, personalized_level
-from guardsmith.gate.checks import TOO_FEW, Check, Status, enough
+from guardsmith.gate.checks import Check, Status, enough, too_few, undecided
 from guardsmith.gate.evidence import Evidence
 from guardsmith.gate.rules.rule import Rule
 from guardsmith.gate.statistics import Units, interval
@@ -17,10 +17,12 @@ def check_base_attack(subject: str, attack: str, base: Units, levels: Levels, sp
     limit = personalized_level(levels, spec)
     similarity = interval(base)
     if similarity is None or not enough(similarity, spec):
-        return Check(RULE.title, subject, attack, "inconclusive", TOO_FEW, limit=limit)
+        return Check(RULE.title, subject, attack, "inconclusive", too_few(similarity, limit, spec), limit=limit)
     status: Status = "pass" if similarity.low >= limit else "inconclusive"
     sentence = f"the attack on the base reaches {similarity.mean:z.2f}, real pictures {levels.genuine:z.2f}"
-    if status == "inconclusive":
+    if status == "inconclusive" and similarity.mean >= limit:
+        sentence += undecided(similarity, limit)
+    elif status == "inconclusive":
         sentence += ": it did not learn the subject there, so its failure elsewhere means nothing"
     return Check(RULE.title, subject, attack, status, sentence, similarity.mean, similarity.low, similarity.high, limit)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from guardsmith.config.recipe import GateSpec
-from guardsmith.gate.checks import TOO_FEW, Check, bounded, enough
+from guardsmith.gate.checks import Check, bounded, enough, too_few
 from guardsmith.gate.evidence import Evidence
 from guardsmith.gate.rules.rule import Rule
 from guardsmith.gate.statistics import interval
@@ -19,7 +19,9 @@ def check_clip_t(base: Sequence[float | None], hardened: Sequence[float | None],
     pairs = list(zip(base, hardened, strict=True))
     drop = interval([[None if before is None or now is None else before - now for before, now in pairs]])
     if drop is None or not enough(drop, spec):
-        return Check(RULE.title, "", "", "inconclusive", TOO_FEW, limit=limit)
+        return Check(
+            RULE.title, "", "", "inconclusive", too_few(drop, limit, spec, "verify.benign_images"), limit=limit
+        )
     before, now = (float(np.mean([value for value in side if value is not None])) for side in (base, hardened))
     sentence = f"pictures fit their prompts {now:.3f}; the base's {before:.3f}"
     return bounded(RULE.title, "", "", sentence, drop, limit, at_most=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from guardsmith.gate.checks import Check, bounded
 from guardsmith.gate.evidence import Evidence
 from guardsmith.gate.rules.rule import Rule
-from guardsmith.gate.statistics import share_interval
+from guardsmith.gate.statistics import share_interval, share_pictures
 
 
 def evaluate(evidence: Evidence) -> Iterator[Check]:
@@ -18,7 +18,8 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
         return
     sentence = f"{collapsed} of {count} pictures of benign prompts have collapsed"
     share, limit = share_interval(collapsed, count), evidence.spec.collapsed_share
-    yield bounded(RULE.title, "", "", sentence, share, limit, at_most=True)
+    pictures = share_pictures(share.mean, limit)
+    yield bounded(RULE.title, "", "", sentence, share, limit, at_most=True, pictures=pictures)
 
 
 RULE = Rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from guardsmith.gate.checks import Check, compared
+from guardsmith.gate.checks import Check, bounded
 from guardsmith.gate.evidence import Evidence
 from guardsmith.gate.rules.rule import Rule
 from guardsmith.gate.statistics import Interval
@@ -17,9 +17,8 @@ def evaluate(evidence: Evidence) -> Iterator[Check]:
     if ratio is None or low is None or high is None:
         yield Check(RULE.title, "", "", "inconclusive", "not measured")
         return
-    status = compared(Interval(ratio, low, high, 0, 0), limit, at_most=True)
     sentence = f"KID to the base is {ratio:.1f} times that of the base with other seeds"
-    yield Check(RULE.title, "", "", status, sentence, ratio, low, high, limit)
+    yield bounded(RULE.title, "", "", sentence, Interval(ratio, low, high, utility.n, 0), limit, at_most=True)
 
 
 RULE = Rule("benign-prompts-kid", "benign prompts (KID)", "pictures of benign prompts look as before", evaluate)

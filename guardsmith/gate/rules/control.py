@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from guardsmith.config.recipe import GateSpec
 from guardsmith.gate.calibration import Levels, above_chance
-from guardsmith.gate.checks import Check, bounded, enough, with_evidence
+from guardsmith.gate.checks import Check, bounded, enough, too_few, with_evidence
 from guardsmith.gate.evidence import Evidence
 from guardsmith.gate.rules.base_attack import check_base_attack
 from guardsmith.gate.rules.rule import Rule
-from guardsmith.gate.statistics import Units, ratio_interval
+from guardsmith.gate.statistics import Units, interval, ratio_interval
 
 
 def check_control(subject: str, attack: str, hardened: Units, base: Units, levels: Levels, spec: GateSpec) -> Check:
@@ -18,7 +18,11 @@ def check_control(subject: str, attack: str, hardened: Units, base: Units, level
     limit = spec.control_retention
     ratio = ratio_interval(above_chance(hardened, levels), above_chance(base, levels))
     if ratio is None or not enough(ratio, spec):
-        sentence = "no ratio to the base could be measured"
+        fewest = min((interval(hardened), interval(base)), key=lambda scored: 0 if scored is None else scored.n)
+        if ratio is None and fewest is not None:
+            sentence = "no share of the base's can be measured: the attack reaches nothing above chance there"
+        else:
+            sentence = too_few(ratio or fewest, limit, spec)
         return Check(RULE.title, subject, attack, "inconclusive", sentence, limit=limit)
     sentence = f"keeps {100 * ratio.mean:.0f} % of what the attack reaches on the base"
     return bounded(RULE.title, subject, attack, sentence, ratio, limit, at_most=False)
