@@ -70,9 +70,9 @@ def test_every_answer_by_hand():
     assert {question: tuple(cell) for question, cell in found.items()} == {
         "method": ("tripwire", None),
         "cost, U-Net forward equivalents": ("12,345", None),
-        "lora: base": ("0.50 [0.40, 0.60]; 2 of 2", True),
-        "lora: protected": ("0.15 [0.10, 0.20]; 2 of 2", True),
-        "lora: protected, 2 x steps": ("0.30 [0.10, 0.50]; 1 of 2", False),
+        "lora: base": ("0.50 [0.40, 0.60]; 2 of 2 pass", True),
+        "lora: protected": ("0.15 [0.10, 0.20]; 2 of 2 pass", True),
+        "lora: protected, 2 x steps": ("0.30 [0.10, 0.50]; 1 of 2 pass", False),
         # 200 / 10 at least, and 200 / 50
         "lora: steps to break over the base's": ("at least 12.0 x; 1 of 2 broken", False),
         "lora: control keeps, same class": ("90 % [90, 90]", False),
@@ -121,7 +121,7 @@ def test_pictures_that_could_not_be_scored_are_left_out_of_means_but_the_gate_de
     told["scores"][2]["units"] = [[0.1, None]]
     told["checks"][3]["status"] = "inconclusive"
     cell = rows(Report.parse(told))["lora: protected"]
-    assert (cell.text.split(";")[1], cell.reached) == (" 1 of 2", False)
+    assert (cell.text.split(";")[1], cell.reached) == (" 1 of 2 pass", False)
 
 
 def verified_with(**changes):
@@ -141,10 +141,12 @@ def test_only_what_all_reports_have_is_compared():
     checks = [*data()["checks"], check("protected", "mira", "cdl", "fail", 0.6, 0.5, 0.7, 0.3)]
     failed = more.model_copy(update={"checks": made(checks=checks).checks})
     assert "protected" not in compare({"first": made(), "second": failed})[1], "a check of an attack that is left out"
-    assert table.caption == "not in all of them, and left out: cdl, 2 x steps, 4 x steps"
+    left_out, meaning = table.caption.split("\n")
+    assert left_out == "not in all of them, and left out: cdl, 2 x steps, 4 x steps"
+    assert meaning == "n of m pass: n of the gate's m checks, one for each subject"
     assert told["lora: protected"]["first"] == told["lora: protected"]["second"]
     table, told = compare({"first": made(), "second": made()})
-    assert "lora: protected, 2 x steps" in told and table.caption is None
+    assert "lora: protected, 2 x steps" in told and table.caption == meaning
     with pytest.raises(UserError, match="second was verified with other identifiers than first"):
         compare({"first": made(), "second": verified_with(identifiers=["zwx"])})
 
@@ -192,6 +194,8 @@ def test_bad_runs_are_one_sentence(runs, capsys):
     (runs / "empty").mkdir()
     (runs / "broken.json").write_text("{")
     (runs / "old.json").write_text('{"checks": []}')
+    (runs / "list.json").write_text("[1]")
+    (runs / "harden.json").write_bytes(DEMO.with_name("demo-harden.json").read_bytes())
     older = json.loads(DEMO.read_text())
     del older["scores"][0]["look"]
     (runs / "older.json").write_text(json.dumps(older))
@@ -199,8 +203,11 @@ def test_bad_runs_are_one_sentence(runs, capsys):
     for name, word in (
         ("empty", "run `guardsmith verify` first"),
         ("broken.json", "not valid"),
-        ("old.json", "lacks schema"),
-        ("older.json", "is not a report of this version of guardsmith (scores.0.evaluation_point)"),
+        ("old.json", "is no report of a verification; name the folder that `guardsmith verify` wrote to"),
+        ("list.json", "is no report of a verification; name the folder"),
+        ("harden.json", "is no report of a verification; name the folder"),
+        ("none.json", "does not exist; run `guardsmith verify` first"),
+        ("older.json", "is not a report of this version of guardsmith (scores.0.evaluation_point is missing)"),
         ("later.json", "its schema is 4, the latest known 3); update guardsmith"),
     ):
         assert cli.main(["compare", str(runs / name)]) == 2
@@ -262,9 +269,9 @@ def test_a_rule_that_was_added_has_a_row_without_another_line_here(monkeypatch):
     whole = made(checks=[*data()["checks"], check(rule.title, "", "", "pass", 0.25, 0.2, 0.3)])
     assert tuple(rows(whole)["held in video"]) == ("0.25 [0.20, 0.30]", True)
     each = [check(rule.title, "ann", "", "pass"), check(rule.title, "bob", "", "fail")]
-    assert tuple(rows(made(checks=[*data()["checks"], *each]))["held in video"]) == ("1 of 2", False)
+    assert tuple(rows(made(checks=[*data()["checks"], *each]))["held in video"]) == ("1 of 2 pass", False)
     attacked = [check(rule.title, "ann", "lora", "pass")]
-    assert tuple(rows(made(checks=[*data()["checks"], *attacked]))["lora: held in video"]) == ("1 of 1", True)
+    assert tuple(rows(made(checks=[*data()["checks"], *attacked]))["lora: held in video"]) == ("1 of 1 pass", True)
 
 
 def test_every_rule_without_a_question_of_its_own_is_compared():
@@ -273,7 +280,7 @@ def test_every_rule_without_a_question_of_its_own_is_compared():
         check("benign prompts (CLIP-T)", "", "", "fail", 0.02),
     ]
     found = rows(made(checks=[*data()["checks"], *checks]))
-    assert tuple(found["released weights"]) == ("1 of 1", True)
+    assert tuple(found["released weights"]) == ("1 of 1 pass", True)
     assert tuple(found["benign prompts (CLIP-T)"]) == ("0.02", False)
 
 

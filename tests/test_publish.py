@@ -187,7 +187,7 @@ def test_the_card_has_the_numbers_of_the_report(output, registry):
     )
     assert "Verdict: **pass**" in body and "takedown@example.org" in body and "zeroes them" in body
     assert report["hardening"]["model_digest"] in body
-    told = "| dreambooth: protected | {value:.2f} [{low:.2f}, {high:.2f}]; 1 of 1 |\n|".format(**check)
+    told = "| dreambooth: protected | {value:.2f} [{low:.2f}, {high:.2f}]; 1 of 1 pass |\n|".format(**check)
     assert told in body, "rows follow each other"
     assert "(guardsmith/grid.png)" in body and "not-verified" not in head["tags"]
 

@@ -23,7 +23,9 @@ def test_figures_limits_and_digests():
     assert text.startswith("## acme/avatar: pass\n")
     assert "builtin:avatar, hardened with tripwire. Protected subjects: 1, of whom 1 were attacked" in text
     assert "| question | now |\n|---|---|\n" in text
-    told = "| dreambooth: protected | {value:.2f} [{low:.2f}, {high:.2f}]; 1 of 1 |".format(**checked("dreambooth"))
+    told = "| dreambooth: protected | {value:.2f} [{low:.2f}, {high:.2f}]; 1 of 1 pass |".format(
+        **checked("dreambooth")
+    )
     assert told in text
     assert "zeroes them removes the protection completely" in text
     assert REPORT["hardening"]["model_digest"] in text and REPORT["hardening"]["registry_digest"] in text

@@ -11,6 +11,7 @@ from tiny import assert_one_sentence
 from guardsmith.cli import app as cli
 from guardsmith.core.errors import UserError
 from guardsmith.gate.rules import RULES
+from guardsmith.reports.compare import rows
 from guardsmith.reports.report import Report, json_schema
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -23,6 +24,35 @@ def test_the_published_schema_is_current(capsys):
     assert json.loads(printed) == json_schema()
     [file] = DOCS.rglob("report.schema.json")
     assert file.read_text() == printed, f"run: guardsmith report schema --output {file.relative_to(DOCS.parent)}"
+
+
+RESULTS = sorted(
+    file.name
+    for file in (DOCS / "results").glob("*.json")
+    if {"verdict", "checks"} <= dict.keys(data if isinstance(data := json.loads(file.read_text()), dict) else {})
+)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_every_committed_report_is_read_whatever_its_schema(name):
+    """Nothing is lost on the way: it says what the file says, can be compared, and is the same when it was written again."""
+    file = DOCS / "results" / name
+    data, report = json.loads(file.read_text()), Report.load(file)
+    assert report.verdict == data["verdict"]
+    assert [(each.status, each.subject, each.value) for each in report.checks] == [
+        (each["status"], each["subject"], each.get("value")) for each in data["checks"]
+    ]
+    assert [(each.side, each.subject, each.interval and each.interval.mean) for each in report.scores] == [
+        (each["side"], each["subject"], each["interval"] and each["interval"]["mean"]) for each in data["scores"]
+    ]
+    assert rows(report)["verdict of the gate"].text == data["verdict"]
+    assert Report.parse(report.as_json()) == report
+
+
+def test_the_results_page_lists_every_committed_report():
+    assert len(RESULTS) >= 13
+    text = (DOCS / "results/README.md").read_text()
+    assert not [name for name in RESULTS if f"]({name})" not in text and not name.startswith("matrix-")]
 
 
 @pytest.mark.parametrize(

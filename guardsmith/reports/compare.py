@@ -82,7 +82,7 @@ def protected_cell(report: Report, attack: str, point: float) -> Cell:
     if similarity is None or not checks:
         return Cell("-")
     passes = sum(check.status == "pass" for check in checks)
-    return Cell(f"{_text(similarity)}; {passes} of {len(checks)}", passes == len(checks))
+    return Cell(f"{_text(similarity)}; {passes} of {len(checks)} pass", passes == len(checks))
 
 
 def base_cell(report: Report, attack: str) -> Cell:
@@ -93,7 +93,7 @@ def base_cell(report: Report, attack: str) -> Cell:
     if similarity is None or not checks:
         return Cell("-")
     passes = sum(check.status == "pass" for check in checks)
-    return Cell(f"{_text(similarity)}; {passes} of {len(checks)}", passes == len(checks))
+    return Cell(f"{_text(similarity)}; {passes} of {len(checks)} pass", passes == len(checks))
 
 
 def trains(report: Report, attack: str) -> bool:
@@ -180,7 +180,7 @@ def attack_rows(report: Report, attack: str, demands: Demands) -> Iterator[tuple
 def count_cell(checks: Sequence[Check]) -> Cell:
     """How many of some checks pass, for rules that have no question of their own here."""
     passes = sum(check.status == "pass" for check in checks)
-    return Cell(f"{passes} of {len(checks)}", passes == len(checks))
+    return Cell(f"{passes} of {len(checks)} pass", passes == len(checks))
 
 
 def kid_cell(report: Report) -> Cell:
@@ -309,7 +309,10 @@ def compare(reports: Mapping[str, Report], demands: Demands = Demands()) -> tupl
                 raise UserError(f"{name} was verified with other {what} than {first_name}: no comparison.")
     columns = {name: rows(report, demands) for name, report in common.items()}
     questions = list(dict.fromkeys(question for column in columns.values() for question in column))
-    caption = f"not in all of them, and left out: {', '.join(left_out)}" if left_out else None
+    notes = [f"not in all of them, and left out: {', '.join(left_out)}"] if left_out else []
+    if any(" pass" in cell.text for column in columns.values() for cell in column.values()):
+        notes.append("n of m pass: n of the gate's m checks, one for each subject")
+    caption = "\n".join(notes) or None
     table = Table(title="guardsmith compare", title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
     for name in columns:

@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from guardsmith.config.recipe import Recipe, ThreatModel
-from guardsmith.core.atomic_io import read_record, write_json
+from guardsmith.core.atomic_io import write_json
 from guardsmith.core.console import warn
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.redaction import Place, Private, Reason, Rules, SubjectId, UnitName, redacted
@@ -251,15 +251,22 @@ class Report(_Part):
         Raises:
             UserError: it is no report, or one of a later schema.
         """
+        if not isinstance(data, Mapping) or not {"schema", "verdict", "checks"} <= data.keys():
+            raise UserError(
+                f"{where} is no report of a verification; name the folder that `guardsmith verify` wrote to, or the report.json "
+                "in its folder verify"
+            )
         current, warnings = upgraded(data, where)
         for warning in warnings:
             warn(warning)
         try:
             return cls.model_validate(current, extra="ignore")
         except ValidationError as error:
-            place = ".".join(str(part) for part in error.errors()[0]["loc"])
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            reason = "is missing" if first["type"] == "missing" else "is not as expected"
             raise UserError(
-                f"{where} is not a report of this version of guardsmith ({place}); verify again."
+                f"{where} is not a report of this version of guardsmith ({place} {reason}); verify again"
             ) from error
 
     @classmethod
@@ -275,8 +282,13 @@ class Report(_Part):
         """
         file = run / place if run.is_dir() else run
         if not file.is_file():
-            raise UserError(f"{run} holds no report ({place}); run `guardsmith verify` first.")
-        return cls.parse(read_record(file, ("schema",), "verify again"), str(file)).beside(file.parent)
+            what = f"holds no report ({place})" if run.is_dir() else "does not exist"
+            raise UserError(f"{run} {what}; run `guardsmith verify` first, or name the folder that it wrote to")
+        try:
+            data = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+            raise UserError(f"{file} is no report, for it is not valid JSON; name another, or verify again") from error
+        return cls.parse(data, str(file)).beside(file.parent)
 
     def beside(self, folder: Path) -> Report:
         """The same report, which knows the folder that its pictures are in."""

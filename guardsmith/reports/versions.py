@@ -27,7 +27,7 @@ CHECK_NAMES = {
 
 
 def upgraded(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """What a report holds in the present schema, and warnings that name the keys which have got another name.
+    """What a report holds in the present schema; of an earlier one a warning, which names the keys that have got another name.
 
     What is no report is handed back as it is: validation refuses it and says why.
 
@@ -63,10 +63,13 @@ def upgraded(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[
         }
     if result.get("released") is None:
         result.pop("released", None)
-    if not old_keys:
+    if schema == 2 and not old_keys:  # no release wrote it, and only the names of checks are other ones
         return result, []
     names = ", ".join(f"{old.rsplit('.', 1)[-1]} ({new.rsplit('.', 1)[-1]})" for old, new in old_keys.items())
-    return result, [f"{where} is of schema {schema}; keys that have another name now: {names}"]
+    return result, [
+        f"{where} is of schema {schema}, from an earlier version, and is read all the same; verify again to have what that "
+        "version did not measure" + (f" (keys that have another name now: {names})" if names else "")
+    ]
 
 
 def _with_new_name(check: Any) -> Any:
