@@ -770,6 +770,47 @@ def test_add_changes_nothing_when_the_result_would_be_wrong(folder, change, word
     assert sorted(path.name for path in folder.iterdir()) == ["R.yaml", "ann", "mira", "tom"]
 
 
+@pytest.mark.parametrize("control", [False, True])
+def test_add_speaks_of_lines_that_are_in_the_file(folder, control):
+    """The new entry has no lines: it was not written, and what stands below its place is not moved."""
+    edit(folder, "kind: character", "kind: charactr")
+    rows = (folder / "R.yaml").read_text().splitlines()
+    photos(folder / "ann", 4)
+    (folder / "ann/00.png").write_bytes((folder / "tom/2.png").read_bytes())
+    with pytest.raises(UserError) as caught:
+        add_subject(folder / "R.yaml", folder / "ann", "tom", "person", "Person", control=control, **MIRA)
+    first, *others = str(caught.value).splitlines()
+    assert first == f"{folder / 'R.yaml'} was not changed, because 'tom' cannot be added:"
+    assert "the new entry: class_noun is 'Person', but a class noun is lowercase words of a-z, like person or teddy bear" in others
+    taken = next(line for line in others if "is taken" in line)
+    assert taken == f"the new entry: the id 'tom' is taken (line {rows.index('  - id: tom') + 1}): choose another"
+    picture = next(number for number, row in enumerate(rows, 1) if "tom/2.png" in row)
+    if control:
+        assert any(f"the new entry: {folder / 'ann/00.png'}" in line and f"(line {picture})" in line for line in others)
+    else:
+        start = f"{folder / 'R.yaml'}:{picture}: control 'tom': "
+        assert any(line.startswith(start) and line.endswith("(the new entry): remove one") for line in others)
+    [own] = [line for line in others if "'charactr'" in line]
+    place, number, _ = own.split(":", 2)
+    assert place == str(folder / "R.yaml") and "charactr" in rows[int(number) - 1]
+
+
+def test_add_names_no_line_of_a_file_that_is_not_there(tmp_path):
+    photos(tmp_path / "mira", 4)
+    for options, words in (
+        ({"class_noun": "Person"}, "the new entry: class_noun is 'Person'"),
+        ({"consent_basis": None, "reference": None}, "the new entry: a protected subject needs a consent"),
+        ({"control": True}, "the registry has no subjects yet: add a protected one before a control"),
+    ):
+        arguments = {"id": "mira", "kind": "person", "class_noun": "person", **MIRA, **options}
+        with pytest.raises(UserError) as caught:
+            add_subject(tmp_path / "R.yaml", tmp_path / "mira", **arguments)
+        first, *others = str(caught.value).splitlines()
+        assert first == f"{tmp_path / 'R.yaml'} was not written, because 'mira' cannot be added:"
+        assert len(others) == 1 and others[0].startswith(words)
+        assert not (tmp_path / "R.yaml").exists()
+
+
 def test_add_near_duplicates_across_the_splits_are_refused(tmp_path):
     photos(tmp_path / "mira", 6)
     ImageOps.mirror(blobs(100)).save(tmp_path / "mira/99.png")

@@ -16,8 +16,9 @@ from guardsmith.core.atomic_io import whole_file
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import KINDS, sha256_file
 from guardsmith.core.picture_folders import list_pictures, skipped_sentence
-from guardsmith.core.yaml_text import Loader, parse, read_text
-from guardsmith.registry.loader import SPLITS, Split, Subject, check_registry, present_day
+from guardsmith.core.yaml_text import Loader, Problem, parse, read_text
+from guardsmith.registry.explanations import NO_SUBJECTS
+from guardsmith.registry.loader import SPLITS, RegistryError, Split, Subject, check_registry, present_day
 
 PROTECTED_RATIOS: Mapping[Split, float] = {"harden": 2, "attack": 1, "reference": 1}
 CONTROL_RATIOS: Mapping[Split, float] = {"attack": 1, "reference": 1}
@@ -92,11 +93,14 @@ def add_subject(
         raise UserError(f"{path.parent} is not a folder: create it, or name another place for the registry")
     old = read_text(path, "the registry file", "check the path") if path.exists() or path.is_symlink() else ""
     key = "controls" if control else "subjects"
-    new = _append_entry(path, old, key, entry)
+    new, lines = _append_entry(path, old, key, entry)
     try:
         registry = check_registry(path, new, today, check_images=True)
-    except UserError as error:
-        raise UserError(f"{path} is left as it is, because with {id!r} it would be wrong:\n{error}") from None
+    except RegistryError as error:
+        state = "was not changed" if old else "was not written"
+        own = f"{key[:-1]} {id!r}: "
+        sentences = [_in_old_lines(path if old else None, lines, problem, own) for problem in error.problems]
+        raise UserError("\n".join([f"{path} {state}, because {id!r} cannot be added:", *sentences])) from None
     _replace(path, new)
     subject = registry.find(id)
     for sentence in small_splits(subject):
@@ -174,8 +178,35 @@ class _Dumper(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
 
-def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> str:
-    """The text with one more entry under `subjects` or `controls`; every old line stays as it is."""
+def _in_old_lines(path: Path | None, lines: range, problem: Problem, own: str) -> str:
+    """A problem of a registry that was not written, as a sentence about the file that is there and the entry that is not.
+
+    Args:
+        path: of the file; `None` where there is none.
+        lines: of the new entry in what would have been written.
+        problem: at a line of the same.
+        own: how sentences about the new entry begin.
+    """
+
+    def old(line: int) -> int:
+        return line - len(lines) if line >= lines.stop else line
+
+    def place(found: re.Match[str]) -> str:
+        line = int(found[1])
+        return "(the new entry)" if line in lines else f"(line {old(line)})"
+
+    if problem.sentence == NO_SUBJECTS:
+        return "the registry has no subjects yet: add a protected one before a control"
+    sentence = re.sub(r"\(line (\d+)\)", place, problem.sentence)
+    if problem.line in lines:
+        return f"the new entry: {sentence.removeprefix(own)}"
+    if sentence.startswith("the id ") and "(the new entry)" in sentence:  # it stands first, and is to choose another
+        return f"the new entry: {sentence.replace('(the new entry)', f'(line {old(problem.line)})')}"
+    return sentence if path is None else f"{path}:{old(problem.line)}: {sentence}"
+
+
+def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> tuple[str, range]:
+    """The text with one more entry under `subjects` or `controls`, and the entry's lines, from 1; old lines stay as they are."""
     # The line ends of YAML, so that its line numbers are places in `rows`.
     rows = re.findall(r"[^\r\n\x85\u2028\u2029]*(?:\r\n|[\r\n\x85\u2028\u2029])|[^\r\n\x85\u2028\u2029]+", text)
     newline = next((row[len(row.rstrip("\r\n")) :] for row in rows if row.endswith(("\r", "\n"))), "\n")
@@ -211,7 +242,8 @@ def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> 
             raise UserError(
                 f"{path}:{value.start_mark.line + 1}: {key} is written in brackets: put each entry on a line"
             )
-    rows[place:place] = [" " * indent + row + newline for row in item.rstrip("\n").split("\n")]
+    added = [" " * indent + row + newline for row in item.rstrip("\n").split("\n")]
+    rows[place:place] = added
     text = "".join(rows)
 
     after, _, _ = parse(path, text)
@@ -220,7 +252,7 @@ def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> 
     # Aliases and block text at the end of the list can mislead the search for its last line.
     if not isinstance(entries, list) or {**after, key: entries[:-1]} != {**before, key: before.get(key) or []}:
         raise UserError(f"{path} is written in a way that cannot be extended safely: add the entry by hand")
-    return text
+    return text, range(place + 1, place + 1 + len(added))
 
 
 def _replace(path: Path, text: str) -> None:

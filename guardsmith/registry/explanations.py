@@ -24,7 +24,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "consent": Consent,
     "images": ImageEntry,
 }
-_NO_SUBJECTS = "the registry has no subjects: list at least one subject (`guardsmith registry add` writes one)"
+NO_SUBJECTS = "the registry has no subjects: list at least one subject (`guardsmith registry add` writes one)"
 
 
 def explain(
@@ -81,7 +81,7 @@ def _sentence(kind: str, where: KeyPath, value: object, message: str, context: M
     key = names[-1] if names else "the registry"
     text = reprlib.repr(value)
     if where == ("subjects",) and (kind in ("missing", "too_short") or value is None):
-        return _NO_SUBJECTS
+        return NO_SUBJECTS
     if kind == "extra_forbidden":
         keys = _keys(where[:-1])
         return f"unknown key {key!r}{did_you_mean(key, keys) or '; known keys are ' + ', '.join(keys)}"

@@ -96,6 +96,19 @@ def present_day() -> date:
     return datetime.now().astimezone().date()
 
 
+class RegistryError(UserError):
+    """A registry has problems; the message has one a line, with file and line.
+
+    Attributes:
+        problems: the same with their lines as numbers, in the order of the file.
+    """
+
+    def __init__(self, path: Path, problems: Iterable[Problem]) -> None:
+        """Of problems in a file."""
+        self.problems = sorted(set(problems))
+        super().__init__("\n".join(_located(path, self.problems)))
+
+
 def check_registry(path: Path, text: str, today: date, check_images: bool) -> Registry:
     """Check the text of a registry.
 
@@ -106,7 +119,8 @@ def check_registry(path: Path, text: str, today: date, check_images: bool) -> Re
         check_images: see `load_registry`.
 
     Raises:
-        UserError: see `load_registry`.
+        RegistryError: it has problems.
+        UserError: it is not YAML, or no mapping.
     """
     data, lines, problems = parse(path, text)
     if not isinstance(data, dict):
@@ -150,7 +164,7 @@ def check_registry(path: Path, text: str, today: date, check_images: bool) -> Re
             pictures_of.append(pictures)
     problems += check_duplicates(labelled)
     if problems:
-        raise UserError("\n".join(_located(path, problems)))
+        raise RegistryError(path, problems)
 
     file = RegistryFile.model_validate(data)
     subjects = [_subject(e, pictures) for e, pictures in zip(file.subjects, groups["subjects"], strict=True)]
