@@ -71,6 +71,59 @@ def test_check_prints_a_table_to_stdout_and_talk_to_stderr(folder, capsys):
     assert last == f"next: guardsmith harden --subjects {ROOT / 'registries' / 'demo.yaml'}"
 
 
+def alone(folder):
+    """The registry of `folder` without its control."""
+    text = (folder / "R.yaml").read_text()
+    (folder / "alone.yaml").write_text(text[: text.index("controls:")])
+    return str(folder / "alone.yaml")
+
+
+def test_a_registry_without_controls_is_warned_of_before_the_first_step(folder, capsys, monkeypatch):
+    """Its verification is inconclusive whatever happens: check, plan, harden and verify say so, and which rules it is."""
+    from guardsmith.config.loading import load_recipe
+    from guardsmith.evaluation import pipeline
+    from guardsmith.gate.rules import RULES
+    from guardsmith.registry.loader import NEED_CONTROLS, load_registry
+
+    registry = alone(folder)
+    said = f"{registry} has no controls: no verification with it can pass"
+    assert set(NEED_CONTROLS) <= {rule.title for rule in RULES}
+    assert main(["check", registry]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"warning: {said}" in err and all(f"'{title}'" in err for title in NEED_CONTROLS)
+    assert "registry add --control" in err
+    assert main(["check", registry, "--json"]) == 0
+    assert [sentence for sentence in json.loads(capsys.readouterr().out)["warnings"] if said in sentence]
+    for words in (["plan", "demo"], ["harden", "--recipe", "demo", "--dry-run"]):
+        assert main([*words, "--subjects", registry, "--json"]) == 0
+        assert [sentence for sentence in json.loads(capsys.readouterr().out)["warnings"] if said in sentence]
+
+    def attacked(*_, **__):
+        assert said in " ".join(capsys.readouterr().err.split())
+        raise RunFailed("enough")
+
+    monkeypatch.setattr(pipeline, "preflight", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "measure", attacked)
+    with pytest.raises(RunFailed, match="enough"):
+        pipeline.verify(load_registry(registry), load_recipe("demo"), folder / "out")
+    assert main(["check", str(folder / "R.yaml")]) == 0
+    assert "has no controls" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("two_stage=true", "two_stage needs another subject"), ("data=mixed", "data: mixed needs 3 pictures of others"),
+     ("evasion=side_by_side", "side_by_side needs another subject")],
+)  # fmt: skip
+def test_attacks_that_need_others_are_refused_before_a_run_hardens(folder, change, words, capsys):
+    arguments = ["--subjects", alone(folder), "--set", f"verify.attacks.lora.{change}", "--output", str(folder / "out")]
+    for command in ("plan", "run"):
+        assert main([command, "demo", *arguments]) == 2
+        assert words in capsys.readouterr().err
+    assert not (folder / "out").exists()
+    assert main(["harden", "--recipe", "demo", *arguments, "--dry-run"]) == 0, "hardening alone needs no others"
+
+
 def test_check_json_is_data_only(folder, capsys):
     assert main(["check", str(folder / "R.yaml"), "--json"]) == 0
     out, err = capsys.readouterr()

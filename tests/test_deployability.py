@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from guardsmith.config.deployability import DeployabilityLimits, DeployabilitySpec
+from guardsmith.core.errors import UserError
 from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, benign_prompts
 from guardsmith.evaluation.deployability import (
     CHECKS,
@@ -29,9 +30,11 @@ from guardsmith.evaluation.deployability.intervals import paired_excess, paired_
 from guardsmith.evaluation.deployability.merges import merge
 from guardsmith.evaluation.deployability.quantization import int8_rows, q8_0_blocks
 from guardsmith.gate.deployability import Measurement
+from guardsmith.gate.rules.control import RULE as CONTROL
+from guardsmith.gate.rules.deployability import title_of
 from guardsmith.metrics import load_judge
 from guardsmith.models.checkpoint import builtin_path, load_model
-from guardsmith.registry.loader import load_registry
+from guardsmith.registry.loader import NEED_CONTROLS, load_registry
 
 LIMITS = DeployabilityLimits()
 
@@ -348,3 +351,7 @@ def test_adapters_are_kept_by_the_base_and_lost_by_a_model_that_ignores_them(bas
 def test_trained_checks_without_controls_say_so(base, tmp_path):
     bench = bench_of(base, base, tmp_path, trained=True)
     assert [m.error for m in CHECKS["adapters"].run(bench)] == ["the registry has no controls to make adapters for"]
+    with pytest.raises(UserError, match="the registry has no controls to make another fine-tune of"):
+        merges.with_sibling(bench)
+    # `check` says beforehand which rules these are.
+    assert set(NEED_CONTROLS) == {CONTROL.title, title_of("adapters"), title_of("merges")}

@@ -116,7 +116,11 @@ def test_every_command_of_the_path_does_what_the_page_says(family, dino, tmp_pat
         done[words[0]] = out + err
     assert [*done] == ["check", "levels", "plan", "harden", "verify", "run", "compare", "publish", "release-notes"]
     assert "next: guardsmith verify out --subjects" in done["harden"]
-    assert "U-Net forwards" in done["plan"] and "hours" in done["plan"] and "GiB" in done["plan"]
+    assert (
+        "U-Net forwards" in done["plan"]
+        and "forwards a second that were measured" in done["plan"]
+        and "GiB" in done["plan"]
+    )
     assert "not published: the verdict of" in done["publish"]
 
     report = Report.load(Path("out"))

@@ -183,8 +183,8 @@ def report_schema(
 
 app.command(no_args_is_help=True)(harden)
 app.command()(verify)
-app.command()(run)
-app.command()(plan)
+app.command(no_args_is_help=True)(run)
+app.command(no_args_is_help=True)(plan)
 app.command()(check)
 app.command()(compare)
 app.command()(levels)

@@ -27,6 +27,10 @@ RECIPE = Annotated[
         "--recipe", help="Recipe name or file (see `guardsmith list recipes`).", autocompletion=complete_recipe
     ),
 ]
+RECIPE_ARGUMENT = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help="The same as --recipe.", show_default=False, autocompletion=complete_recipe),
+]
 CHANGES = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
@@ -87,6 +91,17 @@ DRY_RUN = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan (see `guardsmith plan`) and stop; exit 2 if it cannot work.")
 ]
 TODAY = Annotated[datetime | None, typer.Option(formats=DAY, hidden=True)]
+
+
+def named_recipe(argument: str | None, option: str | None) -> str | None:
+    """The recipe of a command that takes its name as an argument or as `--recipe`.
+
+    Raises:
+        UserError: it is given in both ways, and not the same.
+    """
+    if argument is not None and option is not None and argument != option:
+        raise UserError(f"two recipes are named, {argument} and --recipe {option}; name one")
+    return argument if option is None else option
 
 
 def recipe_of(name: str | None, base: str | None, changes: list[str] | None, **values: Any) -> Recipe:

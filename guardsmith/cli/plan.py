@@ -16,15 +16,17 @@ from guardsmith.cli.options import (
     NEGATIVES,
     OUTPUT,
     POLICY,
+    RECIPE,
+    RECIPE_ARGUMENT,
     SUBJECTS,
     TODAY,
     budget_as_changes,
     levels_as_changes,
+    named_recipe,
     policy_of,
     recipe_of,
     registry_of,
 )
-from guardsmith.cli.tables import complete_recipe
 from guardsmith.core.console import day, print_line, warn
 
 if TYPE_CHECKING:
@@ -67,9 +69,8 @@ def show_forecast(result: Forecast, as_json: bool) -> None:
 
 
 def plan(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="Recipe name or file.", autocompletion=complete_recipe)
-    ],
+    argument: RECIPE_ARGUMENT = None,
+    recipe: RECIPE = None,
     subjects: SUBJECTS = None,
     base: Annotated[str | None, typer.Option(help="Base in place of the recipe's.")] = None,
     output: OUTPUT = Path("out"),
@@ -83,6 +84,7 @@ def plan(
 ) -> None:
     """Say what a run will cost and what stands in its way, before anything is drawn; exit 2 if something does."""
     flags = [*budget_as_changes(budget), *levels_as_changes(levels), *(changes or [])]
+    recipe = named_recipe(argument, recipe)
     settings = recipe_of(recipe, base, flags, negatives=negatives)
     registry = registry_of(subjects, settings, today)
     from guardsmith.core.progress import quiet_libraries
@@ -92,7 +94,8 @@ def plan(
     result = forecast(registry, settings, output, policy=policy_of(policy), today=day(today))
     show_forecast(result, as_json)
     flags_of_run: list[Any] = ["--base", settings.base] if base is not None else []
-    words = ["guardsmith", "run", recipe, *flags_of_run, "--subjects", str(registry.path), "--output", str(output)]
+    names = [] if recipe is None else [recipe]
+    words = ["guardsmith", "run", *names, *flags_of_run, "--subjects", str(registry.path), "--output", str(output)]
     words += ["--levels", str(levels)] if levels is not None else []
     words += ["--policy", str(policy)] if policy is not None else []
     words += ["--budget", budget] if budget is not None else []

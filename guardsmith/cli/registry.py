@@ -27,7 +27,7 @@ def check(
 ) -> None:
     """Check a registry (its keys, pictures, hashes, splits and consents) and, if wanted, a base model."""
     from guardsmith.registry.add import small_splits
-    from guardsmith.registry.loader import load_registry
+    from guardsmith.registry.loader import load_registry, missing_controls
 
     content = load_registry(registry, today=day(today))
     if base is not None:
@@ -35,11 +35,12 @@ def check(
         from guardsmith.models.checkpoint import load_model
 
         check_computes(load_model(base))
+    warnings = [*content.warnings, *filter(None, [missing_controls(content)])]
     if as_json:
-        typer.echo(json.dumps(_as_json(content), indent=2))
+        typer.echo(json.dumps(_as_json(content) | {"warnings": warnings}, indent=2))
     else:
         _print_subjects(content)
-    for warning in content.warnings:
+    for warning in warnings:
         warn(warning)
     for subject in (*content.subjects, *content.controls):
         for sentence in small_splits(subject):
@@ -86,7 +87,6 @@ def _as_json(registry: Registry) -> dict[str, Any]:
         "digest": registry.digest,
         "subjects": [subject.model_dump(mode="json") for subject in registry.subjects],
         "controls": [subject.model_dump(mode="json") for subject in registry.controls],
-        "warnings": registry.warnings,
     }
 
 

@@ -19,6 +19,8 @@ from guardsmith.cli.options import (
     OUTPUT,
     OVERWRITE,
     POLICY,
+    RECIPE,
+    RECIPE_ARGUMENT,
     REPORT_TO,
     RESUME,
     SUBJECTS,
@@ -27,12 +29,12 @@ from guardsmith.cli.options import (
     budget_as_changes,
     levels_as_changes,
     named,
+    named_recipe,
     policy_of,
     recipe_of,
     registry_of,
 )
 from guardsmith.cli.release import CONTACT, LICENCE, LICENCE_FILE, check_contact, check_repo_id
-from guardsmith.cli.tables import complete_recipe
 from guardsmith.core.console import day, print_line
 from guardsmith.core.errors import UserError
 
@@ -50,21 +52,19 @@ def check_publishing(
         UserError: the base's licence is not known, the token may not write there, or there are no controls.
         RunFailed: the Hub does not answer.
     """
+    from guardsmith.registry.loader import missing_controls
     from guardsmith.release.card import licence_before
     from guardsmith.release.hub import check_rights
 
     licence_before(recipe.base, recipe.revision, licence, licence_file)
     check_rights(repo_id)
-    if not registry.controls:
-        raise UserError(
-            f"{registry.path} has no controls, so a verification cannot pass and nothing would be published"
-        )
+    if sentence := missing_controls(registry):
+        raise UserError(f"nothing would be published: {sentence}")
 
 
 def run(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="Recipe name or file.", autocompletion=complete_recipe)
-    ],
+    argument: RECIPE_ARGUMENT = None,
+    recipe: RECIPE = None,
     output: OUTPUT = Path("out"),
     subjects: SUBJECTS = None,
     base: Annotated[str | None, typer.Option(help="Base in place of the recipe's.")] = None,
@@ -99,7 +99,7 @@ def run(
     if contact is not None:
         check_contact(contact)
     flags = [*budget_as_changes(budget), *levels_as_changes(levels), *(changes or [])]
-    settings = recipe_of(recipe, base, flags, negatives=negatives)
+    settings = recipe_of(named_recipe(argument, recipe), base, flags, negatives=negatives)
     registry = registry_of(subjects, settings, today)
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.evaluation.forecast import before_hardening, forecast

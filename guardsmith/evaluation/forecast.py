@@ -25,7 +25,7 @@ from guardsmith.config.recipe import AttackSpec, Recipe
 from guardsmith.core.console import warn
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.diffusion.prompts import PromptBank
-from guardsmith.evaluation.planning import attacked_subjects
+from guardsmith.evaluation.planning import attacked_subjects, check_others
 from guardsmith.evaluation.preflight import check_attacks, check_policy, check_threat_model
 from guardsmith.gate.policy import Policy, recipe_policy
 from guardsmith.hardening.compatibility import check_against_base, check_computes
@@ -35,13 +35,15 @@ from guardsmith.methods import find_method
 from guardsmith.metrics import load_judge
 from guardsmith.models.checkpoint import DiffusionModel, load_model
 from guardsmith.models.contents import weight_files
-from guardsmith.registry.loader import Registry, present_day
+from guardsmith.registry.loader import Registry, missing_controls, present_day
 from guardsmith.runtime.output import check_apart
 
 Outlook = Literal["fine", "warning", "problem"]
 GIB = 2**30
 TIMED_SECONDS = 3.0  # of forwards, at least one and at most
 TIMED_FORWARDS = 5
+ROWS = (2, 8)  # of the timed calls: as a real base is trained, and as a small one is, which is faster a row
+QUICK = 0.05  # seconds of a call, below which a larger one is timed too
 BACKWARD = 3  # a row forward and backward, in forward equivalents
 GUIDED = 2  # rows of a picture's step, for guidance draws with and without the prompt
 
@@ -120,12 +122,8 @@ def forecast(
         _judged(plan, lambda: check_against_base(base, registry, recipe), "base and method")
         _judged(plan, lambda: check_computes(base), "base")
     _look_at_judge(plan, registry, recipe, base, policy, "problem" if verifies else "warning")
-    if not registry.controls:
-        plan.add(
-            "controls",
-            f"{registry.path} has no controls: nothing will be known of others, so a verification cannot pass",
-            "warning",
-        )
+    if sentence := missing_controls(registry):
+        plan.add("controls", sentence, "warning")
     forwards = {
         "hardening": _hardening_forwards(recipe, registry) if hardens else 0,
         "verification": verification_forwards(recipe, registry) if recipe.verify.attacks else 0,
@@ -220,6 +218,7 @@ def _look_at_judge(
     try:
         rules = recipe_policy(recipe, policy)
         check_attacks(recipe)
+        check_others(registry, recipe)
         check_threat_model(rules, recipe)
         if base is not None:
             check_policy(rules, registry, base.image_size)
@@ -271,9 +270,21 @@ def verification_forwards(recipe: Recipe, registry: Registry) -> int:
     return total + images * recipe.sampling.steps * GUIDED
 
 
-@torch.no_grad()
-def seconds_per_forward(model: DiffusionModel, rows: int = 2) -> float:
+def seconds_per_forward(model: DiffusionModel) -> float:
     """Seconds of a row's forward pass through the denoiser on this machine: the fastest of a few timed calls."""
+    few, many = ROWS
+    seconds = _timed(model, few)
+    return seconds if seconds * few > QUICK else min(seconds, _timed(model, many))
+
+
+def in_words(hours: float) -> str:
+    """A duration with two digits, in minutes where it is shorter than an hour."""
+    return f"{hours:.2g} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+
+
+@torch.no_grad()
+def _timed(model: DiffusionModel, rows: int) -> float:
+    """Seconds of each row of such a call: the fastest of a few, after one that is not timed."""
     shape = (
         rows,
         int(model.unet.config.in_channels),
@@ -298,8 +309,8 @@ def _hours(plan: Forecast, base: DiffusionModel, forwards: dict[str, int]) -> fl
     rate = seconds_per_forward(base)
     hours = {what: count * rate / 3600 for what, count in forwards.items()}
     plan.data |= {"seconds_per_forward": rate, "hours": hours | {"together": sum(hours.values())}}
-    plan.add("hours", f"{hours['hardening']:.2g} to harden, {hours['verification']:.2g} to verify, in one process at "
-                      f"{1 / rate:.3g} forwards a second (measured just now)")  # fmt: skip
+    plan.add("time", f"{in_words(hours['hardening'])} to harden, {in_words(hours['verification'])} to verify (likewise), in one "
+                     f"process at the {1 / rate:.3g} forwards a second that were measured just now")  # fmt: skip
     return float(sum(hours.values()))
 
 

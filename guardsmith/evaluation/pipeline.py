@@ -14,12 +14,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from guardsmith.config.recipe import Recipe
+from guardsmith.core.console import warn
 from guardsmith.evaluation.judging import judged_report
 from guardsmith.evaluation.measuring import measure
 from guardsmith.evaluation.preflight import preflight
 from guardsmith.evaluation.writing import write
 from guardsmith.gate.policy import Policy
-from guardsmith.registry.loader import Registry
+from guardsmith.registry.loader import Registry, missing_controls
 from guardsmith.reports.report import Report
 from guardsmith.reports.terminal import print_report
 from guardsmith.runtime.executors import check_executor
@@ -74,6 +75,8 @@ def _verify(
 ) -> Report:  # fmt: skip
     check_executor(executor)
     plan = preflight(registry, recipe, output, model=model, revision=revision, base_runs=base_runs, policy=policy)
+    if sentence := missing_controls(registry):
+        warn(sentence)
     measurements = measure(plan, workers=workers, executor=executor)
     report = judged_report(plan, measurements)
     write(plan, measurements, report, include_images=include_images)

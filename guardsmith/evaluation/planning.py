@@ -105,6 +105,22 @@ def evasion_plan(spec: AttackSpec, subject: Subject, everyone: Sequence[Subject]
     return plan
 
 
+def check_others(registry: Registry, recipe: Recipe) -> None:
+    """The registry has to have the other subjects whose pictures some attacks use.
+
+    Raises:
+        UserError: it does not.
+    """
+    attacked = (*attacked_subjects(registry, recipe.verify, recipe.seed), *registry.controls)
+    everyone = (*registry.subjects, *registry.controls)
+    for attack in recipe.verify.attacks.values():
+        for subject in attacked:
+            attack_images(subject, attack.data, everyone)
+            evasion_plan(attack, subject, everyone)
+            if attack.two_stage:
+                stranger_to(subject, attacked)
+
+
 def first_stage_plan(stranger: Subject, class_pictures: Path) -> dict[str, Any]:
     """`Unit.first` of an attacker in two stages, who trains on this stranger before the subject."""
     images = stranger.images_of("attack")

@@ -13,7 +13,7 @@ from guardsmith.config.threat_model import threat_model_of
 from guardsmith.core.console import in_words, warn
 from guardsmith.core.errors import UserError
 from guardsmith.core.sources import check_source
-from guardsmith.evaluation.planning import TargetModel, attacked_subjects
+from guardsmith.evaluation.planning import TargetModel, attacked_subjects, check_others
 from guardsmith.gate.calibration import calibration
 from guardsmith.gate.evidence import Side
 from guardsmith.gate.policy import Policy, recipe_policy
@@ -89,6 +89,7 @@ def preflight(
         UserError: what is wrong, and what to do.
     """
     check_attacks(recipe)
+    check_others(registry, recipe)
     if model is None:
         base, hardened, record = hardened_here(output, registry)
         hardening = Hardening.model_validate(record | {"carries": []})

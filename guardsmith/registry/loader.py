@@ -65,6 +65,21 @@ def unknown_class_nouns(registry: Registry, classes: Sequence[str]) -> list[str]
     ]
 
 
+NEED_CONTROLS = ("control learnable", "everyday use (adapters)", "everyday use (merges)")
+"""Rules of the gate that are never passed without an unprotected subject, by their titles."""
+
+
+def missing_controls(registry: Registry) -> str | None:
+    """What a registry without controls leads to, in a sentence; `None` where there are some."""
+    if registry.controls:
+        return None
+    rules = ", ".join(f"'{title}'" for title in NEED_CONTROLS)
+    return (
+        f"{registry.path} has no controls: no verification with it can pass, because rules of the gate need an unprotected "
+        f"subject ({rules}); add one with `guardsmith registry add --control`"
+    )
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a registry file, for editors and other tools (committed as registries/schema.json)."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RegistryFile.model_json_schema()}
@@ -242,5 +257,6 @@ __all__ = [
     "content_digest",
     "json_schema",
     "load_registry",
+    "missing_controls",
     "unknown_class_nouns",
 ]
