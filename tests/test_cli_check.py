@@ -110,6 +110,25 @@ def test_a_registry_without_controls_is_warned_of_before_the_first_step(folder, 
     assert "has no controls" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_plan_and_run_take_a_recipe_as_harden_and_verify_do(command, tmp_path, capsys):
+    """By the option or as an argument, and the same either way; two different ones are refused; none is chosen as elsewhere."""
+    more = ["--subjects", str(ROOT / "registries/demo.yaml"), "--json", "--output", str(tmp_path / "out")]
+    more += ["--dry-run"] if command == "run" else []
+    plans = []
+    for words in (["apdm-avatar"], ["--recipe", "apdm-avatar"], ["apdm-avatar", "--recipe", "apdm-avatar"], []):
+        assert main([command, *words, *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert [plan["method"] for plan in plans] == ["apdm", "apdm", "apdm", "tripwire"]
+    assert all(plan["params"] == plans[0]["params"] for plan in plans[:3])
+    assert main([command, "demo", "--recipe", "apdm-avatar", *more]) == 2
+    assert "two recipes are named, demo and --recipe apdm-avatar; name one" in capsys.readouterr().err
+    assert main([command, "--base", "owner/name", *more]) == 2
+    assert "choose a recipe with --recipe" in capsys.readouterr().err
+    assert main([command]) == 2
+    assert "Usage: guardsmith" in "".join(capsys.readouterr()), "a command of hours does not begin by its name alone"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [("two_stage=true", "two_stage needs another subject"), ("data=mixed", "data: mixed needs 3 pictures of others"),

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import json
 import os
 import re
 import shlex
@@ -167,6 +168,18 @@ def test_the_table_of_the_readme_is_what_the_demo_printed(capsys):
     lines = [" ".join(line.split()) for line in shown[1].strip().split("\n")]
     assert len(lines) > 5
     assert [line for line in lines if line not in printed] == []
+
+
+def test_how_long_the_demo_takes_is_said_once_and_as_recorded():
+    """Elsewhere `plan` says it, for the machine at hand. A verification's time is stated once its report has it."""
+    hardening, report = (json.loads((DOCS / f"results/demo-{name}.json").read_text()) for name in ("harden", "report"))
+    stated = dict(re.findall(r"(hardens|verifies) in about (\d+) minutes", README))
+    recorded = {"hardens": hardening["seconds"], "verifies": report["run"].get("seconds")}
+    assert stated == {verb: f"{seconds / 60:.0f}" for verb, seconds in recorded.items() if seconds is not None}
+    assert len(re.findall(r"\bminutes?\b", README)) == len(stated)
+    for page in ("tutorial/first-hardening.md", "tutorial/first-hardening.ipynb", "index.md"):
+        assert not re.search(r"\b(minutes?|hours?)\b", (DOCS / page).read_text()), page
+    assert f"Hardening took {hardening['seconds']:.0f} s" in (DOCS / "results/README.md").read_text()
 
 
 def test_the_picture_of_the_report_is_small():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import harden_with, make_sd3, make_sdxl, pictures
 from guardsmith.cli.app import main
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import RunFailed
+from guardsmith.evaluation import forecast
 from guardsmith.hardening.memory import BYTES, GIB, estimate, saved_bytes, stored_numbers
 from guardsmith.methods import METHODS
 from guardsmith.models.checkpoint import load_model, with_own_unet
@@ -253,3 +255,36 @@ def test_the_plan_says_how_much_is_loaded(monkeypatch, v_folder, tmp_path):
           str(tmp_path / "out")])  # fmt: skip
     model = load_model(str(v_folder))
     assert seen == [sum(weight.numel() * 4 for part in model.networks.values() for weight in part.parameters())]
+
+
+class Denoiser:
+    """Takes so many seconds for a call, whatever its rows, by a clock of its own."""
+
+    config = SimpleNamespace(in_channels=4, sample_size=8)
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.rows = seconds, 0.0, set()
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def __call__(self, latents, *_, **__):
+        self.now += self.seconds
+        self.rows.add(len(latents))
+        return (latents,)
+
+
+@pytest.mark.parametrize(("seconds", "rows", "rate"), [(0.016, {2, 8}, 0.002), (0.06, {2}, 0.03), (10.0, {2}, 5.0)])
+def test_the_rate_of_a_small_model_is_that_of_larger_batches(seconds, rows, rate, monkeypatch):
+    """A call of eight rows takes as long as one of two here, so a row takes a fourth; a slow model is not called with eight."""
+    unet = Denoiser(seconds)
+    clock = SimpleNamespace(perf_counter=lambda: unet.now)
+    prompts = SimpleNamespace(encode=lambda texts: torch.zeros(len(texts)))
+    monkeypatch.setattr(forecast, "time", clock)
+    monkeypatch.setattr(forecast, "PromptBank", lambda model: prompts)
+    assert forecast.seconds_per_forward(SimpleNamespace(unet=unet)) == pytest.approx(rate)
+    assert unet.rows == rows
+
+
+def test_a_duration_is_said_in_minutes_below_an_hour():
+    assert [forecast.in_words(hours) for hours in (0.05, 0.75, 1.0, 36.4)] == ["3 min", "45 min", "1 h", "36 h"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,10 +99,11 @@ def test_the_evidence_for_the_public_is_of_the_same_verification(verified):
     assert "mira, real picture 1" in (output / "verify/public/report.html").read_text()
 
 
-def test_everyday_use_is_part_of_the_report_and_of_the_verdict(copied, registry, recipe_file):
-    """An adapter that is not there is a case that failed to run, and is said so."""
+def test_everyday_use_is_part_of_the_report_and_of_the_verdict(copied, registry, recipe_file, tmp_path):
+    """An adapter without its files is a case that failed to run, and is said so."""
+    (tmp_path / "nowhere/adapter").mkdir(parents=True)
     changes = ["verify.deployability.checks=[precision, controlnet]", "verify.deployability.images=8"]
-    recipe = load_recipe(str(recipe_file), [*changes, "verify.deployability.t2i_adapter=/nowhere/adapter"])
+    recipe = load_recipe(str(recipe_file), [*changes, f"verify.deployability.t2i_adapter={tmp_path}/nowhere/adapter"])
     report = verify(registry, recipe, copied, workers=1, quiet=True)
     checks = {check.attack: check for check in report.checks if check.name.startswith("everyday use")}
     assert {"float16", "bfloat16", "stored values beyond float16"} <= set(checks)
@@ -353,6 +355,21 @@ def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, 
     everyone = spec.model_copy(update={"sample": None})
     assert attacked_subjects(registry, everyone, 0) == list(registry.subjects)
     assert verified[1].attacked.model_dump() == {"protected": 1, "of": 1, "controls": 1}
+
+
+def test_the_report_says_how_long_the_verification_took(verified, monkeypatch):
+    from guardsmith.evaluation import pipeline
+
+    assert verified[1].run.seconds > 0
+    times, plan = iter([100.0, 142.04]), SimpleNamespace(root=Path("nowhere"))
+    for step in ("preflight", "measure", "write", "missing_controls"):
+        monkeypatch.setattr(pipeline, step, lambda *_, step=step, **__: plan if step == "preflight" else None)
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    seconds = []
+    report = verified[1].model_copy()
+    monkeypatch.setattr(pipeline, "judged_report", lambda *_, **told: seconds.append(told["seconds"]) or report)
+    pipeline.verify(None, None, plan.root, quiet=True)
+    assert seconds == [pytest.approx(42.04)]
 
 
 def test_each_subject_meets_each_attack_with_one_identifier_in_turn(tmp_path):

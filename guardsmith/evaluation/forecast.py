@@ -279,7 +279,7 @@ def seconds_per_forward(model: DiffusionModel) -> float:
 
 def in_words(hours: float) -> str:
     """A duration with two digits, in minutes where it is shorter than an hour."""
-    return f"{hours:.2g} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+    return f"{hours:.2g} h" if hours >= 1 else f"{60 * hours:.2g} min"
 
 
 @torch.no_grad()

@@ -114,8 +114,14 @@ def removal_records(units: Sequence[Unit]) -> list[RemovalRecord]:
     ]  # fmt: skip
 
 
-def judged_report(plan: Plan, measurements: Measurements) -> Report:
-    """The report, whole."""
+def judged_report(plan: Plan, measurements: Measurements, *, seconds: float) -> Report:
+    """The report, whole.
+
+    Args:
+        plan: of the verification.
+        measurements: what it measured.
+        seconds: that this took.
+    """
     registry, policy = plan.registry, plan.policy
     scores = measurements.scores
     intervals = {key: interval(units) for key, units in scores.items()}
@@ -151,5 +157,5 @@ def judged_report(plan: Plan, measurements: Measurements) -> Report:
         calibration=policy.classes,
         hardening=plan.hardening,
         recipe=plan.recipe.model_copy(update={"subjects": None, "negatives": None}),  # paths of this machine
-        run=Run.model_validate(run_info()),
+        run=Run.model_validate(run_info() | {"seconds": round(seconds, 1)}),
     )  # fmt: skip

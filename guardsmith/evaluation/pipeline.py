@@ -10,6 +10,7 @@ Four steps, a module each: `preflight` refuses what cannot work, `measuring` att
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -74,11 +75,12 @@ def _verify(
     workers: int | None, executor: str, policy: Policy | None, include_images: bool, quiet: bool,
 ) -> Report:  # fmt: skip
     check_executor(executor)
+    began = time.perf_counter()
     plan = preflight(registry, recipe, output, model=model, revision=revision, base_runs=base_runs, policy=policy)
     if sentence := missing_controls(registry):
         warn(sentence)
     measurements = measure(plan, workers=workers, executor=executor)
-    report = judged_report(plan, measurements)
+    report = judged_report(plan, measurements, seconds=time.perf_counter() - began)
     write(plan, measurements, report, include_images=include_images)
     if not quiet:
         print_report(report, plan.root)

@@ -195,6 +195,8 @@ class Run(_Part):
     """Whether torch was held to deterministic algorithms."""
     finished: str
     """When, ISO 8601."""
+    seconds: float | None = None
+    """Of the verification, wall clock; attacks that were kept from an earlier one took none of it. Earlier reports do not say."""
 
 
 class Report(_Part):
