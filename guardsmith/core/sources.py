@@ -40,12 +40,13 @@ def _in_folder_here(source: str) -> bool:
     return not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")).is_dir()
 
 
-def check_source(source: str, what: str) -> None:
+def check_source(source: str, what: str, instead: str = "a folder that exists, or a Hub id (owner/name)") -> None:
     """Refuse a path at which nothing is, before it is taken for a Hub id.
 
     Args:
         source: a folder or a Hub id, as the user wrote it.
         what: it should be, for the message, e.g. "base model".
+        instead: what can be named, for the message.
 
     Raises:
         UserError: it is a path, and there is no such file or folder.
@@ -54,7 +55,7 @@ def check_source(source: str, what: str) -> None:
     if path.exists() or not is_path(source):
         return
     if _written_as_path(source):
-        raise UserError(f"there is no {what} at {source}; name a folder that exists, or a Hub id (owner/name)")
+        raise UserError(f"there is no {what} at {source}; name {instead}")
     raise UserError(
         f"there is no {what} at {source}: the folder {path.parent} is here and holds no {path.name}; correct the path (a Hub id "
         "with such an owner can be named from another folder)"

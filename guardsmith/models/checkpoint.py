@@ -138,9 +138,10 @@ def resolve(source: str, revision: str | None = None) -> Path:
     if path.exists():
         _check_folder(path)
         return path
-    check_source(source, "base model")
+    choices = "a folder that exists, a Hub id (owner/name) or builtin:avatar"
+    check_source(source, "base model", choices)
     if "/" not in source:
-        raise UserError(f"there is no base model at {source}; name a folder, a Hub id (owner/name) or builtin:avatar")
+        raise UserError(f"there is no base model at {source}; name {choices}")
     return _download(source, revision)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,7 @@ def add_subject(
     """
     path, folder, today = Path(registry_path), Path(folder), today or present_day()
     files = _split_folder(folder, ratios or (CONTROL_RATIOS if control else PROTECTED_RATIOS), on_warning)
-    for file, _ in files:
-        try:
-            _relative(file, path.parent).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"the name of {str(file)!r} is not UTF-8, so it cannot be written in a registry: rename it"
-            ) from None
+    _check_names([file for file, _ in files], path.parent)
     entry: dict[str, Any] = {"id": id, "kind": kind, "class_noun": class_noun}
     if identifiers:
         entry["identifiers"] = list(identifiers)
@@ -98,14 +92,24 @@ def add_subject(
         registry = check_registry(path, new, today, check_images=True)
     except RegistryError as error:
         state = "was not changed" if old else "was not written"
-        own = f"{key[:-1]} {id!r}: "
-        sentences = [_in_old_lines(path if old else None, lines, problem, own) for problem in error.problems]
+        sentences = _in_old_lines(path if old else None, lines, error.problems, f"{key[:-1]} {id!r}: ")
         raise UserError("\n".join([f"{path} {state}, because {id!r} cannot be added:", *sentences])) from None
     _replace(path, new)
     subject = registry.find(id)
     for sentence in small_splits(subject):
         on_warning(sentence)
     return subject
+
+
+def _check_names(files: Sequence[Path], start: Path) -> None:
+    """Refuse files whose names, from a folder on, cannot be written in a registry."""
+    for file in files:
+        try:
+            _relative(file, start).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the name of {str(file)!r} is not UTF-8, so it cannot be written in a registry: rename it"
+            ) from None
 
 
 def small_splits(subject: Subject) -> list[str]:
@@ -178,13 +182,13 @@ class _Dumper(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
 
-def _in_old_lines(path: Path | None, lines: range, problem: Problem, own: str) -> str:
-    """A problem of a registry that was not written, as a sentence about the file that is there and the entry that is not.
+def _in_old_lines(path: Path | None, lines: range, problems: Sequence[Problem], own: str) -> Iterator[str]:
+    """Problems of a registry that was not written, as sentences about the file that is there and the entry that is not.
 
     Args:
         path: of the file; `None` where there is none.
         lines: of the new entry in what would have been written.
-        problem: at a line of the same.
+        problems: at lines of the same.
         own: how sentences about the new entry begin.
     """
 
@@ -195,14 +199,18 @@ def _in_old_lines(path: Path | None, lines: range, problem: Problem, own: str) -
         line = int(found[1])
         return "(the new entry)" if line in lines else f"(line {old(line)})"
 
-    if problem.sentence == NO_SUBJECTS:
-        return "the registry has no subjects yet: add a protected one before a control"
-    sentence = re.sub(r"\(line (\d+)\)", place, problem.sentence)
-    if problem.line in lines:
-        return f"the new entry: {sentence.removeprefix(own)}"
-    if sentence.startswith("the id ") and "(the new entry)" in sentence:  # it stands first, and is to choose another
-        return f"the new entry: {sentence.replace('(the new entry)', f'(line {old(problem.line)})')}"
-    return sentence if path is None else f"{path}:{old(problem.line)}: {sentence}"
+    for problem in problems:
+        sentence = re.sub(r"\(line (\d+)\)", place, problem.sentence)
+        if sentence == NO_SUBJECTS:
+            yield "the registry has no subjects yet: add a protected one before a control"
+        elif problem.line in lines:
+            yield f"the new entry: {sentence.removeprefix(own)}"
+        elif (
+            sentence.startswith("the id ") and "(the new entry)" in sentence
+        ):  # it stands first, and is to choose another
+            yield f"the new entry: {sentence.replace('(the new entry)', f'(line {old(problem.line)})')}"
+        else:
+            yield sentence if path is None else f"{path}:{old(problem.line)}: {sentence}"
 
 
 def _append_entry(path: Path, text: str, key: str, entry: Mapping[str, Any]) -> tuple[str, range]:

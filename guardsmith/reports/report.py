@@ -284,7 +284,7 @@ class Report(_Part):
         """
         file = run / place if run.is_dir() else run
         if not file.is_file():
-            what = f"holds no report ({place})" if run.is_dir() else "does not exist"
+            what = f"holds no report ({place})" if run.is_dir() else "holds no report, for it does not exist"
             raise UserError(f"{run} {what}; run `guardsmith verify` first, or name the folder that it wrote to")
         try:
             data = json.loads(file.read_bytes())
