@@ -631,7 +631,7 @@ def test_no_registry_at_all(run, tmp_path):
         (["--method", "xyz"], ["no method 'xyz'", "there is: apdm"]),
         (["--set", "verify.attacks.x.name=dreamboth"], ["verify.attacks.x", "did you mean 'dreambooth'?"]),
         (["--set", "verify.attacks.x.params.rank=4"], ["verify.attacks.x.name", "required"]),
-        (["--set", "method.params.outer_step=3"], ["'outer_step'", "did you mean 'outer_steps'?"]),
+        (["--set", "method.params.outer_step=3"], ["'method.params.outer_step'", "did you mean 'outer_steps'?"]),
         (["--set", "method.params.outer_steps=many"], ["method.params", "outer_steps", "integer", "'many'"]),
         (["--set", "method.params.learning_rate=0"], ["learning_rate", "greater than 0"]),
         (["--set", "method.params=3"], ["method.params", "dictionary"]),
@@ -662,7 +662,7 @@ verify:
     changes = ["--set", "seed", "--set", "gate.kid_ratio=-1"]
     done = guardsmith("harden", "--recipe", tmp_path / "bad.yaml", "--output", tmp_path / "out", *changes)
     assert done.code == 2
-    told = ["--set seed", "'subject'", "sampling.steps", "gate.kid_ratio", "'apmd'", "'ranks'", "'dreamboth'"]
+    told = ["--set seed", "'subject'", "sampling.steps", "gate.kid_ratio", "'apmd'", ".params.ranks'", "'dreamboth'"]
     assert len(done.sentences) == len(told)
     for word in told:
         assert sum(word in sentence for sentence in done.sentences) == 1, word
