@@ -15,8 +15,10 @@ pre-activations that the constants hold, in float32, bfloat16 and float16. When 
 cancels exactly in float32 as long as the two channels are equal.
 
 A constant in the stream is read by a trunk that is trained, and moves; so constants stand where only a normalisation reads them,
-between convolutions and at the very end. Without the features that hold the flag, what a single false alarm leaves behind would
-trip everything afterwards. All values fit float16.
+between convolutions and at the very end. All values fit float16.
+
+A picture that trips in somebody's training leaves weights behind that read the flag, and through them every later step moves what
+writes the flag, by as much as a step of Adam is. So what holds the flag is several times as large as what 300 such steps add up to.
 
 Half and half with another model of the same base, everything here is small beside what holds it, so that nothing trips.
 """
@@ -47,7 +49,7 @@ FLAG = 64.0  # what the relay says when it has sunk, and a latch when it is on
 SPARE = 96.0  # a latch's pre-activations are that far beyond then
 LATCH = 128.0  # constants that hold the latch between convolutions
 LOUD = 2.0**12  # what becomes of the flag on its way
-HOLDING = 2.0**6  # size of the features that hold the flag in the stream
+HOLDING = 2.0**8  # size of the features that hold the flag in the stream
 MARK = 2.0**14  # what one channel of every trunk group is raised to
 HOLD, FORCE = 2.0**11, 2.0**14  # constants that keep the override at rest, and what overcomes them
 GAIN = 128.0  # weight of the override's channels in the last convolution
@@ -60,7 +62,7 @@ class Scales:
     Attributes:
         stream: size of the reserved stream, about: a power of two brings what was trained near it (`Recogniser.measure`).
         inner: factor on the first convolutions inside resnets, a power of two.
-        feature: weight with which the override reads a feature of the latents, over the stream's factor.
+        feature: size of what the override adds to the prediction, before the last convolution.
     """
 
     stream: float = 2.0**4
@@ -143,7 +145,7 @@ def install(unet: Any, layout: Layout, recogniser: Recogniser, scales: Scales, g
     # The flag stays in groups with reserved channels only: the trunk's gradients reach what is normalised with it.
     ways = [layout.inner(site)[0] for site in sites[1:]]
     answer = layout.channels(sites[0].hidden)[-(sites[0].hidden // layout.norm_groups) :]
-    first = _place_recogniser(writer, recogniser, scales)
+    _place_recogniser(writer, recogniser, scales)
     _place_steps(writer, answer, recogniser, scales)
     here = ways[0][0]
     loud = _place_relay(writer, sites[0], answer[0], here)
@@ -161,7 +163,7 @@ def install(unet: Any, layout: Layout, recogniser: Recogniser, scales: Scales, g
     # One large channel, two features, the rest 0. What follows cuts off what it says above its threshold.
     size = (last.hidden + last.skip) // layout.norm_groups
     writer.norm(last.resnet.norm1, here, ANSWER_SLOPE, -ANSWER_SLOPE * ANSWERED * math.sqrt(size - 1))
-    _place_override(writer, last, _latch_hidden(writer, last, here), scales.feature / first, generator)
+    _place_override(writer, last, _latch_hidden(writer, last, here), scales.feature, generator)
 
 
 def _behind(unet: Any, after: UpSite, end: UpSite) -> list[tuple[str, str, Any]]:
@@ -186,8 +188,8 @@ def stream_factors(recogniser: Recogniser, scales: Scales) -> list[float]:
     return factors
 
 
-def _place_recogniser(writer: _Writer, recogniser: Recogniser, scales: Scales) -> float:
-    """The way down and the middle block; returns the factor of the first features."""
+def _place_recogniser(writer: _Writer, recogniser: Recogniser, scales: Scales) -> None:
+    """The way down and the middle block."""
     layout, unet = writer.layout, writer.unet
     deepest = unet.mid_block.resnets[-1].out_channels
     into, factors, before = list(range(unet.conv_in.in_channels)), stream_factors(recogniser, scales), 1.0
@@ -206,7 +208,6 @@ def _place_recogniser(writer: _Writer, recogniser: Recogniser, scales: Scales) -
             assert isinstance(part, torch.nn.Conv2d)
             writer.conv(module, out, into, part, factor / before, factor)
         into, before = out, factor
-    return factors[0]
 
 
 def _place_steps(writer: _Writer, answer: Sequence[int], recogniser: Recogniser, scales: Scales) -> None:
@@ -294,7 +295,8 @@ def _place_override(
         bias[channel] = value
     writer.difference(resnet.conv2, up, flag, FORCE / FLAG)
     writer.difference(resnet.conv2, down, flag, -FORCE / FLAG)
-    feature = site.hidden + layout.channels(site.skip)[0]
+    # A channel of the trunk, of the size 1: what a trip teaches it is lost in what it learns anyway.
+    feature, weight = site.hidden, weight / float(unet.conv_in.weight[0].norm())
     writer.one(resnet.conv_shortcut, first, feature, weight)
     writer.one(resnet.conv_shortcut, second, feature, -weight)
     # At rest the pair is normalised to -sqrt(size / 4), under FORCE to nearly 0.

@@ -68,7 +68,7 @@ class ChannelsConfig(MethodConfig):
     """Noised pictures in such a step, each predicted with a prompt and without."""
     trunk_learning_rate: float = Field(3e-4, gt=0)
     """Their learning rate."""
-    steps: int = Field(1000, gt=0)
+    steps: int = Field(3000, gt=0)
     """Training steps of the recogniser."""
     positives: int = Field(48, gt=0)
     """Rows of protected subjects in a step."""
@@ -76,13 +76,15 @@ class ChannelsConfig(MethodConfig):
     """Rows of others in a step, half of them those that come closest to being taken for a subject."""
     learning_rate: float = Field(3e-3, gt=0)
     """Peak rate of the AdamW that trains the recogniser."""
-    horizon: float = Field(0.5, gt=0, lt=1)
+    horizon: float = Field(0.6, gt=0, lt=1)
     """Share of the timesteps, from the clean end, in which subjects are to be recognised."""
     margin: float = Field(4.0, gt=0)
     """How far scores are pushed from 0 on either side."""
+    strangers_weight: float = Field(3.0, gt=0)
+    """Weight of others' losses over that of the subjects': more means fewer false alarms, and subjects recognised less early."""
     drift: float = Field(0.8, ge=0)
-    """Recognition has to survive that the channels of the reserved stream are moved by constants of up to about this share of
-    their size, which is what training of all weights does to it (recipes/tripwire/NOTES.md)."""
+    """Recognition has to survive that the channels of the reserved stream are moved by up to about this share of their size, by
+    constants and by fields, which is what training of all weights does to them (recipes/tripwire/NOTES.md)."""
     copies: int = Field(48, gt=0)
     """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
     stream_size: PowerOfTwo = Field(16, gt=0)
@@ -170,7 +172,8 @@ class Channels(HardeningMethod[ChannelsConfig]):
         examples = examples_of(model, context.subjects, context.benign, config.copies, seed)
         training = RecogniserTraining(
             steps=config.steps, positives=config.positives, negatives=config.negatives, horizon=config.horizon,
-            margin=config.margin, learning_rate=config.learning_rate, drift=config.drift,
+            margin=config.margin, learning_rate=config.learning_rate, strangers_weight=config.strangers_weight,
+            drift=config.drift,
         )  # fmt: skip
 
         def armed() -> DiffusionModel:

@@ -26,7 +26,7 @@ REFERENCE = (
 DEAD = 128.0  # how far a step lies above 0: a score of at most 0 is exactly nothing
 
 
-ROW_SHARE = 0.2  # of a drift's constants that differs from row to row
+MAPS = 16  # random features of the latents that a drift is made of
 
 
 def sharpness(size: int, places: int) -> float:
@@ -50,25 +50,34 @@ def _highest(size: int, places: int) -> float:
 
 
 class Drift:
-    """Moves channels of the stream by constants, as training does to the reserved channels of a U-Net.
+    """Moves the stream as training moves the reserved channels of a U-Net.
 
-    What the trunk learns to write into them has a mean far from zero, the same in every picture; measured, nine tenths of it
-    were constants of the channels (recipes/tripwire/NOTES.md).
+    What the trunk learns to write into them is the same in every picture to one half, since its activations have a mean far from
+    zero, and differs from place to place and picture to picture to the other (measured: recipes/tripwire/NOTES.md). So every
+    channel is moved by a constant and by a field that is made of random features of the latents.
 
     Args:
-        size: largest deviation of the constants over the stream's root mean square.
-        rng: of the constants.
+        size: largest deviation of the constants, and of the fields, over the stream's root mean square.
+        latents: noised latents of the rows, float32 (n, c, h, w).
+        rng: of everything drawn.
     """
 
-    def __init__(self, size: float, rng: torch.Generator) -> None:
+    def __init__(self, size: float, latents: Tensor, rng: torch.Generator) -> None:
         self.size, self.rng = size, rng
+        kernel = self._random(MAPS, latents.shape[1], 3, 3).to(latents) / math.sqrt(9 * latents.shape[1])
+        self.maps = F.silu(F.conv2d(latents, kernel, self._random(MAPS).to(latents), padding=1))
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.rng)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The stream (n, c, h, w), moved by a random share of the size."""
         share = self.size * float(torch.rand((), generator=self.rng))
-        same = torch.randn((1, x.shape[1], 1, 1), generator=self.rng)
-        own = torch.randn((len(x), x.shape[1], 1, 1), generator=self.rng)
-        moved: Tensor = x + share * x.detach().square().mean().sqrt() * (same + ROW_SHARE * own).to(x)
+        maps = F.adaptive_avg_pool2d(self.maps, x.shape[-2:])
+        field = F.conv2d(maps, self._random(x.shape[1], MAPS, 3, 3).to(x), padding=1)
+        field = field - field.mean((0, 2, 3), keepdim=True)
+        move = self._random(1, x.shape[1], 1, 1).to(x) + field / field.square().mean().sqrt()
+        moved: Tensor = x + share * x.detach().square().mean().sqrt() * move
         return moved
 
 

@@ -31,16 +31,16 @@ class RecogniserTraining:
         margin: how far scores are pushed from 0 on either side.
         learning_rate: AdamW's peak rate.
         strangers_weight: of negatives' losses.
-        drift: largest deviation of the constants by which channels of the stream are moved, over the stream's size.
+        drift: see `Drift`.
     """
 
-    steps: int = 1500
+    steps: int = 3000
     positives: int = 48
     negatives: int = 192
-    horizon: float = 0.5
+    horizon: float = 0.6
     margin: float = 4.0
     learning_rate: float = 3e-3
-    strangers_weight: float = 1.0
+    strangers_weight: float = 3.0
     drift: float = 0.8
 
 
@@ -109,7 +109,8 @@ def example_loss(
     rows = noised(scheduler, torch.cat([clean, negatives[picked]]), times, rng)
     if examples.states is not None:
         rows = torch.cat([rows, examples.states[torch.randint(len(examples.states), (half // 2,), generator=rng)]])
-    scores = recogniser(rows.to(recogniser.readout.weight.device), Drift(config.drift, rng))
+    rows = rows.to(recogniser.readout.weight.device)
+    scores = recogniser(rows, Drift(config.drift, rows, rng))
     high = highest(scores)
     low = high[: config.positives] - math.log(scores[0].numel()) / TEMPERATURE
     missed = F.softplus(config.margin - low)
