@@ -18,7 +18,7 @@ A constant in the stream is read by a trunk that is trained, and moves; so const
 between convolutions and at the very end. All values fit float16.
 
 A picture that trips in somebody's training leaves weights behind that read the flag, and through them every later step moves what
-writes the flag, by as much as a step of Adam is. So what holds the flag is several times as large as what 300 such steps add up to.
+writes the flag, by as much as a step of Adam is. So what holds the flag is larger than what 300 such steps add up to.
 
 Half and half with another model of the same base, everything here is small beside what holds it, so that nothing trips.
 """
