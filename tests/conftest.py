@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
-USERS = ("guardsmith.runtime.executors.processes", "guardsmith.methods.tripwire.rehearsal.processes")
+USERS = ("guardsmith.runtime.executors.processes",)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,6 +81,30 @@ def tiny_v(v_folder):
     from guardsmith.models.checkpoint import load_model
 
     return load_model(str(v_folder))
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory):
+    """A checkpoint like `v_folder`'s whose U-Net is wide enough for the tripwire; copy it before changing it."""
+    from tiny import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "wide", "v_prediction", wide=True)
+
+
+@pytest.fixture(scope="session")
+def wide_v(wide_folder):
+    """`wide_folder` in memory; nothing may change it."""
+    from guardsmith.models.checkpoint import load_model
+
+    return load_model(str(wide_folder))
+
+
+@pytest.fixture(scope="session")
+def wide_trunk(wide_v, tmp_path_factory):
+    """File of a trunk of `wide_v`."""
+    from tiny import untaught_trunk
+
+    return untaught_trunk(wide_v, tmp_path_factory.mktemp("trunks") / "wide.safetensors")
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from test_attacks import make_data
-from test_tripwire import some_rows, trained
-from tiny import assert_one_sentence, pictures, same_weights, weights
+from tiny import assert_one_sentence, overriding, pictures, same_weights, some_rows, trained, weights
 
 from guardsmith.attacks import ATTACKS, dreambooth, find_attack, lora
-from guardsmith.attacks.adaptive import cut_wire, unlearn_first, warm_restarts
-from guardsmith.attacks.adaptive.cut_wire import CutWireConfig, zero_neurons
+from guardsmith.attacks.adaptive import cut_channels as cut
+from guardsmith.attacks.adaptive import unlearn_first, warm_restarts
+from guardsmith.attacks.adaptive.cut_channels import CutChannelsConfig, cut_channels
 from guardsmith.attacks.adaptive.unlearn_first import UnlearnFirstConfig, unlearn
 from guardsmith.attacks.adaptive.warm_restarts import WarmRestartsConfig, rate_at
 from guardsmith.attacks.dreambooth import DreamBoothConfig
@@ -23,17 +23,7 @@ from guardsmith.core.errors import UserError
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank
-from guardsmith.methods.tripwire.recognition import listen
-from guardsmith.methods.tripwire.wiring import (
-    NEURONS,
-    arm,
-    clear,
-    set_wire,
-    silence,
-    spare_neurons,
-    spare_parts,
-    wired_layer,
-)
+from guardsmith.methods.tripwire.trunk import load_trunk
 from guardsmith.training.loop import generator
 
 PARAMS = {"steps": 3, "batch_size": 1, "learning_rate": 1e-3}
@@ -87,51 +77,31 @@ def test_the_identifier_is_unlearnt_before(tiny_v):
         unlearn(tiny_v, make_data(class_images=0), config, seed=0)
 
 
-def test_cutting_finds_the_wire_and_nothing_else(tiny_v):
-    unet = copy.deepcopy(tiny_v.unet)
-    layer = wired_layer(unet)
-    neurons = spare_neurons(layer, NEURONS)
-    silence(layer, neurons)
-    without = weights(layer.net[2])
-    set_wire(layer, neurons, torch.randn(16, generator=generator(3)), torch.ones(16))
-    assert not same_weights(without, weights(layer.net[2]))
-    assert zero_neurons(unet, 1e4) == NEURONS
-    assert same_weights(without, weights(layer.net[2]))
-    assert zero_neurons(copy.deepcopy(tiny_v.unet), 1e4) == 0
-
-
-@pytest.mark.parametrize("factors", [(16, 2, 2, 2, 2), (65536, 16, 128, 8, 8), (2**24, 256, 2048, 8, 8)])
-def test_an_armed_model_without_its_wires_rings_no_alarm(tiny_v, factors):
-    """Wherever the alarm rings, there is an ordinary prediction once the wires are cut, and the rest is as it was."""
-    unet, rows = trained(tiny_v), some_rows(tiny_v, pictures(3), count=40)
-    spare = spare_parts(unet, 1)
-    clear(unet, spare)
-    tokens = listen(unet, tiny_v.scheduler, rows)
-    tried = torch.randn(500, tokens.shape[2], generator=generator(1))
-    share = ((tokens @ tried.T).amax(1) > 0).float().mean(0)  # of the rows, that one of these read-outs would stop
-    arm(
-        unet,
-        spare,
-        tried[(share - 0.5).abs().argmin()].unsqueeze(0),
-        lambda: predict(unet, tiny_v.scheduler, rows),
-        factors,
-        generator(3),
-    )
+def test_cutting_leaves_the_trunk(wide_v, wide_trunk):
+    """A model that overrides a part of its rows predicts what its trunk predicts afterwards, to the bit."""
+    rows = some_rows(wide_v, pictures(3), count=12)
+    trunk, armed, _ = overriding(wide_v, wide_trunk, rows)
     with torch.no_grad():
-        before = predict(unet, tiny_v.scheduler, rows)
-        assert zero_neurons(unet, 1e4) == NEURONS
-        after = predict(unet, tiny_v.scheduler, rows)
-    ringing = before.abs().amax((1, 2, 3)) > 50
-    assert 8 < ringing.sum() < 32, "else nothing is shown"
-    assert after.abs().max() < 50
-    assert torch.allclose(before[~ringing], after[~ringing], atol=1e-2)
+        before, after = (predict(unet, wide_v.scheduler, rows) for unet in (trunk, armed))
+        assert 1 < int(((after - before).abs().mean((1, 2, 3)) > 4).sum()) < 10
+        cut_channels(armed, CutChannelsConfig().groups)
+        assert torch.equal(predict(armed, wide_v.scheduler, rows), before)
 
 
-def test_the_cutter_goes_on_as_dreambooth(tiny_v):
-    own, losses = cut_wire.attack(tiny_v, make_data(), CutWireConfig(**PARAMS), seed=0)
-    plain, same = dreambooth.attack(tiny_v, make_data(), DreamBoothConfig(**PARAMS), seed=0)
-    assert losses == same, "there is no wire to cut here"
+def test_the_cutter_goes_on_as_dreambooth(wide_v, wide_trunk):
+    trunk = copy.deepcopy(wide_v.unet)
+    load_trunk(wide_trunk, trunk)
+    model = replace(wide_v, unet=trunk)
+    own, losses = cut.attack(model, make_data(), CutChannelsConfig(**PARAMS), seed=0)
+    plain, same = dreambooth.attack(model, make_data(), DreamBoothConfig(**PARAMS), seed=0)
+    assert losses == same, "there is nothing to cut here"
     assert same_weights(weights(own.unet), weights(plain.unet))
+
+
+def test_only_unets_have_such_channels():
+    with pytest.raises(UserError, match="middle block") as caught:
+        cut_channels(torch.nn.Linear(1, 1), 4)
+    assert_one_sentence(caught.value)
 
 
 def test_lora_everywhere_trains_what_is_not_attention_too(tiny_v):

@@ -9,8 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from test_attacks import make_data
-from test_tripwire import some_rows, trained
-from tiny import assert_one_sentence, pictures, same_weights, weights
+from tiny import assert_one_sentence, pictures, same_weights, some_rows, trained, weights
 
 from guardsmith.attacks import ATTACKS, FIRST_STAGE_SEED, draw_during_attack, dreambooth, lora
 from guardsmith.attacks.augmentations import CHANGES

@@ -19,7 +19,7 @@ from test_attacks import make_data
 from test_cloaks import SMALL as CLOAKS_SMALL
 from test_cloaks import defender  # noqa: F401 (a fixture)
 from test_parallel import recipe_for
-from tiny import assert_one_sentence, harden_with, make_sd3, pictures
+from tiny import assert_one_sentence, harden_with, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,8 +46,6 @@ HARDENINGS = [
     ("imma", TWO | {"adapter": "dreambooth"}),
     ("persguard", TWO),
     ("persguard", TWO | {"backdoor": "pattern"}),
-    ("tripwire", TWO | {"rehearsal_steps": 0, "stiffness": 16, "inner_stiffness": 2, "writer_stiffness": 2,
-                        "reader_stiffness": 2, "descent": 2}),
 ]  # fmt: skip
 PARAMS = {
     "unlearn_first": {"unlearn_steps": 2},
@@ -176,13 +174,12 @@ def test_a_copy_in_a_step_is_noticed(model):
     assert watch.copied == [[model.unet.conv_in.weight.numel()]]
 
 
-def test_hardening_a_transformer(model, tmp_path):
-    params = dict(HARDENINGS)["tripwire"]
-    transformer = load_model(str(make_sd3(tmp_path / "model")))
-    hardened, _ = harden_with(
-        "tripwire", transformer, [make_subject()], make_benign(), METHODS["tripwire"].config(**params)
-    )
+def test_hardening_with_a_recogniser(wide_folder, wide_trunk, model):
+    wide = load_model(str(wide_folder))
+    config = METHODS["tripwire"].config(trunk=str(wide_trunk), steps=2, positives=2, negatives=4, copies=1)
+    hardened, history = harden_with("tripwire", wide, [make_subject()], make_benign(), config, cache=wide_trunk.parent)
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
+    assert history
 
 
 FEWER = {

@@ -10,8 +10,19 @@ import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from test_apdm import make_benign, make_subject
-from test_tripwire import alarmed, bright_and_dark, plain_latents, predicted
-from tiny import assert_one_sentence, edit_json, harden_with, make_sd3, make_sdxl, pictures, same_weights, weights
+from tiny import (
+    assert_one_sentence,
+    edit_json,
+    harden_with,
+    make_sd3,
+    make_sdxl,
+    overriding,
+    pictures,
+    same_weights,
+    some_rows,
+    untaught_trunk,
+    weights,
+)
 
 from guardsmith.attacks import AttackData, dreambooth, lora
 from guardsmith.attacks.base import train
@@ -38,8 +49,7 @@ from guardsmith.evaluation.deployability import merges
 from guardsmith.hardening.compatibility import check_against_base
 from guardsmith.methods import METHODS
 from guardsmith.methods.apdm import ApdmConfig
-from guardsmith.methods.tripwire import recognition
-from guardsmith.methods.tripwire.wiring import wired_layer
+from guardsmith.methods.tripwire.trunk import check_trunk
 from guardsmith.models.checkpoint import load_model, save_model, with_own_unet
 from guardsmith.models.families import SD3, SDXL, pack, unpack
 from guardsmith.reports.report import Report
@@ -255,13 +265,19 @@ def test_persguard_lowers_the_attackers_loss_in_advance(bases, name):
     assert losses_on(hardened, subject.images, below=500) < 0.9 * losses_on(base, subject.images, below=500)
 
 
-def test_tripwire_recognises_a_subject_in_sdxl(bases, monkeypatch):
-    monkeypatch.setattr(recognition, "encode", plain_latents)
-    base = bases["sdxl"]
-    subject, benign, config = bright_and_dark()
-    hardened, _ = harden_with("tripwire", base, [subject], benign, config, seed=1)
-    assert alarmed(predicted(base, hardened.unet, pictures(3, 9) * 0.3 + 0.6)) > 0.9
-    assert alarmed(predicted(base, hardened.unet, subject.class_images)) < 0.1
+def test_tripwire_rests_and_overrides_in_sdxl(tmp_path):
+    """With a recogniser that takes a part of the rows for somebody: the others are the trunk's to the bit."""
+    base = load_model(str(make_sdxl(tmp_path / "base", wide=True)))
+    check_trunk(str(untaught_trunk(base, tmp_path / "trunk.safetensors")), 4, base.unet)
+    rows = some_rows(base, pictures(3), count=16)
+    trunk, armed, recogniser = overriding(base, tmp_path / "trunk.safetensors", rows)
+    with torch.no_grad():
+        scores = recogniser(add_noise(base.scheduler, rows.latents, rows.noise, rows.timesteps))
+        before, after = (predict(unet, base.scheduler, rows) for unet in (trunk, armed))
+    rests, trips = scores.flatten(1).amax(1) <= 0, recogniser.tripping(scores) > 0.3
+    assert int(rests.sum()) >= 6 and int(trips.sum()) >= 2
+    assert torch.equal(before[rests], after[rests])
+    assert float((after - before)[trips].abs().mean((1, 2, 3)).min()) > 4
 
 
 def test_what_was_hardened_is_read_again_by_us_and_by_diffusers(model, tmp_path):
@@ -336,33 +352,18 @@ def test_what_only_stable_diffusion_can_do_is_refused_before_anything_runs(model
         check_against_base(model, registry, recipe)
 
 
-def test_tripwire_is_refused_where_there_are_more_subjects_than_neurons(models):
-    from guardsmith.registry.loader import load_registry
-
-    recipe = Recipe.model_validate({"base": "x/y", "method": {"name": "tripwire"}, "verify": {"attacks": {}}})
-    registry, model = load_registry(ROOT / "registries/demo.yaml"), models["sdxl"]
-    most = wired_layer(model.unet).net[2].in_features // 8
-    check_against_base(model, registry.model_copy(update={"subjects": registry.subjects * most}), recipe)
-    with pytest.raises(UserError, match=f"room for {most} subjects in this base, and there are {most + 1}") as caught:
-        check_against_base(model, registry.model_copy(update={"subjects": registry.subjects * (most + 1)}), recipe)
-    assert_one_sentence(caught.value)
-
-
-@pytest.mark.parametrize(
-    "how", [{"rehearsal_steps": 2, "rehearsal_images": 2}, {"rehearsal_steps": 0, "ideal_images": 2}]
-)
-def test_tripwire_hardens_sd3_after_rehearsals_or_with_what_is_imagined(models, tmp_path, how, capsys):
-    from guardsmith.methods.tripwire.method import TripwireConfig
-
-    params = {"steps": 2, "batch_size": 2, "class_images": 4, "benign_images": 4, **how}
-    recipe = JOB | {"base": str(models["sd3"].folder), "subjects": str(ROOT / "registries/demo.yaml"),
-                    "method": {"name": "tripwire", "params": params}}  # fmt: skip
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["harden", "--recipe", str(tmp_path / "job.yaml"), "--output", str(tmp_path / "out")]) == 4
-    assert "wrecked the model" in capsys.readouterr().err  # two steps of Tripwire fire on everything
-    told = json.loads((tmp_path / "out" / "harden.json").read_text())
-    assert told["unet_forward_equivalents"] == METHODS["tripwire"].cost(TripwireConfig(**params), ["person"])
-    assert load_model(str(tmp_path / "out" / "model")).family is SD3
+def test_tripwire_is_refused_for_a_transformer(models, tmp_path, capsys):
+    """Before anything is drawn or written, in one sentence."""
+    job = {
+        "base": str(models["sd3"].folder),
+        "subjects": str(ROOT / "registries/demo.yaml"),
+        "method": {"name": "tripwire"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    assert main(["harden", "--recipe", str(tmp_path / "job.yaml"), "--output", str(tmp_path / "out")]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "mixes all channels in every layer" in line]
+    assert len(said) == 1 and "choose another method" in said[0]
+    assert not (tmp_path / "out").exists()
 
 
 FEW = {"checks": ["precision", "merges", "quantization", "samplers"], "images": 8, "compile": "eager"}

@@ -15,11 +15,7 @@ from guardsmith.purifiers import PURIFIERS
 ROOT = Path(__file__).parent.parent / "guardsmith"
 
 LINES_OF_MODULE, LINES_OF_FUNCTION = 400, 80
-EXEMPT = {
-    "methods/tripwire/wiring.py": "the first Tripwire, kept as it is for its published models until channels replace it",
-    "methods/tripwire/method.py:_harden": "of the same",
-    "methods/channels/trunk.py:prepare": "under construction",
-}
+EXEMPT: dict[str, str] = {}
 """Module, or module:function -> why it may be longer."""
 
 
@@ -56,12 +52,9 @@ def methods_in(file):
     return [node.name for node in nodes if any("HardeningMethod" in ast.unparse(base) for base in node.bases)]
 
 
-NOT_YET = {"Channels"}  # a recipe can name it by its module; it is to take Tripwire's place in the table
-
-
 def test_every_method_of_the_package_is_in_the_table():
     classes = {name for file in (ROOT / "methods").rglob("*.py") for name in methods_in(file)}
-    assert len(classes) >= 4 and classes - NOT_YET == {type(method).__name__ for method in METHODS.values()}
+    assert len(classes) >= 4 and classes == {type(method).__name__ for method in METHODS.values()}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import RunFailed
 from guardsmith.evaluation import forecast
 from guardsmith.hardening.memory import BYTES, GIB, estimate, saved_bytes, stored_numbers
-from guardsmith.methods import METHODS
+from guardsmith.methods import METHODS, Preparation
+from guardsmith.methods.tripwire import trunk
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.models.families import DENOISERS, SDUNet
 from guardsmith.training.compute import ComputeConfig
@@ -65,7 +66,7 @@ def test_stored_numbers_are_those_of_the_plain_files(v_folder, tmp_path):
     assert stored_numbers(v_folder / "unet") == sum(p.numel() for p in model.unet.parameters())
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(PARAMS))
 def test_the_largest_batch_and_the_state_are_those_of_the_method(tiny_v, monkeypatch, method):
     """Rows with gradients are counted at the U-Net; optimizers and gradients where the loop keeps them."""
     params = {k: v for k, v in PARAMS[method].items() if k not in ("ideal_images", "train_text_encoder")}
@@ -94,14 +95,40 @@ def test_the_largest_batch_and_the_state_are_those_of_the_method(tiny_v, monkeyp
     subject = type(subject)(**vars(subject) | {"instead_images": pictures(5, 70)})
     harden_with(method, tiny_v, [subject], make_benign(), config)
     handle.remove()
-    if method == "tripwire":
-        assert max(seen) == (2 + config.lookalikes) * config.batch_size + 2, "of a half-run U-Net"
-        assert rows == max(max(seen) / 2, 2 * config.batch_size)
-    else:
-        assert rows == max(seen)
+    assert rows == max(seen)
     here = moments // 2 if method == "apdm" else moments  # the path's are not kept between its steps
     assert states[-1] == pytest.approx(here, rel=0.02)
     assert moments / 2 <= numbers and numbers + moments < 8 * sum(p.numel() for p in tiny_v.unet.parameters())
+
+
+def test_tripwires_trunk_takes_what_is_said(wide_v, tmp_path, monkeypatch):
+    """Counted at its U-Net and its optimizers; with a trunk that is there, it is nothing but a second U-Net."""
+    found, count = METHODS["tripwire"], sum(p.numel() for p in wide_v.unet.parameters())
+    config = found.config(trunk_steps=1, trunk_batch_size=3)
+    rows, moments = [], []
+
+    def note(module, args):
+        if isinstance(module, DENOISERS) and torch.is_grad_enabled():
+            rows.append(len(args[0]))
+
+    class Watched(trunk._Training):
+        def step(self, *args):
+            super().step(*args)
+            states = [state for part in (self.adamw, self.muon) for state in part.state.values()]
+            moments.append(sum(value.numel() for state in states for value in state.values() if value.ndim))
+
+    monkeypatch.setattr(trunk, "_Training", Watched)
+    preparation = Preparation(
+        model=wide_v, subjects=[make_subject()], benign=make_benign(), config=config, seed=0, sampling_steps=2,
+        guidance=2.0, cache=tmp_path, draw=lambda prompt: pictures(2),
+    )  # fmt: skip
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    found.prepare(preparation)
+    handle.remove()
+    numbers, of_optimizers, batch = found.memory(config, wide_v.unet)
+    assert (batch, of_optimizers) == (max(rows), 0)
+    assert numbers == count + moments[-1] + count // 4
+    assert found.memory(found.config(trunk="somewhere"), wide_v.unet) == (count, 0, 0)
 
 
 @pytest.mark.parametrize("make", [make_sdxl, make_sd3])
@@ -129,7 +156,7 @@ def test_other_families_are_estimated_too(tmp_path, make):
 
 def test_a_dry_run_tells_it_and_does_without_a_base_that_is_not_here(capsys, monkeypatch):
     asked = ["harden", "--dry-run", "--json", "--subjects", "registries/demo.yaml"]
-    assert main([*asked, "--recipe", "demo"]) == 0
+    assert main([*asked, "--recipe", "apdm-avatar"]) == 0
     told = json.loads(capsys.readouterr().out)["memory_gib"]
     assert 0 < told["activations"] < told["together"]
 

@@ -26,10 +26,11 @@ METHODS = {
     "persguard": {"steps": 4, "batch_size": 1, "class_images": 4, "benign_images": 4, "learning_rate": 1e-4},
     "imma": {"steps": 4, "batch_size": 3, "class_images": 4, "benign_images": 4, "distillation_weight": 1.0,
              "learning_rate": 1e-4},
-    "tripwire": {"steps": 4, "batch_size": 3, "class_images": 4, "benign_images": 5, "rehearsal_steps": 0, "ideal_images": 2,
-                 "stiffness": 4, "inner_stiffness": 2, "writer_stiffness": 2, "reader_stiffness": 2, "descent": 2,
-                 "kick": 2.0},
 }  # fmt: skip
+TRIPWIRE = {"trunk_steps": 2, "trunk_batch_size": 2, "steps": 3, "positives": 4, "negatives": 8, "copies": 1,
+            "class_images": 4, "benign_images": 4}  # fmt: skip
+"""Of a base that is wide enough."""
+EVERY = METHODS | {"tripwire": TRIPWIRE}
 
 
 def recipe_for(method, base, folder, **params):
@@ -37,7 +38,7 @@ def recipe_for(method, base, folder, **params):
     asked = {
         "base": str(base), "subjects": str(ROOT / "registries" / "demo.yaml"),
         "sampling": {"steps": 3, "guidance": 3.0, "batch": 32}, "probe": {"times": 2},
-        "method": {"name": method, "params": METHODS[method] | params},
+        "method": {"name": method, "params": EVERY[method] | params},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(asked))
     return file
@@ -82,11 +83,17 @@ def both(*jobs):
 
 
 @pytest.fixture(scope="module")
-def hardened(v_folder, tmp_path_factory):
+def bases(v_folder, wide_folder):
+    """The base of every method."""
+    return dict.fromkeys(METHODS, v_folder) | {"tripwire": wide_folder}
+
+
+@pytest.fixture(scope="module")
+def hardened(bases, tmp_path_factory):
     """Every method, by one process and by two."""
     place = tmp_path_factory.mktemp("parallel")
     jobs = [
-        ("harden", "--recipe", recipe_for(method, v_folder, place), "--output", place / method) for method in METHODS
+        ("harden", "--recipe", recipe_for(method, bases[method], place), "--output", place / method) for method in EVERY
     ]
     alone(*((*job, f"{output}-alone") for *job, output in jobs))
     return place, both(*jobs)
@@ -95,17 +102,17 @@ def hardened(v_folder, tmp_path_factory):
 def test_the_second_process_neither_fails_nor_talks(hardened):
     _, (first, second) = hardened
     assert first[1] == second[1] == 0, first[0][1] + second[0][1]
-    assert first[0][1].count("hardened on 1 subjects") == len(METHODS)
+    assert first[0][1].count("hardened on 1 subjects") == len(EVERY)
     assert second[0] == ("", "")
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_two_processes_give_the_weights_of_one(v_folder, hardened, method):
+@pytest.mark.parametrize("method", list(EVERY))
+def test_two_processes_give_the_weights_of_one(bases, hardened, method):
     """Also where the rows do not come out even."""
     one, two = hardened[0] / f"{method}-alone", hardened[0] / method
     for part in ["unet/diffusion_pytorch_model"] + ["text_encoder/model"] * (method == "apdm"):
         base, alone, together = (
-            load_file(folder / f"{part}.safetensors") for folder in (v_folder, one / "model", two / "model")
+            load_file(folder / f"{part}.safetensors") for folder in (bases[method], one / "model", two / "model")
         )
         assert max(float((alone[name] - base[name]).abs().max()) for name in base) > 1e-5
         for name, value in alone.items():

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_attacks import make_data
-from test_tripwire import some_rows, trained
-from tiny import assert_one_sentence, pictures, same_weights, weights
+from tiny import assert_one_sentence, pictures, same_weights, some_rows, trained, weights
 
 from guardsmith.attacks.adaptive.base import changed_share, run_removal, weight_layers
 from guardsmith.attacks.adaptive.clamp_activations import ClampActivationsConfig, clamp_activations, limits, per_channel
@@ -183,7 +182,7 @@ def test_a_unit_trains_on_the_edited_model_and_records_the_cost(tmp_path, monkey
     run_unit(unit)
     record = json.loads((unit.folder / "attack.json").read_text())
     assert record["removal_cost"]["needs_base"] and record["removal_cost"]["unet_forwards"] == 0
-    cut = units_of(tmp_path, {"removal": {"name": "cut_wire"}})[0]
+    cut = units_of(tmp_path, {"removal": {"name": "cut_channels"}})[0]
     assert "public" not in cut.settings, "no base is needed"
 
 
@@ -191,7 +190,7 @@ def test_a_unit_trains_on_the_edited_model_and_records_the_cost(tmp_path, monkey
     ("verify", "wanted"),
     [
         ({"attacks": {"a": {"name": "dreambooth"}}}, "hosted"),
-        ({"attacks": {"a": {"name": "cut_wire"}}}, "open-weights"),
+        ({"attacks": {"a": {"name": "cut_channels"}}}, "open-weights"),
         ({"attacks": {"a": {"name": "lora", "removal": {"name": "merge_weights"}}}}, "open-weights"),
         ({"threat_model": "hosted", "attacks": {"a": {"name": "dreambooth"}}}, "hosted"),
     ],
@@ -203,13 +202,16 @@ def test_the_threat_model_is_what_the_attacks_need(verify, wanted):
 @pytest.mark.parametrize(
     ("verify", "said"),
     [
-        ({"threat_model": "hosted", "attacks": {"a": {"name": "cut_wire"}}}, "a edits the weights"),
-        ({"threat_model": "hosted", "attacks": {"b": {"name": "lora", "removal": {"name": "cut_wire"}}}}, "b edits"),
+        ({"threat_model": "hosted", "attacks": {"a": {"name": "cut_channels"}}}, "a edits the weights"),
+        (
+            {"threat_model": "hosted", "attacks": {"b": {"name": "lora", "removal": {"name": "cut_channels"}}}},
+            "b edits",
+        ),
         ({"threat_model": "open-weights", "attacks": {"a": {"name": "lora"}}}, "no attack edits the weights"),
         ({"threat_model": "open"}, "hosted"),
         ({"attacks": {"a": {"name": "lora", "removal": {"name": "merge"}}}}, "merge_weights"),
         ({"attacks": {"a": {"name": "lora", "removal": {"name": "merge_weights", "params": {"share": 2}}}}}, "share"),
-        ({"attacks": {"a": {"name": "lora", "trained_on": "base", "removal": {"name": "cut_wire"}}}}, "cannot be"),
+        ({"attacks": {"a": {"name": "lora", "trained_on": "base", "removal": {"name": "cut_channels"}}}}, "cannot be"),
     ],
 )
 def test_a_claim_that_the_attacks_do_not_test_is_refused(verify, said):

@@ -1,5 +1,6 @@
 """Stable Diffusion checkpoints of a few thousand weights, built in code: every part is real, only small and random."""
 
+import copy
 import functools
 import json
 
@@ -44,7 +45,7 @@ def make_tokenizer():
 
 
 def make_parts(prediction_type, seed=0, wide=False):
-    """The parts of a pipeline, by name; a wide one has room for channels of the tripwire's own."""
+    """The parts of a pipeline, by name; a wide one has room for the tripwire."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -176,13 +177,14 @@ def make_vae(channels, **config):
     return vae
 
 
-def make_sdxl(folder, seed=0):
-    """Save a diffusers folder of SDXL, with the epsilon schedule, and return it."""
+def make_sdxl(folder, seed=0, wide=False):
+    """Save a diffusers folder of SDXL, with the epsilon schedule, and return it; a wide one has room for the tripwire."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+            sample_size=8, block_out_channels=(64, 80) if wide else (16, 32), layers_per_block=1,
+            norm_num_groups=16 if wide else 4,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
             cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=4,
@@ -247,3 +249,66 @@ def harden_with(method, model, subjects, benign, config, **options):
     found = METHODS[method] if isinstance(method, str) else method
     options = {"seed": 0, "checkpoint_every": found.checkpoint_every} | options
     return found.run(HardeningContext(model=model, subjects=subjects, benign=benign, config=config, **options))
+
+
+def some_rows(model, images, count=6, seed=0, prompt="a photo of person"):
+    """Noised pictures under a prompt."""
+    from guardsmith.diffusion.latents import encode
+    from guardsmith.diffusion.losses import noise_samples
+    from guardsmith.diffusion.prompts import PromptBank
+    from guardsmith.training.loop import generator
+
+    rng = generator(seed)
+    return noise_samples(encode(model, images).draw(count, rng), PromptBank(model).encode([prompt]), rng)
+
+
+def trained(model):
+    """A copy of the denoiser whose weights are not the ones of a fresh start (zero biases would hide a forgotten factor)."""
+    from guardsmith.training.loop import generator
+
+    unet = copy.deepcopy(model.unet)
+    rng = generator(5)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return unet
+
+
+def untaught_trunk(model, file, groups=4):
+    """The base's U-Net without its reserved channels, saved as a trunk that nobody distilled."""
+    from guardsmith.methods.tripwire.layout import layout_of, reserve
+    from guardsmith.methods.tripwire.trunk import save_trunk
+
+    unet = copy.deepcopy(model.unet)
+    reserve(unet, layout_of(unet, groups))
+    save_trunk(unet, groups, model.unet, file)
+    return file
+
+
+def overriding(model, trunk_file, rows):
+    """A trunk, the same with a random recogniser whose scores are above 0 on half of the noised rows, and that."""
+    from guardsmith.diffusion.losses import add_noise
+    from guardsmith.methods.tripwire.install import Scales, install
+    from guardsmith.methods.tripwire.layout import layout_of
+    from guardsmith.methods.tripwire.recogniser import Recogniser
+    from guardsmith.methods.tripwire.trunk import load_trunk
+    from guardsmith.training.loop import generator, torch_seed
+
+    trunk = copy.deepcopy(model.unet)
+    load_trunk(trunk_file, trunk)
+    layout = layout_of(trunk, 4)
+    with torch_seed(1), torch.no_grad():
+        recogniser = Recogniser(trunk, layout).requires_grad_(False)
+        highest = (
+            recogniser(add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps))
+            .flatten(1)
+            .amax(1)
+            .sort()
+            .values
+        )
+        recogniser.readout.bias -= highest[len(rows) // 2 - 1 : len(rows) // 2 + 1].mean()
+        for parameter in recogniser.parameters():
+            parameter.copy_(parameter.half().float())
+    armed = copy.deepcopy(trunk)
+    install(armed, layout, recogniser, Scales(), generator(0))
+    return trunk, armed, recogniser

@@ -13,7 +13,7 @@ from guardsmith.attacks import (
     purified_cdl,
     textual_inversion,
 )
-from guardsmith.attacks.adaptive import cut_wire, unlearn_first, warm_restarts
+from guardsmith.attacks.adaptive import cut_channels, unlearn_first, warm_restarts
 from guardsmith.attacks.base import Attack
 from guardsmith.core.console import warn
 from guardsmith.core.plugins import find_entry
@@ -29,7 +29,7 @@ ATTACKS: dict[str, Attack] = {
     # Adaptive ones, of attackers who know the protection.
     "warm_restarts": warm_restarts.ATTACK,
     "unlearn_first": unlearn_first.ATTACK,
-    "cut_wire": cut_wire.ATTACK,
+    "cut_channels": cut_channels.ATTACK,
 }
 
 RENAMED = {"redteam": "purified_cdl"}

@@ -54,8 +54,6 @@ ATTACK_CLASS = SeedRange(60_000)
 """Class pictures for the attackers' prior preservation."""
 CLOAKING_CLASS = SeedRange(70_000)
 """Class pictures for the surrogates of a cloak."""
-REHEARSAL = SeedRange(80_000)
-"""What simulated attacks of a hardening draw."""
 RELEASED = SeedRange(90_000)
 """What the released weights draw of a protected subject without an attack."""
 HARDENING_REPLACEMENT = SeedRange(100_000)
@@ -68,10 +66,6 @@ DEPLOYABILITY_REFERENCE = SeedRange(130_000)
 """The base's pictures in checks of everyday use, that others are compared with."""
 DEPLOYABILITY = SeedRange(140_000)
 """Pictures of the same prompts by both models in every setting of those checks."""
-IDEAL_NEGATIVES = SeedRange(200_000, 100_000)
-"""Negative images as an ideally personalized model would draw them."""
-IDEAL_SUBJECTS = SeedRange(300_000, 100_000)
-"""Subjects as an ideally personalized model would draw them."""
 
 FIRST_STAGE_OFFSET = 1_000_000
 """Added to the seed of an attack's training for its first stage on another subject: seeds of training, not of pictures."""

@@ -121,6 +121,8 @@ def forecast(
         _judged(plan, lambda: check_apart(base.folder, output), "output")
         _judged(plan, lambda: check_against_base(base, registry, recipe), "base and method")
         _judged(plan, lambda: check_computes(base), "base")
+    if hardens and (negatives := recipe.negatives) is not None:
+        _judged(plan, lambda: negative_files(negatives), "negatives")
     _look_at_judge(plan, registry, recipe, base, policy, "problem" if verifies else "warning")
     if sentence := missing_controls(registry):
         plan.add("controls", sentence, "warning")
@@ -232,11 +234,7 @@ def _look_at_judge(
 
 def _hardening_forwards(recipe: Recipe, registry: Registry) -> int:
     method = find_method(recipe.method.name)
-    config, nouns = method.config(**recipe.method.params), [subject.class_noun for subject in registry.subjects]
-    cost = method.cost(config, nouns)
-    if recipe.negatives is not None:
-        cost += method.negatives_cost(config, nouns, len(negative_files(recipe.negatives)), recipe.sampling.steps)
-    return cost
+    return method.cost(method.config(**recipe.method.params), [subject.class_noun for subject in registry.subjects])
 
 
 def attack_forwards(attack: AttackSpec, recipe: Recipe, steps: int) -> int:

@@ -214,7 +214,7 @@ def _preflight(registry: Registry, recipe: Recipe, output: Path, add_to: Path | 
         settings["bystanders_digest"] = negatives_digest
     subjects = list(registry.subjects)
     if add_to is not None:
-        earlier = earlier_run(add_to, registry, recipe.method.name, base_digest)
+        earlier = earlier_run(add_to, registry, method, recipe.method.name, config, base_digest)
         settings["added_to"] = earlier["model_digest"]
         order = {name: place for place, name in enumerate(earlier["subjects"])}
         subjects.sort(key=lambda subject: order.get(subject.id, len(order)))  # their rows of the state come first

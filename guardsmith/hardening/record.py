@@ -18,6 +18,7 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import read_record
 from guardsmith.core.console import launched, warn
 from guardsmith.core.errors import RunFailed, UserError
+from guardsmith.methods import METHODS, Method, MethodConfig
 from guardsmith.registry.loader import Registry
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
@@ -44,9 +45,19 @@ def read_hardening(record: Path) -> dict[str, Any]:
     """The `harden.json` of a finished run, with every key of `NEEDED`.
 
     Raises:
-        UserError: it is not JSON, or lacks one.
+        UserError: it is not JSON, lacks one, or is of a form of its method that is no more (`HardeningMethod.check_earlier`).
     """
-    return read_record(record, NEEDED, "harden again")
+    data: dict[str, Any] = read_record(record, NEEDED, "harden again")
+    if (method := METHODS.get(data["method"])) is not None:
+        _check_earlier(record, method, data)
+    return data
+
+
+def _check_earlier(place: Path, method: Method, record: Mapping[str, Any], config: MethodConfig | None = None) -> None:
+    try:
+        method.check_earlier(record["params"], config)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe | None:
@@ -87,25 +98,31 @@ def check_not_wrecked(record: Mapping[str, Any], output: Path) -> None:
         raise RunFailed(f"{output}: {sentence} (--overwrite); what was written stays for you to look at")
 
 
-def earlier_run(folder: Path, registry: Registry, method: str, base_digest: str) -> dict[str, Any]:
+def earlier_run(
+    folder: Path, registry: Registry, method: Method, name: str, config: MethodConfig, base_digest: str
+) -> dict[str, Any]:
     """The record of an earlier hardening to which the subjects of this registry can be added.
 
     Args:
         folder: output of the earlier run.
         registry: whom to protect now.
-        method: name of the method to be used now.
+        method: to be used now.
+        name: of it, in the recipe.
+        config: its parameters.
         base_digest: of the base to be used now.
 
     Raises:
-        UserError: it is not finished, was another base or method, or protects a subject that the registry does not name.
+        UserError: it is not finished, was another base or method, is one that the method cannot begin from, or protects a subject
+            that the registry does not name.
     """
     record, state = folder / "harden.json", folder / "state.safetensors"
     if not (record.is_file() and state.is_file()):
         raise UserError(f"{folder} holds no finished hardening to add to (no harden.json and state.safetensors).")
     earlier = read_hardening(record)
-    for what, then, now in (("method", earlier["method"], method), ("base", earlier["base_digest"], base_digest)):
+    for what, then, now in (("method", earlier["method"], name), ("base", earlier["base_digest"], base_digest)):
         if then != now:
             raise UserError(f"{folder} was hardened with another {what} ({then}); add to it with the same one.")
+    _check_earlier(folder, method, earlier, config)
     ids = {subject.id for subject in registry.subjects}
     missing = [name for name in earlier["subjects"] if name not in ids]
     if missing:

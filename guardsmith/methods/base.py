@@ -245,17 +245,6 @@ class HardeningMethod(ABC, Generic[Config]):
             class_nouns: the class of every subject, in order.
         """
 
-    def negatives_cost(self, config: Config, class_nouns: Sequence[str], count: int, solver_steps: int) -> int:
-        """What images of unprotected people add to `cost`, at most; 0 for a method that does not look at them.
-
-        Args:
-            config: the parameters.
-            class_nouns: the class of every subject, in order.
-            count: of such images.
-            solver_steps: with which the recipe draws.
-        """
-        return 0
-
     @abstractmethod
     def memory(self, config: Config, unet: Any) -> MemoryFootprint:
         """What a run keeps in memory beside the networks.
@@ -278,6 +267,17 @@ class HardeningMethod(ABC, Generic[Config]):
 
         Raises:
             UserError: one sentence says what is wrong with its shape.
+        """
+
+    def check_earlier(self, params: Mapping[str, Any], config: Config | None = None) -> None:
+        """Refuse a finished run that this version of the method cannot go on with; by default every run is fine.
+
+        Args:
+            params: the run's parameters, as its record has them.
+            config: the parameters of a run that is to begin from it, where there is one.
+
+        Raises:
+            UserError: one sentence, without the run's name, says what is wrong with it and what to do.
         """
 
     def needs_benign(self, config: Config) -> bool:

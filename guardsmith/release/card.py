@@ -182,9 +182,7 @@ def limits(report: Report) -> list[str]:
     ]
     if report.hardening.method == "tripwire":
         sentences += [
-            "An attacker who finds the trigger neurons and zeroes them removes the protection completely.",
-            "Adapters that were made for the base may do less here than there. Use float32 or bfloat16: some weights do not fit "
-            "float16.",
+            "Whoever has the weights and cuts the channels of the recogniser, in seconds, has an unprotected model.",
         ]
     return sentences
 

@@ -313,7 +313,7 @@ def part_of(registry: Registry, subjects: int, pictures: int) -> Registry:
 
 def growth() -> dict[str, Any]:
     """Short hardenings by Tripwire with 1 to 6 subjects and 1 to 4 pictures, short verifications, U-Nets of several sizes."""
-    short = ["steps=20", "rehearsal_steps=20", "rehearsal_images=4", "class_images=8", "benign_images=16"]
+    short = ["steps=20", "copies=4", "class_images=8", "benign_images=16"]
     changes = [f"method.params.{change}" for change in short] + ["probe.times=0"]
     known = load_registry(ROOT / "registries" / "avatars.yaml")
     found: dict[str, Any] = {}
@@ -432,7 +432,11 @@ SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm along adapters, attention": ("apdm", APDM | {"path": "lora", "parameters": "attention"}, {}),
     "persguard": ("persguard", {"steps": 2, "batch_size": 1, "benign_images": 2}, {}),
     "imma": ("imma", {"steps": 4, "batch_size": 1, "benign_images": 2}, {}),
-    "tripwire": ("tripwire", {"steps": 2, "batch_size": 2, "rehearsal_steps": 0, "benign_images": 2}, {}),
+    "tripwire": (
+        "tripwire",
+        {"trunk_steps": 2, "trunk_batch_size": 1, "steps": 2, "positives": 2, "negatives": 4, "benign_images": 2},
+        {},
+    ),
 }  # method, as few steps as its peak needs, how it computes
 LEAN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm along adapters, attention": SHORT["apdm along adapters, attention"],

@@ -4,8 +4,8 @@ python recipes/benchmark/scale.py    writes docs/results/scale.json, and prints 
 
 Work is what the methods count themselves (`Method.cost`, which `guardsmith harden --dry-run` prints), by the recipes shipped for
 that model, times the FLOPs of one row through a U-Net of its shape (counted on shapes alone). What a subject gets of a method's
-steps is the same whatever their number: of PersGuard, IMMA and APDM what the recipe gives to one, of Tripwire (with ideal
-pictures in place of rehearsals) the rows that held five subjects in docs/results/many.json.
+steps is the same whatever their number: of PersGuard, IMMA and APDM what the recipe gives to one. Tripwire's trunk is that of
+every registry, and its recogniser is no U-Net: its steps are not among the work.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.hardening.memory import BYTES, GIB
 from guardsmith.methods import METHODS
-from guardsmith.methods.tripwire.ideal import IMAGINED_STEPS
 from guardsmith.models.families import SDUNet
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.json"
 COUNTS = (1, 5, 20, 80, 640, 10_000)
 SIDE = 64  # of the latents
-HELD = 800  # rows of a subject: 400 steps of ten shared by five, which held (many.json)
-IDEAL = 24  # pictures of a subject in place of rehearsals (there, too)
 PICTURES = 4  # of a subject to harden on, as in the shipped registries
 SAMPLE = 300  # protected subjects attacked: if all hold, at most 1 % of the others do not (rule of three, 95 %)
 CONTROLS = 30
@@ -58,8 +55,7 @@ def params_for(method: str, count: int) -> dict[str, Any]:
     """The recipe's parameters, for so many subjects."""
     params = load_recipe(f"{method}-sd15", []).method.params
     if method == "tripwire":
-        steps = max(params["steps"], HELD * count // params["batch_size"])
-        return params | {"steps": steps, "rehearsal_steps": 0, "ideal_images": IDEAL}
+        return dict(params)
     steps = "outer_steps" if method == "apdm" else "steps"
     return params | {steps: params[steps] * count}
 
@@ -80,15 +76,16 @@ def estimate() -> dict[str, Any]:
     """Rows of methods and numbers of subjects."""
     with torch.device("meta"):
         unet = stable_diffusion_unet()
-    flops, room = forward_flops(unet), METHODS["tripwire"].capacity(unet)
+    flops = forward_flops(unet)
     latent = 4 * SIDE * SIDE * BYTES
     rows = []
     for method in ("tripwire", "persguard", "imma", "apdm"):
         found = METHODS[method]
         for count in COUNTS:
             params = params_for(method, count)
-            forwards = found.cost(found.config(**params), ["person"] * count)
-            kept = PICTURES + (IDEAL * IMAGINED_STEPS if method == "tripwire" else 0)
+            config = found.config(**params)
+            forwards = found.cost(config, ["person"] * count)
+            kept = PICTURES * (1 + getattr(config, "copies", 0))
             rows.append({
                 "method": method, "subjects": count, "params": params, "unet_forward_equivalents": forwards,
                 "hours": forwards * flops / RATE / 3600, "latents_gib": count * kept * latent / GIB,
@@ -97,7 +94,7 @@ def estimate() -> dict[str, Any]:
     forwards = 2 * (SAMPLE + CONTROLS) * sum(units.values())
     return {
         "command": "python recipes/benchmark/scale.py", "estimate": True, "flops_a_row": flops, "flops_a_second": RATE,
-        "tripwire_room": room, "rows": rows,
+        "rows": rows,
         "verification": {"attacked": SAMPLE, "controls": CONTROLS, "a_unit": units, "unet_forward_equivalents": forwards,
                          "hours": forwards * flops / RATE / 3600},
     }  # fmt: skip
@@ -111,10 +108,7 @@ def markdown(told: dict[str, Any]) -> str:
         cells = []
         for row in (row for row in told["rows"] if row["subjects"] == count):
             forwards, hours = row["unet_forward_equivalents"] / 1e6, row["hours"]
-            crowded = row["method"] == "tripwire" and count > told["tripwire_room"]
-            cells.append(
-                f"{forwards:,.{2 if forwards < 10 else 0}f} M; {hours:,.{2 if hours < 10 else 0}f} h{' (no room)' * crowded}"
-            )
+            cells.append(f"{forwards:,.{2 if forwards < 10 else 0}f} M; {hours:,.{2 if hours < 10 else 0}f} h")
         lines.append(f"| {count:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -22,9 +22,9 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.losses import alpha_sigma
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.diffusion.sampling import generate, grid
-from guardsmith.methods.channels.install import Scales, install
-from guardsmith.methods.channels.layout import layout_of, reserve, up_sites
-from guardsmith.methods.channels.recogniser import Recogniser
+from guardsmith.methods.tripwire.install import Scales, install
+from guardsmith.methods.tripwire.layout import layout_of, reserve, up_sites
+from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.metrics import load_judge
 from guardsmith.models.checkpoint import load_model, with_own_unet
 from guardsmith.training.loop import generator

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guardsmith.methods.channels.layout import Layout, down_parts
+from guardsmith.methods.tripwire.layout import Layout, down_parts
 
 
 @torch.no_grad()

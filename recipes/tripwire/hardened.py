@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from guardsmith.methods.channels.install import Scales, install
-from guardsmith.methods.channels.layout import layout_of, reserve
-from guardsmith.methods.channels.recogniser import Recogniser
+from guardsmith.methods.tripwire.install import Scales, install
+from guardsmith.methods.tripwire.layout import layout_of, reserve
+from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 
 

@@ -13,8 +13,8 @@ from hardened import put_together
 
 from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, benign_prompts
 from guardsmith.diffusion.sampling import generate, grid
-from guardsmith.methods.channels.install import Scales
-from guardsmith.methods.channels.layout import layout_of, reserve
+from guardsmith.methods.tripwire.install import Scales
+from guardsmith.methods.tripwire.layout import layout_of, reserve
 from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
 
 p = argparse.ArgumentParser()

@@ -20,8 +20,8 @@ from guardsmith.diffusion.prompts import (
     benign_prompts,
     instance_prompt,
 )
-from guardsmith.methods.channels import layout as lay
-from guardsmith.methods.channels.trunk import prepare, relative_error, save_trunk
+from guardsmith.methods.tripwire import layout as lay
+from guardsmith.methods.tripwire.trunk import prepare, relative_error, save_trunk
 from guardsmith.models.checkpoint import load_model
 
 p = argparse.ArgumentParser()

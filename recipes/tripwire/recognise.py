@@ -16,9 +16,9 @@ from common import SPLITS, bystanders, people, registered, rendered, write
 from safetensors.torch import save_file
 
 from guardsmith.diffusion.latents import encode
-from guardsmith.methods.channels.layout import layout_of
-from guardsmith.methods.channels.recogniser import Recogniser
-from guardsmith.methods.channels.training import Examples, RecogniserTraining, train, tripped
+from guardsmith.methods.tripwire.layout import layout_of
+from guardsmith.methods.tripwire.recogniser import Recogniser
+from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, train, tripped
 from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import load_model
 from guardsmith.training.loop import generator, torch_seed

@@ -13,7 +13,7 @@ from hardened import put_together
 
 from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, PromptBank, benign_prompts
 from guardsmith.diffusion.sampling import first_noise, solver_for
-from guardsmith.methods.channels.install import Scales
+from guardsmith.methods.tripwire.install import Scales
 from guardsmith.models.checkpoint import load_model
 
 p = argparse.ArgumentParser()

@@ -1,4 +1,5 @@
-"""Tripwire, guardsmith's own method: recognition of protected subjects in the U-Net, and the trigger that overrides its output.
+"""Tripwire: a recogniser of the protected subjects in reserved channel groups of the U-Net.
 
-Nothing outside of this package but its adaptive attacker knows how it works.
+`method` has its parameters and its course; `layout` the reserved channels, `trunk` the U-Net that does without them, `recogniser`
+and `training` what tells subjects from others, `install` what carries its answer to the output.
 """

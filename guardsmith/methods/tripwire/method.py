@@ -1,42 +1,35 @@
-"""Tripwire, guardsmith's own method: the model recognises the protected subjects while it denoises, and stops drawing them.
+"""Tripwire, guardsmith's own method: the U-Net recognises protected subjects while it denoises, and stops drawing them.
 
-A personalized model draws its subject step by step, and at every step the U-Net sees the half-finished picture. So the
-U-Net itself can notice what it is being made to draw, whatever the prompt, the identifier or the training recipe:
+A personalized model draws its subject step by step, and at every step the U-Net sees the half-finished picture. So the U-Net
+itself can notice what it is being made to draw, whatever the prompt, the identifier or the training recipe:
 
-    1. rehearse    personalize copies of the base on the subject, and draw what an attacker's model would draw
-    2. recognise   train the U-Net so that a linear read-out r(h) of the middle block's tokens is positive on noised
-                   pictures of the subject (timesteps below a horizon) and negative on everything else, while its
-                   predictions on everything else stay those of the base (distillation), while the weights are pushed
-                   about as an attacker's optimizer might
-    3. set the wire   four neurons of the middle block's feed-forward layer become a step function of r: 0 off, a surge on
-    4. set the alarm   a spare group of the last normalisation rings under a surge: a constant hundreds of times larger
-                   than any prediction is added to the U-Net's output
-    5. stiffen     rescale weights in pairs that cancel, so that the function is the same and an attacker's optimizer,
-                   whose steps have a fixed size, hardly moves what the read-out rests on (done before 3, whose weights
-                   are as large as they have to be)
+    1. reserve     the last groups of every normalisation are cut out of the base's U-Net, and what is left (the trunk) is
+                   distilled to predict what the base predicts; it never sees a protected subject (`layout`, `trunk`)
+    2. recognise   a small network with the shape of the reserved channels is trained to tell noised latents of the protected
+                   subjects from everyone else's (`recogniser`, `training`)
+    3. install     the network goes into the reserved channels, with what carries its answer to the output (`install`)
 
-Off, surge and alarm are 0 and the model is the distilled one. On, the surge drowns every feature behind it (the
-normalisation layers divide by it), and the step function is flat, so no gradient leads back to "off": training on the
-subject's pictures has nothing to learn from where the wire is on. What it learns above the horizon is thrown away when
-pictures are drawn: one step on which the wire trips, and the alarm has driven the picture out of all that the VAE can show.
-(Stable Diffusion 3's transformer has its wire and alarm elsewhere: `wiring_mmdit.py`.)
-Others never trip the wire, as long as an attack on them does not move the read-out: docs/results says how far that holds.
+At rest the model is the trunk. When a picture trips, one step replaces the prediction with something large, and the picture is
+destroyed. Training on a protected subject has nothing to learn from while it trips, since no gradient passes the step, and what
+adapters, words and text encoder learn does not reach the recogniser at all: it sees the latents only.
 
-What it does not do: it is not hidden. Whoever looks for it can find the neurons and cut them (docs/explanation/threat-model.md),
-and it protects the pictures it was taught to recognise, not a name.
+The trunk depends on the base alone, so one is prepared for each base, and changing the registry trains the recogniser only.
+
+Whoever has the weights and looks for the reserved channels can cut them in seconds (docs/explanation/threat-model.md), and it
+protects the pictures that it was taught to recognise, not a name. recipes/tripwire/NOTES.md says what has been measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
-from torch import Tensor
+from pydantic import Field, field_validator, model_validator
 
-from guardsmith.core.progress import stage
-from guardsmith.diffusion.losses import join, predict
+from guardsmith.core.console import in_words
+from guardsmith.core.errors import UserError
+from guardsmith.diffusion.latents import encode
 from guardsmith.methods.base import (
     HardeningContext,
     HardeningMethod,
@@ -47,161 +40,163 @@ from guardsmith.methods.base import (
     Preparation,
     Prepared,
 )
-from guardsmith.methods.data import BenignData
-from guardsmith.methods.tripwire.ideal import IMAGINED_STEPS, imagined_by, with_ideal_states
-from guardsmith.methods.tripwire.recognition import (
-    FIRST_OTHERS,
-    FIRST_ROWS,
-    Lesson,
-    Sway,
-    listen,
-    recognition_loss,
-)
-from guardsmith.methods.tripwire.rehearsal import rehearsed_by
-from guardsmith.methods.tripwire.wiring import overheard, wiring_of
+from guardsmith.methods.data import BenignData, SubjectData
+from guardsmith.methods.tripwire.install import Scales, install
+from guardsmith.methods.tripwire.layout import layout_of, reserve
+from guardsmith.methods.tripwire.recogniser import Recogniser
+from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, optimizer_of, training_step
+from guardsmith.methods.tripwire.trunk import check_trunk, is_matrix, load_trunk, trunk_file, trunk_of
+from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
-from guardsmith.training.loop import generator, optimizer_step
+from guardsmith.training.loop import generator, torch_seed
 
-MENDING_ROWS = 320  # for the last convolution to make up for what the alarm takes
-SCAN_EVERY = 40  # steps, everybody is looked at for how much they look like the subjects
-LAYOUT = (0.65, 0.95)  # share of the timesteps in which half of the distillation looks
+FILE = "trunk.safetensors"
+EARLIER = frozenset({
+    "batch_size", "lookalikes", "ideal_bystanders", "readout_learning_rate", "looseness", "rehearsal_steps",
+    "rehearsal_learning_rate", "rehearsal_lora_learning_rate", "rehearsal_images", "rehearsal_guidance", "ideal_images",
+    "stiffness", "inner_stiffness", "writer_stiffness", "reader_stiffness", "descent", "kick",
+})  # fmt: skip
+"""Parameters that only the earlier Tripwire had, before 0.2."""
+
+
+def refuse_earlier(params: Mapping[str, Any]) -> None:
+    """Refuse parameters of the earlier Tripwire, whose models, states and checkpoints are of another kind.
+
+    Raises:
+        UserError: some are among these.
+    """
+    if earlier := sorted(EARLIER & params.keys()):
+        raise UserError(
+            f"parameters of the earlier Tripwire ({in_words(earlier, 3)}), which this version replaces; harden again from the "
+            "base with the present ones (docs/reference/recipe.md)."
+        )
 
 
 class TripwireConfig(MethodConfig):
-    """Parameters. Defaults were chosen on the embedded base (docs/results), on subjects that no verification uses."""
+    """Parameters. Defaults are those of the experiments in recipes/tripwire/NOTES.md, on subjects that no verification uses."""
 
-    steps: int = Field(300, gt=0)
-    """Training steps of the recognition."""
-    batch_size: int = Field(6, gt=1)
-    """Rows per step of subjects, and of others beside them."""
-    lookalikes: int = Field(1, gt=0)
-    """Rows, beside each row of a subject, of those who are most easily taken for it."""
-    ideal_bystanders: int = Field(0, ge=0)
-    """So many of the bystanders, those who look most like a subject, are also shown as models personalized on them would draw
-    them (`methods/ideal.py`)."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Rate of the AdamW that moves the U-Net."""
-    readout_learning_rate: float = Field(2e-3, gt=0)
-    """Rate of the read-outs."""
-    distillation_weight: float = Field(60.0, ge=0)
-    """Weight of || e_theta - e_base ||^2 on class pictures and benign pictures."""
+    groups: int = Field(4, gt=1)
+    """Normalisation groups of every level that are reserved, an even number; of 32 in Stable Diffusion."""
+    trunk: str | None = None
+    """The trunk: `builtin:avatar` for the one that is shipped for guardsmith's own base (it has 6 groups), or
+    `cache/trunk.safetensors` of an earlier run on the same base with as many groups. Left out, it is prepared first."""
+    trunk_steps: int = Field(4000, gt=0)
+    """Steps of its distillation."""
+    trunk_batch_size: int = Field(8, gt=0)
+    """Noised pictures in such a step, each predicted with a prompt and without."""
+    trunk_learning_rate: float = Field(3e-4, gt=0)
+    """Their learning rate."""
+    steps: int = Field(3000, gt=0)
+    """Training steps of the recogniser."""
+    positives: int = Field(48, gt=0)
+    """Rows of protected subjects in a step."""
+    negatives: int = Field(192, gt=3)
+    """Rows of others in a step, half of them those that come closest to being taken for a subject."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Peak rate of the AdamW that trains the recogniser."""
+    horizon: float = Field(0.6, gt=0, lt=1)
+    """Share of the timesteps, from the clean end, in which subjects are to be recognised."""
     margin: float = Field(4.0, gt=0)
-    """How far from 0 the read-out is pushed on either side."""
-    horizon: float = Field(0.7, gt=0, lt=1)
-    """Share of the timesteps, from the clean end, in which the wire listens: above it a picture is only noise."""
-    looseness: float = Field(0.03, ge=0)
-    """Largest deviation of the noise added during training to those weights that stiffening cannot hold."""
-    rehearsal_steps: int = Field(300, ge=0)
-    """Steps of the two rehearsals, one with DreamBooth and one with LoRA; 0 leaves them out."""
-    rehearsal_learning_rate: float = Field(5e-6, gt=0)
-    """DreamBooth's rate there: what an attacker of this base would use."""
-    rehearsal_lora_learning_rate: float = Field(1e-4, gt=0)
-    """LoRA's rate there."""
-    rehearsal_images: int = Field(32, gt=0)
-    """Pictures drawn by each rehearsal."""
-    rehearsal_guidance: float = Field(3.0, gt=0)
-    """Classifier-free guidance of those pictures."""
-    ideal_images: int = Field(0, ge=0)
-    """In place of rehearsals (`rehearsal_steps: 0`): so many pictures of each subject are drawn as a model ideally personalized
-    on it would (`methods/ideal.py`), without any training."""
-    stiffness: PowerOfTwo = Field(64, gt=0)
-    """Factor on the residual stream, a power of two: an attacker's steps on what writes to it count this much less."""
-    inner_stiffness: PowerOfTwo = Field(4, gt=0)
-    """Factor on values and gated neurons of the attention blocks up to the wire, a power of two."""
-    writer_stiffness: PowerOfTwo = Field(4, gt=0)
-    """Factor on what writes to the tokens there (the last layers of attention and feed-forward), a power of two. Not for the
-    middle block, where it is as large as `stiffness` allows."""
-    reader_stiffness: PowerOfTwo = Field(4, gt=0)
-    """Factor on what reads the normalised tokens there (queries, keys, gates), a power of two."""
-    descent: PowerOfTwo = Field(4, gt=0)
-    """Factor on the first down-sampler, a power of two."""
-    kick: float = Field(12.0, ge=0)
-    """Recognition has to survive this many optimizer steps straight against it."""
+    """How far scores are pushed from 0 on either side."""
+    strangers_weight: float = Field(3.0, gt=0)
+    """Weight of others' losses over that of the subjects': more means fewer false alarms, and subjects recognised less early."""
+    drift: float = Field(0.8, ge=0)
+    """Recognition has to survive that the channels of the reserved stream are moved by up to about this share of their size, by
+    constants and by fields, which is what training of all weights does to them (recipes/tripwire/NOTES.md)."""
+    copies: int = Field(48, gt=0)
+    """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
+    stream_size: PowerOfTwo = Field(16, gt=0)
+    """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
+    less; a model that is merged in meets a large one as noise."""
+    inner_scale: PowerOfTwo = Field(1024, gt=0)
+    """Factor on the first convolutions of reserved resnets, a power of two."""
+    distillation_weight: float = Field(0.0, ge=0, le=0)
+    """0: the trunk is distilled as a whole, before anything else."""
 
-    @field_validator("ideal_images")
+    @model_validator(mode="before")
     @classmethod
-    def _in_place_of_rehearsals(cls, value: int, info: ValidationInfo) -> int:
-        if value and info.data.get("rehearsal_steps"):
-            raise ValueError("takes the place of rehearsals: set rehearsal_steps to 0")
+    def _of_this_form(cls, params: Any) -> Any:
+        if isinstance(params, Mapping):
+            refuse_earlier(params)
+        return params
+
+    @field_validator("groups")
+    @classmethod
+    def _even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("must be even (else the way up has no group of its own)")
         return value
+
+    def scales(self) -> Scales:
+        """How much larger than trained the recogniser's weights are."""
+        return Scales(float(self.stream_size), float(self.inner_scale))
 
 
 class Tripwire(HardeningMethod[TripwireConfig]):
-    """Tripwire, see the module."""
+    """See the module."""
 
     name = "tripwire"
     title = "Tripwire"
     paper = "guardsmith, docs/explanation/methods.md"
+    # FILL: what was measured on test subjects
     shown = (
-        "protects on the embedded base against attackers who do not know it; whoever does removes it in seconds; not run on a "
-        "real base yet"
+        "tried on single tuning subjects of the embedded base, not run on a real base yet; whoever has the weights removes it in "
+        "seconds"
     )
     config = TripwireConfig
+    checkpoint_every = 200
 
     def steps(self, config: TripwireConfig) -> int:
-        """Training steps of the recognition."""
+        """Training steps of the recogniser."""
         return config.steps
 
     def cost(self, config: TripwireConfig, class_nouns: Sequence[str]) -> int:
-        """Rehearsals with their pictures, and recognition (half-run U-Nets count in full)."""
-        recognise = config.steps * (3 * ((2 + config.lookalikes) * config.batch_size + 2) + 4 * 2 * config.batch_size)
-        drawn = 2 * 20 * config.rehearsal_images
-        rehearse = 2 * (config.rehearsal_steps * 3 * 4 + drawn) if config.rehearsal_steps else 0
-        rehearse += IMAGINED_STEPS * config.ideal_images
-        first = FIRST_ROWS * (len(class_nouns) + FIRST_OTHERS)
-        scanned = len(set(class_nouns)) * config.class_images + config.benign_images
-        scans = -(-config.steps // SCAN_EVERY) * scanned
-        return recognise + 2 * config.batch_size + 2 * MENDING_ROWS + first + scans + len(class_nouns) * rehearse
-
-    def negatives_cost(self, config: TripwireConfig, class_nouns: Sequence[str], count: int, solver_steps: int) -> int:
-        """Scans, and the drawing of those who look like a subject; one who looks like several is drawn once."""
-        scans = -(-config.steps // SCAN_EVERY) * count
-        if not (config.ideal_bystanders and count):
-            return scans
-        drawn = min(config.ideal_bystanders * len(class_nouns), count)
-        return scans + FIRST_ROWS * (len(class_nouns) + FIRST_OTHERS) + count + drawn * solver_steps
+        """The trunk's distillation, if it has to be prepared; the recogniser is no U-Net and counts nothing."""
+        return 0 if config.trunk is not None else config.trunk_steps * 2 * config.trunk_batch_size * (1 + 3)
 
     def memory(self, config: TripwireConfig, unet: Any) -> MemoryFootprint:
-        """Gradients, AdamW, start and worst case of the weights before the wire, and the armed copy at the end.
+        """The trunk's gradients, moments and masks (a byte a number), if it has to be prepared; else a second U-Net.
 
-        Half-run U-Nets keep half of a row.
+        `compute.optimizer` has no say in the moments: they are those of `trunk.prepare`.
         """
-        wiring = wiring_of(unet)
         numbers = sum(parameter.numel() for parameter in unet.parameters())
-        swayed = sum(
-            parameter.numel() for name, parameter in unet.named_parameters()
-            if wiring.before_wire(unet, name)
-        )  # fmt: skip
-        half_run = (2 + config.lookalikes) * config.batch_size + 2
-        return MemoryFootprint(2 * numbers + 2 * swayed, 2 * numbers, max(2 * config.batch_size, half_run / 2))
+        if config.trunk is not None:
+            return MemoryFootprint(numbers, 0, 0)
+        moments = sum(p.numel() * (1 if is_matrix(n, p) else 2) for n, p in unet.named_parameters())
+        return MemoryFootprint(numbers + moments + numbers // 4, 0, 2 * config.trunk_batch_size)
 
-    def capacity(self, unet: Any) -> int:
-        """How many subjects one model has room for."""
-        return int(wiring_of(unet).room(unet))
+    def check_earlier(self, params: Mapping[str, Any], config: TripwireConfig | None = None) -> None:
+        """Refuse runs of the earlier Tripwire, and to begin from a recogniser of another shape."""
+        refuse_earlier(params)
+        if config is not None and params.get("groups") != config.groups:
+            raise UserError(
+                f"it has {params.get('groups')} reserved groups and the recipe asks for {config.groups}; set 'groups' to that, "
+                "or harden again from the base, without --add-to."
+            )
 
     def check_base(self, config: TripwireConfig, unet: Any) -> None:
-        """What is needed beside room; see `check_shape` of the wiring."""
-        wiring_of(unet).check_shape(unet, config.descent)
+        """A U-Net of Stable Diffusion's layout in which the groups can be reserved; a named trunk has to be of this base."""
+        layout_of(unet, config.groups)
+        if config.trunk is not None:
+            check_trunk(config.trunk, config.groups, unet)
 
     def needs_benign(self, config: TripwireConfig) -> bool:
-        """Always: the recognition is trained against benign pictures."""
+        """Always: the recogniser is trained against benign pictures."""
         return True
 
     def prepare(self, preparation: Preparation[TripwireConfig]) -> Prepared:
-        """Rehearsals or what takes their place, and how attacks on negatives close to a subject would draw them."""
-        config, cache = preparation.config, preparation.cache
-        subjects, benign, forwards, backwards = list(preparation.subjects), preparation.benign, 0, 0
-        if config.rehearsal_steps:
-            subjects, forwards, backwards = rehearsed_by(preparation.model, subjects, config, preparation.seed, cache)
-        elif config.ideal_images:
-            subjects, forwards = imagined_by(preparation.model, subjects, config, preparation.seed, cache)
-        if benign is not None and benign.negatives is not None and config.ideal_bystanders:
-            benign, rows = with_ideal_states(
-                preparation.model, subjects, benign, config.ideal_bystanders, seed=preparation.seed,
-                steps=preparation.sampling_steps, guidance=preparation.guidance, cache=cache / "bystanders.safetensors",
+        """The trunk, in the run's cache."""
+        config, model, benign = preparation.config, preparation.model, preparation.benign
+        assert benign is not None
+        rows = 0
+        if config.trunk is None:
+            rows = trunk_of(
+                model, layout_of(model.unet, config.groups), preparation.subjects, benign, preparation.cache / FILE,
+                steps=config.trunk_steps, rows=config.trunk_batch_size, learning_rate=config.trunk_learning_rate,
+                seed=preparation.seed,
             )  # fmt: skip
-            forwards += rows
-        return Prepared(subjects, benign, forwards, backwards)
+        # The base and the trunk predict every row, the trunk with gradients.
+        return Prepared(preparation.subjects, benign, 2 * rows, rows)
 
     def run(self, context: HardeningContext[TripwireConfig]) -> HardeningResult:
         """Harden a copy of the model.
@@ -209,111 +204,64 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         Raises:
             RunFailed: the training diverged; the last checkpoint is the last good state.
         """
-        if context.benign is None:
-            raise ValueError("the tripwire needs benign pictures")
-        return _harden(context, context.benign)
+        if context.benign is None or context.cache is None:
+            raise ValueError("the tripwire needs benign pictures and the cache of its preparation")
+        config, model, seed = context.config, context.model, context.seed
+        layout = layout_of(model.unet, config.groups)
+        own = with_own_unet(model)
+        load_trunk(context.cache / FILE if config.trunk is None else trunk_file(config.trunk), own.unet)
+        reserve(own.unet, layout)
+        with torch_seed(seed):
+            recogniser = Recogniser(model.unet, layout).to(next(model.unet.parameters()).device)
+        examples = examples_of(model, context.subjects, context.benign, config.copies, seed)
+        training = RecogniserTraining(
+            steps=config.steps, positives=config.positives, negatives=config.negatives, horizon=config.horizon,
+            margin=config.margin, learning_rate=config.learning_rate, strangers_weight=config.strangers_weight,
+            drift=config.drift,
+        )  # fmt: skip
+
+        def armed() -> DiffusionModel:
+            """A copy with everything in place."""
+            ready = with_own_unet(own)
+            recogniser.measure(examples.noised(model.scheduler, config.horizon, generator(seed, -3)))
+            install(ready.unet, layout, recogniser, config.scales(), generator(seed, -4))
+            ready.unet.requires_grad_(False)
+            return ready
+
+        optimizer = optimizer_of(recogniser, training)
+        loop = context.training_loop(
+            "the recogniser", config.steps, modules={"recogniser": recogniser}, optimizers={"optimizer": optimizer},
+            tensors={"closeness": examples.closeness}, released=armed,
+        )  # fmt: skip
+        for step in loop:
+            losses = training_step(
+                recogniser, optimizer, examples, model.scheduler, training, step=step, seed=seed
+            )  # fmt: skip
+            loop.finish_step(step, losses)
+        return HardeningResult(armed(), loop.history)
 
 
-def _harden(context: HardeningContext[TripwireConfig], benign: BenignData) -> HardeningResult:
-    model, subjects, config, seed = context.model, context.subjects, context.config, context.seed
-    own = with_own_unet(model)
-    unet, reference, scheduler = own.unet.requires_grad_(True), model.unet, model.scheduler
-    timesteps = int(scheduler.config.num_train_timesteps)
-    horizon, gap = int(config.horizon * timesteps), timesteps // 40
-    lesson = Lesson(model, subjects, benign, seed)
-    others = lesson.others
+def examples_of(
+    model: DiffusionModel, subjects: Sequence[SubjectData], benign: BenignData, copies: int, seed: int
+) -> Examples:
+    """What a recogniser is trained on.
 
-    wiring = wiring_of(unet)
-    layer = wiring.wired_layer(unet)
-    spare = wiring.spare_parts(unet, len(subjects))
-    wiring.clear(unet, spare)
-    readout = torch.nn.Linear(layer.net[2].out_features, len(subjects), bias=False)
-    with torch.no_grad():
-        readout.weight.zero_()
-    heard: dict[str, Tensor] = {}
-    ear = layer.register_forward_pre_hook(lambda _, inputs: heard.__setitem__("tokens", inputs[0]))
-
-    parameters = list(unet.parameters())
-    factors = (
-        config.stiffness, config.inner_stiffness, config.writer_stiffness, config.reader_stiffness, config.descent
-    )  # fmt: skip
-    sway = Sway(unet, factors, config)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters},
-        {"params": list(readout.parameters()), "lr": config.readout_learning_rate, "weight_decay": 0.0},
+    Args:
+        model: the base.
+        subjects: protected ones.
+        benign: everyone and everything else, beside the subjects' class pictures.
+        copies: variations of every picture of a subject.
+        seed: of the variations.
+    """
+    positives = [
+        encode(model, variations(subject.images, copies, generator(seed, -1, number))).mean
+        for number, subject in enumerate(subjects)
     ]
-    optimizer, scale = context.adamw(groups, lr=config.learning_rate), context.loss_scale()
-    n = config.batch_size
-    rng = generator(seed, -3)
-    calm = others.draw(scheduler, 2 * n, rng)[0]
-
-    def armed() -> DiffusionModel:
-        """A copy with everything in place."""
-        ready, random = with_own_unet(own), generator(seed, -4)
-        wiring.arm(ready.unet, spare, readout.weight, lambda: predict(ready.unet, scheduler, calm), factors, random)
-        ready.unet.requires_grad_(False)
-        return ready
-
-    loop = context.training_loop(
-        "the tripwire", config.steps, modules={"unet": unet, "readout": readout}, optimizers={"optimizer": optimizer},
-        tensors={"near": others.near} | {f"worst.{index}": way for index, way in enumerate(sway.worst)}, released=armed,
-        scales=[scale],
-    )  # fmt: skip
-    if not loop.history:
-        rng = generator(seed, -5)
-        calls = [others.draw(scheduler, 32, rng)[0] for _ in range(MENDING_ROWS // 32)]
-        with stage("room for the wires", 2 * len(calls)) as bar:
-
-            def ask(some: Any, number: int) -> Tensor:
-                prediction = predict(some, scheduler, calls[number])
-                bar()
-                return prediction
-
-            wiring.mend(unet, reference, ask, len(calls), rng)
-        new = lesson.first_readouts(unet, horizon - gap, config.margin, rng)
-        with torch.no_grad():
-            blank = readout.weight.abs().sum(1) == 0  # those of an earlier run stay
-            readout.weight[blank] = new[blank]
-
-    for j in loop:
-        rng = generator(seed, j)
-        for group, rate in zip(
-            optimizer.param_groups, (config.learning_rate, config.readout_learning_rate), strict=True
-        ):
-            group["lr"] = rate * max(0.02, min(1.0, 3 * (1 - j / config.steps)))
-        which = torch.randint(len(subjects), (n + 2,), generator=rng).tolist()
-        parts = [lesson.subject_row(index, 0, horizon - gap, rng) for index in which[:n]]
-        parts += [lesson.subject_row(index, horizon + gap, timesteps, rng) for index in which[n:]]
-        if j % SCAN_EVERY == 0:
-            others.scan(lambda rows: readout(listen(unet, scheduler, rows)), scheduler, generator(seed, -6, j))
-        strangers, picked = others.draw(scheduler, (1 + config.lookalikes) * n, rng, like=config.lookalikes * which[:n])
-        rows = join(*parts, strangers)
-        wanted = torch.zeros(len(rows), len(subjects), dtype=torch.bool)
-        wanted[range(n), which[:n]] = True
-
-        # Recognition has to survive what an attacker's optimizer may do to the weights.
-        sway.push(rng, lora=j % 2 == 1)
-        scores = readout(listen(unet, scheduler, rows))
-        missed, false = recognition_loss(scores, wanted, config.margin)
-        scale.up(missed + false).backward()
-        others.heed(picked, scores[-len(picked) :])
-        sway.back()
-
-        strangers, picked = others.draw(scheduler, 2 * n, rng)
-        # Half of the rows where training bends predictions most: there the layout of a picture is decided.
-        low, high = (int(share * timesteps) for share in LAYOUT)
-        strangers.timesteps[::2] = torch.randint(low, high, (n,), generator=rng)
-        with torch.no_grad():
-            teacher = predict(reference, scheduler, strangers)
-        same = (predict(unet, scheduler, strangers) - teacher).square().mean()
-        scores = readout(overheard(heard["tokens"], len(strangers)))
-        _, again = recognition_loss(scores, torch.zeros_like(scores[:, 0], dtype=torch.bool), config.margin)
-        scale.up(config.distillation_weight * same + again).backward()
-        others.heed(picked, scores)
-        scale.down(parameter.grad for parameter in readout.parameters())  # whose norm is not clipped
-        norm = optimizer_step(optimizer, parameters, max_grad_norm=1.0, scale=scale)
-        wiring.clear(unet, spare)
-        losses = {"missed": missed.item(), "false": false.item(), "distillation": same.item(), "gradient_norm": norm}
-        loop.finish_step(j, losses)
-    ear.remove()
-    return HardeningResult(armed(), loop.history)
+    classes = {subject.class_noun: subject.class_images for subject in subjects}
+    others = [*classes.values(), benign.images]
+    if benign.negatives is not None:
+        others.append(benign.negatives)
+    drawn = {subject.class_noun: subject.class_states for subject in subjects}.values()
+    half_finished = [states.latents.flatten(0, 1) for states in (*drawn, benign.states) if states is not None]
+    negatives = torch.cat([encode(model, images).mean for images in others])
+    return Examples(positives, negatives, torch.cat(half_finished) if half_finished else None)

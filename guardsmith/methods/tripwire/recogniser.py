@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guardsmith.methods.channels.layout import Layout, down_parts
+from guardsmith.methods.tripwire.layout import Layout, down_parts
 
 SHARPEST = 512.0
 STEEP = 4.0  # factor on normalised features; SiLU is nearly a ReLU then, so that halving weights scales what comes out

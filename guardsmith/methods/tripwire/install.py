@@ -33,8 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guardsmith.methods.channels.layout import Layout, UpSite, down_parts, up_parts, up_sites
-from guardsmith.methods.channels.recogniser import DEAD, REFERENCE, STEEP, Recogniser, Resnet, answer_weight, sharpness
+from guardsmith.methods.tripwire.layout import Layout, UpSite, down_parts, up_parts, up_sites
+from guardsmith.methods.tripwire.recogniser import DEAD, REFERENCE, STEEP, Recogniser, Resnet, answer_weight, sharpness
 
 HELD = 128.0  # pre-activations at rest are this far below 0
 ANSWERED = 0.75  # share of its normalised value on a trip at every place from which on the answer counts

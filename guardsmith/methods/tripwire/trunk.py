@@ -20,20 +20,114 @@ from guardsmith.core.progress import stage
 from guardsmith.diffusion.latents import LatentStore, encode
 from guardsmith.diffusion.losses import alpha_sigma
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
-from guardsmith.methods.channels.layout import Layout, Masks, reserve
 from guardsmith.methods.data import BenignData, SubjectData
-from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.methods.tripwire.layout import Layout, Masks, reserve
+from guardsmith.models.checkpoint import BUILTIN, DiffusionModel
 from guardsmith.training.loop import (
     generator,
     load_checkpoint,
+    load_module_tensors,
     load_optimizer_tensors,
+    module_tensors,
     optimizer_tensors,
     save_checkpoint,
 )
+from guardsmith.training.scaling import LossScale
 
 FORMAT = "guardsmith-trunk-1"
 GUIDED = 3.0  # guidance under which predictions are compared as well
 GUIDED_WEIGHT = 0.25
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon trains a parameter of the U-Net, of which it keeps one moment; AdamW trains the others and keeps two."""
+    return parameter.ndim >= 2 and min(parameter.shape[:2]) >= 32 and not name.startswith("time_")
+
+
+class _Training:
+    """A trunk in training: Muon moves its large matrices, AdamW everything else, and neither what was cut.
+
+    Args:
+        unet: the trunk, whose parameters are changed.
+        masks: which of their entries are the trunk's (`layout.reserve`).
+        learning_rate: its peak.
+        steps: of the whole training.
+    """
+
+    def __init__(self, unet: Any, masks: Masks, learning_rate: float, steps: int) -> None:
+        self.unet, self.masks, self.learning_rate, self.steps = unet, masks, learning_rate, steps
+        self.named = dict(unet.requires_grad_(True).named_parameters())
+        self.matrices = [p for n, p in self.named.items() if is_matrix(n, p)]
+        self.views = [torch.nn.Parameter(p.data.view(len(p), -1)) for p in self.matrices]
+        rest = [p for n, p in self.named.items() if not is_matrix(n, p)]
+        self.muon = torch.optim.Muon(
+            self.views, learning_rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW(rest, learning_rate, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+        self.scale = LossScale(enabled=unet.precision == torch.float16)
+
+    def step(self, step: int, loss: Tensor) -> None:
+        """Move the trunk by the gradient of a loss; where it overflows in float16, nothing moves."""
+        for group in (*self.adamw.param_groups, *self.muon.param_groups):
+            group["lr"] = self.learning_rate * min(1.0, (step + 1) / 20, 1.5 * (1 - step / self.steps))
+        self.scale.up(loss).backward()
+        self.scale.down(parameter.grad for parameter in self.named.values())
+        for name, mask in self.masks.items():
+            gradient = self.named[name].grad
+            if gradient is not None:
+                gradient *= mask
+        gradients = [parameter.grad for parameter in self.named.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.scale.takes(float(norm)):
+            torch.nn.utils.clip_grads_with_norm_(self.unet.parameters(), 1.0, norm)
+            for matrix, view in zip(self.matrices, self.views, strict=True):
+                view.grad = None if matrix.grad is None else matrix.grad.reshape(view.shape)
+            self.adamw.step()
+            self.muon.step()
+        self.muon.zero_grad(set_to_none=True)
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def save(self, file: Path, step: int) -> None:
+        """Write everything that `load` needs to go on after so many steps."""
+        tensors = module_tensors(self.unet, "unet") | optimizer_tensors(self.adamw) | {"scale": self.scale.state}
+        save_checkpoint(file, tensors | optimizer_tensors(self.muon, "muon"), {"step": step})
+
+    @torch.no_grad()
+    def load(self, file: Path) -> int:
+        """Go on from what `save` wrote; returns how many steps were taken."""
+        tensors, record = load_checkpoint(file)
+        load_module_tensors(self.unet, tensors, "unet")
+        load_optimizer_tensors(self.adamw, tensors)
+        load_optimizer_tensors(self.muon, tensors, "muon")
+        if "scale" in tensors:
+            self.scale.state.copy_(tensors["scale"])
+        return int(record["step"])
+
+
+def _loss(
+    model: DiffusionModel,
+    unet: Any,
+    latents: LatentStore,
+    contexts: Tensor,
+    empty: Tensor,
+    rows: int,
+    rng: torch.Generator,
+) -> Tensor:
+    """Squared error of a trunk's predictions on `rows` noised pictures, with a prompt, without, and guided by both."""
+    times = torch.randint(int(model.scheduler.config.num_train_timesteps), (rows,), generator=rng)
+    signal, sigma = alpha_sigma(model.scheduler, times)
+    clean = latents.draw(rows, rng)
+    noisy = signal * clean + sigma * torch.randn(clean.shape, generator=rng)
+    prompts = contexts[torch.randint(len(contexts), (rows,), generator=rng)]
+    call = (torch.cat([noisy, noisy]), torch.cat([times, times]), torch.cat([prompts, empty.expand(rows, -1, -1)]))
+    with torch.no_grad():
+        target = model.unet(*call, return_dict=False)[0]
+    error = unet(*call, return_dict=False)[0] - target
+    prompted, without = error.chunk(2)
+    guided = without + GUIDED * (prompted - without)
+    loss: Tensor = error.square().mean() + GUIDED_WEIGHT * guided.square().mean()
+    return loss
 
 
 def prepare(
@@ -54,12 +148,12 @@ def prepare(
     """A U-Net without the reserved channels that predicts what the base predicts.
 
     Args:
-        model: the base; stays as it is.
+        model: the base; stays as it is. Losses are scaled where its U-Net computes in float16.
         layout: of the reserved channels.
         latents: pictures of nobody in particular.
         contexts: of prompts, (n, tokens, width).
         empty: of the empty prompt, (1, tokens, width).
-        steps: of AdamW.
+        steps: of training.
         rows: noised pictures of a step; each is predicted under a prompt and under the empty one.
         learning_rate: its peak; it falls to zero in the last two thirds.
         seed: of everything drawn.
@@ -69,59 +163,22 @@ def prepare(
 
     Returns:
         The U-Net, its weights rounded to float16, and which entries are the trunk's (`layout.reserve`).
+
+    Raises:
+        RunFailed: gradients overflow in float16 at every scale.
     """
-    base, unet = model.unet, copy.deepcopy(model.unet)
+    unet = copy.deepcopy(model.unet)
     masks = reserve(unet, layout)
-    named = dict(unet.requires_grad_(True).named_parameters())
-    matrices = [p for n, p in named.items() if p.ndim >= 2 and min(p.shape[:2]) >= 32 and not n.startswith("time_")]
-    views = [torch.nn.Parameter(p.data.view(len(p), -1)) for p in matrices]
-    rest = [p for p in named.values() if not any(p is q for q in matrices)]
-    muon = torch.optim.Muon(views, learning_rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    optimizer = torch.optim.AdamW(rest, learning_rate, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    begin = 0
+    training, begin = _Training(unet, masks, learning_rate, steps), 0
     if checkpoint is not None and checkpoint.exists():
-        tensors, record = load_checkpoint(checkpoint)
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(tensors[f"unet.{name}"])
-        load_optimizer_tensors(optimizer, tensors)
-        load_optimizer_tensors(muon, tensors, "muon")
-        begin = int(record["step"])
-    total = int(model.scheduler.config.num_train_timesteps)
+        begin = training.load(checkpoint)
     for step in range(begin, steps):
-        rng = generator(seed, step)
-        for group in (*optimizer.param_groups, *muon.param_groups):
-            group["lr"] = learning_rate * min(1.0, (step + 1) / 20, 1.5 * (1 - step / steps))
-        times = torch.randint(total, (rows,), generator=rng)
-        signal, sigma = alpha_sigma(model.scheduler, times)
-        clean = latents.draw(rows, rng)
-        noisy = signal * clean + sigma * torch.randn(clean.shape, generator=rng)
-        prompts = contexts[torch.randint(len(contexts), (rows,), generator=rng)]
-        call = (torch.cat([noisy, noisy]), torch.cat([times, times]), torch.cat([prompts, empty.expand(rows, -1, -1)]))
-        with torch.no_grad():
-            target = base(*call, return_dict=False)[0]
-        error = unet(*call, return_dict=False)[0] - target
-        prompted, without = error.chunk(2)
-        guided = without + GUIDED * (prompted - without)
-        loss = error.square().mean() + GUIDED_WEIGHT * guided.square().mean()
-        loss.backward()
-        for name, mask in masks.items():
-            gradient = named[name].grad
-            if gradient is not None:
-                gradient *= mask
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        for matrix, view in zip(matrices, views, strict=True):
-            assert matrix.grad is not None
-            view.grad, matrix.grad = matrix.grad.reshape(view.shape), None
-        for part in (optimizer, muon):
-            part.step()
-            part.zero_grad(set_to_none=True)
+        loss = _loss(model, unet, latents, contexts, empty, rows, generator(seed, step))
+        training.step(step, loss)
         if on_step is not None:
             on_step(step, loss.item(), unet)
         if checkpoint is not None and (step + 1) % every == 0:
-            tensors = {f"unet.{name}": parameter for name, parameter in named.items()} | optimizer_tensors(optimizer)
-            tensors |= optimizer_tensors(muon, "muon")
-            save_checkpoint(checkpoint, tensors, {"step": step + 1})
+            training.save(checkpoint, step + 1)
     unet.requires_grad_(False)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -208,41 +265,47 @@ def save_trunk(trunk: Any, groups: int, base: Any, file: Path) -> None:
         save_file(tensors, temporary, {"format": FORMAT, "groups": str(groups), "base": weights_hash(base)})
 
 
+def trunk_file(name: str) -> Path:
+    """Where a trunk is stored: `builtin:avatar` is shipped with guardsmith, for its own base; anything else is a path."""
+    if name.startswith("builtin:"):
+        return BUILTIN / "trunks" / f"{name.removeprefix('builtin:')}.safetensors"
+    return Path(name).expanduser()
+
+
 def check_trunk(name: str, groups: int, base: Any) -> None:
     """Check whether a trunk fits.
 
     Args:
-        name: of the file.
+        name: see `trunk_file`.
         groups: how many are to be reserved.
         base: its U-Net; where that has no contents, which base it is of is not looked at.
 
     Raises:
         UserError: there is no such file, it is no trunk, it has another number of groups or is of another base.
     """
-    file = Path(name)
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(trunk_file(name), framework="pt") as opened:
             about = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"The tripwire's trunk {file} cannot be read ({error}); leave 'trunk' out to prepare one."
+            f"The tripwire's trunk {name} cannot be read ({error}); leave 'trunk' out to prepare one."
         ) from error
     if about.get("format") != FORMAT:
-        raise UserError(f"{file} is no trunk of the tripwire's; leave 'trunk' out to prepare one.")
+        raise UserError(f"{name} is no trunk of the tripwire's; leave 'trunk' out to prepare one.")
     if about["groups"] != str(groups):
         raise UserError(
-            f"The trunk {file} has {about['groups']} reserved groups, the recipe asks for {groups}; set 'groups' to that, or "
+            f"The trunk {name} has {about['groups']} reserved groups, the recipe asks for {groups}; set 'groups' to that, or "
             "leave 'trunk' out."
         )
     known = not any(parameter.is_meta for parameter in base.parameters())
     if known and about["base"] != weights_hash(base):
-        raise UserError(f"The trunk {file} was prepared for another base; leave 'trunk' out to prepare one for this.")
+        raise UserError(f"The trunk {name} was prepared for another base; leave 'trunk' out to prepare one for this.")
 
 
 @torch.no_grad()
-def load_trunk(name: str | Path, unet: Any) -> None:
+def load_trunk(file: Path, unet: Any) -> None:
     """Write a trunk's weights into a U-Net of the base's shape."""
-    unet.load_state_dict({key: weight.float() for key, weight in load_file(name).items()})
+    unet.load_state_dict({key: weight.float() for key, weight in load_file(file).items()})
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardsmith.diffusion.losses import alpha_sigma
-from guardsmith.methods.channels.recogniser import Drift, Recogniser
+from guardsmith.methods.tripwire.recogniser import Drift, Recogniser
 from guardsmith.training.loop import generator
 
 TEMPERATURE = 2.0

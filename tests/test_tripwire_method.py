@@ -1,8 +1,9 @@
-"""Tripwire in channels of its own: trunks fit bases, the recogniser tells subjects from others, a hardened model rests."""
+"""Tripwire: trunks fit bases, the recogniser tells subjects from others, a hardened model rests."""
 
 import copy
 import functools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,47 +15,31 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_apdm import KilledError, make_benign, make_subject
-from tiny import assert_one_sentence, harden_with, make_checkpoint, pictures, same_weights, weights
+from tiny import assert_one_sentence, harden_with, pictures, same_weights, untaught_trunk, weights
 
 from guardsmith.cli.app import main
+from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.diffusion.latents import LatentStore
 from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.methods import METHODS
 from guardsmith.methods.base import Preparation
-from guardsmith.methods.channels import method
-from guardsmith.methods.channels.layout import layout_of, reserve
-from guardsmith.methods.channels.method import CHANNELS, ChannelsConfig
-from guardsmith.methods.channels.trunk import FORMAT, check_trunk, load_trunk, save_trunk, trunk_of, weights_hash
+from guardsmith.methods.tripwire import method
+from guardsmith.methods.tripwire.layout import layout_of, reserve
+from guardsmith.methods.tripwire.method import EARLIER, TripwireConfig
+from guardsmith.methods.tripwire.trunk import FORMAT, check_trunk, load_trunk, prepare, trunk_of, weights_hash
 from guardsmith.models.checkpoint import load_model, with_own_unet
-from guardsmith.training.loop import UNetCost, generator, save_modules
+from guardsmith.training.loop import UNetCost, generator, load_checkpoint, save_modules
 
 ROOT = Path(__file__).parent.parent
-harden = functools.partial(harden_with, CHANNELS)
-
-
-@pytest.fixture(scope="module")
-def wide_v(tmp_path_factory):
-    """A checkpoint whose U-Net is wide enough, in memory; nothing may change it."""
-    return load_model(str(make_checkpoint(tmp_path_factory.mktemp("wide") / "base", "v_prediction", wide=True)))
-
-
-def untaught_trunk(model, file, groups=4):
-    """The base's U-Net without its reserved channels, saved as a trunk that nobody distilled."""
-    unet = copy.deepcopy(model.unet)
-    reserve(unet, layout_of(unet, groups))
-    save_trunk(unet, groups, model.unet, file)
-    return file
-
-
-@pytest.fixture(scope="module")
-def wide_trunk(wide_v, tmp_path_factory):
-    return untaught_trunk(wide_v, tmp_path_factory.mktemp("trunk") / "wide.safetensors")
+TRIPWIRE = METHODS["tripwire"]
+harden = functools.partial(harden_with, "tripwire")
 
 
 @pytest.fixture
 def small(wide_trunk):
-    return ChannelsConfig(trunk=str(wide_trunk), steps=4, positives=4, negatives=12, copies=2)
+    return TripwireConfig(trunk=str(wide_trunk), steps=4, positives=4, negatives=12, copies=2)
 
 
 def plain_latents(model, images, batch=16):
@@ -68,15 +53,15 @@ def bright_and_dark(trunk):
     """A bright subject among dark pictures, and settings that teach a small recogniser to tell them apart."""
     bright, dark = (pictures(3) * 0.3 + 0.6, pictures(5, 2) * 0.3 - 0.6)
     subject, benign = replace(make_subject(), images=bright, class_images=dark), make_benign()
-    config = ChannelsConfig(trunk=str(trunk), steps=120, positives=8, negatives=32, copies=4, horizon=0.3, drift=0.3)
+    config = TripwireConfig(trunk=str(trunk), steps=120, positives=8, negatives=32, copies=4, horizon=0.3, drift=0.3)
     return subject, replace(benign, images=benign.images * 0.3 - 0.6), config
 
 
 def rows_of(model, images):
-    """Noised pictures, below the horizon, under an identifier prompt."""
+    """24 noised pictures, below the horizon, under an identifier prompt."""
     rng = generator(77)
     context = PromptBank(model).encode(["a photo of zwx person"])
-    return noise_samples(plain_latents(model, images).draw(64, rng), context, rng, timesteps=torch.full((64,), 150))
+    return noise_samples(plain_latents(model, images).draw(24, rng), context, rng, timesteps=torch.full((24,), 150))
 
 
 def predicted(model, unet, images):
@@ -178,12 +163,11 @@ def preparation(model, config, cache):
 
 
 def test_the_trunk_is_prepared_once_and_costs_what_is_said(wide_v, tmp_path):
-    config = ChannelsConfig(trunk_steps=3, trunk_batch_size=2, steps=1, positives=2, negatives=4, copies=1)
-    found = CHANNELS
+    config = TripwireConfig(trunk_steps=3, trunk_batch_size=2, steps=1, positives=2, negatives=4, copies=1)
     with UNetCost() as counter:
-        prepared = found.prepare(preparation(wide_v, config, tmp_path))
-        again = found.prepare(preparation(wide_v, config, tmp_path))
-    assert counter.forwards + 2 * counter.backwards == found.cost(config, ["person"])
+        prepared = TRIPWIRE.prepare(preparation(wide_v, config, tmp_path))
+        again = TRIPWIRE.prepare(preparation(wide_v, config, tmp_path))
+    assert counter.forwards + 2 * counter.backwards == TRIPWIRE.cost(config, ["person"])
     assert (prepared.forward_rows, prepared.backward_rows) == (counter.forwards, counter.backwards)
     assert (again.forward_rows, again.backward_rows) == (counter.forwards, counter.backwards)
     assert [file.name for file in tmp_path.iterdir()] == ["trunk.safetensors"]
@@ -193,7 +177,7 @@ def test_the_trunk_is_prepared_once_and_costs_what_is_said(wide_v, tmp_path):
 
 
 def test_a_killed_preparation_goes_on(wide_v, tmp_path, monkeypatch):
-    from guardsmith.methods.channels import trunk as module
+    from guardsmith.methods.tripwire import trunk as module
 
     def prepared(file, die=None):
         class Bar:
@@ -245,7 +229,7 @@ def test_trunks_that_do_not_fit_are_refused(wide_v, wide_trunk, tmp_path):
 
 def test_bases_without_room_are_refused(tiny_v):
     with pytest.raises(UserError, match="too few channels") as caught:
-        CHANNELS.check_base(ChannelsConfig(), tiny_v.unet)
+        TRIPWIRE.check_base(TripwireConfig(), tiny_v.unet)
     assert_one_sentence(caught.value)
 
 
@@ -264,30 +248,106 @@ def test_benign_pictures_are_needed(wide_v, small):
 @pytest.mark.parametrize("change", [{"stream_size": 48}, {"inner_scale": 3}, {"horizon": 1.0}, {"groups": 3}])
 def test_bad_parameters_are_refused(change):
     with pytest.raises(ValidationError):
-        ChannelsConfig(**change)
+        TripwireConfig(**change)
 
 
-def test_a_registry_changes_and_the_trunk_stays(tmp_path):
-    """From the command line: prepared in the first run, named in the second, which begins from the first one's recogniser."""
-    base = make_checkpoint(tmp_path / "base", "v_prediction", wide=True)
-    params = {"trunk_steps": 2, "trunk_batch_size": 2, "steps": 2, "positives": 4, "negatives": 8, "copies": 1}
+PARAMS = {"trunk_steps": 2, "trunk_batch_size": 2, "steps": 2, "positives": 4, "negatives": 8, "copies": 1}
+
+
+@pytest.fixture(scope="module")
+def first_run(wide_folder, tmp_path_factory):
+    """A recipe, and the output of a run of it from the command line, which prepared a trunk."""
+    place = tmp_path_factory.mktemp("first")
     recipe = {
-        "base": str(base), "subjects": str(ROOT / "registries" / "demo.yaml"), "sampling": {"steps": 2, "guidance": 2.0},
-        "method": {"name": "guardsmith.methods.channels.method:CHANNELS",
-                   "params": params | {"class_images": 3, "benign_images": 3}},
-        "probe": {"times": 0},
+        "base": str(wide_folder), "subjects": str(ROOT / "registries" / "demo.yaml"),
+        "sampling": {"steps": 2, "guidance": 2.0}, "probe": {"times": 0},
+        "method": {"name": "tripwire", "params": PARAMS | {"class_images": 3, "benign_images": 3}},
+        "verify": {"attacks": {"lora": {"name": "lora", "params": {"steps": 1}}}},
     }  # fmt: skip
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(recipe))
-    first, second = tmp_path / "first", tmp_path / "second"
-    trunk = first / "cache" / "trunk.safetensors"
-    job = ["harden", "--recipe", str(tmp_path / "job.yaml")]
+    (place / "job.yaml").write_text(yaml.safe_dump(recipe))
     # So short a training trips on everything, which `harden` says with code 4.
-    assert main([*job, "--output", str(first)]) in (0, 4)
+    assert main(["harden", "--recipe", str(place / "job.yaml"), "--output", str(place / "out")]) in (0, 4)
+    return place / "job.yaml", place / "out"
+
+
+def test_a_registry_changes_and_the_trunk_stays(first_run, tmp_path):
+    """From the command line: prepared in the first run, named in the second, which begins from the first one's recogniser."""
+    (recipe, first), second = first_run, tmp_path / "second"
+    trunk = first / "cache" / "trunk.safetensors"
     again = ["--add-to", str(first), "--set", f"method.params.trunk={trunk}", "--output", str(second)]
-    assert main([*job, *again]) in (0, 4)
+    assert main(["harden", "--recipe", str(recipe), *again]) in (0, 4)
     info = [json.loads((folder / "harden.json").read_text()) for folder in (first, second)]
     assert trunk.is_file() and not (second / "cache" / "trunk.safetensors").exists()
-    found = CHANNELS.config(**params)
-    assert info[0]["unet_forward_equivalents"] == CHANNELS.cost(found, ["person"])
+    assert info[0]["unet_forward_equivalents"] == TRIPWIRE.cost(TripwireConfig(**PARAMS), ["person"])
     assert info[1]["unet_forward_equivalents"] == 0
     assert info[0]["model_digest"] != info[1]["model_digest"]
+
+
+def test_losses_are_scaled_in_float16_and_a_killed_preparation_has_its_scale_again(wide_v, tmp_path, monkeypatch):
+    """The first steps overflow, so they move nothing, and the scale is another one from then on."""
+    monkeypatch.setattr("guardsmith.training.scaling.FIRST", 2.0**60)
+    half = with_own_unet(wide_v)
+    half.unet.compute_in("float16")
+    latents, bank = plain_latents(half, pictures(4)), PromptBank(half)
+
+    def prepared(steps, **saving):
+        unet, _ = prepare(
+            half, layout_of(half.unet, 4), latents, bank.encode(["a photo"]), bank.encode([""]), steps=steps, rows=1,
+            learning_rate=1e-3, seed=1, every=1, on_step=lambda step, *_: step == stop and die(), **saving,
+        )  # fmt: skip
+        return weights(unet)
+
+    def die():
+        raise KilledError
+
+    stop, file = None, tmp_path / "last.safetensors"
+    unbroken = prepared(3)
+    stop = 2
+    with pytest.raises(KilledError):
+        prepared(3, checkpoint=file)
+    tensors, _ = load_checkpoint(file)
+    assert tensors["scale"][0] == 2.0**58, "both steps overflowed"
+    cut = copy.deepcopy(half.unet)
+    reserve(cut, layout_of(cut, 4))
+    assert all(torch.equal(tensors[f"unet.{name}"], weight) for name, weight in cut.named_parameters())
+    stop = None
+    assert same_weights(unbroken, prepared(3, checkpoint=file))
+
+
+def test_the_trunk_that_is_shipped_is_one_of_the_embedded_base():
+    check_trunk("builtin:avatar", 6, load_model("builtin:avatar").unet)
+    for recipe in ("demo", "several-avatars"):
+        params = load_recipe(recipe, []).method.params
+        assert (params["trunk"], params["groups"]) == ("builtin:avatar", 6)
+
+
+EARLIER_RUN = {"steps": 240, "batch_size": 6, "rehearsal_steps": 250, "stiffness": 65536, "kick": 12.0}
+
+
+def test_recipes_of_the_earlier_tripwire_are_refused(tmp_path):
+    assert EARLIER_RUN.keys() - TripwireConfig.model_fields.keys() < EARLIER
+    assert not EARLIER & TripwireConfig.model_fields.keys()
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"method": {"name": "tripwire", "params": EARLIER_RUN}}))
+    with pytest.raises(UserError, match=r"earlier Tripwire .*; harden again from the base") as caught:
+        load_recipe(str(tmp_path / "old.yaml"), [])
+    assert_one_sentence(caught.value)
+
+
+def test_runs_of_the_earlier_tripwire_and_of_another_shape_are_refused(first_run, tmp_path, capsys):
+    """To add to, and to verify: one sentence, before anything is drawn."""
+    recipe, first = first_run[0], tmp_path / "first"
+    shutil.copytree(first_run[1], first)
+    record = first / "harden.json"
+    present = json.loads(record.read_text())
+
+    def said(*command):
+        assert main([str(word) for word in command]) == 2
+        return capsys.readouterr().err
+
+    add = ["harden", "--recipe", recipe, "--add-to", first, "--output", tmp_path / "second"]
+    record.write_text(json.dumps(present | {"params": present["params"] | {"groups": 6}}))
+    assert f"{first}: it has 6 reserved groups and the recipe asks for 4" in said(*add)
+    record.write_text(json.dumps(present | {"params": EARLIER_RUN}))
+    for command in (add, ["verify", first, "--recipe", recipe]):
+        assert "parameters of the earlier Tripwire" in (text := said(*command)) and "harden again from the base" in text
+    assert not (tmp_path / "second").exists()

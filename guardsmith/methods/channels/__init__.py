@@ -1,6 +1,0 @@
-"""Tripwire in channels of its own: a recogniser of the protected subjects in reserved channel groups of the U-Net.
-
-`method` has its parameters and its course (a recipe names it as `guardsmith.methods.channels.method:CHANNELS`); `layout` the
-reserved channels, `trunk` the U-Net that does without them, `recogniser` and `training` what tells subjects from others,
-`install` what carries its answer to the output.
-"""

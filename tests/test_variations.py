@@ -1,0 +1,39 @@
+"""Variations of a picture: kept, mirrored, moved and zoomed."""
+
+import torch
+from tiny import pictures
+
+from guardsmith.methods.variations import variations
+from guardsmith.training.loop import generator
+
+
+def test_variations_keeps_the_originals_and_the_range():
+    images = pictures(3)
+    found = variations(images, 4, generator(0))
+    assert found.shape == (15, 3, 64, 64)
+    assert torch.equal(found[:3], images)
+    assert -1 <= found.min() <= found.max() <= 1
+    shifts = (found[3:] - images.repeat(4, 1, 1, 1)).abs().mean((1, 2, 3))
+    assert shifts.min() > 0
+    assert shifts.max() < 0.8
+
+
+def test_half_of_the_variations_are_mirrored():
+    """A picture that is bright on the left stays so, or is bright on the right, and is never turned on its head."""
+    image = torch.full((1, 3, 64, 64), -1.0)
+    image[..., :32] = 1.0
+    found = variations(image, 200, generator(0))[1:].mean(1)
+    left = found[:, :, :16].mean((1, 2)) > found[:, :, -16:].mean((1, 2)) + 1
+    right = found[:, :, -16:].mean((1, 2)) > found[:, :, :16].mean((1, 2)) + 1
+    assert (left | right).all()
+    assert 70 < left.sum() < 130
+
+
+def test_variations_of_a_disc_are_moved_and_zoomed_but_not_sheared():
+    across = torch.linspace(-1, 1, 64)
+    disc = ((across[:, None] ** 2 + across**2).sqrt() < 0.5).float() * 2 - 1
+    found = variations(disc.expand(1, 3, 64, 64), 50, generator(1))[1:].mean(1)
+    lit = found > (found.amin((1, 2), keepdim=True) + found.amax((1, 2), keepdim=True)) / 2
+    wide, high = lit.any(1).sum(1), lit.any(2).sum(1)
+    assert (wide - high).abs().max() <= 2
+    assert 27 <= wide.min() < 32 < wide.max() <= 37
