@@ -87,7 +87,9 @@ def model(v_folder, monkeypatch):
     """The tiny model on the accelerator."""
     real = torch.optim.AdamW  # the fused one does not know the meta device
     monkeypatch.setattr(
-        torch.optim, "AdamW", lambda rows, **how: real(rows, **{k: v for k, v in how.items() if k != "fused"})
+        torch.optim,
+        "AdamW",
+        lambda rows, lr=1e-3, **how: real(rows, lr, **{k: v for k, v in how.items() if k != "fused"}),
     )
     monkeypatch.setenv(device.VARIABLE, "meta")
     with Accelerator() as accelerator:

@@ -298,7 +298,7 @@ def overriding(model, trunk_file, rows):
     load_trunk(trunk_file, trunk)
     layout = layout_of(trunk, 4)
     with torch_seed(1), torch.no_grad():
-        recogniser = Recogniser(trunk, layout).requires_grad_(False)
+        recogniser = Recogniser(trunk, layout, scores=1).requires_grad_(False)
         highest = (
             recogniser(add_noise(model.scheduler, rows.latents, rows.noise, rows.timesteps))
             .flatten(1)

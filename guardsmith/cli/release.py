@@ -256,6 +256,7 @@ def import_file(
 ) -> None:
     """Make a diffusers folder of a single-file checkpoint, to be used as --base."""
     from guardsmith.config.choosing import kind_of_base
+    from guardsmith.config.loading import recipe_names
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.models.checkpoint import load_model
     from guardsmith.models.single_file import read_single_file
@@ -268,7 +269,8 @@ def import_file(
     read_single_file(file, folder, config)
     kind = load_model(str(folder)).prediction_type
     print_line(f"wrote {folder} ({kind})")
-    recipe = f"tripwire-{kind_of_base(str(folder))}"
+    kind_of_recipe = kind_of_base(str(folder))
+    recipe = next(r for r in (f"tripwire-{kind_of_recipe}", f"apdm-{kind_of_recipe}") if r in recipe_names())
     place = shlex.quote(str(folder))
     print_line(
         f"next: guardsmith plan {recipe} --base {place} --subjects registry.yaml (other recipes: guardsmith list recipes)"

@@ -1,4 +1,4 @@
-"""Attack a base, or the base with a trunk, a recogniser and the wire in it, and look at the recogniser before and after.
+"""Attack a base, or the base with a trunk, a recogniser and what carries its answer, and look at the recogniser before and after.
 
     python attack.py DATA --trunk UNET --recogniser FILE --set tuning --subject avataaars-0 --attack dreambooth --steps 300
 

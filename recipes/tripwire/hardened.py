@@ -1,4 +1,4 @@
-"""The base with a trunk, a recogniser and the wire in it, rounded to float16 as its files would be."""
+"""The base with a trunk, a recogniser and what carries its answer, rounded to float16 as its files would be."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ ANSWER_PUSH = 2.0**3  # weight of what sinks the relay
 CONSTANT = 128.0  # holds the relay
 SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
 PUSH = 2.0**3  # weight of what a latch reads
-FLAG = 64.0  # what the relay says when it has sunk, and a latch when it is on
+FLAG = 64.0  # output of the relay when it has sunk, and of a latch when it is on
 SPARE = 96.0  # a latch's pre-activations are that far beyond then
 LATCH = 128.0  # constants that hold the latch between convolutions
-LOUD = 2.0**12  # what becomes of the flag on its way
+LAST_FLAG = 2.0**12  # size of the flag where the last latch reads it
 HOLDING = 2.0**8  # size of the features that hold the flag in the stream
 MARK = 2.0**14  # what one channel of every trunk group is raised to
 HOLD, FORCE = 2.0**11, 2.0**14  # constants that keep the override at rest, and what overcomes them
@@ -148,9 +148,9 @@ def install(unet: Any, layout: Layout, recogniser: Recogniser, scales: Scales, g
     _place_recogniser(writer, recogniser, scales)
     _place_steps(writer, answer, recogniser, scales)
     here = ways[0][0]
-    loud = _place_relay(writer, sites[0], answer[0], here)
+    flag = _place_relay(writer, sites[0], answer[0], here)
     between = _behind(unet, sites[0], sites[-1])
-    factor, following = (LOUD / loud) ** (1 / len(between)), iter(ways[1:])
+    factor, following = (LAST_FLAG / flag) ** (1 / len(between)), iter(ways[1:])
     for kind, _, module in between:
         there = here if kind == "sampler" else next(following)[0]
         writer.one(module if kind == "sampler" else module.conv_shortcut, there, here, factor)

@@ -136,13 +136,15 @@ class Recogniser(nn.Module):
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
-        """Note how large the stream is behind every part for noised latents (n, c, h, w), as `sizes`."""
+        """Note how large the stream is behind every part for noised latents (n, c, h, w) on any device, as `sizes`."""
+        x = x.to(self.readout.weight.device)
         for number, part in enumerate(self.body):
             x = part(x)
             self.sizes[number] = float(x.square().mean().sqrt())
 
     def forward(self, x: Tensor, drift: Drift | None = None) -> Tensor:
-        """Scores of noised latents (n, c, h, w) at every place, (n, scores, places)."""
+        """Scores of noised latents (n, c, h, w) on any device at every place, (n, scores, places)."""
+        x = x.to(self.readout.weight.device)
         for part in self.body:
             x = part(x) if drift is None else drift(part(x))
         scores: Tensor = self.readout(F.silu(STEEP * self.norm(x)))
