@@ -773,9 +773,9 @@ def test_an_unknown_list(guardsmith):
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if f"{method}-sd21" in recipe_names()])
-def test_without_a_recipe_the_method_chooses_one_for_stable_diffusion(guardsmith, v_folder, tmp_path, method):
+def test_without_a_recipe_the_method_chooses_one_for_stable_diffusion(guardsmith, wide_folder, tmp_path, method):
     registry = write_registry(tmp_path / "registry", seed=1)
-    flags = ("--base", v_folder, "--method", method, "--dry-run", "--json", "--output", tmp_path / "out")
+    flags = ("--base", wide_folder, "--method", method, "--dry-run", "--json", "--output", tmp_path / "out")
     done = guardsmith("harden", "--subjects", registry, *flags)
     assert done.code == 0, done.err
     asked = load_recipe(f"{method}-sd21").method
