@@ -185,7 +185,7 @@ def test_the_card_has_the_numbers_of_the_report(output, registry):
     assert measured["KID of benign pictures to the base's, over that of two sets of seeds"]["value"] == pytest.approx(
         report["utility"]["kid_ratio"], abs=1e-4
     )
-    assert "Verdict: **pass**" in body and "takedown@example.org" in body and "zeroes them" in body
+    assert "Verdict: **pass**" in body and "takedown@example.org" in body and "in seconds and without training" in body
     assert report["hardening"]["model_digest"] in body
     told = "| dreambooth: protected | {value:.2f} [{low:.2f}, {high:.2f}]; 1 of 1 pass |\n|".format(**check)
     assert told in body, "rows follow each other"

@@ -242,8 +242,8 @@ def test_every_budget_has_enough_pictures_for_the_gate():
 
 OLD = """
 bystanders: faces
-verify: {looks: [1, 4], crossed: false, benign_images: 50, sample: 3}
-method: {params: {benign_images: 40}}
+verify: {looks: [1, 4], crossed: false, ordinary_images: 50, sample: 3}
+method: {params: {ordinary_images: 40}}
 gate: {learnt_share: 0.4, destroyed_share: 0.1}
 """
 

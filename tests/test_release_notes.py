@@ -27,7 +27,7 @@ def test_figures_limits_and_digests():
         **checked("dreambooth")
     )
     assert told in text
-    assert "zeroes them removes the protection completely" in text
+    assert "has the weights removes the protection completely" in text
     assert REPORT["hardening"]["model_digest"] in text and REPORT["hardening"]["registry_digest"] in text
     assert "What changed" not in text and "(before:" not in text
 

@@ -398,7 +398,7 @@ def test_what_is_not_the_base_is_refused_and_nothing_is_written(tiny_v, single, 
 
 def test_the_command(tiny_v, single, hardened, tmp_path, capsys):
     output = hardened[0].parent
-    record = json.loads((Path(__file__).parent.parent / "docs/results/demo-harden.json").read_text())
+    record = json.loads((Path(__file__).parent.parent / "docs/results/demo-harden.json").read_text()) | {"params": {}}
     digest = weights_digest(hardened[0])
     (output / "harden.json").write_text(json.dumps(record | {"base": str(tiny_v.folder), "model_digest": digest}))
     command = ["export", str(output), "--like", str(single), "--output", str(tmp_path / "new.safetensors")]

@@ -181,9 +181,10 @@ def limits(report: Report) -> list[str]:
         "Personalization on somebody who looks much like a protected subject may fail too.",
     ]
     if report.hardening.method == "tripwire":
-        sentences += [
-            "Whoever has the weights and cuts the channels of the recogniser, in seconds, has an unprotected model.",
-        ]
+        sentences.append(
+            "An attacker who knows the method and has the weights removes the protection completely, in seconds and without "
+            "training."
+        )
     return sentences
 
 
