@@ -73,7 +73,7 @@ class Drift:
     def __call__(self, x: Tensor) -> Tensor:
         """The stream (n, c, h, w), moved by a random share of the size."""
         share = self.size * float(torch.rand((), generator=self.rng))
-        maps = F.adaptive_avg_pool2d(self.maps, x.shape[-2:])
+        maps = F.adaptive_avg_pool2d(self.maps, (x.shape[2], x.shape[3]))
         field = F.conv2d(maps, self._random(x.shape[1], MAPS, 3, 3).to(x), padding=1)
         field = field - field.mean((0, 2, 3), keepdim=True)
         move = self._random(1, x.shape[1], 1, 1).to(x) + field / field.square().mean().sqrt()
