@@ -9,6 +9,7 @@ from torch import Tensor
 
 from guardsmith.attacks import sampling_tricks
 from guardsmith.attacks.base import AttackData
+from guardsmith.attacks.displacement import Movement, OptimizerSteps, movement
 from guardsmith.attacks.lora import carry_adapters, merge_adapters
 from guardsmith.attacks.table import find_attack
 from guardsmith.core.seeds import ATTACK_SAMPLES, FIRST_STAGE_OFFSET
@@ -42,6 +43,7 @@ def draw_during_attack(
     trick: str | None = None,
     hand_over: float = sampling_tricks.HAND_OVER,
     base: DiffusionModel | None = None,
+    on_movement: Callable[[int, Movement], None] | None = None,
 ) -> tuple[dict[int, Tensor], list[float]]:
     """Personalize a copy of the model, and generate pictures of the subject at some of the steps.
 
@@ -63,6 +65,7 @@ def draw_during_attack(
         trick: how the personalized model is made to draw (`sampling_tricks`); `None` as usual.
         hand_over: share of the timesteps at which another model takes over, for tricks that do so.
         base: the public model that does.
+        on_movement: called each time with the number of steps and how far the personalized model is from `model` then.
 
     Returns:
         Number of steps -> pictures, float32 (count, 3, h, w) in [-1, 1], as far as the attack went; and the loss of every step.
@@ -84,6 +87,8 @@ def draw_during_attack(
     def evaluate(step: int, _: float, personalized: DiffusionModel) -> bool:
         if step + 1 not in evaluate_at:
             return False
+        if on_movement is not None:
+            on_movement(step + 1, movement(attacked, personalized, steps.allowed))
         seeds = ATTACK_SAMPLES.seeds(count)
         if onto is not None:
             personalized = carry_adapters(personalized, onto, config)
@@ -96,14 +101,17 @@ def draw_during_attack(
         pictures[step + 1] = images
         return stop is not None and stop(step + 1, images)
 
+    attacked, steps = model, OptimizerSteps()
     if first is not None:
         first_config = entry.config(**params | {"steps": first_steps})
-        model, _ = entry.run(model, first, first_config, seed=seed + FIRST_STAGE_SEED)
+        with steps:
+            model, _ = entry.run(model, first, first_config, seed=seed + FIRST_STAGE_SEED)
         for part in (model.unet, model.text_encoder):
             merge_adapters(part)
     if trick == "average_two":
         entry.run(model, data, config, seed=seed + sampling_tricks.SECOND_SEED, on_step=keep_partner)
-    _, losses = entry.run(model, data, config, seed=seed, on_step=evaluate)
+    with steps:
+        _, losses = entry.run(model, data, config, seed=seed, on_step=evaluate)
     return pictures, losses
 
 

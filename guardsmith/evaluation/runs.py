@@ -101,6 +101,7 @@ def run_unit(unit: Unit) -> None:
         removal = find_removal(unit.removal["name"])
         model, cost = run_removal(removal, model, data, unit.removal["params"], seed=unit.seed, base=public)
     scores: dict[int, list[float | None]] = {}
+    movements: dict[int, Any] = {}
 
     def stop(steps: int, images: Tensor) -> bool:
         scores[steps] = judge.similarity(inverted(images, names, evasion), references)
@@ -111,7 +112,7 @@ def run_unit(unit: Unit) -> None:
         model, unit.attack, unit.params, data, evaluate_at=list(unit.evaluation_points.values()), seed=unit.seed,
         count=unit.images, sampling=unit.sampling, stop=stop, first=first_stage(unit, model.image_size),
         first_steps=unit.evaluation_points[1], onto=None if unit.trained_on is None else target, base=public,
-        **drawing_of(unit),
+        on_movement=lambda steps, moved: movements.__setitem__(steps, moved.record()), **drawing_of(unit),
     )  # fmt: skip
     pictures = {steps: inverted(images, names, evasion) for steps, images in pictures.items()}
     prompts = find_attack(unit.attack).prompts(unit.identifier, unit.noun, unit.images)
@@ -126,6 +127,7 @@ def run_unit(unit: Unit) -> None:
         training = {
             "digest": unit.digest, "loss_start": losses[0], "loss_end": sum(tail) / len(tail), "steps_taken": len(losses)
         }  # fmt: skip
+        training |= {"movement": movements} if movements else {}
         training |= {"removal_cost": cost.record()} if cost is not None else {}
         write_json(folder / "attack.json", unit.settings | training)
         write_json(folder / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
