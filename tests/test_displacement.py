@@ -69,6 +69,16 @@ def test_an_adapter_counts_with_what_it_adds(tiny_v, kind):
     assert found.norm == plain.norm, "adapters are no part of the weights that it is relative to"
 
 
+def test_networks_of_other_weights_are_not_compared(tiny_v):
+    """An attack of somebody's own may add layers of its own."""
+    own = with_own_unet(tiny_v)
+    own.unet.extra = torch.nn.Linear(2, 2)
+    assert movement(tiny_v, own, None) is None and movement(own, tiny_v, None) is None
+    own = with_own_unet(tiny_v)
+    own.unet.conv_in.bias = torch.nn.Parameter(torch.zeros(3))
+    assert movement(tiny_v, own, None) is None
+
+
 def test_large_weights_do_not_round_an_adapter_away(tiny_v):
     """Tripwire has weights of 2^16; an update of a millionth of them is there all the same."""
     large = with_own_unet(tiny_v)
@@ -83,7 +93,8 @@ def test_large_weights_do_not_round_an_adapter_away(tiny_v):
                 parameter += 1e-4
     layer = own.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     update = layer.get_delta_weight("default").abs().max()
-    assert float(update.detach()) < float(layer.base_layer.weight.detach().abs().max()) * 2**-24, "below float32's resolution there"
+    resolution = float(layer.base_layer.weight.detach().abs().max()) * 2**-24
+    assert float(update.detach()) < resolution, "below float32's there"
     assert movement(large, own, None).change["down"] > 0
 
 
@@ -136,6 +147,10 @@ def test_a_new_word_is_compared_with_its_first_value(tiny_v, name):
     moved = {block for block, change in found.change.items() if change}
     if name == "textual_inversion":
         assert moved == {"words"}
-        assert displacement(found.change, found.norm) == pytest.approx(float(change.norm() / first.norm()), rel=1e-4)
+        assert relative(found.change, found.norm, ["words"]) == pytest.approx(
+            float(change.norm() / first.norm()), rel=1e-4
+        )
+        assert displacement(found.change, found.norm) == 0, "the model's weights stay as they are"
     else:
-        assert moved == {"words", "down", "mid", "up"} and displacement(found.change, found.norm) < 1
+        assert moved == {"words", "down", "mid", "up"}
+        assert 0 < displacement(found.change, found.norm) < 1

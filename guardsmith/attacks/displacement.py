@@ -21,8 +21,8 @@ from guardsmith.models.checkpoint import DiffusionModel
 
 PREFIXES = {"down_blocks.": "down", "mid_block.": "mid", "up_blocks.": "up"}
 REST, TEXT, WORDS = "rest", "text_encoder", "words"
-"""Blocks beside those of `PREFIXES`: the other weights of the denoiser (all of them in Stable Diffusion 3's transformer), the text
-encoder, new words."""
+"""Blocks beside those of `PREFIXES`: the rest of the denoiser (all of Stable Diffusion 3's transformer), the text encoder, and
+new words."""
 BOUNDED = ("adamw", "adamw8bit")
 """Optimizers whose step moves a weight by about the learning rate at most, whatever the size of the gradient."""
 
@@ -98,7 +98,7 @@ def merged_weights(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     adapted = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, layer in adapted.items():
-        own = copy.deepcopy(layer).double()  # in float32 large weights would round small updates away
+        own = copy.deepcopy(layer).cpu().double()  # in float32 large weights would round small updates away
         own.merge()
         for part, weight in own.get_base_layer().named_parameters():
             yield f"{name}.{part}", weight
@@ -126,7 +126,7 @@ def weight_norms(model: DiffusionModel) -> dict[str, float]:
     weights = [(block_of(name), weight) for name, weight in model.unet.named_parameters()]
     weights += [(TEXT, weight) for weight in model.text_encoder.parameters()]
     for block, weight in weights:
-        squares[block] = squares.get(block, 0.0) + _square(weight.detach().double())
+        squares[block] = squares.get(block, 0.0) + _square(weight.detach().cpu().double())
     return {block: math.sqrt(square) for block, square in squares.items()}
 
 
@@ -135,7 +135,11 @@ def _square(values: Tensor) -> float:
 
 
 def _differences(before: DiffusionModel, after: DiffusionModel) -> Iterator[tuple[str, Tensor]]:
-    """(block, change) for every weight of denoiser and text encoder that both models have, float64, on the CPU."""
+    """(block, change) for every weight of denoiser and text encoder, without those of new words, float64, on the CPU.
+
+    Raises:
+        KeyError: one of the models has a weight that the other does not have.
+    """
     words = len(before.tokenizer)  # rows of later tokens are new words, or nothing's
     for mine, theirs, text in ((before.unet, after.unet, False), (before.text_encoder, after.text_encoder, True)):
         if mine is theirs:
@@ -143,10 +147,15 @@ def _differences(before: DiffusionModel, after: DiffusionModel) -> Iterator[tupl
         table = mine.get_input_embeddings().weight if text else None
         old = dict(mine.named_parameters())
         for name, weight in merged_weights(theirs):
-            first, last = old[name].detach().cpu().double(), weight.detach().cpu().double()
-            if old[name] is table:
+            before_it = old.pop(name)
+            first, last = before_it.detach().cpu().double(), weight.detach().cpu().double()
+            if before_it is table:
                 first, last = first[:words], last[:words]
+            if first.shape != last.shape:
+                raise KeyError(name)
             yield TEXT if text else block_of(name), last - first
+        if old:
+            raise KeyError(*old)
 
 
 def _word_changes(before: DiffusionModel, after: DiffusionModel) -> tuple[Tensor, Tensor]:
@@ -161,19 +170,25 @@ def _word_changes(before: DiffusionModel, after: DiffusionModel) -> tuple[Tensor
 
 
 @torch.no_grad()
-def movement(before: DiffusionModel, after: DiffusionModel, allowed: float | None) -> Movement:
+def movement(before: DiffusionModel, after: DiffusionModel, allowed: float | None) -> Movement | None:
     """How far a model is from another one that it was trained from.
 
     Args:
         before: the model under attack.
         after: the personalized one, while it is trained; with adapters in it or without.
         allowed: see `Movement`.
+
+    Returns:
+        `None` where the two have different weights, which no attack of the table leads to.
     """
     norms = weight_norms(before)
     changes, largest = dict.fromkeys(norms, 0.0), 0.0
-    for block, change in _differences(before, after):
-        changes[block] += _square(change)
-        largest = max(largest, float(change.abs().max())) if change.numel() else largest
+    try:
+        for block, change in _differences(before, after):
+            changes[block] += _square(change)
+            largest = max(largest, float(change.abs().max())) if change.numel() else largest
+    except KeyError:
+        return None
     if len(after.tokenizer) > len(before.tokenizer):
         change, first = _word_changes(before, after)
         changes[WORDS], norms[WORDS] = _square(change), math.sqrt(_square(first))
@@ -182,20 +197,25 @@ def movement(before: DiffusionModel, after: DiffusionModel, allowed: float | Non
 
 
 def relative(change: Mapping[str, float], norm: Mapping[str, float], blocks: Iterable[str]) -> float:
-    """Relative norm of a change over several blocks together."""
+    """Relative norm of a change over several blocks together.
+
+    Args:
+        change: block -> norm of the change.
+        norm: block -> norm of the weights that it is relative to.
+        blocks: which ones.
+    """
     blocks = list(blocks)
     below = math.hypot(*(norm[block] for block in blocks))
     return math.hypot(*(change[block] for block in blocks)) / below if below else 0.0
 
 
 def displacement(change: Mapping[str, float], norm: Mapping[str, float]) -> float:
-    """Relative norm of a change over all networks that it touches: denoiser, text encoder, new words.
+    """Relative norm of a change of the model's weights: of the denoiser's, and of the text encoder's too where they changed.
+
+    New words are no weights of the model and do not count.
 
     Args:
         change: block -> norm of the change.
         norm: block -> norm of the weights that it is relative to.
     """
-    denoiser = [block for block in change if block not in (TEXT, WORDS)]
-    networks = [denoiser, *([block] for block in (TEXT, WORDS) if block in change)]
-    touched = [block for network in networks if any(change[each] for each in network) for block in network]
-    return relative(change, norm, touched)
+    return relative(change, norm, [block for block in change if block != WORDS and (block != TEXT or change[TEXT])])

@@ -178,15 +178,15 @@ def removal_cost(unit: Unit) -> dict[str, Any] | None:
     return dict(cost)
 
 
-def movements_of(unit: Unit) -> dict[float, Movement]:
-    """How far a complete unit had moved its model at every evaluation point, as far as it is on record.
+def movements_of(unit: Unit) -> dict[float, tuple[int, Movement]]:
+    """Steps, and how far a complete unit had moved its model, at every evaluation point, as far as it is on record.
 
     Units of versions that did not measure it have none. Points after the end of an attack that succeeded early have its end's.
     """
     try:
         record = json.loads((unit.folder / "attack.json").read_text())
         by_steps = {int(steps): Movement(**values) for steps, values in record["movement"].items()}
-        last = max(by_steps)
-        return {point: by_steps[min(steps, last)] for point, steps in unit.evaluation_points.items()}
+        ends = {point: min(steps, max(by_steps)) for point, steps in unit.evaluation_points.items()}
+        return {point: (steps, by_steps[steps]) for point, steps in ends.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
