@@ -103,6 +103,7 @@ def test_a_registry_without_controls_is_warned_of_before_the_first_step(folder, 
         raise RunFailed("enough")
 
     monkeypatch.setattr(pipeline, "preflight", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "with_just_enough", lambda plan, **_: (plan, []))
     monkeypatch.setattr(pipeline, "measure", attacked)
     with pytest.raises(RunFailed, match="enough"):
         pipeline.verify(load_registry(registry), load_recipe("demo"), folder / "out")

@@ -213,6 +213,30 @@ def test_a_curve_by_hand():
     assert curve({"base": {10: level(0.5)}}, LEVELS, "lora") is None
 
 
+def test_what_is_beyond_the_claim_is_shown_and_not_judged(case, tmp_path):
+    """And an attack at another rate has a column as soon as it is judged."""
+    report, units, protected, controls = case
+    name = "lora-4, 0.5 x rate"
+    units.append(make_unit(tmp_path, "mira", "hardened", points={1.0: 10}))
+    slow = {"side": "hardened", "subject": "mira", "attack": name, "evaluation_point": 1.0, "units": [],
+            "interval": asdict(level(0.3))}  # fmt: skip
+    checks = [each for each in report["checks"] if each["attack"] != "lora-4, 4 x steps"]
+    report |= {
+        "checks": [*checks, check("protected", "mira", name, "fail", 0.3, 0.15)], "scores": [*report["scores"], slow],
+    }  # fmt: skip
+    report["recipe"] |= {"gate": {"claimed_displacement": 0.02}}
+    report["recipe"]["verify"]["displacement"] = {"attacks": ["lora-4"], "rates": [0.5, 0.25]}
+    text = made((report, units, protected, controls), tmp_path)
+    row = text.partition('<th scope="row">')[2].partition("</tr>")[0]
+    assert row.count("<td") == 3 and row.count("beyond the claim") == 1
+    assert (
+        '0.40 <span class="quiet small">[0.35, 0.45]</span><br><span class="badge inconclusive">beyond the claim' in row
+    )
+    assert "(lora-4, 0.5 x rate): a sentence" in text, "with the other checks of the attack"
+    assert "0.25 x rate" not in text
+    assert "the claim goes up to attackers who change the weights by 2 % of their norm" in text
+
+
 def test_heat_goes_from_chance_to_genuine():
     assert [heat(value, LEVELS) for value in (-0.3, 0.0, 0.15, 0.6, 0.9)] == [0, 0, 25, 100, 100]
 

@@ -14,6 +14,7 @@ from guardsmith.core.errors import RunFailed
 from guardsmith.core.redaction import Place, Private, Reason, SubjectId, UnitName, redacted
 from guardsmith.gate import checks as checks_module
 from guardsmith.gate.checks import Check
+from guardsmith.reports import displacement as displacement_module
 from guardsmith.reports import report as report_module
 from guardsmith.reports.html import Evidence
 from guardsmith.reports.redaction import check_redacted, public_names, salt_of, save_public
@@ -26,8 +27,15 @@ RECORD = {"base": "b", "subjects": ["mira"], "method": "tripwire", "history": [{
 def told(case):  # noqa: F811
     """The case of the page's tests with what a whole report has besides."""
     report, units, protected, controls = case
+    for number, score in enumerate(report["scores"], 1):
+        blocks = dict.fromkeys(("down", "mid", "up", "rest", "text_encoder", "words"), 0.01)
+        moved = {"rate": 0.001, "steps": 10, "largest_possible": 0.01, "largest": 0.01, "overall": 0.01 * number}
+        score |= {"displacement": moved | {"blocks": blocks}, "units": [[0.1, 0.2]]}
+    probe = {"rate": 0.001, "steps": 10, "similarity": 0.5, "displacement": 0.01, "reached": True}
     report |= {
         "released": {"mira": [0.1, 0.2]},
+        "just_enough": [{"attack": "lora-4", "subjects": ["mira"], "share": 0.9, "genuine": probe, "probes": [probe],
+                         "result": probe}],
         "steps_to_break": [{"subject": "mira", "attack": "lora-4", "base": 1, "hardened": None, "tried": 2}],
     }  # fmt: skip
     return report, units, protected, controls
@@ -51,7 +59,9 @@ def test_nobody_is_named_and_nobody_is_shown(told, tmp_path):
     name = public["subjects"][0]["id"]
     assert re.fullmatch("subject-[0-9a-f]{12}", name)
     assert {score["subject"] for score in public["scores"]} == {name, public["subjects"][1]["id"]}
-    assert list(public["released"]) == [name] and public["steps_to_break"][0]["subject"] == name
+    assert public["just_enough"][0]["subjects"] == [name]
+    assert "How far an attacker has to move the weights" in files["report.html"]
+    assert list(public["released"]) == [name] and public["displacement_to_break"][0]["subject"] == name
     assert list(public["failed_units"]) == [f"base/{name}/lora-4/zwx/0"]
     assert json.loads(files["harden.json"])["subjects"] == [name]
     assert name in files["report.html"] and "is a person" not in files["report.html"]
@@ -154,14 +164,20 @@ def strings_named_like_a_subject(model, seen=None):
                 yield from strings_named_like_a_subject(found, seen)
 
 
-PARTS = [kind for module in (report_module, checks_module) for kind in vars(module).values() if isinstance(kind, type)]
+MODULES = (report_module, displacement_module, checks_module)
+PARTS = [kind for module in MODULES for kind in vars(module).values() if isinstance(kind, type)]
 
 
 def test_no_field_of_a_report_that_holds_a_subject_is_without_a_mark():
     fields = dict(strings_named_like_a_subject(Report))
-    assert {"Check.subject", "Score.subject", "StepsToBreak.subject", "AttackedSubject.id", "Report.released"} <= set(
-        fields
-    )
+    known = {
+        "Check.subject",
+        "Score.subject",
+        "DisplacementToBreak.subject",
+        "JustEnough.subjects",
+        "AttackedSubject.id",
+    }
+    assert known | {"Report.released"} <= set(fields)
     assert all(fields.values()), fields
 
 

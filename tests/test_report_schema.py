@@ -102,7 +102,8 @@ def test_what_is_written_is_read_as_it_was(tmp_path, capsys):
     assert Report.load(tmp_path / "report.json") == report
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["schema"] == 3 and "version" not in data
-    assert set(data["scores"][0]) == {"side", "subject", "attack", "evaluation_point", "units", "interval", "fdfr"}
+    keys = {"side", "subject", "attack", "evaluation_point", "units", "interval", "fdfr", "displacement"}
+    assert set(data["scores"][0]) == keys
     (tmp_path / "verify").mkdir()
     report.save(tmp_path / "verify" / "report.json")
     assert Report.load(tmp_path) == report

@@ -312,35 +312,60 @@ def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, regis
     assert scores_of(unit) is None
 
 
-def test_steps_to_break():
-    """Half-way from chance to what the attack usually reaches on the base."""
-    import guardsmith.evaluation.judging as module
-    from guardsmith.evaluation.units import Unit
-    from guardsmith.gate.calibration import Levels
+FURTHER = [
+    "verify.displacement={attacks: [lora], rates: [0.5], just_enough: true}",
+    "verify.evaluation_points=[0.5, 1]",
+]
 
-    classes = {"person": Levels(0.1, 0.2, 0.8)}
-    told = {"root": "", "model": "", "model_digest": "", "subject": "mira", "class_noun": "person", "attack_images": (),
-            "reference_images": (), "images_digest": "", "attack": "lora", "params": {}, "label": "lora",
-            "identifier": "sks", "seed": 0, "images": 2, "class_pictures": "", "class_images": 0, "sampling": {}}  # fmt: skip
-    units = [
-        Unit(side="base", evaluation_points={0.1: 10, 0.5: 50, 1.0: 100}, **told),
-        Unit(side="hardened", evaluation_points={0.1: 10, 0.5: 50, 1.0: 100, 4.0: 400}, **told),
-    ]
-    means = {
-        ("base", 0.1): 0.2, ("base", 0.5): 0.4, ("base", 1.0): 0.7,
-        ("hardened", 0.1): 0.1, ("hardened", 0.5): 0.2, ("hardened", 1.0): 0.39, ("hardened", 4.0): 0.41,
-    }  # fmt: skip
-    scores = {(side, "mira", "lora", look): [[m - 0.05, m + 0.05, None]] for (side, look), m in means.items()}
-    levels = {key: module.interval(values) for key, values in scores.items()}
-    [found] = module.steps_to_break(units, levels, classes, GateSpec())
-    assert found.model_dump() == {"subject": "mira", "attack": "lora", "tried": 400, "base": 50, "hardened": 400}
-    levels["hardened", "mira", "lora", 4.0] = module.interval([[None, None]])
-    [found] = module.steps_to_break(units, levels, classes, GateSpec())
-    assert found.hardened is None
-    # From half-way between chance and genuine (0.45) on the base it counts as learnt; below, it breaks nothing anywhere.
-    levels["base", "mira", "lora", 1.0] = module.interval([[0.44, 0.44, None]])
-    [found] = module.steps_to_break(units, levels, classes, GateSpec())
-    assert (found.base, found.hardened) == (None, None)
+
+def test_attacks_at_other_rates_are_measured_on_the_protected_and_not_held_against_them(
+    copied, registry, recipe_file, capsys
+):
+    """Two steps learn nothing anywhere: at another rate that is no finding, and there is no just-enough attack."""
+    recipe = load_recipe(str(recipe_file), FURTHER)
+    report = verify(registry, recipe, copied, workers=1, quiet=True)
+    assert "lora does not learn its subjects on the base; it has no just-enough attack" in capsys.readouterr().err
+    slow = {(s.side, s.subject, s.evaluation_point): s for s in report.scores if s.attack == "lora, 0.5 x rate"}
+    assert set(slow) == {(side, "mira", point) for side in ("base", "hardened") for point in (0.5, 1.0)}
+    usual = {(s.side, s.subject, s.evaluation_point): s for s in report.scores if s.attack == "lora"}
+    assert len(usual) == 8
+    for key, score in slow.items():
+        assert score.displacement.rate == 5e-4 and usual[key].displacement.rate == 1e-3
+        assert score.displacement.steps == usual[key].displacement.steps == 2 * key[2]
+        assert score.displacement.largest_possible == pytest.approx(5e-4 * score.displacement.steps)
+        assert 0 < score.displacement.overall < usual[key].displacement.overall < 0.1
+        assert {"down", "mid", "up", "text_encoder"} <= set(score.displacement.blocks)
+    assert {c.attack for c in report.checks if c.attack} == {"lora"}
+    [search] = report.just_enough
+    assert (search.attack, search.subjects, search.probes, search.result) == ("lora", ["mira"], [], None)
+    assert search.genuine.displacement == pytest.approx(usual["base", "mira", 1.0].displacement.overall)
+    [broken] = report.displacement_to_break
+    assert broken.base is None and broken.tried.steps == 2
+    assert len(list((copied / "verify" / "base" / "mira").glob("lora_0.5-x-rate/sks/0/*/scores.json"))) == 1
+    page = (copied / "verify" / "report.html").read_text()
+    assert "How far an attacker has to move the weights" in page and "lora, 0.5 x rate, 0.5 x steps" in page
+    assert "| lora, 0.5 x rate | 0.0005 | 2 |" in (copied / "verify" / "report.md").read_text()
+    assert Report.load(copied) == report
+
+    files = {f: f.stat().st_mtime_ns for f in (copied / "verify").glob("*/*/lora*/**/*.json")}
+    claimed = load_recipe(str(recipe_file), [*FURTHER, "gate.claimed_displacement=0.5"])
+    report = verify(registry, claimed, copied, workers=1, quiet=True)
+    assert {f: f.stat().st_mtime_ns for f in files} == files, "a claim is about what was measured"
+    [check] = [c for c in report.checks if c.name == "claimed displacement"]
+    assert (check.subject, check.status, check.value, check.limit) == ("mira", "inconclusive", 0.0, 50.0)
+
+
+def test_results_of_versions_that_did_not_measure_displacement_are_kept(copied, registry, recipe_file):
+    for file in (copied / "verify" / "base").glob("*/lora/*/*/*/attack.json"):
+        record = json.loads(file.read_text())
+        del record["movement"]
+        file.write_text(json.dumps(record))
+    report = verify(registry, load_recipe(str(recipe_file)), copied, workers=1, quiet=True)
+    moved = {(s.side, s.subject): s.displacement for s in report.scores}
+    assert (moved["base", "mira"].overall, moved["base", "mira"].steps) == (None, 2)
+    assert moved["hardened", "mira"].overall > 0
+    page = (copied / "verify" / "report.html").read_text()
+    assert "How far an attacker has to move" in page, "of what there is"
 
 
 def test_a_sample_of_the_protected_is_attacked_and_the_report_says_so(verified, tmp_path):
@@ -364,6 +389,7 @@ def test_the_report_says_how_long_the_verification_took(verified, monkeypatch):
     times, plan = iter([100.0, 142.04]), SimpleNamespace(root=Path("nowhere"))
     for step in ("preflight", "measure", "write", "missing_controls"):
         monkeypatch.setattr(pipeline, step, lambda *_, step=step, **__: plan if step == "preflight" else None)
+    monkeypatch.setattr(pipeline, "with_just_enough", lambda plan, **_: (plan, []))
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     seconds = []
     report = verified[1].model_copy()

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from guardsmith.attacks.displacement import count_step
 from guardsmith.attacks.optimizers import make_optimizer
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.prompts import sample_prompts
@@ -124,6 +125,7 @@ def train(
         loss = loss_at(step)
         scale.up(loss).backward()
         optimizer_step(optimizer, parameters, max_grad_norm=max_grad_norm, scale=scale)
+        count_step(optimizer_name, optimizer.param_groups[0]["lr"])
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             advice = "train it in bfloat16 or float32, or " if scale.enabled else ""

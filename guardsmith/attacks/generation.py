@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from guardsmith.attacks import sampling_tricks
-from guardsmith.attacks.base import AttackData
+from guardsmith.attacks.base import Attack, AttackData
+from guardsmith.attacks.displacement import Movement, OptimizerSteps, movement
 from guardsmith.attacks.lora import carry_adapters, merge_adapters
 from guardsmith.attacks.table import find_attack
 from guardsmith.core.seeds import ATTACK_SAMPLES, FIRST_STAGE_OFFSET
@@ -23,6 +24,18 @@ def _merged(personalized: DiffusionModel) -> DiffusionModel:
     own = with_own_unet(personalized)
     merge_adapters(own.unet)
     return own
+
+
+def _after_first_stage(
+    model: DiffusionModel, entry: Attack, params: dict[str, Any], first: AttackData | None, steps: int, seed: int
+) -> DiffusionModel:
+    """The model, or a copy of it that was personalized on another subject first; adapters are merged."""
+    if first is None:
+        return model
+    model, _ = entry.run(model, first, entry.config(**params | {"steps": steps}), seed=seed + FIRST_STAGE_SEED)
+    for part in (model.unet, model.text_encoder):
+        merge_adapters(part)
+    return model
 
 
 def draw_during_attack(
@@ -42,6 +55,7 @@ def draw_during_attack(
     trick: str | None = None,
     hand_over: float = sampling_tricks.HAND_OVER,
     base: DiffusionModel | None = None,
+    on_movement: Callable[[int, Movement | None], None] | None = None,
 ) -> tuple[dict[int, Tensor], list[float]]:
     """Personalize a copy of the model, and generate pictures of the subject at some of the steps.
 
@@ -63,6 +77,7 @@ def draw_during_attack(
         trick: how the personalized model is made to draw (`sampling_tricks`); `None` as usual.
         hand_over: share of the timesteps at which another model takes over, for tricks that do so.
         base: the public model that does.
+        on_movement: called each time with the number of steps and how far the personalized model is from `model`.
 
     Returns:
         Number of steps -> pictures, float32 (count, 3, h, w) in [-1, 1], as far as the attack went; and the loss of every step.
@@ -73,9 +88,9 @@ def draw_during_attack(
     """
     entry = find_attack(attack)
     config: Any = entry.config(**params)
-    prompts = entry.prompts(data.identifier, data.class_noun, count)
     pictures: dict[int, Tensor] = {}
     partners: dict[int, DiffusionModel] = {}
+    attacked, steps = model, OptimizerSteps()
 
     def keep_partner(step: int, _: float, personalized: DiffusionModel) -> None:
         if step + 1 in evaluate_at:
@@ -84,26 +99,24 @@ def draw_during_attack(
     def evaluate(step: int, _: float, personalized: DiffusionModel) -> bool:
         if step + 1 not in evaluate_at:
             return False
-        seeds = ATTACK_SAMPLES.seeds(count)
+        if on_movement is not None:
+            on_movement(step + 1, movement(attacked, personalized, steps.allowed))
         if onto is not None:
             personalized = carry_adapters(personalized, onto, config)
         if step + 1 in partners:
             personalized = sampling_tricks.averaged(_merged(personalized), partners[step + 1])
-        images = sampling_tricks.draw(
-            personalized, trick, prompts, seeds, base=base, hand_over=hand_over, negative_prompt=entry.negative_prompt,
-            sampling=sampling,
+        pictures[step + 1] = sampling_tricks.draw(
+            personalized, trick, entry.prompts(data.identifier, data.class_noun, count), ATTACK_SAMPLES.seeds(count),
+            base=base, hand_over=hand_over, negative_prompt=entry.negative_prompt, sampling=sampling,
         )  # fmt: skip
-        pictures[step + 1] = images
-        return stop is not None and stop(step + 1, images)
+        return stop is not None and stop(step + 1, pictures[step + 1])
 
-    if first is not None:
-        first_config = entry.config(**params | {"steps": first_steps})
-        model, _ = entry.run(model, first, first_config, seed=seed + FIRST_STAGE_SEED)
-        for part in (model.unet, model.text_encoder):
-            merge_adapters(part)
+    with steps:
+        model = _after_first_stage(model, entry, params, first, first_steps, seed)
     if trick == "average_two":
         entry.run(model, data, config, seed=seed + sampling_tricks.SECOND_SEED, on_step=keep_partner)
-    _, losses = entry.run(model, data, config, seed=seed, on_step=evaluate)
+    with steps:
+        _, losses = entry.run(model, data, config, seed=seed, on_step=evaluate)
     return pictures, losses
 
 

@@ -26,19 +26,26 @@ def compare(
     steps: Annotated[
         float, typer.Option(help="How many times the steps that break the base an attack should need.")
     ] = 10.0,
+    displacement: Annotated[
+        float, typer.Option(help="How many times as far as on the base an attack should have to move the weights.")
+    ] = 3.0,
     changed: Annotated[
         bool, typer.Option("--changes", help="Compare two runs and show only what the second one changes.")
     ] = False,
     svg: Annotated[Path | None, typer.Option(help="Also save the table as an SVG picture.")] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(help="Also save similarity against displacement, base and all runs, as an SVG picture."),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare verified hardenings in one table; what falls short is red."""
     from guardsmith.reports.changes import compare_two
-    from guardsmith.reports.compare import Demands, as_markdown, compare_runs
+    from guardsmith.reports.compare import Demands, as_markdown, compare_runs, load_runs
 
     if changed:
-        if len(runs) != 2 or markdown or svg:
+        if len(runs) != 2 or markdown or svg or frontier:
             raise UserError("--changes takes two runs, and prints a table or, with --json, data.")
         table, two = compare_two(*runs)
         if as_json:
@@ -49,7 +56,8 @@ def compare(
         print_table(table, 160)
         print_line(f"different besides: {', '.join(two['different']) or 'nothing'}")
         return
-    table, comparison = compare_runs(runs, Demands(control=control, fidelity=fidelity, steps=steps))
+    demands = Demands(control=control, fidelity=fidelity, steps=steps, displacement=displacement)
+    table, comparison = compare_runs(runs, demands)
     if as_json:
         typer.echo(json.dumps(comparison, indent=1))
     elif markdown:
@@ -63,6 +71,13 @@ def compare(
 
         save_table(table, 60 + 44 * len(runs), svg)
         print_line(f"wrote {svg}")
+    if frontier is not None:
+        from guardsmith.reports.curves import save_frontiers
+        from guardsmith.reports.frontier_charts import compared_frontiers
+        from guardsmith.reports.in_common import in_common
+
+        save_frontiers(frontier, *compared_frontiers(in_common(load_runs(runs))[0]))
+        print_line(f"wrote {frontier}")
 
 
 def print_policy(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from guardsmith.config.deployability import DeployabilityLimits, DeployabilitySpec
+from guardsmith.config.displacement import DisplacementSpec
 from guardsmith.config.judge import RecipeJudge
 from guardsmith.core.redaction import Place, Private
 from guardsmith.training.compute import ComputeConfig, Precision
@@ -154,6 +155,8 @@ class VerifySpec(BaseModel):
     """Pictures of benign prompts, which ask for no subject, from base and hardened model."""
     deployability: DeployabilitySpec = DeployabilitySpec()
     """Checks of everyday use: what people do with the base, tried on the hardened model too."""
+    displacement: DisplacementSpec = DisplacementSpec()
+    """How far attackers move the weights: some attacks at other learning rates, and a just-enough one found on the base."""
 
     @field_validator("attacks")
     @classmethod
@@ -187,6 +190,13 @@ class VerifySpec(BaseModel):
             raise ValueError("one value is there twice")
         return values
 
+    @model_validator(mode="after")
+    def _known_attacks(self) -> VerifySpec:
+        unknown = [label for label in self.displacement.attacks if label not in self.attacks]
+        if unknown:
+            raise ValueError(f"displacement.attacks names {', '.join(unknown)}, which verify.attacks does not have")
+        return self
+
 
 class GateSpec(BaseModel):
     """When a check passes."""
@@ -206,6 +216,10 @@ class GateSpec(BaseModel):
     """Benign prompts: largest share of pictures that may have collapsed."""
     minimum_images: int = Field(8, ge=2)
     """With fewer scored pictures than these, or one that could not be scored, a check is inconclusive."""
+    claimed_displacement: float | None = Field(None, gt=0)
+    """The claim goes up to this displacement (relative change of the weights' norm): attacks that go further are measured and not
+    judged, and every protected subject has to hold against an attack that goes at least so far. Left out: every attack that
+    is run is judged, however far it goes."""
     deployability: DeployabilityLimits = DeployabilityLimits()
     """Everyday use: what a hardened model may cost those who use it as they used the base."""
 
@@ -257,6 +271,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "quick": {
         "full_factorial": False, "seeds": [0], "evaluation_points": [1.0], "sample": 4, "images_per_unit": 8,
         "benign_images": 100, "deployability.trained": False, "deployability.images": 8,
+        "displacement.rates": [], "displacement.just_enough": False,
     },
     "standard": {},
     "audit": {

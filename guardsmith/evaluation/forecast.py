@@ -25,7 +25,7 @@ from guardsmith.config.recipe import AttackSpec, Recipe
 from guardsmith.core.console import warn
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.diffusion.prompts import PromptBank
-from guardsmith.evaluation.planning import attacked_subjects, check_others
+from guardsmith.evaluation.planning import attacked_subjects, attacks_at_rates, attacks_to_search, check_others
 from guardsmith.evaluation.preflight import check_attacks, check_policy, check_threat_model
 from guardsmith.gate.policy import Policy, recipe_policy
 from guardsmith.hardening.compatibility import check_against_base, check_computes
@@ -45,6 +45,7 @@ TIMED_FORWARDS = 5
 ROWS = (2, 8)  # of the timed calls: as a real base is trained, and as a small one is, which is faster a row
 QUICK = 0.05  # seconds of a call, below which a larger one is timed too
 BACKWARD = 3  # a row forward and backward, in forward equivalents
+USUAL_PROBES = 5  # of a search for a just-enough attack
 GUIDED = 2  # rows of a picture's step, for guidance draws with and without the prompt
 
 
@@ -254,15 +255,24 @@ def attack_forwards(attack: AttackSpec, recipe: Recipe, steps: int) -> int:
 
 
 def verification_forwards(recipe: Recipe, registry: Registry) -> int:
-    """Forward equivalents of a verification, at most: every attack on both models, and pictures of classes and benign prompts."""
+    """Forward equivalents of a verification, at most: every attack on both models, and pictures of classes and benign prompts.
+
+    A just-enough attack counts with a search of its usual length and with as many steps as the attack that it comes from.
+    """
     verify = recipe.verify
     protected, controls = len(attacked_subjects(registry, verify, recipe.seed)), len(registry.controls)
     pairs = len(verify.identifiers) * len(verify.seeds) if verify.full_factorial else 1
     longest, total = max(verify.evaluation_points), 0
-    for attack in verify.attacks.values():
+    new = [verify.attacks[label] for label in attacks_to_search(verify)]
+    runs = [(attack, controls) for attack in (*verify.attacks.values(), *new)]
+    runs += [(attack, 0) for attack in attacks_at_rates(verify).values()]
+    for attack, others in runs:
         steps = find_attack(attack.name).steps(attack.params)
         usual, longer = attack_forwards(attack, recipe, steps), attack_forwards(attack, recipe, ceil(longest * steps))
-        total += pairs * (protected * (usual + longer) + 2 * controls * usual)
+        total += pairs * (protected * (usual + longer) + 2 * others * usual)
+    for attack in new:
+        steps = find_attack(attack.name).steps(attack.params)
+        total += USUAL_PROBES * min(verify.displacement.subjects, protected) * attack_forwards(attack, recipe, steps)
     nouns = {subject.class_noun for subject in (*registry.subjects, *registry.controls)}
     images = 2 * len(nouns) * verify.class_images + 3 * verify.benign_images
     return total + images * recipe.sampling.steps * GUIDED

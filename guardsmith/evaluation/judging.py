@@ -7,19 +7,21 @@ from statistics import mean
 from typing import Any
 
 from guardsmith.attacks import find_attack
-from guardsmith.config.recipe import GateSpec
+from guardsmith.attacks.displacement import weight_norms
 from guardsmith.config.threat_model import threat_model_of
+from guardsmith.evaluation.displacement import Key, displacement_to_break, displacements
 from guardsmith.evaluation.measuring import Measurements
+from guardsmith.evaluation.planning import attacks_at_rates
 from guardsmith.evaluation.preflight import Plan
 from guardsmith.evaluation.units import Unit, removal_cost
-from guardsmith.gate.calibration import Levels, half_way, personalized_level
 from guardsmith.gate.checks import EXIT_CODES
-from guardsmith.gate.evidence import SIDES, Evidence, Side
+from guardsmith.gate.evidence import Evidence, Side
 from guardsmith.gate.rules import judge, verdict
-from guardsmith.gate.statistics import Interval, Units, interval
+from guardsmith.gate.statistics import Units, interval
 from guardsmith.hardening.record import run_info
 from guardsmith.metrics import Judge
 from guardsmith.registry.loader import Subject
+from guardsmith.reports.displacement import Displacement, JustEnough
 from guardsmith.reports.report import (
     Attacked,
     AttackedSubject,
@@ -29,11 +31,10 @@ from guardsmith.reports.report import (
     Role,
     Run,
     Score,
-    StepsToBreak,
 )
 
 
-def evidence_of(plan: Plan, measurements: Measurements) -> Evidence:
+def evidence_of(plan: Plan, measurements: Measurements, moved: Mapping[Key, Displacement]) -> Evidence:
     """What the rules judge."""
 
     def classes(subjects: Sequence[Subject]) -> dict[str, str]:
@@ -45,7 +46,9 @@ def evidence_of(plan: Plan, measurements: Measurements) -> Evidence:
         attacks={label: find_attack(spec.name).trains for label, spec in verify.attacks.items()},
         points=[point for point in sorted(verify.evaluation_points) if point > 1], scores=measurements.scores,
         released=measurements.released_scores, utility=measurements.utility, levels=plan.policy.classes,
-        spec=plan.policy.rules, deployability=measurements.deployability,
+        spec=plan.policy.rules, deployability=measurements.deployability, rates=list(attacks_at_rates(verify)),
+        early_points=[point for point in sorted(verify.evaluation_points) if point < 1],
+        displacements={key: each.overall for key, each in moved.items() if each.overall is not None},
     )  # fmt: skip
 
 
@@ -55,46 +58,6 @@ def face_detection_failure(units: Units, judge: Judge) -> float | None:
     if judge.no_face is None or not values:
         return None
     return values.count(judge.no_face) / len(values)
-
-
-def steps_to_break(
-    units: Sequence[Unit],
-    intervals: Mapping[tuple[Side, str, str, float], Interval | None],
-    classes: Mapping[str, Levels],
-    spec: GateSpec,
-) -> list[StepsToBreak]:
-    """After how many steps an attack has half of the likeness that it usually reaches on the base, for protected subjects.
-
-    That is the first evaluation point at which the mean similarity is half-way from chance to the level that the attack reaches
-    on the base with its usual steps; `None` where it is so at none ("tried" says how far they went).
-
-    Args:
-        units: of both sides.
-        intervals: what they reached, by (side, subject, attack label, evaluation point).
-        classes: levels of every class noun.
-        spec: an attack that does not personalize the base by these rules breaks nothing.
-    """
-    points = {(unit.side, unit.subject, unit.label): unit.evaluation_points for unit in units}
-    longer = [unit for unit in units if max(unit.evaluation_points) > 1]
-    result = []
-    for subject, label, noun in dict.fromkeys((unit.subject, unit.label, unit.class_noun) for unit in longer):
-        usual = intervals["base", subject, label, 1]
-        first: dict[Side, int | None] = dict.fromkeys(SIDES)
-        if usual is not None and usual.mean >= personalized_level(classes[noun], spec):
-            level = half_way(classes[noun], usual.mean)
-            for side in SIDES:
-                for point, steps in sorted(points[side, subject, label].items()):
-                    similarity = intervals[side, subject, label, point]
-                    if similarity is not None and similarity.mean >= level:
-                        first[side] = steps
-                        break
-        most_steps = max(points["hardened", subject, label].values())
-        result.append(
-            StepsToBreak(
-                subject=subject, attack=label, base=first["base"], hardened=first["hardened"], tried=most_steps
-            )
-        )
-    return result
 
 
 def removal_records(units: Sequence[Unit]) -> list[RemovalRecord]:
@@ -114,34 +77,44 @@ def removal_records(units: Sequence[Unit]) -> list[RemovalRecord]:
     ]  # fmt: skip
 
 
-def judged_report(plan: Plan, measurements: Measurements, *, seconds: float) -> Report:
+def judged_report(
+    plan: Plan, measurements: Measurements, searches: Sequence[JustEnough] = (), *, seconds: float
+) -> Report:
     """The report, whole.
 
     Args:
         plan: of the verification.
         measurements: what it measured.
-        seconds: that this took.
+        searches: for just-enough attacks.
+        seconds: that all of this took.
     """
     registry, policy = plan.registry, plan.policy
     scores = measurements.scores
     intervals = {key: interval(units) for key, units in scores.items()}
-    checks = judge(evidence_of(plan, measurements))
+    moved = displacements(measurements.units, weight_norms(plan.models["base"].model))
+    evidence = evidence_of(plan, measurements, moved)
+    checks = judge(evidence)
     status = verdict(checks)
     groups: tuple[tuple[Role, Sequence[Subject]], ...] = (("protected", plan.attacked), ("control", registry.controls))
+    scored = [
+        Score(
+            side=side, subject=subject, attack=label, evaluation_point=point,
+            units=[list(unit) for unit in scores[side, subject, label, point]], interval=similarity,
+            fdfr=face_detection_failure(scores[side, subject, label, point], plan.judge),
+            displacement=moved.get((side, subject, label, point)),
+        )
+        for (side, subject, label, point), similarity in intervals.items()
+    ]  # fmt: skip
     return Report(
         verdict=status,
         exit_code=EXIT_CODES[status],
         checks=checks,
-        scores=[
-            Score(
-                side=side, subject=subject, attack=label, evaluation_point=point,
-                units=[list(unit) for unit in scores[side, subject, label, point]], interval=similarity,
-                fdfr=face_detection_failure(scores[side, subject, label, point], plan.judge),
-            )
-            for (side, subject, label, point), similarity in intervals.items()
-        ],
+        scores=scored,
         released=measurements.released_scores,
-        steps_to_break=steps_to_break(measurements.units, intervals, policy.classes, policy.rules),
+        displacement_to_break=displacement_to_break(
+            scored, evidence.protected, policy.classes, plan.recipe.verify, policy.rules
+        ),
+        just_enough=list(searches),
         removals=removal_records(measurements.units),
         threat_model=threat_model_of(plan.recipe.verify),
         attacked=Attacked(protected=len(plan.attacked), of=len(registry.subjects), controls=len(registry.controls)),

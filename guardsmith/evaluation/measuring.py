@@ -20,7 +20,7 @@ from guardsmith.evaluation.preflight import Plan
 from guardsmith.evaluation.runs import collect, run_units
 from guardsmith.evaluation.units import Unit
 from guardsmith.gate.deployability import Measurement
-from guardsmith.gate.evidence import Scores, Utility
+from guardsmith.gate.evidence import SIDES, Scores, Side, Utility
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ class Measurements:
     deployability: Sequence[Measurement] = ()
 
 
-def draw_class_images(plan: Plan) -> None:
-    """Pictures for the attackers' prior preservation, by each model of every class, unless they are there."""
+def draw_class_images(plan: Plan, sides: Sequence[Side] = SIDES) -> None:
+    """Pictures for the attackers' prior preservation, by each of these models of every class, unless they are there."""
     verify = plan.recipe.verify
     nouns = dict.fromkeys(subject.class_noun for subject in (*plan.attacked, *plan.registry.controls))
     nouns |= dict.fromkeys(spec.class_noun for spec in verify.attacks.values() if spec.class_noun)
     seed = ATTACK_CLASS.seeds(verify.class_images).start
-    for side, target in plan.models.items():
+    for side in sides:
+        target = plan.models[side]
         target.root.mkdir(parents=True, exist_ok=True)
         for noun in nouns if verify.class_images else ():
             prompts = [class_prompt(noun)] * verify.class_images

@@ -4,8 +4,8 @@ out/verify/hardened/   units of the attack matrix (see `units`), class pictures 
 out/verify/base/       the same of the base, unless `--base-runs` names a folder that several verifications share
 out/verify/report.json, and the same for others: report.html, report.md, report.junit.xml, report.sarif, grid.png, public/
 
-Four steps, a module each: `preflight` refuses what cannot work, `measuring` attacks and scores, `judging` makes the report,
-`writing` writes it.
+Five steps, a module each: `preflight` refuses what cannot work, `just_enough` searches for further attacks, `measuring` attacks
+and scores, `judging` makes the report, `writing` writes it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.console import warn
 from guardsmith.evaluation.judging import judged_report
+from guardsmith.evaluation.just_enough import with_just_enough
 from guardsmith.evaluation.measuring import measure
 from guardsmith.evaluation.preflight import preflight
 from guardsmith.evaluation.writing import write
@@ -79,8 +80,9 @@ def _verify(
     plan = preflight(registry, recipe, output, model=model, revision=revision, base_runs=base_runs, policy=policy)
     if sentence := missing_controls(registry):
         warn(sentence)
+    plan, searches = with_just_enough(plan, workers=workers, executor=executor)
     measurements = measure(plan, workers=workers, executor=executor)
-    report = judged_report(plan, measurements, seconds=time.perf_counter() - began)
+    report = judged_report(plan, measurements, searches, seconds=time.perf_counter() - began)
     write(plan, measurements, report, include_images=include_images)
     if not quiet:
         print_report(report, plan.root)

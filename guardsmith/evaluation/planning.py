@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from pathlib import Path
@@ -14,6 +14,7 @@ from guardsmith.attacks.adaptive.removals import find_removal
 from guardsmith.attacks.augmentations import CHANGES
 from guardsmith.attacks.evasion import find_evasion
 from guardsmith.attacks.sampling_tricks import NEEDS_BASE
+from guardsmith.config.displacement import JUST_ENOUGH, at_rate, attack_of
 from guardsmith.config.recipe import AttackSpec, Recipe, VerifySpec
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.errors import UserError
@@ -142,20 +143,64 @@ def needs_public_base(spec: AttackSpec) -> bool:
     return spec.drawing in NEEDS_BASE or (spec.removal is not None and find_removal(spec.removal.name).needs_base)
 
 
+def learning_rate(attack: str, params: Mapping[str, Any]) -> float | None:
+    """The learning rate of an attack under these settings; `None` where it has no such setting."""
+    rate = find_attack(attack).config(**params).model_dump().get("learning_rate")
+    return None if rate is None else float(rate)
+
+
+def attacks_at_rates(spec: VerifySpec) -> dict[str, AttackSpec]:
+    """Name -> attack for every attack at a further rate (`verify.displacement.rates`).
+
+    Raises:
+        UserError: an attack has no learning rate.
+    """
+    result = {}
+    for label, multiple in product(spec.displacement.attacks, sorted(spec.displacement.rates)):
+        result[at_rate(label, multiple)] = with_rate(label, spec.attacks[label], multiple)
+    return result
+
+
+def with_rate(label: str, attack: AttackSpec, multiple: float) -> AttackSpec:
+    """The attack at a multiple of its learning rate.
+
+    Raises:
+        UserError: it has none.
+    """
+    rate = learning_rate(attack.name, attack.params)
+    if rate is None:
+        raise UserError(f"verify.displacement.attacks: the attack {label} has no learning_rate; leave it out.")
+    params = attack.params | {"learning_rate": float(f"{rate * multiple:.6g}")}
+    return attack.model_copy(update={"params": params})
+
+
+def attacks_to_search(spec: VerifySpec) -> list[str]:
+    """Labels of the attacks whose just-enough attack has to be searched."""
+    labels = spec.displacement.attacks if spec.displacement.just_enough else ()
+    return [label for label in labels if f"{label}{JUST_ENOUGH}" not in spec.attacks]
+
+
 def plan_units(
     registry: Registry, recipe: Recipe, models: dict[Side, TargetModel], policy: Policy | None = None
 ) -> Iterator[Unit]:
-    """Attack x identifier x seed on base and hardened, for protected subjects and controls, judged as the policy says."""
+    """Attack x identifier x seed on base and hardened, for protected subjects and controls, judged as the policy says.
+
+    Attacks at further rates are for protected subjects only.
+    """
     spec = recipe.verify
     protected = attacked_subjects(registry, spec, recipe.seed)
     everyone = (*registry.subjects, *registry.controls)
     pairs = list(product(spec.identifiers, spec.seeds))
     public = models.get("base")
+    further = attacks_at_rates(spec)
+    columns = {label: number for number, label in enumerate(spec.attacks)}
     for side, target in models.items():
         for row, subject in enumerate((*protected, *registry.controls)):
             references = subject.images_of("reference")
             beyond_usual = side == "hardened" and row < len(protected)
-            for column, (label, attack) in enumerate(spec.attacks.items()):
+            attacks = spec.attacks | (further if row < len(protected) else {})
+            for label, attack in attacks.items():
+                column = columns[attack_of(label)]
                 usual = find_attack(attack.name).steps(attack.params)
                 points = {
                     point: max(1, round(point * usual))

@@ -13,7 +13,7 @@ from guardsmith.config.threat_model import threat_model_of
 from guardsmith.core.console import in_words, warn
 from guardsmith.core.errors import UserError
 from guardsmith.core.sources import check_source
-from guardsmith.evaluation.planning import TargetModel, attacked_subjects, check_others
+from guardsmith.evaluation.planning import TargetModel, attacked_subjects, check_others, with_rate
 from guardsmith.gate.calibration import calibration
 from guardsmith.gate.evidence import Side
 from guardsmith.gate.policy import Policy, recipe_policy
@@ -114,6 +114,8 @@ def preflight(
 def check_attacks(recipe: Recipe) -> None:
     """The recipe has to attack, and not with prompts alone; the networks that it names for everyday use have to be there.
 
+    Attacks that run at several learning rates need one.
+
     Raises:
         UserError: it does not, or a path leads nowhere.
     """
@@ -125,6 +127,8 @@ def check_attacks(recipe: Recipe) -> None:
     for setting, source in (("controlnet", everyday.controlnet), ("t2i_adapter", everyday.t2i_adapter)):
         if source is not None and "controlnet" in everyday.checks:
             check_source(source, f"verify.deployability.{setting}")
+    for label in recipe.verify.displacement.attacks:
+        with_rate(label, recipe.verify.attacks[label], 1.0)
 
 
 def check_threat_model(policy: Policy, recipe: Recipe) -> None:

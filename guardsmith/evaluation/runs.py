@@ -18,6 +18,7 @@ from guardsmith.attacks import AttackData, draw_during_attack, find_attack
 from guardsmith.attacks.adaptive.base import run_removal
 from guardsmith.attacks.adaptive.removals import find_removal
 from guardsmith.attacks.augmentations import CHANGES
+from guardsmith.attacks.displacement import Movement
 from guardsmith.attacks.evasion import EvasionContext, inverted, transformed
 from guardsmith.core.atomic_io import whole_folder, write_json
 from guardsmith.core.errors import GuardsmithError, system_errno
@@ -101,17 +102,22 @@ def run_unit(unit: Unit) -> None:
         removal = find_removal(unit.removal["name"])
         model, cost = run_removal(removal, model, data, unit.removal["params"], seed=unit.seed, base=public)
     scores: dict[int, list[float | None]] = {}
+    movements: dict[int, Any] = {}
 
     def stop(steps: int, images: Tensor) -> bool:
         scores[steps] = judge.similarity(inverted(images, names, evasion), references)
         similarity = interval([scores[steps]])
         return steps >= unit.evaluation_points[1] and similarity is not None and similarity.mean >= level
 
+    def keep(steps: int, moved: Movement | None) -> None:
+        if moved is not None:
+            movements[steps] = moved.record()
+
     pictures, losses = draw_during_attack(
         model, unit.attack, unit.params, data, evaluate_at=list(unit.evaluation_points.values()), seed=unit.seed,
         count=unit.images, sampling=unit.sampling, stop=stop, first=first_stage(unit, model.image_size),
         first_steps=unit.evaluation_points[1], onto=None if unit.trained_on is None else target, base=public,
-        **drawing_of(unit),
+        on_movement=keep, **drawing_of(unit),
     )  # fmt: skip
     pictures = {steps: inverted(images, names, evasion) for steps, images in pictures.items()}
     prompts = find_attack(unit.attack).prompts(unit.identifier, unit.noun, unit.images)
@@ -126,6 +132,7 @@ def run_unit(unit: Unit) -> None:
         training = {
             "digest": unit.digest, "loss_start": losses[0], "loss_end": sum(tail) / len(tail), "steps_taken": len(losses)
         }  # fmt: skip
+        training |= {"movement": movements} if movements else {}
         training |= {"removal_cost": cost.record()} if cost is not None else {}
         write_json(folder / "attack.json", unit.settings | training)
         write_json(folder / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from guardsmith.attacks import find_attack
+from guardsmith.attacks.displacement import Movement
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.console import warn
 from guardsmith.core.images import is_whole_png
@@ -116,7 +117,8 @@ class Unit:
     @property
     def folder(self) -> Path:
         """Where its result is, or will be."""
-        return Path(self.root) / self.subject / self.label / _safe(self.identifier) / str(self.seed) / self.digest
+        label = self.label.replace(", ", "_").replace(" ", "-")
+        return Path(self.root) / self.subject / label / _safe(self.identifier) / str(self.seed) / self.digest
 
     def renamed(self, subject: str) -> Unit:
         """The same under another id of its subject."""
@@ -174,3 +176,17 @@ def removal_cost(unit: Unit) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return dict(cost)
+
+
+def movements_of(unit: Unit) -> dict[float, tuple[int, Movement]]:
+    """Steps, and how far a complete unit had moved its model, at every evaluation point, as far as it is on record.
+
+    Units of versions that did not measure it have none. Points after the end of an attack that succeeded early have its end's.
+    """
+    try:
+        record = json.loads((unit.folder / "attack.json").read_text())
+        by_steps = {int(steps): Movement(**values) for steps, values in record["movement"].items()}
+        ends = {point: min(steps, max(by_steps)) for point, steps in unit.evaluation_points.items()}
+        return {point: (steps, by_steps[steps]) for point, steps in ends.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

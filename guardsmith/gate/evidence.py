@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -63,6 +63,9 @@ class Evidence:
         levels: class noun -> what similarities mean.
         spec: limits of the gate.
         deployability: cases of everyday use.
+        rates: names of attacks at other rates than the recipe's; each begins with the attack's label and a comma.
+        early_points: evaluation points below 1, ascending.
+        displacements: how far the attacks moved the weights, by the keys of `scores`, as far as it was measured.
     """
 
     protected: Mapping[str, str]
@@ -75,6 +78,9 @@ class Evidence:
     levels: Mapping[str, Levels]
     spec: GateSpec
     deployability: Sequence[Measurement] = ()
+    rates: Sequence[str] = ()
+    early_points: Sequence[float] = ()
+    displacements: Mapping[tuple[Side, str, str, float], float] = field(default_factory=dict)
 
     def levels_of(self, subject: str) -> Levels:
         """Levels of the class of a subject or control."""

@@ -68,6 +68,8 @@ class Policy(BaseModel):
             del content["threat_model"]
         for old, new in GATE_KEYS.items():
             content["rules"][old] = content["rules"].pop(new)
+        if self.rules.claimed_displacement is None:
+            del content["rules"]["claimed_displacement"]
         if self.rules.deployability == DeployabilityLimits():
             del content["rules"][
                 "deployability"

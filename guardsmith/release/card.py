@@ -180,6 +180,9 @@ def limits(report: Report) -> list[str]:
         "that were not in the registry.",
         "Personalization on somebody who looks much like a protected subject may fail too.",
     ]
+    claim = report.recipe.gate.claimed_displacement
+    if claim is not None:
+        sentences.append(f"Attackers who change the weights by more than {100 * claim:.2g} % of their norm.")
     if report.hardening.method == "tripwire":
         sentences.append(
             "An attacker who knows the method and has the weights removes the protection completely, in seconds and without "

@@ -16,6 +16,8 @@ from junitparser import Error, Failure, JUnitXml, TestCase, TestSuite
 from guardsmith.core.atomic_io import write_text
 from guardsmith.gate.checks import Check
 from guardsmith.gate.rules import RULES, rule_of
+from guardsmith.reports.frontier import BREAK_HEADINGS, break_table
+from guardsmith.reports.frontier_charts import frontiers
 from guardsmith.reports.report import Report
 
 MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
@@ -55,10 +57,27 @@ def as_markdown(report: Report) -> str:
     if open_checks:
         lines += ["### What did not pass", "", *table(open_checks), ""]
     lines += [f"- attack that did not run: `{name}`: {reason}" for name, reason in report.failed_units.items()]
+    lines += displacement_section(report)
     lines += ["<details><summary>All checks</summary>", "", *table(checks), "", "</details>", ""]
     of = f"base `{hardening.base_digest}`, {hardening.method or 'made elsewhere'}"
     lines += [f"Hardened model `{hardening.model_digest}` ({of}); guardsmith {report.run.guardsmith}.", ""]
     return "\n".join(lines)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def displacement_section(report: Report) -> list[str]:
+    """How far attackers have to move the weights, as Markdown; nothing where it was not measured."""
+    lines = []
+    for each in frontiers(report):
+        lines += [f"<details><summary>Displacement: {each['title']}</summary>", ""]
+        lines += [*_table(each["headings"], each["rows"]), "", "</details>", ""]
+    if report.displacement_to_break:
+        lines += ["### Displacement to break", "", *_table(BREAK_HEADINGS, break_table(report)), ""]
+    return lines
 
 
 def as_junit(report: Report) -> str:

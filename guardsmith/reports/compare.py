@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from guardsmith.config.displacement import attack_of, rate_names
 from guardsmith.core.errors import UserError
 from guardsmith.gate.calibration import above_chance
 from guardsmith.gate.checks import Check, attack_at
+from guardsmith.gate.evidence import SIDES
 from guardsmith.gate.rules import RULES, Rule
 from guardsmith.gate.rules.base_attack import RULE as BASE_ATTACK
 from guardsmith.gate.rules.benign_collapse import RULE as BENIGN_COLLAPSE
@@ -25,6 +27,9 @@ from guardsmith.gate.rules.benign_kid import RULE as BENIGN_KID
 from guardsmith.gate.rules.control import RULE as CONTROL
 from guardsmith.gate.rules.protected import RULE as PROTECTED
 from guardsmith.gate.statistics import Interval, Units, interval, ratio_interval
+from guardsmith.reports.displacement import BreakPoint
+from guardsmith.reports.frontier import percent, points
+from guardsmith.reports.in_common import in_common
 from guardsmith.reports.report import Report
 
 COLOURS = {True: "green", False: "red", None: "default"}
@@ -79,6 +84,8 @@ def protected_cell(report: Report, attack: str, point: float) -> Cell:
     """Similarity of the protected subjects after an attack, and for how many of them the gate says "protected"."""
     checks = _checks(report, PROTECTED, attack_at(attack, point))
     similarity = interval(group_units(report, "hardened", group(report, "protected"), attack, point))
+    if similarity is not None and not checks and report.recipe.gate.claimed_displacement is not None:
+        return Cell(f"{_text(similarity)}; beyond the claim")
     if similarity is None or not checks:
         return Cell("-")
     passes = sum(check.status == "pass" for check in checks)
@@ -125,13 +132,26 @@ def control_cell(report: Report, attack: str, same_class: bool, ratio: float) ->
     return Cell("-") if ratios is None else Cell(_text(ratios, 100, " %"), ratios.mean >= ratio)
 
 
-def break_cell(report: Report, attack: str, ratio: float) -> Cell:
-    """Steps to break, hardened over base: the median over subjects. Who was not broken counts with the steps tried."""
+def _quantity(point: BreakPoint | None, what: str) -> float | None:
+    """Displacement or steps of a place on an attacker's way; `None` where it was not measured, or not reached."""
+    if point is None:
+        return None
+    return point.displacement if what == "displacement" else point.steps
+
+
+def break_cell(report: Report, attack: str, ratio: float, what: str = "displacement") -> Cell:
+    """Displacement (or steps) to break, hardened over base: the median over subjects.
+
+    Who was not broken counts with what was tried. Steps count only where both are of one learning rate.
+    """
     ratios, breaks = [], []
-    for each in report.steps_to_break:
-        if each.attack != attack or each.base is None:
+    for each in report.displacement_to_break:
+        end = each.hardened or each.tried
+        base, reached = _quantity(each.base, what), _quantity(end, what)
+        same_rate = each.base is not None and each.base.rate == end.rate
+        if each.attack != attack or not base or reached is None or (what == "steps" and not same_rate):
             continue
-        ratios.append((each.tried if each.hardened is None else each.hardened) / each.base)
+        ratios.append(reached / base)
         if each.hardened is not None:
             breaks.append(ratios[-1])
     if not ratios:
@@ -143,6 +163,20 @@ def break_cell(report: Report, attack: str, ratio: float) -> Cell:
     return Cell(text, False if min(breaks, default=ratio) < ratio else None)
 
 
+def rate_rows(report: Report, attack: str) -> Iterator[tuple[str, Cell]]:
+    """What an attack reaches on protected subjects at other rates, and for which displacement."""
+    names, protected = rate_names(attack, report.recipe.verify.displacement), group(report, "protected")
+    for name in names:
+        for side in SIDES:
+            title = "base" if side == "base" else "protected"
+            at = {point.attack: point for point in points(report, attack, side, protected)}.get(name)
+            text = "-" if at is None else f"{_text(at.similarity)} at {percent(at.displacement)}"
+            checks = _checks(report, PROTECTED, name) if side == "hardened" else []
+            passes = sum(check.status == "pass" for check in checks)
+            counted = f"; {passes} of {len(checks)}" if checks else ""
+            yield f"{name}: {title}", Cell(text + counted, passes == len(checks) if checks else None)
+
+
 @dataclass(frozen=True)
 class Demands:
     """What the comparison colours by, which may be more than the gate demands.
@@ -151,11 +185,13 @@ class Demands:
         control: share of the base's similarity that controls have to keep.
         fidelity: how much of the prompt fidelity may be lost.
         steps: how many times the base's steps an attack should need.
+        displacement: how many times as far as on the base an attack should have to move the weights.
     """
 
     control: float = 0.95
     fidelity: float = 0.02
     steps: float = 10.0
+    displacement: float = 3.0
 
 
 def attack_rows(report: Report, attack: str, demands: Demands) -> Iterator[tuple[str, Cell]]:
@@ -166,8 +202,12 @@ def attack_rows(report: Report, attack: str, demands: Demands) -> Iterator[tuple
     yield f"{attack}: protected", protected_cell(report, attack, 1)
     for point in further:
         yield f"{attack}: protected, {point:g} x steps", protected_cell(report, attack, point)
+    yield from rate_rows(report, attack)
+    if any(each.attack == attack and each.tried.displacement is not None for each in report.displacement_to_break):
+        question = f"{attack}: displacement to break over the base's"
+        yield question, break_cell(report, attack, demands.displacement)
     if further:
-        yield f"{attack}: steps to break over the base's", break_cell(report, attack, demands.steps)
+        yield f"{attack}: steps to break over the base's", break_cell(report, attack, demands.steps, "steps")
     for same in (True, False):
         if trains(report, attack) and group(report, "control", same):
             which = "same class" if same else "other class"
@@ -211,10 +251,11 @@ def check_cell(check: Check, scale: float = 1, unit: str = "") -> Cell:
 
 def model_rows(report: Report, demands: Demands) -> Iterator[tuple[str, Cell]]:
     """Questions about the model as a whole, rule by rule: a rule without a question of its own has its title."""
-    points = report.recipe.verify.evaluation_points
-    attacks = {attack_at(label, point) for label in report.recipe.verify.attacks for point in points}
+    attacks = report.recipe.verify.attacks
     for rule in RULES:
-        checks = [check for check in report.checks if check.name == rule.title and check.attack not in attacks]
+        checks = [
+            check for check in report.checks if check.name == rule.title and attack_of(check.attack) not in attacks
+        ]
         whole = [check for check in checks if not check.subject]
         if rule is BENIGN_KID:
             yield "benign prompts: KID over that of two seeds", kid_cell(report)
@@ -245,47 +286,6 @@ def rows(report: Report, demands: Demands = Demands()) -> dict[str, Cell]:
     cells |= model_rows(report, demands)
     cells["verdict of the gate"] = Cell(report.verdict, report.verdict == "pass")
     return cells
-
-
-CONDITIONS = ("identifiers", "seeds", "full_factorial", "sample", "images_per_unit", "class_images")
-
-
-def in_common(reports: Mapping[str, Report]) -> tuple[dict[str, Report], list[str]]:
-    """The reports with those attacks and evaluation points only that all of them have in the same way, and the other names.
-
-    Raises:
-        UserError: no attack is left, or the attackers had other conditions.
-    """
-    specs = {name: report.recipe.verify for name, report in reports.items()}
-    first, *others = specs
-    for name in others:
-        for key in CONDITIONS:
-            if getattr(specs[name], key) != getattr(specs[first], key):
-                raise UserError(f"{name} was verified with other {key} than {first}: no comparison.")
-    everything = {label: attack for spec in specs.values() for label, attack in spec.attacks.items()}
-    attacks = {
-        label: attack
-        for label, attack in everything.items()
-        if all(spec.attacks.get(label) == attack for spec in specs.values())
-    }
-    if not attacks:
-        raise UserError(f"{others[0]} was verified with other attacks than {first}: no comparison.")
-    all_points = sorted({point for spec in specs.values() for point in spec.evaluation_points})
-    points = [point for point in all_points if all(point in spec.evaluation_points for spec in specs.values())]
-    left_out = [label for label in everything if label not in attacks]
-    left_out += [f"{point:g} x steps" for point in all_points if point not in points and point > 1]
-    compared_attacks = {attack_at(label, point) for label in attacks for point in points}
-    result = {}
-    for name, report in reports.items():
-        verify = specs[name].model_copy(update={"attacks": attacks, "evaluation_points": tuple(points)})
-        checks = [
-            check
-            for check in report.checks
-            if check.attack in compared_attacks or check.attack.partition(",")[0] not in everything
-        ]
-        recipe = report.recipe.model_copy(update={"verify": verify})
-        result[name] = report.model_copy(update={"recipe": recipe, "checks": checks})
-    return result, left_out
 
 
 def compare(reports: Mapping[str, Report], demands: Demands = Demands()) -> tuple[Table, dict[str, dict[str, Any]]]:
@@ -335,13 +335,22 @@ def as_markdown(data: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compare_runs(runs: Sequence[Path], demands: Demands = Demands()) -> tuple[Table, dict[str, dict[str, Any]]]:
-    """`compare` on folders (or reports), which give the columns their names.
+def load_runs(runs: Sequence[Path]) -> dict[str, Report]:
+    """The reports of folders (or of files), by name.
 
     Raises:
-        UserError: two runs have one name; see also `Report.load` and `compare`.
+        UserError: two runs have one name; see also `Report.load`.
     """
     names = [run.resolve().name if run.is_dir() else run.stem for run in runs]
     if len(set(names)) < len(names):
         raise UserError("two of the runs have the same name; rename one folder, for columns are called by them.")
-    return compare({name: Report.load(run) for name, run in zip(names, runs, strict=True)}, demands)
+    return {name: Report.load(run) for name, run in zip(names, runs, strict=True)}
+
+
+def compare_runs(runs: Sequence[Path], demands: Demands = Demands()) -> tuple[Table, dict[str, dict[str, Any]]]:
+    """`compare` on folders (or reports), which give the columns their names.
+
+    Raises:
+        UserError: see `load_runs` and `compare`.
+    """
+    return compare(load_runs(runs), demands)

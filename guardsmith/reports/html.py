@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from guardsmith.config.displacement import attack_of, rate_names
 from guardsmith.config.recipe import AttackSpec
 from guardsmith.config.threat_model import CLAIMS
 from guardsmith.core.atomic_io import write_text
@@ -28,8 +28,10 @@ from guardsmith.gate.rules.protected import RULE as PROTECTED
 from guardsmith.gate.statistics import Interval
 from guardsmith.registry.loader import Subject
 from guardsmith.reports import everyday
-from guardsmith.reports.curves import CURVE, SIDES, curve
+from guardsmith.reports.curves import CURVE, SIDES, curve, templates
 from guardsmith.reports.evidence import AttackRun
+from guardsmith.reports.frontier import BREAK_HEADINGS, break_table, percent
+from guardsmith.reports.frontier_charts import frontiers, subject_curve
 from guardsmith.reports.limits import not_shown
 from guardsmith.reports.report import Report
 
@@ -161,9 +163,18 @@ class Evidence:
 
     @property
     def columns(self) -> dict[str, tuple[str, float]]:
-        """What checks call an attack at an evaluation point -> its label and the point, from the usual steps on."""
-        further = [point for point in sorted(self.report.recipe.verify.evaluation_points) if point > 1]
-        return {attack_at(label, point): (label, point) for label in self.attacks for point in (1.0, *further)}
+        """What checks call an attack at an evaluation point -> its name and the point.
+
+        From the usual steps on, and everything else that is judged: earlier points and other rates.
+        """
+        verify, columns = self.report.recipe.verify, {}
+        judged = {check.attack for check in self.report.checks if check.name == PROTECTED.title}
+        for label in self.attacks:
+            for name in (label, *rate_names(label, verify.displacement)):
+                for point in sorted(verify.evaluation_points):
+                    if attack_at(name, point) in judged or (name == label and point >= 1):
+                        columns[attack_at(name, point)] = name, point
+        return columns
 
     def shows(self, subject: Subject) -> bool:
         """See `may_be_shown`."""
@@ -191,7 +202,7 @@ class Evidence:
         return [
             drawn_strip(self.units_of(subject, label, side), f"{label} {words}{after}", point, count)
             for side, words in SIDES
-            if point == 1 or side == "hardened"
+            if point <= 1 or side == "hardened"
         ]
 
 
@@ -229,10 +240,12 @@ def subject_section(evidence: Evidence, subject: Subject, role: str) -> dict[str
                     if (similarity := evidence.measured(side, subject, label, point)) is not None:
                         points.setdefault(side, {})[steps] = similarity
         attacks.append({
-            "label": label, "name": attack.name, "curve": curve(points, evidence.levels_of(subject), label),
+            "label": label, "name": attack.name,
+            "curve": subject_curve(evidence.report, label, subject.id, evidence.levels_of(subject))
+            or curve(points, evidence.levels_of(subject), label),
             "strips": evidence.strips(subject, label, 1.0, ROW) if evidence.shows(subject) else [],
             "checks": [c for c in evidence.report.checks
-                       if c.subject == subject.id and evidence.columns.get(c.attack, ("",))[0] == label],
+                       if c.subject == subject.id and attack_of(c.attack) == label],
         })  # fmt: skip
     return {
         "id": subject.id, "class_noun": subject.class_noun, "role": role, "attacks": attacks, "shown": evidence.shows(subject),
@@ -273,7 +286,9 @@ def matrix_row(evidence: Evidence, subject: Subject) -> list[Cell | None]:
             cells.append(None)
             continue
         hot = heat(similarity.mean, evidence.levels_of(subject))
-        unknown: tuple[Status, str] = ("inconclusive", "inconclusive")  # the rule failed to run
+        claim = evidence.report.recipe.gate.claimed_displacement
+        # Without a claim everything is judged, so the rule failed to run.
+        unknown: tuple[Status, str] = ("inconclusive", "inconclusive" if claim is None else "beyond the claim")
         cells.append(Cell(similarity.mean, similarity.low, similarity.high, hot, *statuses.get(name, unknown)))
     return cells
 
@@ -355,14 +370,12 @@ def page_data(
             report, evidence.root, {subject.id: subject for subject in (*protected, *controls)}, evidence.shows, _strip_address
         ),
         "hidden": [section["id"] for section in sections if not section["shown"]], "public": evidence.only_invented,
-        "curve_size": CURVE, "benign": pairs,
+        "curve_size": CURVE, "benign": pairs, "frontiers": frontiers(report), "breaks": break_table(report),
+        "break_headings": BREAK_HEADINGS, "percent": percent,
         "face_detection_failures": face_detection_failures(report, protected),
     }  # fmt: skip
 
 
 def save_page(path: Path, data: dict[str, Any]) -> None:
     """Fill the template in; the file appears whole."""
-    environment = Environment(
-        loader=PackageLoader("guardsmith"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    write_text(path, environment.get_template("report.html").render(**data))
+    write_text(path, templates().get_template("report.html").render(**data))

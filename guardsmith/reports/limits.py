@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from guardsmith.attacks import find_attack
+from guardsmith.reports.frontier import percent
 from guardsmith.reports.report import Report
 
 
@@ -19,6 +20,25 @@ def not_shown(report: Report) -> list[str]:
         f"Subjects: {report.attacked.protected} of {report.attacked.of} protected subjects and {report.attacked.controls} "
         f"control{'' if report.attacked.controls == 1 else 's'} were attacked; intervals do not say how others would fare.",
     ]
+    furthest = max(
+        (
+            score.displacement.overall or 0.0
+            for score in report.scores
+            if score.side == "hardened" and score.displacement
+        ),
+        default=0.0,
+    )
+    claim = report.recipe.gate.claimed_displacement
+    if claim is not None:
+        sentences.append(
+            f"Displacement: the claim goes up to attackers who change the weights by {percent(claim)} of their norm; those who "
+            "go further are not judged."
+        )
+    elif furthest:
+        sentences.append(
+            f"Displacement: no attacker changed the weights by more than {percent(furthest)} of their norm; nothing is known of "
+            "those who do."
+        )
     adaptive = any(attack.removal is not None or find_attack(attack.name).edits_weights for attack in attacks)
     if adaptive:
         sentences.append(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from guardsmith.config.recipe import Recipe, ThreatModel
 from guardsmith.core.atomic_io import write_json
@@ -25,7 +25,8 @@ from guardsmith.gate.deployability import Measurement
 from guardsmith.gate.evidence import Side, Utility
 from guardsmith.gate.policy import Policy
 from guardsmith.gate.statistics import Interval
-from guardsmith.reports.versions import SCHEMA, upgraded
+from guardsmith.reports.displacement import Displacement, DisplacementToBreak, JustEnough
+from guardsmith.reports.versions import PART, SCHEMA, upgraded
 
 Role = Literal["protected", "control"]
 PUBLIC = "verify/public/report.json"
@@ -33,9 +34,7 @@ PUBLIC = "verify/public/report.json"
 
 
 class _Part(BaseModel):
-    """Fields that a reader does not know are left out: a report may come from a later version."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True, serialize_by_alias=True)
+    model_config = PART
 
 
 class Score(_Part):
@@ -55,21 +54,8 @@ class Score(_Part):
     """Their mean with its 95 % interval; null where nothing was scored."""
     fdfr: float | None = None
     """Share of the pictures in which no face is detected (face detection failure rate); null for judges of anything else."""
-
-
-class StepsToBreak(_Part):
-    """After how many steps an attack has half of the likeness that it usually reaches on the base."""
-
-    subject: SubjectId
-    """Id of the protected subject."""
-    attack: str
-    """Label of the attack."""
-    base: int | None
-    """Steps on the base; null where it was reached at no evaluation point."""
-    hardened: int | None
-    """Steps on the hardened model; null where the protection held at every evaluation point."""
-    tried: int
-    """How far the attack went on the hardened model."""
+    displacement: Displacement | None = None
+    """How far the attack moved the weights; null in reports from before it was measured."""
 
 
 class RemovalRecord(_Part):
@@ -214,8 +200,10 @@ class Report(_Part):
     """What was measured."""
     released: dict[SubjectId, list[float | None]] = {}
     """Protected subject -> similarity to it of every picture that the released weights draw of it without an attack."""
-    steps_to_break: list[StepsToBreak]
-    """Where attackers went on for longer than usual."""
+    displacement_to_break: list[DisplacementToBreak] = []
+    """Where attackers went on for longer than usual, or at other rates."""
+    just_enough: list[JustEnough] = []
+    """Searches for just-enough attacks."""
     removals: list[RemovalRecord] = []
     """What attackers with open weights spent on removing the protection before they trained."""
     threat_model: ThreatModel | None = None

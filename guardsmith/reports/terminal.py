@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from guardsmith.config.displacement import attack_of
 from guardsmith.core.images import open_image, square
 from guardsmith.gate.checks import word
 from guardsmith.registry.loader import Subject
 from guardsmith.reports.evidence import AttackRun
+from guardsmith.reports.frontier import percent
 from guardsmith.reports.report import Report
 
 COLUMNS = 8
@@ -42,9 +44,10 @@ def save_grid(
     """One picture: per subject its real pictures, then what each attack draws on base and on hardened.
 
     The pictures of a row are the first ones of every unit in turn, not the best ones. Where attackers of protected subjects
-    went on for longer than usual, there is one more row.
+    went on for longer than usual, there is one more row. Attacks at other rates are left out.
     """
     rows: dict[tuple[str, str, str, float], list[AttackRun]] = {}
+    units = [unit for unit in units if unit.label == attack_of(unit.label)]
     for unit in units:
         for point in sorted({1.0, max(unit.evaluation_points)}):
             rows.setdefault((unit.subject, unit.label, unit.side, point), []).append(unit)
@@ -117,6 +120,12 @@ def print_report(report: Report, root: Path) -> None:
     for name, reason in report.failed_units.items():
         console.print(f"  [red]failed to run[/] {escape(name)}: {escape(reason)}", highlight=False)
     words = {"pass": "the gate is passed", "fail": "the gate is not passed", "inconclusive": "no verdict can be given"}
+    for each in report.just_enough:
+        found = each.result
+        sentence = (
+            "none found" if found is None else f"{percent(found.displacement)}, {found.steps} steps at {found.rate:.3g}"
+        )
+        console.print(f"  just-enough {escape(each.attack)}: {sentence}", highlight=False)
     verdict = f"[{COLOURS[report.verdict]}]{report.verdict}[/]"
     console.print(f"verdict: {verdict} ({words[report.verdict]})", highlight=False)
     files = f"page: {root / 'report.html'}   pictures: {root / 'grid.png'}   data: {root / 'report.json'}"

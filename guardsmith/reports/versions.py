@@ -2,7 +2,7 @@
 
 1: until version 0.1.0; `look`, `faceless` and `destroyed` for what is `evaluation_point`, `fdfr` and `collapsed` now
 2: of unreleased versions after 0.1.0; as 1 too, checks called "ordinary prompts (...)" for "benign prompts (...)"
-3: the present one
+3: the present one; unreleased versions had `steps_to_break` in it, as all before
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ConfigDict
+
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
 from guardsmith.core.errors import UserError
 
 SCHEMA: Any = 3
 """The schema that is written."""
+
+PART = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True, serialize_by_alias=True)
+"""Of every part of a report. Fields that a reader does not know are left out: a report may come from a later version."""
 
 SCORE_KEYS = {"look": "evaluation_point", "faceless": "fdfr"}
 UTILITY_KEYS = {"destroyed": "collapsed"}
@@ -45,8 +50,8 @@ def upgraded(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[
             "update guardsmith."
         )
     if schema not in (1, 2):
-        return dict(data), []
-    result = dict(data) | {"schema": SCHEMA}
+        return _with_break_points(data), []
+    result = _with_break_points(data) | {"schema": SCHEMA}
     old_keys: dict[str, str] = {}
     if isinstance(data.get("checks"), list):
         result["checks"] = [_with_new_name(check) for check in data["checks"]]
@@ -70,6 +75,24 @@ def upgraded(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[
         f"{where} is of schema {schema}, from an earlier version, and is read all the same; verify again to have what that "
         "version did not measure" + (f" (keys that have another name now: {names})" if names else "")
     ]
+
+
+def _with_break_points(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which `steps_to_break`, which had numbers of steps alone, is `displacement_to_break`."""
+    result = dict(data)
+    old = result.pop("steps_to_break", None)
+    if isinstance(old, list) and "displacement_to_break" not in result:
+        result["displacement_to_break"] = [_break_points(each) for each in old]
+    return result
+
+
+def _break_points(each: Any) -> Any:
+    def point(steps: Any) -> Any:
+        return None if steps is None else {"displacement": None, "rate": None, "steps": steps}
+
+    if not isinstance(each, dict):
+        return each
+    return each | {side: point(each[side]) for side in ("base", "hardened", "tried") if side in each}
 
 
 def _with_new_name(check: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from guardsmith.config.displacement import attack_of
 from guardsmith.core.console import warn
 from guardsmith.gate.checks import Check, Status
 from guardsmith.gate.evidence import Evidence
@@ -16,6 +17,7 @@ from guardsmith.gate.rules import (
     benign_collapse,
     benign_fidelity,
     benign_kid,
+    claimed_displacement,
     control,
     deployability,
     protected,
@@ -36,6 +38,7 @@ RULES = _table(
     released.RULE,
     base_attack.RULE,
     protected.RULE,
+    claimed_displacement.RULE,
     control.RULE,
     benign_kid.RULE,
     benign_collapse.RULE,
@@ -75,7 +78,7 @@ def judge(evidence: Evidence, rules: Sequence[Rule] = RULES) -> list[Check]:
     def place(check: Check) -> tuple[int, int, int]:
         if not check.subject:
             return 2, 0, 0
-        label = check.attack.split(",")[0]  # labels have no commas; further evaluation points stand behind one
+        label = attack_of(check.attack)
         return int(bool(check.attack)), attacks.get(label, -1), subjects.get(check.subject, -1)
 
     return sorted(checks, key=place)
