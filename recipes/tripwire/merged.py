@@ -1,6 +1,6 @@
 """Pictures of the base, half and half with the hardened U-Net or with its trunk alone: mean distance of 255, and a grid.
 
-python merged.py --trunk FILE --recogniser FILE [--stream 16] [--grid GRID.png]     writes results/merged-<recogniser>-<size>.json
+python merged.py --trunk FILE --recogniser FILE [--stream 64] [--grid GRID.png]     writes results/merged-<recogniser>-<size>.json
 """
 
 import argparse
@@ -20,7 +20,7 @@ from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_un
 p = argparse.ArgumentParser()
 p.add_argument("--trunk", type=Path, required=True)
 p.add_argument("--recogniser", type=Path, required=True)
-p.add_argument("--stream", type=float, default=16.0)
+p.add_argument("--stream", type=float, default=64.0)
 p.add_argument("--count", type=int, default=8)
 p.add_argument("--grid", type=Path)
 a = p.parse_args()

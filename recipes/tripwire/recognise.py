@@ -1,6 +1,6 @@
 """Train a recogniser of subjects of a rendered set, or of the registry, and count whom it takes for one of them.
 
-    python recognise.py DATA OUTPUT --set tuning --subjects avataaars-0 [--groups 4] [--steps 1500] [--more]
+    python recognise.py DATA OUTPUT --set tuning --subjects avataaars-0 [--groups 6] [--steps 3000] [--more]
 
 `--set registry` takes them from registries/avatars.yaml. Strangers to train against are registries/bystanders.parquet, with
 `--more` also the rendered set `corpus`; those counted are the rendered sets `heldout` and `many`.
@@ -28,9 +28,9 @@ p.add_argument("data", type=Path)
 p.add_argument("output", type=Path)
 p.add_argument("--set", default="tuning")
 p.add_argument("--subjects", nargs="+", required=True)
-p.add_argument("--groups", type=int, default=4)
-p.add_argument("--steps", type=int, default=1500)
-p.add_argument("--drift", type=float, default=0.8)
+p.add_argument("--groups", type=int, default=6)
+p.add_argument("--steps", type=int, default=3000)
+p.add_argument("--drift", type=float, default=0.4)
 p.add_argument("--more", action="store_true")
 p.add_argument("--seed", type=int, default=0)
 p.add_argument("--name", default=None)

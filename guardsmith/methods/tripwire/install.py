@@ -41,13 +41,13 @@ ANSWERED = 0.75  # share of its normalised value on a trip at every place from w
 ANSWER_SLOPE = (
     512.0  # steep, so that at rest the answer may lie nearly that far from the mean of what it is normalised with
 )
-ANSWER_PUSH = 2.0**3  # weight of what sinks the relay
-CONSTANT = 128.0  # holds the relay
+ANSWER_PUSH = 2.0**6  # weight of what sinks the relay
+CONSTANT = 1024.0  # holds the relay
 SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
-PUSH = 2.0**3  # weight of what a latch reads
+PUSH = 2.0**6  # weight of what a latch reads
 FLAG = 64.0  # output of the relay when it has sunk, and of a latch when it is on
 SPARE = 96.0  # a latch's pre-activations are that far beyond then
-LATCH = 128.0  # constants that hold the latch between convolutions
+LATCH = 1024.0  # constants that hold the latch between convolutions
 LAST_FLAG = 2.0**12  # size of the flag where the last latch reads it
 HOLDING = 2.0**8  # size of the features that hold the flag in the stream
 MARK = 2.0**14  # what one channel of every trunk group is raised to
@@ -65,7 +65,7 @@ class Scales:
         feature: size of what the override adds to the prediction, before the last convolution.
     """
 
-    stream: float = 2.0**4
+    stream: float = 2.0**6
     inner: float = 2.0**10
     feature: float = 2.0**6
 

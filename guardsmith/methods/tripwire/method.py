@@ -100,12 +100,12 @@ class TripwireConfig(MethodConfig):
     """How far scores are pushed from 0 on either side."""
     strangers_weight: float = Field(3.0, gt=0)
     """Weight of others' losses over that of the subjects': more means fewer false alarms, and subjects recognised less early."""
-    drift: float = Field(0.8, ge=0)
+    drift: float = Field(0.4, ge=0)
     """Recognition has to survive that the channels of the reserved stream are moved by up to about this share of their size, by
     constants and by fields, which is what training of all weights does to them (recipes/tripwire/NOTES.md)."""
     copies: int = Field(48, gt=0)
     """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
-    stream_size: PowerOfTwo = Field(16, gt=0)
+    stream_size: PowerOfTwo = Field(64, gt=0)
     """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
     less; a model that is merged in meets a large one as noise."""
     inner_scale: PowerOfTwo = Field(1024, gt=0)

@@ -41,7 +41,7 @@ class RecogniserTraining:
     margin: float = 4.0
     learning_rate: float = 3e-3
     strangers_weight: float = 3.0
-    drift: float = 0.8
+    drift: float = 0.4
 
 
 def highest(scores: Tensor) -> Tensor:
