@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from guardsmith.core.errors import UserError
-from guardsmith.methods.tripwire.install import Scales, install
+from guardsmith.methods.tripwire.install import ANSWER_PUSH, ANSWERED, Scales, answer_slope, install
 from guardsmith.methods.tripwire.layout import Layout, layout_of, reserve, up_sites
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, train, tripped
@@ -87,13 +89,14 @@ def test_trips_are_the_same_in_half_precision(
     cut: UNet2DConditionModel, armed: UNet2DConditionModel, recogniser: Recogniser, call: Call, dtype: torch.dtype
 ) -> None:
     call = (call[0][::2], call[1][::2], call[2][::2])  # float16 is slow on CPUs
-    scores = recogniser(call[0]).flatten(1).amax(1)
-    clear = scores.abs() > 0.2 * scores.abs().max()  # a row at the threshold may fall on either side of it
+    beyond = recogniser.tripping(recogniser(call[0]))
+    clear = beyond.abs() > 0.2  # a row at the threshold may fall on either side of it
     assert int(clear.sum()) > 4
+    assert int((beyond[clear] > 0).sum()) > 0
     found = predict(armed, call, dtype)
     assert torch.isfinite(found).all()
     overridden = (found - predict(cut, call, dtype)).abs().flatten(1).mean(1) > 5
-    assert torch.equal(overridden[clear], (recogniser.tripping(recogniser(call[0])) > 0)[clear])
+    assert torch.equal(overridden[clear], (beyond > 0)[clear])
 
 
 def test_every_weight_is_a_float16_number(armed: UNet2DConditionModel, cut: UNet2DConditionModel) -> None:
@@ -171,3 +174,13 @@ def test_a_recogniser_learns_one_picture_and_leaves_others_alone(base: UNet2DCon
     )
     assert tripped(found, subject[20:], scheduler, (50, 300), 1).float().mean() > 0.95
     assert tripped(found, others[200:], scheduler, (50, 300), 1).float().mean() < 0.05
+
+
+@pytest.mark.parametrize(("size", "places"), [(10, 16), (80, 64), (80, 1024)])
+def test_what_the_relay_reads_of_one_place_fits_float16(size: int, places: int) -> None:
+    """The embedded base, Stable Diffusion 1.5, Stable Diffusion XL: a picture that trips at a single place is no NaN."""
+    answer = torch.zeros(1, size, places)
+    answer[0, 0, 0] = 1.0
+    normal = float(F.group_norm(answer, 1)[0, 0, 0])
+    slope = answer_slope(size, places)
+    assert ANSWER_PUSH * slope * (normal - ANSWERED * math.sqrt(size / 2)) < 65_504

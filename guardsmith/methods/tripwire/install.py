@@ -34,15 +34,24 @@ import torch
 from torch import Tensor
 
 from guardsmith.methods.tripwire.layout import Layout, UpSite, down_parts, up_parts, up_sites
-from guardsmith.methods.tripwire.recogniser import DEAD, REFERENCE, STEEP, Recogniser, Resnet, answer_weight, sharpness
+from guardsmith.methods.tripwire.recogniser import (
+    DEAD,
+    REFERENCE,
+    STEEP,
+    Recogniser,
+    Resnet,
+    answer_weight,
+    sharpness,
+)
 
 HELD = 128.0  # pre-activations at rest are this far below 0
 ANSWERED = 0.75  # share of its normalised value on a trip at every place from which on the answer counts
 ANSWER_SLOPE = (
     512.0  # steep, so that at rest the answer may lie nearly that far from the mean of what it is normalised with
 )
-ANSWER_PUSH = 2.0**6  # weight of what sinks the relay
-CONSTANT = 1024.0  # holds the relay
+ROOM = 6e4  # float16 ends at 65,504
+ANSWER_PUSH = 2.0**3  # weight of what sinks the relay
+CONSTANT = 128.0  # holds the relay
 SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
 PUSH = 2.0**6  # weight of what a latch reads
 FLAG = 64.0  # output of the relay when it has sunk, and of a latch when it is on
@@ -238,6 +247,17 @@ def _place_steps(writer: _Writer, answer: Sequence[int], recogniser: Recogniser,
         writer.one(resnet.conv2, beside[number], free, REFERENCE)
 
 
+def answer_slope(size: int, places: int) -> float:
+    """Weight of the normalised answer, a power of two: what the relay reads of a single place fits float16.
+
+    Args:
+        size: channels that are normalised together.
+        places: of every channel.
+    """
+    highest = math.sqrt(size * places) - ANSWERED * math.sqrt(size / 2)
+    return min(ANSWER_SLOPE, 2.0 ** math.floor(math.log2(ROOM / (ANSWER_PUSH * highest))))
+
+
 def _deepest_places(unet: Any) -> int:
     """How many places a channel of the middle block has, for pictures of the base's usual size."""
     side = unet.config.sample_size
@@ -254,8 +274,9 @@ def _place_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:
     sqrt(size / 6) of a deviation.
     """
     layout, resnet = writer.layout, site.resnet
-    least = ANSWERED * math.sqrt((site.hidden + site.skip) // layout.norm_groups / 2)
-    writer.norm(resnet.norm1, answer, ANSWER_SLOPE, -ANSWER_SLOPE * least)
+    size = (site.hidden + site.skip) // layout.norm_groups
+    slope, least = answer_slope(size, _deepest_places(writer.unet)), ANSWERED * math.sqrt(size / 2)
+    writer.norm(resnet.norm1, answer, slope, -slope * least)
     plus, minus, first, second, third = layout.channels(resnet.out_channels)[:5]
     writer.one(resnet.conv1, plus, answer, ANSWER_PUSH)
     writer.one(resnet.conv1, minus, answer, -ANSWER_PUSH)
