@@ -111,3 +111,26 @@ def wide_trunk(wide_v, tmp_path_factory):
 def tiny(request):
     """Both tiny models, one after the other."""
     return request.getfixturevalue({"epsilon": "tiny_epsilon", "v_prediction": "tiny_v"}[request.param])
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Schedulers of the check "samplers" take two steps, whatever is asked for; the steps that were, in their order."""
+    from guardsmith.evaluation.deployability import samplers
+
+    asked, sampled = [], samplers.sampled
+
+    def shortened(bench, side, kind, steps, *further, **settings):
+        asked.append(steps)
+        return sampled(bench, side, kind, 2, *further, **settings)
+
+    monkeypatch.setattr(samplers, "sampled", shortened)
+    return asked
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """`torch.compile` costs ten seconds; test_deployability.py has it for a U-Net, test_families.py for a transformer."""
+    from guardsmith.evaluation.deployability import samplers
+
+    monkeypatch.setattr(samplers, "compiled", samplers.sliced)

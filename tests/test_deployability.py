@@ -45,16 +45,16 @@ def base():
 
 
 def bench_of(base, hardened, root, kind=Bench, **spec):
-    """Eight pictures of two steps; collapse is measured on sixteen."""
+    """Four pictures of two steps, which are fewer than a recipe may ask for; collapse is measured on sixteen."""
     prompts = [prompt.text for prompt in benign_prompts(base, VERIFICATION_TEMPLATES, 16, 1)]
-    spec = DeployabilitySpec(**{"images": 8, "trained": False} | spec)
+    spec = DeployabilitySpec(**{"trained": False} | spec).model_copy(update={"images": 4})
     return kind({"base": base, "hardened": hardened}, prompts, load_judge("avatar"), spec, 2, 3.0, 16, root)
 
 
 @pytest.fixture(scope="module")
 def against_itself(base, tmp_path_factory):
     """The bench of the base against itself."""
-    return bench_of(base, base, tmp_path_factory.mktemp("itself"))
+    return bench_of(base, base, tmp_path_factory.mktemp("itself"), compile="eager")
 
 
 def copied(folder):
@@ -220,8 +220,9 @@ def test_what_raises_failed_to_run(against_itself, monkeypatch):
 # The base against itself, and broken models
 
 
-def test_the_base_passes_against_itself(against_itself):
+def test_the_base_passes_against_itself(against_itself, few_steps):
     found = measure(against_itself)
+    assert few_steps == [steps for steps in (20, 20, 4, 4, 8, 50, 2, 2, 2) for _ in range(2)]
     assert {m.check for m in found} == {"precision", "controlnet", "merges", "quantization", "samplers"}
     assert not [m for m in found if m.error], found
     few = {merges.WITH_BASE, samplers.TOGETHER}  # sixteen pictures cannot show that under five in a hundred collapse
@@ -336,9 +337,9 @@ def test_adapters_are_kept_by_the_base_and_lost_by_a_model_that_ignores_them(bas
             return pipeline
 
     registry = load_registry(builtin_path("avatar").parents[2] / "registries" / "demo.yaml")
-    adapters = {kind: {"learning_rate": RATES[kind], "steps": 60, "batch_size": 4}}
+    adapters = {kind: {"learning_rate": RATES[kind], "steps": 40, "batch_size": 4}}
     bench = bench_of(base, base, tmp_path, Frozen, trained=True, adapters=adapters, adapter_images=16)
-    bench.controls, bench.steps = registry.controls, 8
+    bench.controls, bench.steps = registry.controls, 4
     onto_hardened, onto_base = CHECKS["adapters"].run(bench)
     assert onto_base.error is None and onto_base.value == 1 and onto_base.status(LIMITS) == "pass"
     assert onto_base.case.endswith("made on the hardened, used on the base") and onto_base.base > 0.1

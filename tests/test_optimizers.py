@@ -1,16 +1,13 @@
 """The kinds of AdamW: the same steps, whose moments lie elsewhere."""
 
-import json
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from test_apdm import make_benign, make_subject
-from test_parallel import METHODS, alone, both, recipe_for
-from tiny import harden_with, largest_difference, pictures, same_weights, weights
+from test_parallel import METHODS, recipe_for
+from tiny import harden_with, pictures, same_weights, weights
 
 from guardsmith.cli.app import main
 from guardsmith.methods import METHODS as TABLE
@@ -122,23 +119,3 @@ def test_a_missing_library_is_told(v_folder, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "needs bitsandbytes: pip install guardsmith[8bit]" in said and "Traceback" not in said
     assert "pictures" not in said, "told before anything is drawn"
-
-
-def test_shared_moments_give_the_weights_of_one_process_and_go_on(v_folder, tmp_path):
-    """Two processes with half of the moments each, for a method whose optimizers are also reset."""
-    jobs = {}
-    for method in ("apdm", "persguard"):
-        recipe = recipe_for(method, v_folder, tmp_path)
-        asked = yaml.safe_load(recipe.read_text()) | {"compute": {"optimizer": "sharded"}}
-        recipe.write_text(yaml.safe_dump(asked))
-        jobs[method] = ("harden", "--recipe", recipe, "--output")
-    alone(*((*job, tmp_path / f"{method}-alone") for method, job in jobs.items()))
-    done = both(*((*job, tmp_path / method) for method, job in jobs.items()))
-    assert [code for _, code in done] == [0, 0], done
-    part = "model/unet/diffusion_pytorch_model.safetensors"
-    for method in jobs:
-        single, shared = (load_file(tmp_path / name / part) for name in (f"{method}-alone", method))
-        assert largest_difference(single, shared) < 2e-5
-        assert json.loads((tmp_path / method / "harden.json").read_text())["compute"]["optimizer"] == "sharded"
-    base = load_file(v_folder / "unet/diffusion_pytorch_model.safetensors")
-    assert largest_difference(base, single) > 1e-5

@@ -1,5 +1,6 @@
 """Several processes harden together, as `accelerate launch` starts them: the weights of one, written by the first."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny import largest_difference
 
+import guardsmith.training.optimizers  # noqa: F401 (derives from AdamW, so it comes before `alone` replaces that)
 from guardsmith.cli.app import main
 from guardsmith.runtime import distributed as parallel
 from guardsmith.runtime.distributed import all_gather, own_rows
@@ -31,6 +33,9 @@ TRIPWIRE = {"trunk_steps": 2, "trunk_batch_size": 2, "steps": 3, "positives": 4,
             "class_images": 4, "benign_images": 4}  # fmt: skip
 """Of a base that is wide enough."""
 EVERY = METHODS | {"tripwire": TRIPWIRE}
+SHARDED = ["apdm", "persguard"]
+"""Of which the first also resets its optimizers."""
+UNET = "model/unet/diffusion_pytorch_model.safetensors"
 
 
 def recipe_for(method, base, folder, **params):
@@ -48,6 +53,8 @@ DRIVER = """
 import functools, json, os, sys, torch
 import guardsmith.training.optimizers
 from guardsmith.cli.app import main
+from guardsmith.methods import METHODS
+METHODS["persguard"].checkpoint_every = 5
 torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=1e-3)
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     os.environ["MASTER_PORT"] = str(int(sys.argv[2]) + number)
@@ -88,28 +95,71 @@ def bases(v_folder, wide_folder):
     return dict.fromkeys(METHODS, v_folder) | {"tripwire": wide_folder}
 
 
+def killed_on_the_way(job, output):
+    """Two processes, the second of which is killed after their first checkpoint.
+
+    Returns:
+        What the first says, its exit code, and whether there is a checkpoint and nothing that says the run is complete.
+    """
+    saved = output / "checkpoints/last.safetensors"
+    running = [launched_as(rank, job) for rank in range(2)]
+    until = time.monotonic() + 200
+    while not saved.exists() and time.monotonic() < until and running[0].poll() is None:
+        time.sleep(0.02)
+    running[1].send_signal(signal.SIGKILL)
+    _, said = running[0].communicate(timeout=100)
+    running[1].wait(timeout=10)
+    return said, running[0].returncode, saved.exists() and not (output / "harden.json").exists()
+
+
+@dataclasses.dataclass
+class Launched:
+    """What the launches of this file left: a process starts for seconds, so that two of them do every job but the first.
+
+    Attributes:
+        place: the folder of every output.
+        killed: see `killed_on_the_way`.
+        jobs: how many the two processes did.
+        processes: output and error stream of each, and its exit code.
+    """
+
+    place: Path
+    killed: tuple
+    jobs: int
+    processes: list
+
+
 @pytest.fixture(scope="module")
 def hardened(bases, tmp_path_factory):
-    """Every method, by one process and by two."""
+    """Every method, by one process and by two; a run that is killed and goes on; methods with half of the moments each."""
     place = tmp_path_factory.mktemp("parallel")
     jobs = [
         ("harden", "--recipe", recipe_for(method, bases[method], place), "--output", place / method) for method in EVERY
     ]
     alone(*((*job, f"{output}-alone") for *job, output in jobs))
-    return place, both(*jobs)
+    for name in ("long", "sharded"):
+        (place / name).mkdir()
+    long = ("harden", "--recipe", recipe_for("persguard", bases["persguard"], place / "long", steps=40), "--output")
+    killed = killed_on_the_way((*long, place / "killed"), place / "killed")
+    jobs += [(*long, place / "killed", "--resume"), (*long, place / "unbroken")]
+    for method in SHARDED:
+        recipe = recipe_for(method, bases[method], place / "sharded")
+        recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"compute": {"optimizer": "sharded"}}))
+        jobs.append(("harden", "--recipe", recipe, "--output", place / f"{method}-sharded"))
+    return Launched(place, killed, len(jobs), both(*jobs))
 
 
 def test_the_second_process_neither_fails_nor_talks(hardened):
-    _, (first, second) = hardened
+    first, second = hardened.processes
     assert first[1] == second[1] == 0, first[0][1] + second[0][1]
-    assert first[0][1].count("hardened on 1 subjects") == len(EVERY)
+    assert first[0][1].count("hardened on 1 subjects") == hardened.jobs
     assert second[0] == ("", "")
 
 
 @pytest.mark.parametrize("method", list(EVERY))
 def test_two_processes_give_the_weights_of_one(bases, hardened, method):
     """Also where the rows do not come out even."""
-    one, two = hardened[0] / f"{method}-alone", hardened[0] / method
+    one, two = hardened.place / f"{method}-alone", hardened.place / method
     for part in ["unet/diffusion_pytorch_model"] + ["text_encoder/model"] * (method == "apdm"):
         base, alone, together = (
             load_file(folder / f"{part}.safetensors") for folder in (bases[method], one / "model", two / "model")
@@ -148,24 +198,24 @@ def test_the_shipped_configuration_is_one_of_accelerates():
     assert told.distributed_type == "MULTI_GPU" and not told.use_cpu
 
 
-def test_a_killed_process_ends_the_run_and_it_goes_on_later(v_folder, tmp_path):
+def test_a_killed_process_ends_the_run_and_it_goes_on_later(hardened):
     """The other one says so and keeps the last checkpoint; with --resume the weights are those of an unbroken run."""
-    asked = ("harden", "--recipe", recipe_for("persguard", v_folder, tmp_path, steps=85), "--output", tmp_path / "out")
-    saved = tmp_path / "out/checkpoints/last.safetensors"
-    running = [launched_as(rank, asked) for rank in range(2)]
-    until = time.monotonic() + 200
-    while not saved.exists() and time.monotonic() < until and running[0].poll() is None:
-        time.sleep(0.02)
-    running[1].send_signal(signal.SIGKILL)
-    _, said = running[0].communicate(timeout=100)
-    running[1].wait(timeout=10)
-    assert running[0].returncode == 4
+    said, code, only_a_checkpoint = hardened.killed
+    assert code == 4 and only_a_checkpoint
     assert "another process of this run has ended" in said and "Traceback" not in said
-    assert saved.exists() and not (tmp_path / "out/harden.json").exists()
-    results = both((*asked, "--resume"), (*asked[:-1], tmp_path / "unbroken"))
-    assert [code for _, code in results] == [0, 0], results
-    part = "model/unet/diffusion_pytorch_model.safetensors"
-    assert largest_difference(load_file(tmp_path / "out" / part), load_file(tmp_path / "unbroken" / part)) == 0
+    assert json.loads((hardened.place / "killed/harden.json").read_text())["resumed_after"] >= 5
+    resumed, unbroken = (load_file(hardened.place / name / UNET) for name in ("killed", "unbroken"))
+    assert largest_difference(resumed, unbroken) == 0
+
+
+@pytest.mark.parametrize("method", SHARDED)
+def test_shared_moments_give_the_weights_of_one_process(bases, hardened, method):
+    """Two processes with half of the moments each; one process alone has all of them."""
+    single, shared = (load_file(hardened.place / f"{method}-{name}" / UNET) for name in ("alone", "sharded"))
+    assert largest_difference(single, shared) < 2e-5
+    record = json.loads((hardened.place / f"{method}-sharded/harden.json").read_text())
+    assert record["compute"]["optimizer"] == "sharded"
+    assert largest_difference(load_file(bases[method] / "unet/diffusion_pytorch_model.safetensors"), single) > 1e-5
 
 
 def test_a_mistake_is_told_once_and_other_commands_are_not_for_several_processes(monkeypatch, capsys, tmp_path):

@@ -190,7 +190,7 @@ def test_the_judge_is_part_of_the_policys_digest(tmp_path):
 
 
 def test_a_base_of_another_kind_is_verified_by_such_a_judge(
-    encoders, both_encoders, v_folder, tmp_path, capsys, monkeypatch
+    encoders, both_encoders, v_folder, tmp_path, capsys, monkeypatch, few_steps, nothing_compiled
 ):
     """End to end on a base that the embedded judges cannot read; attacks and pictures too few to mean anything."""
     registry = write_registry(tmp_path / "registry", seed=7)
