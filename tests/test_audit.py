@@ -111,57 +111,68 @@ def test_single_files(base, model, tmp_path, capsys):
     assert "its U-Net is the base's own" in capsys.readouterr().out
 
 
-PUSH = """
-import sys
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+STEPS = """
+import contextlib, io, json, sys
 from pathlib import Path
-api, [repo, branch, folder, *gone] = HfApi(), sys.argv[1:]
-api.create_repo(repo, exist_ok=True)
-api.create_branch(repo, branch=branch, exist_ok=True)
-files = [f for f in sorted(Path(folder).rglob("*")) if f.is_file() and ".git" not in f.parts]
-add = [CommitOperationAdd(f.relative_to(folder).as_posix(), f) for f in files]
-api.create_commit(repo, [*add, *(CommitOperationDelete(name) for name in gone)], commit_message="x", revision=branch)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from guardsmith.cli.app import main
+
+def push(repo, branch, folder, *gone):
+    api = HfApi()
+    api.create_repo(repo, exist_ok=True)
+    api.create_branch(repo, branch=branch, exist_ok=True)
+    files = [f for f in sorted(Path(folder).rglob("*")) if f.is_file() and ".git" not in f.parts]
+    add = [CommitOperationAdd(f.relative_to(folder).as_posix(), f) for f in files]
+    api.create_commit(repo, [*add, *(CommitOperationDelete(name) for name in gone)], commit_message="x", revision=branch)
+
+def guardsmith(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(arguments))
+    return code, out.getvalue(), err.getvalue()
+
+results = [globals()[name](*arguments) for name, *arguments in json.loads(sys.argv[1])]
+print(json.dumps([result for result in results if result]))
 """
 
 
+def at_the_hub(environment, *steps):
+    """Pushes and commands, one after the other in one process that may talk to the Hub; code and output of the commands."""
+    told = json.dumps([[str(word) for word in step] for step in steps])
+    command = [sys.executable, "-c", STEPS, told]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def test_a_repository_and_its_history(base, model, tmp_path):
+    with_single_file = shutil.copytree(model, tmp_path / "with-single-file")
+    shutil.copy(base / UNET, with_single_file / "v1.safetensors")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    audit = ("guardsmith", "audit-release", REPO, "--base", base, "--json")
     with Hub(tmp_path / "hub", large_above=20_000) as hub:
-        environment = hub.environment(tmp_path / "home", xet=False)
-
-        def push(folder, branch="main", *gone):
-            command = [sys.executable, "-c", PUSH, REPO, branch, str(folder), *gone]
-            subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
-
-        def audit(*more):
-            command = [sys.executable, "-m", "guardsmith", "audit-release", REPO, "--base", str(base), "--json", *more]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-            assert done.returncode in (0, 1), done.stderr
-            assert hub.token not in done.stdout + done.stderr
-            return done.returncode, json.loads(done.stdout), done.stderr
-
-        push(model)
-        assert audit()[:2] == (0, [])
-        # The base itself by the same names, a secret on a branch, the base's single file: then all of it is deleted again.
-        push(base)
-        shutil.copy(base / UNET, model / "v1.safetensors")
-        push(model)
-        (tmp_path / "secret").mkdir()
-        (tmp_path / "secret" / ".env").write_text(f"HF_TOKEN={TOKEN}")
-        push(tmp_path / "secret", "next")
-        code, found, _ = audit()
-        assert code == 1
-        now = [each["where"] for each in found if "(commit" not in each["where"]]
-        assert "v1.safetensors" in now
-        (model / "v1.safetensors").unlink()
-        push(model, "main", "v1.safetensors")
-        code, found, _ = audit()
-        assert code == 1
-        assert all("(commit" in each["where"] for each in found)
-        kinds = {(each["kind"], each["where"].partition(" (")[0]) for each in found}
-        assert kinds == {
-            ("file", "v1.safetensors"), ("file", ".env"), ("weights", "v1.safetensors"), ("weights", UNET),
-        }  # fmt: skip
-        assert any("reached from next" in each["where"] for each in found)
+        # The base itself by the same names, its single file, a secret on a branch: then all of it is deleted again.
+        first, second, last = at_the_hub(
+            hub.environment(tmp_path / "home", xet=False),
+            ("push", REPO, "main", model), audit,
+            ("push", REPO, "main", base), ("push", REPO, "main", with_single_file),
+            ("push", REPO, "next", tmp_path / "secret"), audit,
+            ("push", REPO, "main", model, "v1.safetensors"), audit,
+        )  # fmt: skip
+        assert hub.token not in json.dumps([first, second, last])
+    assert (first[0], json.loads(first[1])) == (0, [])
+    code, found = second[0], json.loads(second[1])
+    assert code == 1
+    assert "v1.safetensors" in [each["where"] for each in found if "(commit" not in each["where"]]
+    code, found = last[0], json.loads(last[1])
+    assert code == 1
+    assert all("(commit" in each["where"] for each in found)
+    kinds = {(each["kind"], each["where"].partition(" (")[0]) for each in found}
+    assert kinds == {
+        ("file", "v1.safetensors"), ("file", ".env"), ("weights", "v1.safetensors"), ("weights", UNET),
+    }  # fmt: skip
+    assert any("reached from next" in each["where"] for each in found)
 
 
 def test_a_hub_commit_holds_nothing_of_the_base(base, model, tmp_path):
@@ -174,13 +185,11 @@ def test_a_hub_commit_holds_nothing_of_the_base(base, model, tmp_path):
     output = make_output(tmp_path / "out", model, load_registry(ROOT / "registries" / "demo.yaml"))
     with Hub(tmp_path / "hub", large_above=20_000) as hub:
         environment = hub.environment(tmp_path / "home", xet=False)
-        push = [sys.executable, "-c", PUSH, REPO, "main", str(clutter(base))]
-        subprocess.run(push, env=environment, check=True, timeout=120, capture_output=True)
-        command = [sys.executable, "-m", "guardsmith", "publish", output, *TO, "--json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "earlier commits still hold them" in done.stderr and f"audit-release {REPO}" in done.stderr
-        assert {"unet/model.onnx", "v1-5-pruned.safetensors"} <= set(json.loads(done.stdout)["deleted"])
+        publish = ("guardsmith", "publish", output, *TO, "--json")
+        [(code, out, err)] = at_the_hub(environment, ("push", REPO, "main", clutter(base)), publish)
+        assert code == 0, err
+        assert "earlier commits still hold them" in err and f"audit-release {REPO}" in err
+        assert {"unet/model.onnx", "v1-5-pruned.safetensors"} <= set(json.loads(out)["deleted"])
         names = set(hub.find(hub.repos[REPO], "main").files) - {".gitattributes"}
         assert names == set(list_files(output / "release"))
         down = tmp_path / "down"
