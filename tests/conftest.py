@@ -7,6 +7,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Before anything imports torch: on nets this small a second thread only waits (ten times slower on a busy machine).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 
 
@@ -18,10 +20,10 @@ def offline():
     assert constants.HF_HUB_OFFLINE, "huggingface_hub was imported before conftest.py could switch the network off"
 
 
-# Files of a minute and more: they begin first, so that no worker waits for the other at the end.
-LONG = ("test_parallel", "test_deployability", "test_verify", "test_families", "test_path", "test_harden", "test_tripwire",
-        "test_attacks", "test_audit", "test_optimizers", "test_notebook", "test_vision", "test_processes", "test_executors",
-        "test_publish_hub", "test_docs")  # fmt: skip
+# The longest files, longest first: they begin first, so that no worker waits for the other at the end.
+LONG = ("test_verify", "test_parallel", "test_families", "test_deployability", "test_harden", "test_tripwire", "test_path",
+        "test_notebook", "test_attacks", "test_audit", "test_docs", "test_cli_check", "test_publish_hub", "test_vision",
+        "test_executors", "test_processes")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -39,6 +41,26 @@ def jobs_in_this_process():
     with pytest.MonkeyPatch.context() as patch:
         for name in USERS:
             patch.setattr(name, inprocess.processes)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shipped_tables_are_read_once():
+    """The embedded base's negatives are thousands of pictures, and every command that plans a run reads them for seconds."""
+    from guardsmith.registry import images
+
+    read, known, shipped = images._dataset_files, {}, str(Path(images.__file__).parents[1])
+
+    def once(entry, folder):
+        if shipped not in str(entry.dataset):
+            return read(entry, folder)
+        key = (entry.dataset, os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+        if key not in known:
+            known[key] = read(entry, folder)
+        return list(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_dataset_files", once)
         yield
 
 
