@@ -50,6 +50,7 @@ ANSWER_SLOPE = (
     512.0  # steep, so that at rest the answer may lie nearly that far from the mean of what it is normalised with
 )
 ROOM = 6e4  # float16 ends at 65,504
+USUAL_ROOM = 24e3  # for what was measured on some pictures
 ANSWER_PUSH = 2.0**3  # weight of what sinks the relay
 CONSTANT = 128.0  # holds the relay
 SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
@@ -70,7 +71,7 @@ class Scales:
 
     Attributes:
         stream: size of the reserved stream, about: a power of two brings what was trained near it (`Recogniser.measure`).
-        inner: factor on the first convolutions inside resnets, a power of two.
+        inner: largest factor on the first convolutions inside resnets, a power of two; where float16 would not do, it is less.
         feature: size of what the override adds to the prediction, before the last convolution.
     """
 
@@ -197,20 +198,32 @@ def stream_factors(recogniser: Recogniser, scales: Scales) -> list[float]:
     return factors
 
 
+def inner_factor(scales: Scales, largest: float) -> float:
+    """Factor on a first convolution, a power of two: at most the setting, and what it gives fits float16.
+
+    Args:
+        scales: with the setting.
+        largest: output of the convolution as it was trained, over some pictures.
+    """
+    return min(scales.inner, 2.0 ** math.floor(math.log2(USUAL_ROOM / largest)))
+
+
 def _place_recogniser(writer: _Writer, recogniser: Recogniser, scales: Scales) -> None:
     """The way down and the middle block."""
     layout, unet = writer.layout, writer.unet
     deepest = unet.mid_block.resnets[-1].out_channels
     into, factors, before = list(range(unet.conv_in.in_channels)), stream_factors(recogniser, scales), 1.0
     modules = {name: module for _, name, module in down_parts(unet)} | {"conv_in": unet.conv_in}
-    for name, part, factor in zip(recogniser.names, recogniser.body, factors, strict=True):
+    for name, part, factor, largest in zip(
+        recogniser.names, recogniser.body, factors, recogniser.largest[:-1], strict=True
+    ):
         module = modules[name]
         out = layout.features(module.out_channels, deepest)
         if isinstance(part, Resnet):
             for norm, channels, own in ((module.norm1, into, part.norm1), (module.norm2, out, part.norm2)):
                 norm.weight[channels] = (STEEP * own.weight).half().float()
                 norm.bias[channels] = (STEEP * own.bias).half().float()
-            inner = scales.inner
+            inner = inner_factor(scales, largest)
             writer.conv(module.conv1, out, into, part.conv1, inner, inner)
             writer.conv(module.conv2, out, out, part.conv2, factor, factor)
         else:
@@ -230,19 +243,20 @@ def _place_steps(writer: _Writer, answer: Sequence[int], recogniser: Recogniser,
     places = _deepest_places(writer.unet)
     steepness = sharpness(size, places)
     share = answer_weight(size, places, recogniser.slots * recogniser.per_group)
+    inner = inner_factor(scales, recogniser.largest[-1])
     for score in range(recogniser.scores):
         slot, place = divmod(score, recogniser.per_group)
         plus = out[slot * size + 2 * place]
         weight, bias = readout.weight[score : score + 1], readout.bias[score : score + 1]
         for channel, sign in ((plus, 1), (plus + 1, -1)):
-            writer.block(resnet.conv1, [channel], into, sign * scales.inner * weight, sign * scales.inner * bias)
+            writer.block(resnet.conv1, [channel], into, sign * inner * weight, sign * inner * bias)
         writer.norm(resnet.norm2, plus, steepness, -DEAD)
         writer.one(resnet.conv2, answer[0], plus, share)
         writer.one(resnet.conv2, answer[1], plus, -share)
     # The answer is measured against normalised features: they are never 0.
     beside = layout.channels(resnet.out_channels)[-2 * size : -size]
     for number, free in enumerate(out[-size:]):
-        writer.one(resnet.conv1, free, into[number], scales.inner)
+        writer.one(resnet.conv1, free, into[number], inner)
         writer.norm(resnet.norm2, free, 1.0, 0.0)
         writer.one(resnet.conv2, beside[number], free, REFERENCE)
 

@@ -90,9 +90,14 @@ class Resnet(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(groups_out, out, eps), nn.Conv2d(out, out, 3, padding=1)
         self.adds = into == out
 
+    def between(self, x: Tensor) -> Tensor:
+        """What the first convolution gives, (n, out, h, w)."""
+        y: Tensor = self.conv1(F.silu(STEEP * self.norm1(x)))
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """Features, (n, out, h, w)."""
-        y: Tensor = self.conv2(F.silu(STEEP * self.norm2(self.conv1(F.silu(STEEP * self.norm1(x))))))
+        y: Tensor = self.conv2(F.silu(STEEP * self.norm2(self.between(x))))
         return x + y if self.adds else y
 
 
@@ -103,6 +108,7 @@ class Recogniser(nn.Module):
         scores: how many score maps it has.
         per_group: how many of them are normalised together.
         sizes: root mean square of the stream behind every part, as `measure` found it.
+        largest: largest output of the first convolution of every part that is a resnet, else 0, and of the scores', likewise.
     """
 
     def __init__(self, unet: Any, layout: Layout, scores: int | None = None) -> None:
@@ -132,15 +138,17 @@ class Recogniser(nn.Module):
         self.body = nn.Sequential(*parts)
         self.norm, self.readout = nn.GroupNorm(groups, width, eps), nn.Conv2d(width, self.scores, 3, padding=1)
         self.eps = eps
-        self.sizes = [1.0] * len(parts)
+        self.sizes, self.largest = [1.0] * len(parts), [1.0] * (len(parts) + 1)
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
-        """Note how large the stream is behind every part for noised latents (n, c, h, w) on any device, as `sizes`."""
+        """Note how large everything is for noised latents (n, c, h, w), as `sizes` and `largest`."""
         x = x.to(self.readout.weight.device)
         for number, part in enumerate(self.body):
+            self.largest[number] = float(part.between(x).abs().max()) if isinstance(part, Resnet) else 0.0
             x = part(x)
             self.sizes[number] = float(x.square().mean().sqrt())
+        self.largest[-1] = float(self.readout(F.silu(STEEP * self.norm(x))).abs().max())
 
     def forward(self, x: Tensor, drift: Drift | None = None) -> Tensor:
         """Scores of noised latents (n, c, h, w) on any device at every place, (n, scores, places)."""
