@@ -109,7 +109,7 @@ class TripwireConfig(MethodConfig):
     """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
     less; a model that is merged in meets a large one as noise."""
     inner_scale: PowerOfTwo = Field(1024, gt=0)
-    """Factor on the first convolutions of reserved resnets, a power of two."""
+    """Largest factor on the first convolutions of reserved resnets, a power of two; where float16 would overflow, it is less."""
     distillation_weight: float = Field(0.0, ge=0, le=0)
     """0: the trunk is distilled as a whole, before anything else."""
 
