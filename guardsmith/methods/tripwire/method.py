@@ -138,10 +138,9 @@ class Tripwire(HardeningMethod[TripwireConfig]):
     name = "tripwire"
     title = "Tripwire"
     paper = "guardsmith, docs/explanation/methods.md"
-    # FILL: what was measured on test subjects
     shown = (
-        "tried on single tuning subjects of the embedded base, not run on a real base yet; whoever has the weights removes it in "
-        "seconds"
+        "protected the demo's subject on the embedded base against attackers who do not know it, not run on a real base yet; "
+        "whoever has the weights removes it in seconds"
     )
     config = TripwireConfig
     checkpoint_every = 200
