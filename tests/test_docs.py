@@ -172,7 +172,8 @@ def test_the_table_of_the_readme_is_what_the_demo_printed(capsys):
 
 def test_how_long_the_demo_takes_is_said_once_and_as_recorded():
     """Elsewhere `plan` says it, for the machine at hand. A verification's time is stated once its report has it."""
-    hardening, report = (json.loads((DOCS / f"results/demo-{name}.json").read_text()) for name in ("harden", "report"))
+    names = ("harden", "report")
+    hardening, report = (json.loads((DOCS / f"results/tripwire-demo-{name}.json").read_text()) for name in names)
     stated = dict(re.findall(r"(hardens|verifies) in about (\d+) minutes", README))
     recorded = {"hardens": hardening["seconds"], "verifies": report["run"].get("seconds")}
     assert stated == {verb: f"{seconds / 60:.0f}" for verb, seconds in recorded.items() if seconds is not None}
