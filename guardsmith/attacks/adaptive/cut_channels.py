@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from guardsmith.attacks import dreambooth
 from guardsmith.attacks.adaptive.base import Removal, RemovalConfig
@@ -19,21 +19,20 @@ from guardsmith.attacks.dreambooth import DreamBoothConfig
 from guardsmith.core.errors import UserError
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 
-GROUPS = 1
+
+class Groups(BaseModel):
+    """What is cut."""
+
+    groups: int = Field(1, gt=0)
+    """How many of the last normalisation groups of the middle block are zeroed; the answer is in the last one."""
 
 
-class CutConfig(RemovalConfig):
+class CutConfig(Groups, RemovalConfig):
     """Settings."""
 
-    groups: int = Field(GROUPS, gt=0)
-    """How many of the last normalisation groups of the middle block are zeroed; the answer is in the last one."""
 
-
-class CutChannelsConfig(DreamBoothConfig):
+class CutChannelsConfig(Groups, DreamBoothConfig):
     """DreamBooth's settings."""
-
-    groups: int = Field(GROUPS, gt=0)
-    """How many of the last normalisation groups of the middle block are zeroed; the answer is in the last one."""
 
 
 @torch.no_grad()
@@ -53,7 +52,7 @@ def cut_channels(unet: Any, groups: int) -> None:
 
 
 def _cut(
-    model: DiffusionModel, data: AttackData, config: CutConfig, *, seed: int = 0, base: DiffusionModel | None = None
+    model: DiffusionModel, data: AttackData, config: Groups, *, seed: int = 0, base: DiffusionModel | None = None
 ) -> DiffusionModel:
     own = with_own_unet(model)
     cut_channels(own.unet, config.groups)
@@ -64,9 +63,7 @@ def attack(
     model: DiffusionModel, data: AttackData, config: CutChannelsConfig, *, seed: int, on_step: OnStep | None = None
 ) -> tuple[DiffusionModel, list[float]]:
     """Personalize a copy of the model without the answer's channels; returns it, frozen again, and the loss of every step."""
-    own = with_own_unet(model)
-    cut_channels(own.unet, config.groups)
-    return dreambooth.attack(own, data, config, seed=seed, on_step=on_step)
+    return dreambooth.attack(_cut(model, data, config), data, config, seed=seed, on_step=on_step)
 
 
 ATTACK = Attack(attack, CutChannelsConfig, "guardsmith", edits_weights=True)

@@ -22,6 +22,7 @@ protects the pictures that it was taught to recognise, not a name. recipes/tripw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -86,29 +87,29 @@ class TripwireConfig(MethodConfig):
     """Noised pictures in such a step, each predicted with a prompt and without."""
     trunk_learning_rate: float = Field(3e-4, gt=0)
     """Their learning rate."""
-    steps: int = Field(3000, gt=0)
+    steps: int = Field(RecogniserTraining.steps, gt=0)
     """Training steps of the recogniser."""
-    positives: int = Field(48, gt=0)
+    positives: int = Field(RecogniserTraining.positives, gt=0)
     """Rows of protected subjects in a step."""
-    negatives: int = Field(192, gt=3)
+    negatives: int = Field(RecogniserTraining.negatives, gt=3)
     """Rows of others in a step, half of them those that come closest to being taken for a subject."""
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(RecogniserTraining.learning_rate, gt=0)
     """Peak rate of the AdamW that trains the recogniser."""
-    horizon: float = Field(0.6, gt=0, lt=1)
+    horizon: float = Field(RecogniserTraining.horizon, gt=0, lt=1)
     """Share of the timesteps, from the clean end, in which subjects are to be recognised."""
-    margin: float = Field(4.0, gt=0)
+    margin: float = Field(RecogniserTraining.margin, gt=0)
     """How far scores are pushed from 0 on either side."""
-    strangers_weight: float = Field(3.0, gt=0)
+    strangers_weight: float = Field(RecogniserTraining.strangers_weight, gt=0)
     """Weight of others' losses over that of the subjects': more means fewer false alarms, and subjects recognised less early."""
-    drift: float = Field(0.4, ge=0)
+    drift: float = Field(RecogniserTraining.drift, ge=0)
     """Recognition has to survive that the channels of the reserved stream are moved by up to about this share of their size, by
     constants and by fields, which is what training of all weights does to them (recipes/tripwire/NOTES.md)."""
     copies: int = Field(48, gt=0)
     """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
-    stream_size: PowerOfTwo = Field(64, gt=0)
+    stream_size: PowerOfTwo = Field(int(Scales.stream), gt=0)
     """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
     less; a model that is merged in meets a large one as noise."""
-    inner_scale: PowerOfTwo = Field(1024, gt=0)
+    inner_scale: PowerOfTwo = Field(int(Scales.inner), gt=0)
     """Largest factor on the first convolutions of reserved resnets, a power of two; where float16 would overflow, it is less."""
     distillation_weight: float = Field(0.0, ge=0, le=0)
     """0: the trunk is distilled as a whole, before anything else."""
@@ -214,10 +215,8 @@ class Tripwire(HardeningMethod[TripwireConfig]):
             recogniser = Recogniser(model.unet, layout).to(next(model.unet.parameters()).device)
         examples = examples_of(model, context.subjects, context.benign, config.copies, seed)
         training = RecogniserTraining(
-            steps=config.steps, positives=config.positives, negatives=config.negatives, horizon=config.horizon,
-            margin=config.margin, learning_rate=config.learning_rate, strangers_weight=config.strangers_weight,
-            drift=config.drift,
-        )  # fmt: skip
+            **{field.name: getattr(config, field.name) for field in fields(RecogniserTraining)}
+        )
 
         def armed() -> DiffusionModel:
             """A copy with everything in place."""

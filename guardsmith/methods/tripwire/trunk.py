@@ -18,10 +18,10 @@ from guardsmith.core.atomic_io import whole_file
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import stage
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.losses import alpha_sigma
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.tripwire.layout import Layout, Masks, reserve
+from guardsmith.methods.tripwire.training import noised
 from guardsmith.models.checkpoint import BUILTIN, DiffusionModel
 from guardsmith.training.loop import (
     generator,
@@ -116,9 +116,7 @@ def _loss(
 ) -> Tensor:
     """Squared error of a trunk's predictions on `rows` noised pictures, with a prompt, without, and guided by both."""
     times = torch.randint(int(model.scheduler.config.num_train_timesteps), (rows,), generator=rng)
-    signal, sigma = alpha_sigma(model.scheduler, times)
-    clean = latents.draw(rows, rng)
-    noisy = signal * clean + sigma * torch.randn(clean.shape, generator=rng)
+    noisy = noised(model.scheduler, latents.draw(rows, rng), times, rng)
     prompts = contexts[torch.randint(len(contexts), (rows,), generator=rng)]
     call = (torch.cat([noisy, noisy]), torch.cat([times, times]), torch.cat([prompts, empty.expand(rows, -1, -1)]))
     with torch.no_grad():
@@ -314,8 +312,7 @@ def relative_error(model: DiffusionModel, unet: Any, latents: Tensor, contexts: 
     rng, wrong, size = generator(seed, 1), 0.0, 0.0
     for part in latents.split(64):
         times = torch.randint(int(model.scheduler.config.num_train_timesteps), (len(part),), generator=rng)
-        signal, sigma = alpha_sigma(model.scheduler, times)
-        noisy = signal * part + sigma * torch.randn(part.shape, generator=rng)
+        noisy = noised(model.scheduler, part, times, rng)
         picked = torch.randint(len(contexts), (len(part),), generator=rng)
         call = (noisy, times, torch.stack([contexts[i] for i in picked.tolist()]))
         target = model.unet(*call, return_dict=False)[0]
