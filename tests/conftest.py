@@ -64,6 +64,56 @@ def shipped_tables_are_read_once():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forecasts_measure_once():
+    """Every command that hardens or plans says what it will take: memory, counted on a network of the base's shape, and time, of
+    a few timed forwards. The first of a base and method measures; test_memory.py has what these functions do."""
+    from guardsmith.evaluation import forecast
+    from guardsmith.models.checkpoint import DiffusionModel, resolve
+
+    estimate, timed, known = forecast.estimate, forecast.seconds_per_forward, {}
+
+    def estimated(recipe, method, config, *, loaded=0):
+        folder = resolve(recipe.base, recipe.revision)
+        index = (folder / "model_index.json").stat()
+        key = "GiB", str(folder), index.st_mtime_ns, recipe.method.name, repr(config), repr(recipe.compute)
+        if key not in known:
+            known[key] = estimate(recipe, method, config, loaded=loaded)
+        return known[key]
+
+    def seconds(model):
+        if not isinstance(model, DiffusionModel):
+            return timed(model)
+        key = "seconds", repr(model.unet.config)
+        if key not in known:
+            known[key] = timed(model)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "estimate", estimated)
+        patch.setattr(forecast, "seconds_per_forward", seconds)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_command_line_is_built_once():
+    """Typer builds all commands anew, for a twentieth of a second, whenever the same process runs one of them."""
+    import typer.main
+
+    from guardsmith.cli.app import app
+
+    build, built = typer.main.get_command, {}
+
+    def once(typed):
+        if typed is not app:
+            return build(typed)
+        return built.setdefault("app", built.get("app") or build(typed))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", once)
+        yield
+
+
 @pytest.fixture
 def real_processes(monkeypatch):
     """For tests of what only processes of their own can show."""

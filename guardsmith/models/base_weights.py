@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from guardsmith.models.tensor_files import read_header, stored_tensor
+from guardsmith.models.tensor_files import TensorReader, read_header
 
 FEWEST = 16  # values of a tensor: smaller ones may be equal by chance
 ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = (
@@ -52,6 +52,8 @@ def rounded_keys(values: Tensor) -> set[tuple[int, int, int]]:
     """`content_key` of a tensor in every precision that it may be stored in."""
     keys = set()
     for roundings in ROUNDINGS:
+        if roundings[:1] == (values.dtype,):  # the same as without this rounding
+            continue
         rounded = values
         for dtype in roundings:
             rounded = rounded.to(dtype)
@@ -62,9 +64,10 @@ def rounded_keys(values: Tensor) -> set[tuple[int, int, int]]:
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and values of every floating-point tensor of a safetensors file, one after the other."""
+    read = TensorReader()
     for name, entry in read_header(file).tensors.items():
         if entry["dtype"] in ("F64", "F32", "F16", "BF16"):
-            yield name, stored_tensor(file, name)
+            yield name, read(file, name)
 
 
 class ChangedWeights:
@@ -93,15 +96,20 @@ class ChangedWeights:
         """
         differ = 0
         for name, values in base:
-            keys, own = rounded_keys(values), hardened(name)
-            self.total += bool(keys)
-            # Stored in less precision a tensor is still the base's.
-            if not keys or (own is not None and content_key(own) in keys):
+            if (key := content_key(values)) is None:  # then it has none in less precision either
+                continue
+            self.total += 1
+            own = hardened(name)
+            own_key = None if own is None else content_key(own)
+            if own_key == key:
+                continue
+            keys = rounded_keys(values)
+            if own_key in keys:  # stored in less precision a tensor is still the base's
                 continue
             differ += 1
             if own is not None:
                 self._own |= {(dtype, content_key(own.to(dtype))) for dtype in (torch.float16, torch.bfloat16)}
-                self._own.add((own.dtype, content_key(own)))
+                self._own.add((own.dtype, own_key))
             self._names |= dict.fromkeys(keys, f"{part} {name}")
         self.changed += differ
         return differ

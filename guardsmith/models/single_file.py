@@ -27,7 +27,7 @@ from guardsmith.models.checkpoint import PICKLES, load_model
 from guardsmith.models.contents import releasable_metadata
 from guardsmith.models.families import SD
 from guardsmith.models.single_file_tensors import sort_tensors
-from guardsmith.models.tensor_files import Header, read_header, stored_tensor, stored_weights, write_copy
+from guardsmith.models.tensor_files import Header, TensorReader, read_header, stored_tensor, stored_weights, write_copy
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CLOSE = 1e-3  # how far weights of one base may be apart in two files: half precision of weights around 1
@@ -158,7 +158,8 @@ def write_single_file(like: Path, base: Path, hardened: Path, file: Path, *, kee
     replaced |= _other_parts(like, header, base, hardened, changed)
 
     sorted_out = sort_tensors(header.tensors, replaced)
-    stored = ((name, stored_tensor(like, name)) for name in (*sorted_out.copied, *sorted_out.unknown))
+    read = TensorReader()
+    stored = ((name, read(like, name)) for name in (*sorted_out.copied, *sorted_out.unknown))
     left_out = {*sorted_out.copies}
     for name, values in stored:
         if values.is_floating_point() and not torch.isfinite(values.float()).all():

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from guardsmith.core.errors import UserError
 from guardsmith.models.contents import weight_files
 
+KEPT_OPEN = 1 << 28  # bytes
+
 
 class Header(NamedTuple):
     """What a safetensors file says of itself.
@@ -104,21 +106,42 @@ def _files_of(folder: Path) -> dict[str, Path]:
 
 
 def stored_tensor(file: Path, key: str) -> torch.Tensor:
-    """A tensor of a file, which is closed again: of one that stays open, all that was read stays in memory."""
-    with safe_open(file, framework="pt") as weights:
-        tensor: torch.Tensor = weights.get_tensor(key)
+    """One tensor of a file; `TensorReader` is for many."""
+    return TensorReader()(file, key)
+
+
+class TensorReader:
+    """Reads tensors of safetensors files one after the other.
+
+    What was read of an open file stays in memory until it is closed, and opening one for every tensor takes longer than reading
+    it. So the last file stays open, but not for more than `KEPT_OPEN` bytes.
+    """
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._weights: Any = None
+        self._bytes = 0
+
+    def __call__(self, file: Path, key: str) -> torch.Tensor:
+        """The tensor of that name."""
+        if file != self._file or self._bytes > KEPT_OPEN:
+            self._weights = safe_open(file, framework="pt")  # the one before is closed with its last reference
+            self._file, self._bytes = file, 0
+        tensor: torch.Tensor = self._weights.get_tensor(key)
+        self._bytes += tensor.nbytes
         return tensor
 
 
 def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder of safetensors files, by name; variants (fp16, non_ema) do not count."""
-    return {key: stored_tensor(file, key) for key, file in _files_of(folder).items()}
+    read = TensorReader()
+    return {key: read(file, key) for key, file in _files_of(folder).items()}
 
 
 def weights_reader(folder: Path) -> Callable[[str], torch.Tensor | None]:
     """Gives a tensor of a folder of safetensors files by its name, read when it is wanted; `None` where there is none."""
-    files = _files_of(folder)
-    return lambda key: stored_tensor(files[key], key) if key in files else None
+    files, read = _files_of(folder), TensorReader()
+    return lambda key: read(files[key], key) if key in files else None
 
 
 def changed_fraction(before: Path, after: Path) -> float:
@@ -127,9 +150,10 @@ def changed_fraction(before: Path, after: Path) -> float:
     The guard against training that cannot move its weights (half-precision weights under a tiny learning rate).
     """
     old, new = _files_of(before), _files_of(after)
+    read_old, read_new = TensorReader(), TensorReader()
     different = total = 0
     for key, file in old.items():  # one by one, for there may be no room for both models
-        tensor = stored_tensor(file, key)
+        tensor = read_old(file, key)
         total += tensor.numel()
-        different += int((tensor != stored_tensor(new[key], key)).sum()) if key in new else 0
+        different += int((tensor != read_new(new[key], key)).sum()) if key in new else 0
     return different / total

@@ -35,7 +35,7 @@ from guardsmith.models.contents import (
 from guardsmith.models.saved import base_weights_in
 from guardsmith.models.single_file import unet_names
 from guardsmith.models.single_file_tensors import sort_tensors
-from guardsmith.models.tensor_files import read_header, stored_tensor, weights_reader
+from guardsmith.models.tensor_files import read_header, TensorReader, weights_reader
 
 # What the Hub's client writes beside a download; it is never uploaded.
 CLIENTS_OWN = (".cache/huggingface/*.metadata", ".cache/huggingface/*.lock", ".cache/huggingface/.gitignore",
@@ -140,10 +140,10 @@ def audit_single_file(file: Path, base: Path) -> list[Finding]:
     header = read_header(file)
     config = json.loads((base / "unet" / "config.json").read_text(encoding="utf-8"))
     names = unet_names(header, config, file)
-    there = {here: name for name, here in names.items()}
+    there, read = {here: name for name, here in names.items()}, TensorReader()
 
     def own(name: str) -> Any:
-        return stored_tensor(file, there[name]) if name in there else None
+        return read(file, there[name]) if name in there else None
 
     sorted_out, findings = sort_tensors(header.tensors, names), []
     if sorted_out.copies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -175,8 +176,9 @@ def frontier_curve(
     )  # fmt: skip
 
 
+@functools.cache
 def templates() -> Environment:
-    """Where pages and pictures are filled in."""
+    """Where pages and pictures are filled in; every template is compiled once."""
     return Environment(
         loader=PackageLoader("guardsmith"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
