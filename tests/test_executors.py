@@ -2,13 +2,12 @@
 
 import importlib.util
 import os
-import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from some_jobs import Job, lost, lost_once, write
 from tiny import assert_one_sentence
 
 from guardsmith.core.errors import RunFailed, UserError
@@ -18,34 +17,6 @@ WITH_RAY = importlib.util.find_spec("ray") is not None
 EVERYWHERE = ["local", pytest.param("ray", marks=pytest.mark.skipif(not WITH_RAY, reason="Ray is not installed"))]
 pytestmark = pytest.mark.usefixtures("real_processes")
 needs_ray = pytest.mark.skipif(not WITH_RAY, reason="Ray is not installed")
-
-
-@dataclass(frozen=True)
-class Job:
-    folder: str
-    number: int
-
-
-def write(job):
-    """Leaves a file, as units do; some raise."""
-    if job.number == 3:
-        raise UserError("number 3 is not wanted")
-    if job.number == 4:
-        raise ZeroDivisionError("four")
-    (Path(job.folder) / str(job.number)).write_text(str(os.getpid()))
-
-
-def lost_once(job):
-    """Its worker is killed the first time."""
-    mark = Path(job.folder) / f"begun-{job.number}"
-    if job.number == 1 and not mark.exists():
-        mark.write_text("")
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(job)
-
-
-def lost(job):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "tutorial" / "first-hardening.ipynb"
 SMALL = {
     "method.name": "persguard", "method.params": {"steps": 2, "class_images": 4, "batch_size": 2, "benign_images": 4},
-    "sampling.steps": 2, "probe.times": 0, "verify.images_per_unit": 2, "verify.class_images": 2,
+    "negatives": None, "sampling.steps": 2, "probe.times": 0, "verify.images_per_unit": 2, "verify.class_images": 2,
     "verify.benign_images": 10, "verify.deployability.checks": [],
     "verify.attacks": {"lora": {"name": "lora", "params": {"steps": 2, "batch_size": 2}}},
 }  # fmt: skip
@@ -21,6 +21,8 @@ def test_the_notebook_runs_and_shows_pictures(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     parameters.source = (
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport inprocess\n"
+        "from guardsmith.runtime import executors\nexecutors.processes = inprocess.processes\n"  # see conftest.py
         f"CHANGES = {SMALL}\nOUTPUT = {str(tmp_path / 'out')!r}\nREGISTRY = {str(ROOT / 'registries/demo.yaml')!r}"
     )
     NotebookClient(

@@ -100,6 +100,25 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("odd"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def embedded_base_is_loaded_once():
+    """No odd recipe changes it, and a dry run only looks at it."""
+    from guardsmith.evaluation import forecast
+
+    load, loaded = forecast.load_model, {}
+
+    def once(source, revision=None):
+        if source != "builtin:avatar" or revision is not None:
+            return load(source, revision)
+        if source not in loaded:
+            loaded[source] = load(source)
+        return loaded[source]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "load_model", once)
+        yield
+
+
 def make_place(folder):
     """A folder with a good registry of two subjects, which the odd ones are made of."""
     lines = ["version: 1", "subjects:"]

@@ -15,8 +15,8 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError
-from guardsmith.core.images import fingerprint, near_duplicates, open_each, open_pictures, square, to_tensor
-from guardsmith.core.picture_folders import list_pictures, skipped_sentence, usable
+from guardsmith.core.images import fingerprint, near_duplicates, open_each, open_image, open_pictures, square, to_tensor
+from guardsmith.core.picture_folders import list_pictures, skipped_sentence
 from guardsmith.core.seeds import HARDENING_BENIGN, HARDENING_CLASS, HARDENING_REPLACEMENT
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
 from guardsmith.diffusion.prompts import HARDENING_TEMPLATES, benign_prompts, class_prompt
@@ -77,20 +77,28 @@ def load_negatives(
         return None, None
     if Path(place).is_dir() and (skipped := list_pictures(Path(place)).skipped):
         warn(skipped_sentence(place, skipped))
-    problems: list[str] = []
-    files = usable(negative_files(place), problems)
+    files: list[Path] = []
+    pictures, prints, problems = [], [], []
+    for file in negative_files(place):
+        try:
+            image = open_image(file)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        files.append(file)
+        pictures.append(square(image, model.image_size))
+        if protected:
+            prints.append(fingerprint(image))
     if not files:
         raise UserError("\n".join([*problems, f"negatives: there is no picture in {place} that can be used."]))
     for sentence in problems:
         warn(f"negatives: left out: {sentence}")
-    prints = open_each([*protected, *files], fingerprint) if protected else []
-    for i, j, _ in near_duplicates(prints):
+    for i, j, _ in near_duplicates([*open_each(protected, fingerprint), *prints]):
         if i < len(protected) <= j:
             raise UserError(
                 f"negatives: {files[j - len(protected)]} shows the same as {protected[i]}, a picture of a protected subject; "
                 "remove it."
             )
-    pictures = open_each(files, lambda image: square(image, model.image_size))
     return to_tensor(pictures), folder_digest([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
 
 

@@ -256,7 +256,7 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
             raise UserError(f"{source}: {name} has weights of another shape than its config.json says ({other[0]}).")
         part.eval().requires_grad_(False)
         for key, value in part.state_dict().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
+            if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
                 raise UserError(f"{source}: {name} has weights that are not finite ({key}); the checkpoint is broken.")
     for (_, tokens, *_), (encoder, tokenizer) in zip(text_parts(folder, family), texts, strict=True):
         check_tokens(folder, tokens, tokenizer, encoder)
