@@ -35,7 +35,7 @@ from guardsmith.models.contents import (
 from guardsmith.models.saved import base_weights_in
 from guardsmith.models.single_file import unet_names
 from guardsmith.models.single_file_tensors import sort_tensors
-from guardsmith.models.tensor_files import read_header, TensorReader, weights_reader
+from guardsmith.models.tensor_files import TensorReader, read_header, weights_reader
 
 # What the Hub's client writes beside a download; it is never uploaded.
 CLIENTS_OWN = (".cache/huggingface/*.metadata", ".cache/huggingface/*.lock", ".cache/huggingface/.gitignore",
