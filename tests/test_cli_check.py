@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import guardsmith
+from guardsmith.cli import app as cli
 from guardsmith.cli.app import main
 from guardsmith.core.errors import RunFailed
 from guardsmith.core.images import sha256_file
@@ -278,6 +280,16 @@ def test_wrong_usage(arguments, word, capsys):
     assert word in err
     assert "--help`" in err
     assert len(err.strip().split("\n")) == 1
+
+
+@pytest.mark.parametrize(("processes", "handler"), [("1", signal.default_int_handler), ("2", signal.SIG_DFL)])
+def test_sigterm_interrupts_except_processes_of_a_launcher(monkeypatch, processes, handler):
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(cli, "app", lambda **_: seen.append(signal.getsignal(signal.SIGTERM)))
+    assert main(["check"]) == 0
+    assert seen == [handler]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("arguments", [[], ["registry"]])

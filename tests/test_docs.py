@@ -407,17 +407,6 @@ def test_the_citation_has_what_is_asked_for():
     assert __version__.startswith(cited["version"])
 
 
-def test_the_container_copies_what_the_package_is_built_of():
-    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").split("\n")
-    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
-    assert {"pyproject.toml", "README.md", "LICENSE", "guardsmith", "recipes", "registries", "constraints.txt"} == {
-        *copied
-    }
-    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split("\n") if line.startswith("!")}
-    assert {*copied} == let_in
-    assert all((ROOT / name).exists() for name in copied)
-
-
 def test_contributing_names_files_that_exist():
     """The files to open in order, and packages in the order of imports."""
     from test_layers import ORDER

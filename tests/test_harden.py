@@ -298,7 +298,9 @@ def test_a_run_resumed_after_ctrl_c_equals_an_unbroken_one(run, finished_longer,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+)
 def test_a_killed_process_can_be_resumed(run, recipe, finished_longest, tmp_path, number, code):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "guardsmith", "harden", "--recipe", recipe, "--output", output, *LONGEST]

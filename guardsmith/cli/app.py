@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,8 +69,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "TRANSFORMERS",
     ):  # what they warn of when they are imported is not for who runs a command
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    with unfailing_stderr():
+    with unfailing_stderr(), _sigterm_as_ctrl_c():
         return _main(arguments)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM interrupts as Ctrl-C does: `docker stop`, Kubernetes and batch systems send it.
+
+    Without a handler, the first process of a container ignores it. A launcher's processes keep the system's: they may wait for
+    each other in native code, where a handler of Python's is not called, and the launcher would wait for them.
+    """
+    ours = (
+        launched() == 1
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _main(arguments: Sequence[str] | None) -> int:

@@ -18,6 +18,7 @@ import torch
 
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import quiet_libraries
+from guardsmith.runtime.cores import usable_cores
 from guardsmith.runtime.device import DETERMINISTIC, VARIABLE, chosen_device
 from guardsmith.runtime.processes import processes
 
@@ -111,7 +112,7 @@ def _with_ray(
 ) -> Iterator[tuple[Job, Exception | None]]:
     ray = _ray()
     address, device = os.environ.get(ADDRESS), chosen_device()
-    here = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False} if address is None else {}
+    here = {"num_cpus": workers or usable_cores(), "include_dashboard": False} if address is None else {}
     if address is not None:
         check_reachable(address)
     variables = {name: os.environ[name] for name in INHERITED if name in os.environ}

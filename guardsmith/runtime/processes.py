@@ -16,6 +16,7 @@ import torch
 
 from guardsmith.core.errors import RunFailed
 from guardsmith.core.progress import quiet_libraries
+from guardsmith.runtime.cores import usable_cores
 from guardsmith.runtime.device import chosen_device
 
 _queue: Any = None
@@ -45,7 +46,7 @@ def send(message: Any) -> None:
 
 @contextmanager
 def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    """A pool of `count` processes and the queue of their messages; by default one per core, or one with an accelerator.
+    """A pool of `count` processes and the queue of their messages; by default one per usable core, one with an accelerator.
 
     On an exception, Ctrl-C included, they are ended.
 
@@ -54,7 +55,7 @@ def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, A
     """
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     queue = context.SimpleQueue()  # without a thread behind it: a message is there before its sender's job ends
-    usual = os.cpu_count() if chosen_device().type == "cpu" else 1
+    usual = usable_cores() if chosen_device().type == "cpu" else 1
     pool = ProcessPoolExecutor(count or usual, mp_context=context, initializer=_start, initargs=(queue,))
     try:
         yield pool, queue
