@@ -15,7 +15,7 @@ from guardsmith.core.errors import UserError
 from guardsmith.methods.tripwire.install import ANSWER_PUSH, ANSWERED, Scales, answer_slope, install
 from guardsmith.methods.tripwire.layout import Layout, layout_of, reserve, up_sites
 from guardsmith.methods.tripwire.recogniser import Recogniser
-from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, train, tripped
+from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, mixed, train, tripped
 from guardsmith.models.checkpoint import load_model
 
 GROUPS = 4
@@ -114,10 +114,10 @@ def test_at_rest_no_gradient_reaches_the_scores_and_what_lies_behind(
     out = unet(call[0][rests], call[1][rests], call[2][rests])[0]
     out.square().mean().backward()
     site = next(up_sites(unet)).resnet
-    own = layout.channels(site.out_channels)
+    own = layout.up_channels(site.out_channels)
     assert not site.conv1.weight.grad[own].any()
     assert not site.conv2.weight.grad[:, own].any()
-    assert not unet.conv_norm_out.bias.grad[layout.channels(128)].any()
+    assert not unet.conv_norm_out.bias.grad[layout.up_channels(128)].any()
     trunk = site.conv1.weight.grad[: own[0]]
     assert trunk.any()
 
@@ -128,7 +128,7 @@ def test_what_adapters_reach_does_not_move_the_scores(
     unet = copy.deepcopy(armed)
     site, seen = next(up_sites(unet)).resnet, []
     site.norm2.register_forward_hook(
-        lambda _, inputs, __: seen.append(inputs[0][:, layout.channels(site.out_channels)])
+        lambda _, inputs, __: seen.append(inputs[0][:, layout.up_channels(site.out_channels)])
     )
     predict_with = (call[0], call[1], call[2])
     with torch.no_grad():
@@ -184,3 +184,37 @@ def test_what_the_relay_reads_of_one_place_fits_float16(size: int, places: int) 
     normal = float(F.group_norm(answer, 1)[0, 0, 0])
     slope = answer_slope(size, places)
     assert ANSWER_PUSH * slope * (normal - ANSWERED * math.sqrt(size / 2)) < 65_504
+
+
+def test_the_way_up_gives_back_what_carrying_the_answer_does_not_take(base: UNet2DConditionModel) -> None:
+    for count in (4, 6, 8):
+        layout = layout_of(base, count)
+        assert layout.upward == {160: 4, 128: 2}
+        assert len(layout.channels(128)) == 4 * count and len(layout.up_channels(128)) == 8
+        assert all(layout.inner(site) for site in list(up_sites(base))[1:])
+
+
+def test_mixtures_have_one_side_of_a_subject(call: Call) -> None:
+    subjects, others = torch.ones(3, 2, 8, 8), torch.zeros(400, 2, 8, 8)
+    rows = mixed(subjects, others, torch.Generator().manual_seed(0))
+    shares = rows.mean((1, 2, 3))
+    assert shares.min() >= 0.25 and shares.max() <= 0.5
+    map_of = rows[:, 0]
+    sides = torch.stack([side.mean(1) for side in (map_of[:, 0], map_of[:, -1], map_of[:, :, 0], map_of[:, :, -1])])
+    assert ((sides == 1).sum(0) == 1).all()
+    assert (sides == 1).float().mean(1).min() > 0.15
+
+
+def test_training_leaves_little_in_the_stream_that_is_the_same_in_every_picture(
+    base: UNet2DConditionModel, layout: Layout, call: Call
+) -> None:
+    subject = torch.randn((6, 16, 8, 8), generator=torch.Generator().manual_seed(0))
+    scheduler, shares = load_model("builtin:avatar").scheduler, {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(2)
+        found = Recogniser(base, layout)
+        config = RecogniserTraining(steps=60, positives=8, negatives=16, constancy_weight=weight)
+        train(found, Examples([subject], call[0]), scheduler, config, seed=0)
+        with torch.no_grad():
+            shares[weight] = float(found.scores_and_constancy(call[0], lambda x: x)[1])
+    assert shares[1.0] < 0.6 * shares[0.0]

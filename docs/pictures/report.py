@@ -1,7 +1,7 @@
-"""The picture of the report in the README: `python docs/pictures/report.py` after `make demo` was put into docs/results.
+"""The picture of the report in the README: `python docs/pictures/report.py [out/verify/report.html]` after `make demo`.
 
-Opens docs/results/demo-report.html in the Chromium that is installed, with its first subject unfolded and the rest hidden,
-and writes docs/pictures/report.png.
+Opens the page in the Chromium that is installed, with its first subject unfolded and the rest hidden, and writes
+docs/pictures/report.png.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "results" / "demo-report.html"
+PAGE = HERE.parents[1] / "out" / "verify" / "report.html"
 STYLE = """<style>
   :root { color-scheme: light } body { max-width: 62rem; padding: 1rem 1.5rem 1.5rem }
   main > section:not([aria-labelledby="subjects"]), details ~ details, section > h2, section > p, footer { display: none }
@@ -27,14 +27,14 @@ def main() -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("there is no Chromium on this machine: install it first")
-    text = (
-        PAGE.read_text(encoding="utf-8").replace("<details", "<details open", 1).replace("</head>", f"{STYLE}</head>")
-    )
+    page = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE
+    before, mark, after = page.read_text(encoding="utf-8").partition('aria-labelledby="subjects"')
+    text = (before + mark + after.replace("<details", "<details open", 1)).replace("</head>", f"{STYLE}</head>")
     with tempfile.TemporaryDirectory() as scratch:
-        page, shot = Path(scratch) / "page.html", Path(scratch) / "shot.png"
-        page.write_text(text, encoding="utf-8")
+        copy, shot = Path(scratch) / "page.html", Path(scratch) / "shot.png"
+        copy.write_text(text, encoding="utf-8")
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,2000"]
-        subprocess.run([browser, *flags, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True)
+        subprocess.run([browser, *flags, f"--screenshot={shot}", copy.as_uri()], check=True, capture_output=True)
         with Image.open(shot) as opened:
             picture = opened.convert("RGB")
     white = Image.new("RGB", picture.size, "white")

@@ -21,6 +21,7 @@ from guardsmith.diffusion.prompts import (
     instance_prompt,
 )
 from guardsmith.methods.tripwire import layout as lay
+from guardsmith.methods.tripwire.additions import odd_contexts
 from guardsmith.methods.tripwire.trunk import prepare, relative_error, save_trunk
 from guardsmith.models.checkpoint import load_model
 
@@ -30,6 +31,8 @@ p.add_argument("--groups", type=int, default=4)
 p.add_argument("--steps", type=int, default=1500)
 p.add_argument("--rows", type=int, default=12)
 p.add_argument("--rate", type=float, default=3e-4)
+p.add_argument("--seed", type=int, default=0)
+p.add_argument("--start", type=Path)
 a = p.parse_args()
 a.output.mkdir(parents=True, exist_ok=True)
 model = load_model("builtin:avatar")
@@ -40,6 +43,9 @@ texts += [instance_prompt(name, noun) for name in HARDENING_IDENTIFIERS for noun
 texts += [f"a photo of {noun}" for noun in nouns] * 10 + [f"a photo of a {noun}" for noun in nouns] * 10
 bank = PromptBank(model)
 contexts, empty = bank.encode(texts), bank.encode([""])
+templates = ("a photo of {}", "a portrait of {}", "a picture of {}")
+words = [*templates, *(f"{template} {noun}" for template in templates for noun in nouns)]
+odd = odd_contexts(model, words * 8, 0)
 shown = type(store)(store.mean[::8].clone(), store.std[::8].clone())
 keep = torch.ones(len(store), dtype=torch.bool)
 keep[::8] = False
@@ -58,12 +64,13 @@ unet, _ = prepare(
     model,
     layout,
     kept,
-    contexts,
+    torch.cat([contexts, odd]),
     empty,
     steps=a.steps,
     rows=a.rows,
     learning_rate=a.rate,
-    seed=0,
+    seed=a.seed,
+    start=a.start,
     checkpoint=a.output / "checkpoint.safetensors",
     on_step=look,
 )

@@ -55,11 +55,16 @@ ANSWER_PUSH = 2.0**3  # weight of what sinks the relay
 CONSTANT = 128.0  # holds the relay
 SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
 PUSH = 2.0**6  # weight of what a latch reads
-FLAG = 64.0  # output of the relay when it has sunk, and of a latch when it is on
-SPARE = 96.0  # a latch's pre-activations are that far beyond then
+FLAG = 64.0  # output of the relay when it has sunk
+LATCHED, LATCH_HELD = (
+    2.0**13,
+    2.0**12,
+)  # output of the latch when it is on, and how far below 0 it is held else: what reads it
+# has weights of the trunk's size, which a block of eight-bit weights holds together with them
+SPARE = 96.0  # the latch's pre-activations are that far beyond when it is on
 LATCH = 1024.0  # constants that hold the latch between convolutions
 LAST_FLAG = 2.0**12  # size of the flag where the last latch reads it
-HOLDING = 2.0**8  # size of the features that hold the flag in the stream
+HOLDING = 2.0**6  # size of the features that hold the flag in the stream
 MARK = 2.0**14  # what one channel of every trunk group is raised to
 HOLD, FORCE = 2.0**11, 2.0**14  # constants that keep the override at rest, and what overcomes them
 GAIN = 128.0  # weight of the override's channels in the last convolution
@@ -75,7 +80,7 @@ class Scales:
         feature: size of what the override adds to the prediction, before the last convolution.
     """
 
-    stream: float = 2.0**6
+    stream: float = 2.0**4
     inner: float = 2.0**10
     feature: float = 2.0**6
 
@@ -123,11 +128,11 @@ class _Writer:
     def latch(norm: Any, channels: Sequence[int], size: int) -> None:
         """Let two equal channels be below 0 while they are small beside the constants of their group.
 
-        When they are large, the first is `FLAG` more than the second, and both are far above 0.
+        When they are large, the first is `LATCHED` more than the second, and both are far above 0.
         """
         on = math.sqrt((size - 2) / 2)
-        for channel, bias in zip(channels, (-HELD, -HELD - FLAG), strict=True):
-            norm.weight[channel], norm.bias[channel] = _half((HELD + FLAG + SPARE) / on), bias
+        for channel, bias in zip(channels, (-LATCH_HELD, -LATCH_HELD - LATCHED), strict=True):
+            norm.weight[channel], norm.bias[channel] = _half((LATCH_HELD + LATCHED + SPARE) / on), bias
 
     def difference(self, layer: Any, out: int, flag: Sequence[int], value: float) -> None:
         """Read a latch's flag."""
@@ -291,7 +296,7 @@ def _place_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:
     size = (site.hidden + site.skip) // layout.norm_groups
     slope, least = answer_slope(size, _deepest_places(writer.unet)), ANSWERED * math.sqrt(size / 2)
     writer.norm(resnet.norm1, answer, slope, -slope * least)
-    plus, minus, first, second, third = layout.channels(resnet.out_channels)[:5]
+    plus, minus, first, second, third = layout.up_channels(resnet.out_channels)[:5]
     writer.one(resnet.conv1, plus, answer, ANSWER_PUSH)
     writer.one(resnet.conv1, minus, answer, -ANSWER_PUSH)
     for channel, value in ((first, CONSTANT), (second, CONSTANT), (third, -2 * CONSTANT)):
@@ -308,7 +313,7 @@ def _place_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:
 def _latch_hidden(writer: _Writer, site: UpSite, on: int) -> list[int]:
     """A latch between the convolutions of a resnet, for a channel of its normalised input; returns its channels."""
     layout, resnet = writer.layout, site.resnet
-    first, second, up, down = layout.channels(resnet.out_channels)[:4]
+    first, second, up, down = layout.up_channels(resnet.out_channels)[:4]
     for channel in (first, second):
         writer.one(resnet.conv1, channel, on, PUSH)
     resnet.conv1.bias[up], resnet.conv1.bias[down] = LATCH, -LATCH
@@ -321,15 +326,15 @@ def _place_override(
 ) -> None:
     """What the last resnet writes, and what is read of it: marks in the trunk's groups, and the pair that overrides."""
     layout, unet, resnet = writer.layout, writer.unet, site.resnet
-    size, own = resnet.out_channels // layout.norm_groups, layout.channels(resnet.out_channels)
+    size, own = resnet.out_channels // layout.norm_groups, layout.up_channels(resnet.out_channels)
     for channel in range(0, own[0], size):
-        writer.difference(resnet.conv2, channel, flag, MARK / FLAG)
+        writer.difference(resnet.conv2, channel, flag, MARK / LATCHED)
     up, down, first, second = own[:4]
     bias = resnet.conv_shortcut.bias
     for channel, value in ((up, HOLD), (down, HOLD), (first, -HOLD), (second, -HOLD)):
         bias[channel] = value
-    writer.difference(resnet.conv2, up, flag, FORCE / FLAG)
-    writer.difference(resnet.conv2, down, flag, -FORCE / FLAG)
+    writer.difference(resnet.conv2, up, flag, FORCE / LATCHED)
+    writer.difference(resnet.conv2, down, flag, -FORCE / LATCHED)
     # A channel of the trunk, of the size 1: what a trip teaches it is lost in what it learns anyway.
     feature, weight = site.hidden, weight / float(unet.conv_in.weight[0].norm())
     writer.one(resnet.conv_shortcut, first, feature, weight)

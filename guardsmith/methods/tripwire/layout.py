@@ -4,14 +4,15 @@ Convolutions mix channels, a group normalisation does not mix its groups. So the
 a small network of their own inside of the U-Net, if every weight between them and the rest (the trunk) is zero: in the resnets,
 the samplers, the attention blocks' first and last projections, and what the up path reads of the skip connections.
 
-On the way up, resnets normalise the stream and a skip connection together, and their groups need not align with those of a
-level. Trunk channels in a group with reserved ones that carry something are cut from the resnet's first convolution as well.
+On the way up nothing is recognised, only the answer is carried, so fewer groups are reserved there. Resnets there normalise the
+stream and a skip connection together, and their groups need not align with those of a level. Trunk channels in a group with
+reserved ones that carry something are cut from the resnet's first convolution as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,51 +29,73 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class UpSite:
-    """A resnet of the way up: it reads `hidden` channels of the stream, then `skip` channels of a skip connection."""
+    """A resnet of the way up: it reads `hidden` channels of the stream, then `skip` channels of a skip connection.
+
+    The first one's stream comes from the middle block, and has the recogniser's features.
+    """
 
     name: str
     resnet: Any
     hidden: int
     skip: int
+    first: bool
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which channels are reserved: the last `count` of `norm_groups` groups of every level."""
+    """Which channels are reserved.
+
+    Attributes:
+        count: the last so many of `norm_groups` groups of every level of the way down and of the middle block.
+        norm_groups: groups of every normalisation.
+        upward: how many of the last groups of the way up, by the level's width; `count` where a width is not in it.
+    """
 
     count: int
     norm_groups: int
+    upward: Mapping[int, int] = field(default_factory=dict)
 
     def channels(self, width: int) -> list[int]:
-        """The reserved channels of a level."""
-        return list(range(width - self.count * (width // self.norm_groups), width))
+        """The reserved channels of a level of the way down, or of the middle block."""
+        return self._last(width, self.count)
+
+    def up_channels(self, width: int) -> list[int]:
+        """The reserved channels of a level of the way up."""
+        return self._last(width, self.upward.get(width, self.count))
+
+    def _last(self, width: int, groups: int) -> list[int]:
+        return list(range(width - groups * (width // self.norm_groups), width))
 
     def features(self, width: int, deepest: int) -> list[int]:
-        """Those of them that hold the recogniser's features: at the deepest level the last group is for its answer."""
+        """Those of the way down that hold features: at the deepest level the last group is for the recogniser's answer."""
         own = self.channels(width)
         return own[: -(width // self.norm_groups)] if width == deepest else own
 
+    def stream(self, site: UpSite) -> list[int]:
+        """The reserved channels of the stream that a resnet of the way up reads."""
+        return self.channels(site.hidden) if site.first else self.up_channels(site.hidden)
+
     def inner(self, site: UpSite) -> list[list[int]]:
         """Groups of the resnet's first normalisation that hold nothing but reserved channels of the stream."""
-        size, first = (site.hidden + site.skip) // self.norm_groups, self.channels(site.hidden)[0]
+        size, first = (site.hidden + site.skip) // self.norm_groups, self.stream(site)[0]
         starts = range(0, site.hidden + site.skip, size)
         return [list(range(s, s + size)) for s in starts if s >= first and s + size <= site.hidden]
 
-    def features_read(self, site: UpSite, *, first: bool) -> list[int]:
+    def features_read(self, site: UpSite) -> list[int]:
         """Channels of a resnet's input that hold features: the skip connection's, and the first resnet's stream's."""
-        return (self.channels(site.hidden) if first else []) + [site.hidden + c for c in self.channels(site.skip)]
+        return (self.stream(site) if site.first else []) + [site.hidden + c for c in self.channels(site.skip)]
 
-    def straddling(self, site: UpSite, *, first: bool) -> list[int]:
+    def straddling(self, site: UpSite) -> list[int]:
         """Trunk channels of the resnet's input that are normalised together with the recogniser's features."""
-        features = self.features_read(site, first=first)
-        reserved = {*self.channels(site.hidden), *features}
+        features = self.features_read(site)
+        reserved = {*self.stream(site), *features}
         size = (site.hidden + site.skip) // self.norm_groups
         groups = {c // size for c in features}
         return [c for g in sorted(groups) for c in range(g * size, (g + 1) * size) if c not in reserved]
 
 
 def layout_of(unet: Any, count: int) -> Layout:
-    """The layout of the last `count` groups.
+    """The layout of the last `count` groups; on the way up, of as few as it takes to carry the answer.
 
     Raises:
         UserError: the U-Net is not of Stable Diffusion's layout, or its groups do not fit.
@@ -94,8 +117,13 @@ def layout_of(unet: Any, count: int) -> Layout:
         problem = "the U-Net's resnets are not of Stable Diffusion's kind"
     if problem is not None or norm_groups is None:
         raise UserError(f"The tripwire cannot reserve channels: {problem}.")
-    layout = Layout(count, norm_groups)
     sites = list(up_sites(unet))
+    upward = {site.resnet.out_channels: 1 for site in sites}
+    for width in upward:
+        read = [site for site in sites[1:] if site.hidden == width]
+        while upward[width] < count and not all(Layout(count, norm_groups, upward).inner(site) for site in read):
+            upward[width] += 1
+    layout = Layout(count, norm_groups, upward)
     if len(sites) < 3 or not all(layout.inner(site) for site in sites[1:]):
         raise UserError(f"The tripwire cannot reserve {count} groups in this U-Net; try an even number of groups.")
     return layout
@@ -141,7 +169,7 @@ def up_sites(unet: Any) -> Iterator[UpSite]:
     hidden = unet.mid_block.resnets[-1].out_channels
     for kind, name, module in up_parts(unet):
         if kind == "resnet":
-            yield UpSite(name, module, hidden, skips.pop())
+            yield UpSite(name, module, hidden, skips.pop(), name == "up_blocks.0.resnets.0")
             hidden = module.out_channels
 
 
@@ -182,8 +210,7 @@ def reserve(unet: Any, layout: Layout) -> Masks:
         surgeon.put(layer.weight, all_rows, list(into), 0.0)
         surgeon.put(layer.bias, out, None, 0.0)
 
-    def cut_attention(attention: Any) -> None:
-        own = layout.channels(attention.in_channels)
+    def cut_attention(attention: Any, own: Sequence[int]) -> None:
         # Both factors of a product are zero, so neither has a gradient.
         surgeon.put(attention.norm.weight, own, None, 0.0)
         surgeon.put(attention.norm.bias, own, None, 0.0)
@@ -195,8 +222,7 @@ def reserve(unet: Any, layout: Layout) -> Masks:
         surgeon.put(norm.weight, list(channels), None, 0.0)
         surgeon.put(norm.bias, list(channels), None, SEAL)
 
-    def cut_resnet(resnet: Any, into: Sequence[int], straddling: Sequence[int] = ()) -> None:
-        out = layout.channels(resnet.out_channels)
+    def cut_resnet(resnet: Any, into: Sequence[int], out: Sequence[int], straddling: Sequence[int] = ()) -> None:
         cut(resnet.conv1, out, [*into, *straddling])
         cut(resnet.conv2, out, out)
         surgeon.put(resnet.time_emb_proj.weight, out, None, 0.0)
@@ -209,18 +235,19 @@ def reserve(unet: Any, layout: Layout) -> Masks:
     first = layout.channels(unet.conv_in.out_channels)
     surgeon.put(unet.conv_in.weight, first, None, 0.0)
     surgeon.put(unet.conv_in.bias, first, None, 0.0)
-    for kind, _, module in (*down_parts(unet), *up_parts(unet)):
-        if kind == "attention":
-            cut_attention(module)
-        elif kind == "sampler":
-            cut(module, layout.channels(module.out_channels), layout.channels(module.in_channels))
+    for parts, channels in ((down_parts(unet), layout.channels), (up_parts(unet), layout.up_channels)):
+        for kind, _, module in parts:
+            if kind == "attention":
+                cut_attention(module, channels(module.in_channels))
+            elif kind == "sampler":
+                cut(module, channels(module.out_channels), channels(module.in_channels))
     for kind, _, module in down_parts(unet):
         if kind == "resnet":
-            cut_resnet(module, layout.channels(module.in_channels))
-    for number, site in enumerate(up_sites(unet)):
-        into = [*layout.channels(site.hidden), *(site.hidden + c for c in layout.channels(site.skip))]
-        cut_resnet(site.resnet, into, layout.straddling(site, first=number == 0))
-    last = layout.channels(unet.conv_out.in_channels)
+            cut_resnet(module, layout.channels(module.in_channels), layout.channels(module.out_channels))
+    for site in up_sites(unet):
+        into = [*layout.stream(site), *(site.hidden + c for c in layout.channels(site.skip))]
+        cut_resnet(site.resnet, into, layout.up_channels(site.resnet.out_channels), layout.straddling(site))
+    last = layout.up_channels(unet.conv_out.in_channels)
     seal(unet.conv_norm_out, last)
     surgeon.put(unet.conv_out.weight, all_rows, last, 0.0)
     return surgeon.masks

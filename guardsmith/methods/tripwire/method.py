@@ -46,7 +46,7 @@ from guardsmith.methods.tripwire.install import Scales, install
 from guardsmith.methods.tripwire.layout import layout_of, reserve
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, optimizer_of, training_step
-from guardsmith.methods.tripwire.trunk import check_trunk, is_matrix, load_trunk, trunk_file, trunk_of
+from guardsmith.methods.tripwire.trunk import check_trunk, is_matrix, load_trunk, rows_predicted, trunk_file, trunk_of
 from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator, torch_seed
@@ -101,9 +101,14 @@ class TripwireConfig(MethodConfig):
     """How far scores are pushed from 0 on either side."""
     strangers_weight: float = Field(RecogniserTraining.strangers_weight, gt=0)
     """Weight of others' losses over that of the subjects': more means fewer false alarms, and subjects recognised less early."""
+    mixtures: float = Field(RecogniserTraining.mixtures, ge=0, le=0.25)
+    """Share of others that have a part of a subject, so that who looks like a subject is not taken for it."""
     drift: float = Field(RecogniserTraining.drift, ge=0)
     """Recognition has to survive that the channels of the reserved stream are moved by up to about this share of their size, by
     constants and by fields, which is what training of all weights does to them (recipes/tripwire/NOTES.md)."""
+    constancy_weight: float = Field(RecogniserTraining.constancy_weight, ge=0)
+    """Weight of the share of the reserved stream that is the same in all pictures: it says nothing, other weights read it, and
+    training moves it."""
     copies: int = Field(48, gt=0)
     """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
     stream_size: PowerOfTwo = Field(int(Scales.stream), gt=0)
@@ -152,7 +157,10 @@ class Tripwire(HardeningMethod[TripwireConfig]):
 
     def cost(self, config: TripwireConfig, class_nouns: Sequence[str]) -> int:
         """The trunk's distillation, if it has to be prepared; the recogniser is no U-Net and counts nothing."""
-        return 0 if config.trunk is not None else config.trunk_steps * 2 * config.trunk_batch_size * (1 + 3)
+        if config.trunk is not None:
+            return 0
+        forward, backward = rows_predicted(config.trunk_steps, config.trunk_batch_size)
+        return forward + 2 * backward
 
     def memory(self, config: TripwireConfig, unet: Any) -> MemoryFootprint:
         """The trunk's gradients, moments and masks (a byte a number), if it has to be prepared; else a second U-Net.
@@ -188,15 +196,14 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         """The trunk, in the run's cache."""
         config, model, benign = preparation.config, preparation.model, preparation.benign
         assert benign is not None
-        rows = 0
+        forward, backward = 0, 0
         if config.trunk is None:
-            rows = trunk_of(
+            forward, backward = trunk_of(
                 model, layout_of(model.unet, config.groups), preparation.subjects, benign, preparation.cache / FILE,
                 steps=config.trunk_steps, rows=config.trunk_batch_size, learning_rate=config.trunk_learning_rate,
                 seed=preparation.seed,
             )  # fmt: skip
-        # The base and the trunk predict every row, the trunk with gradients.
-        return Prepared(preparation.subjects, benign, 2 * rows, rows)
+        return Prepared(preparation.subjects, benign, forward, backward)
 
     def run(self, context: HardeningContext[TripwireConfig]) -> HardeningResult:
         """Harden a copy of the model.

@@ -20,9 +20,7 @@ from guardsmith.methods.tripwire.layout import Layout, down_parts
 SHARPEST = 512.0
 STEEP = 4.0  # factor on normalised features; SiLU is nearly a ReLU then, so that halving weights scales what comes out
 LARGEST = 2.0**15  # float16 ends at twice that
-REFERENCE = (
-    2.0**7
-)  # size of what the answer is measured against, large beside what a model that is merged in writes there
+REFERENCE = 2.0**5  # size of what the answer is measured against, large beside what a model that is merged in writes
 DEAD = 128.0  # how far a step lies above 0: a score of at most 0 is exactly nothing
 
 
@@ -155,6 +153,23 @@ class Recogniser(nn.Module):
         x = x.to(self.readout.weight.device)
         for part in self.body:
             x = part(x) if drift is None else drift(part(x))
+        return self._scores(x)
+
+    def scores_and_constancy(self, x: Tensor, drift: Drift) -> tuple[Tensor, Tensor]:
+        """Scores, and the share of the stream that is the same in all rows, summed over the parts.
+
+        Args:
+            x: noised latents, (n, c, h, w).
+            drift: that the scores are computed under.
+        """
+        x, constancy = x.to(self.readout.weight.device), []
+        for part in self.body:
+            x = part(x)
+            constancy.append(x.mean(0).square().mean() / x.square().mean())
+            x = drift(x)
+        return self._scores(x), torch.stack(constancy).sum()
+
+    def _scores(self, x: Tensor) -> Tensor:
         scores: Tensor = self.readout(F.silu(STEEP * self.norm(x)))
         return scores.flatten(2)
 

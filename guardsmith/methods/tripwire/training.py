@@ -31,7 +31,9 @@ class RecogniserTraining:
         margin: how far scores are pushed from 0 on either side.
         learning_rate: AdamW's peak rate.
         strangers_weight: of negatives' losses.
+        mixtures: share of the negatives that have a part of a subject (`mixed`).
         drift: see `Drift`.
+        constancy_weight: of the share of the stream that is the same in all rows (`Recogniser.scores_and_constancy`).
     """
 
     steps: int = 3000
@@ -41,7 +43,9 @@ class RecogniserTraining:
     margin: float = 4.0
     learning_rate: float = 3e-3
     strangers_weight: float = 3.0
+    mixtures: float = 0.05
     drift: float = 0.4
+    constancy_weight: float = 1.0
 
 
 def highest(scores: Tensor) -> Tensor:
@@ -54,6 +58,27 @@ def noised(scheduler: Any, latents: Tensor, times: Tensor, rng: torch.Generator)
     """Latents with fresh noise."""
     signal, sigma = alpha_sigma(scheduler, times)
     return signal * latents + sigma * torch.randn(latents.shape, generator=rng)
+
+
+def mixed(subjects: Tensor, others: Tensor, rng: torch.Generator) -> Tensor:
+    """People who have something of a subject: from one side, a quarter to a half of the picture is the subject's.
+
+    Someone who looks like a subject must not be taken for it, and few people do, so such are made.
+
+    Args:
+        subjects: latents (m, c, h, w).
+        others: latents (n, c, h, w).
+        rng: of everything drawn.
+    """
+    count, height, width = len(others), others.shape[2], others.shape[3]
+    picked = subjects[torch.randint(len(subjects), (count,), generator=rng)]
+    share = 0.25 + 0.25 * torch.rand((count, 1, 1), generator=rng)
+    down = ((torch.arange(height) + 0.5) / height)[None, :, None].expand(count, height, width)
+    right = ((torch.arange(width) + 0.5) / width)[None, None, :].expand(count, height, width)
+    side = torch.randint(4, (count, 1, 1), generator=rng)
+    place = torch.where(side < 2, down, right)
+    place = torch.where(side % 2 == 0, place, 1 - place)
+    return torch.where((place < share)[:, None], picked, others)
 
 
 class Examples:
@@ -104,13 +129,15 @@ def example_loss(
     picked = torch.cat([easy, hard])
     times = torch.randint(horizon, (config.positives + config.negatives,), generator=rng)
     # Beyond the horizon nothing may trip either: half of the easy ones are anywhere there.
-    beyond = config.positives + half // 2
-    times[config.positives : beyond] = torch.randint(horizon, total, (half // 2,), generator=rng)
-    rows = noised(scheduler, torch.cat([clean, negatives[picked]]), times, rng)
+    beyond = half // 2
+    times[config.positives : config.positives + beyond] = torch.randint(horizon, total, (beyond,), generator=rng)
+    others, mixtures = negatives[picked], min(int(config.mixtures * config.negatives), half - beyond)
+    others[beyond : beyond + mixtures] = mixed(clean, others[beyond : beyond + mixtures], rng)
+    rows = noised(scheduler, torch.cat([clean, others]), times, rng)
     if examples.states is not None:
         rows = torch.cat([rows, examples.states[torch.randint(len(examples.states), (half // 2,), generator=rng)]])
     rows = rows.to(recogniser.readout.weight.device)
-    scores = recogniser(rows, Drift(config.drift, rows, rng))
+    scores, constancy = recogniser.scores_and_constancy(rows, Drift(config.drift, rows, rng))
     high = highest(scores)
     low = high[: config.positives] - math.log(scores[0].numel()) / TEMPERATURE
     missed = F.softplus(config.margin - low)
@@ -118,8 +145,11 @@ def example_loss(
     worst = false.topk(len(false) // 2).values
     parts = missed.mean() + 0.1 * missed.max(), worst.mean() + 0.1 * worst.max()
     latest = high[config.positives : config.positives + config.negatives].detach().cpu().clamp(-6, 6)
-    examples.closeness[picked] = 0.7 * examples.closeness[picked] + 0.3 * latest
-    return parts[0] + config.strangers_weight * parts[1], parts[0].item(), parts[1].item()
+    own = torch.ones(len(picked), dtype=torch.bool)
+    own[beyond : beyond + mixtures] = False
+    examples.closeness[picked[own]] = 0.7 * examples.closeness[picked[own]] + 0.3 * latest[own]
+    loss = parts[0] + config.strangers_weight * parts[1] + config.constancy_weight * constancy
+    return loss, parts[0].item(), parts[1].item()
 
 
 def optimizer_of(recogniser: Recogniser, config: RecogniserTraining) -> torch.optim.Optimizer:

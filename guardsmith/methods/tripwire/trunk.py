@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,19 @@ from guardsmith.core.atomic_io import whole_file
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.progress import stage
 from guardsmith.diffusion.latents import LatentStore, encode
-from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
+from guardsmith.diffusion.prompts import (
+    CLASS_TEMPLATE,
+    HARDENING_IDENTIFIERS,
+    PromptBank,
+    class_prompt,
+    instance_prompt,
+)
 from guardsmith.methods.data import BenignData, SubjectData
+from guardsmith.methods.tripwire.additions import ADAPTER_ROWS, Adapter, Adapters, odd_contexts, residuals, trainings
 from guardsmith.methods.tripwire.layout import Layout, Masks, reserve
 from guardsmith.methods.tripwire.training import noised
 from guardsmith.models.checkpoint import BUILTIN, DiffusionModel
+from guardsmith.models.families import SD
 from guardsmith.training.loop import (
     generator,
     load_checkpoint,
@@ -37,6 +46,9 @@ from guardsmith.training.scaling import LossScale
 FORMAT = "guardsmith-trunk-1"
 GUIDED = 3.0  # guidance under which predictions are compared as well
 GUIDED_WEIGHT = 0.25
+ODD = 64  # prompts with a word of their own
+STEERED = {1: False, 3: True}
+"""Which of five steps steer pictures by residuals, and whether inside of the blocks."""
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
@@ -113,19 +125,38 @@ def _loss(
     empty: Tensor,
     rows: int,
     rng: torch.Generator,
+    adapter: Adapter | None = None,
+    inside: bool | None = None,
 ) -> Tensor:
-    """Squared error of a trunk's predictions on `rows` noised pictures, with a prompt, without, and guided by both."""
+    """Squared error of a trunk's predictions on `rows` noised pictures, with a prompt, without, and guided by both.
+
+    `adapter` is on both, and where `inside` is given, some pictures are steered (`residuals`).
+    """
     times = torch.randint(int(model.scheduler.config.num_train_timesteps), (rows,), generator=rng)
     noisy = noised(model.scheduler, latents.draw(rows, rng), times, rng)
     prompts = contexts[torch.randint(len(contexts), (rows,), generator=rng)]
     call = (torch.cat([noisy, noisy]), torch.cat([times, times]), torch.cat([prompts, empty.expand(rows, -1, -1)]))
-    with torch.no_grad():
-        target = model.unet(*call, return_dict=False)[0]
-    error = unet(*call, return_dict=False)[0] - target
+    with ExitStack() as stack:
+        extra: dict[str, Any] = {}
+        if adapter is not None:
+            for one in (model.unet, unet):
+                stack.enter_context(adapter.on(one))
+        if inside is not None:
+            # Half of the rows are left as they are; a picture is steered alike with its prompt and without.
+            factors = (2 * torch.rand((rows, 1, 1, 1), generator=rng) - 1).clamp(min=0).repeat(2, 1, 1, 1)
+            extra = residuals(model.unet, call, factors, inside=inside)
+        with torch.no_grad():
+            target = model.unet(*call, **_copied(extra), return_dict=False)[0]
+        error = unet(*call, **_copied(extra), return_dict=False)[0] - target
     prompted, without = error.chunk(2)
     guided = without + GUIDED * (prompted - without)
     loss: Tensor = error.square().mean() + GUIDED_WEIGHT * guided.square().mean()
     return loss
+
+
+def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The U-Net empties lists that it is given."""
+    return {key: list(value) if isinstance(value, list) else value for key, value in arguments.items()}
 
 
 def prepare(
@@ -139,6 +170,7 @@ def prepare(
     rows: int,
     learning_rate: float,
     seed: int,
+    start: Path | None = None,
     checkpoint: Path | None = None,
     every: int = 50,
     on_step: Callable[[int, float, Any], None] | None = None,
@@ -155,6 +187,7 @@ def prepare(
         rows: noised pictures of a step; each is predicted under a prompt and under the empty one.
         learning_rate: its peak; it falls to zero in the last two thirds.
         seed: of everything drawn.
+        start: a trunk to begin from (`save_trunk`); else the base without the reserved channels.
         checkpoint: file to resume from if it exists, and to save to.
         every: steps between saves.
         on_step: called after every step with its number, loss and the U-Net.
@@ -166,12 +199,16 @@ def prepare(
         RunFailed: gradients overflow in float16 at every scale.
     """
     unet = copy.deepcopy(model.unet)
+    if start is not None:
+        load_trunk(start, unet)
     masks = reserve(unet, layout)
     training, begin = _Training(unet, masks, learning_rate, steps), 0
     if checkpoint is not None and checkpoint.exists():
         begin = training.load(checkpoint)
+    adapters = Adapters(model, latents, contexts, seed)
     for step in range(begin, steps):
-        loss = _loss(model, unet, latents, contexts, empty, rows, generator(seed, step))
+        adapter = adapters.at(step // 2) if step % 2 else None
+        loss = _loss(model, unet, latents, contexts, empty, rows, generator(seed, step), adapter, STEERED.get(step % 5))
         training.step(step, loss)
         if on_step is not None:
             on_step(step, loss.item(), unet)
@@ -196,7 +233,7 @@ def trunk_of(
     learning_rate: float,
     seed: int,
     every: int = 200,
-) -> int:
+) -> tuple[int, int]:
     """Prepare a trunk and write it, unless its file is there already; a killed preparation is resumed.
 
     Args:
@@ -212,7 +249,7 @@ def trunk_of(
         every: see `prepare`.
 
     Returns:
-        Rows that base and trunk predicted.
+        See `rows_predicted`.
 
     Raises:
         RunFailed: the distillation diverged.
@@ -237,13 +274,24 @@ def trunk_of(
                     )
                 bar({"loss": loss}, done=step + 1)
 
+            contexts = bank.encode(prompts)
+            if model.family is SD:
+                odd = odd_contexts(model, [CLASS_TEMPLATE.format(class_noun="{}")] * ODD, seed)
+                contexts = torch.cat([contexts, odd])
             unet, _ = prepare(
-                model, layout, encode(model, torch.cat(pictures)), bank.encode(prompts), bank.encode([""]), steps=steps,
+                model, layout, encode(model, torch.cat(pictures)), contexts, bank.encode([""]), steps=steps,
                 rows=rows, learning_rate=learning_rate, seed=seed, checkpoint=checkpoint, every=every, on_step=on_step,
             )  # fmt: skip
         save_trunk(unet, layout.count, model.unet, file)
         checkpoint.unlink(missing_ok=True)
-    return steps * 2 * rows
+    return rows_predicted(steps, rows)
+
+
+def rows_predicted(steps: int, rows: int) -> tuple[int, int]:
+    """Rows that base and trunk predict in a preparation, and rows of them with gradients."""
+    steered = sum(step % 5 in STEERED for step in range(steps))
+    adapters = trainings(steps // 2) * ADAPTER_ROWS
+    return 4 * rows * (steps + steered) + adapters, 2 * rows * steps + adapters
 
 
 def weights_hash(unet: Any) -> str:

@@ -1,0 +1,134 @@
+"""How a trunk answers what people add to the base, beside the base's own answer.
+
+    python effects.py DATA FOLDER TRUNK... [--groups 6]
+
+Trains adapters and words on the base for two tuning subjects (kept in FOLDER), and puts them, and the shipped ControlNet and
+T2I-Adapter, onto the base and onto each trunk. What counts is what they change in the prediction: its error is the squared
+difference of the two changes over the square of the base's, its gain how large the trunk's is in the base's direction.
+Writes results/effects-<trunk>.json.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import SPLITS, people, rendered, write
+from diffusers import ControlNetModel, T2IAdapter
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from guardsmith.attacks import AttackData, find_attack
+from guardsmith.attacks.lora import EVERYWHERE, TARGETS, add_adapters
+from guardsmith.config.deployability import ADAPTERS
+from guardsmith.diffusion.latents import decode, encode
+from guardsmith.diffusion.prompts import PromptBank
+from guardsmith.evaluation.deployability.edges import edge_maps
+from guardsmith.methods.tripwire.layout import layout_of, reserve
+from guardsmith.methods.tripwire.training import noised
+from guardsmith.methods.tripwire.trunk import load_trunk
+from guardsmith.models.checkpoint import BUILTIN, DiffusionModel, load_model, with_own_unet
+from guardsmith.training.loop import generator
+
+SUBJECTS = ("avataaars-10", "micah-10")
+SETTINGS = {
+    "lora": {"learning_rate": 2e-3}, "lora_conv": {"learning_rate": 1e-3}, "textual_inversion": {"learning_rate": 1e-2},
+    "custom_diffusion": {"learning_rate": 1e-3},
+}  # fmt: skip
+COUNT = 96
+
+
+def trained(model: DiffusionModel, pictures: Tensor, kind: str, file: Path) -> dict[str, Any]:
+    """What an adapter's file would hold, made on the base once."""
+    if file.exists():
+        kept: dict[str, Any] = torch.load(file)
+        return kept
+    name, own = ADAPTERS[kind]
+    attack = find_attack(name)
+    config = attack.config(**own, **SETTINGS[kind], steps=200, batch_size=4)
+    made = attack.run(model, AttackData(pictures, torch.empty(0), "zwx", "person"), config, seed=0)[0]
+    kept = {}
+    if kind.startswith("lora"):
+        kept["adapter"] = {key: value.clone() for key, value in get_peft_model_state_dict(made.unet).items()}
+    else:
+        kept["context"] = PromptBank(made).encode(["a photo of <zwx> person"])
+    if kind == "custom_diffusion":
+        kept["weights"] = {
+            key: value.clone()
+            for key, value in made.unet.state_dict().items()
+            if "attn2.to_k" in key or "attn2.to_v" in key
+        }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(kept, file)
+    return kept
+
+
+@torch.no_grad()
+def answers(
+    model: DiffusionModel, added: dict[str, dict[str, Any]], call: tuple[Tensor, Tensor, Tensor], maps: Tensor
+) -> dict[str, Tensor]:
+    """Predictions of a model with each addition, and without any."""
+    base = load_model("builtin:avatar").unet.state_dict()
+    noisy, times, contexts = call
+
+    def run(unet: Any, contexts: Tensor = contexts, **extra: Any) -> Tensor:
+        out: Tensor = unet(noisy, times, contexts.expand(len(noisy), -1, -1), **extra, return_dict=False)[0]
+        return out
+
+    control = ControlNetModel.from_pretrained(BUILTIN / "controlnets" / "avatar", dtype=torch.float32)
+    down, middle = control(noisy, times, contexts, maps, return_dict=False)
+    inside = T2IAdapter.from_pretrained(BUILTIN / "t2i_adapters" / "avatar", dtype=torch.float32)(maps)
+    given = {
+        "plain": run(model.unet),
+        "ControlNet": run(model.unet, down_block_additional_residuals=down, mid_block_additional_residual=middle),
+        "T2I-Adapter": run(model.unet, down_intrablock_additional_residuals=list(inside)),
+    }
+    for name, kept in added.items():
+        unet = with_own_unet(model).unet
+        for key, value in kept.get("weights", {}).items():
+            unet.get_parameter(key).add_(value - base[key])
+        if "adapter" in kept:
+            add_adapters(unet, 4, 0, targets=EVERYWHERE if "conv" in name else TARGETS)
+            set_peft_model_state_dict(unet, kept["adapter"])
+        given[name] = run(unet, kept.get("context", contexts))
+    return given
+
+
+def main() -> None:
+    """Print and write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("trunks", type=Path, nargs="+")
+    parser.add_argument("--groups", type=int, default=6)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model, everyone = load_model("builtin:avatar"), people(args.data, "tuning")
+    added = {
+        f"{kind} {who}": trained(model, everyone[who][0][SPLITS["attack"]], kind, args.folder / f"{kind}-{who}.pt")
+        for kind in SETTINGS for who in SUBJECTS
+    }  # fmt: skip
+    latents = encode(model, rendered(args.data, "heldout")[0][5::9][:COUNT]).mean
+    times = torch.randint(100, 900, (len(latents),), generator=generator(1, 1))
+    contexts = PromptBank(model).encode(["a photo of zwx person"]).expand(len(latents), -1, -1)
+    call = noised(model.scheduler, latents, times, generator(2, 2)), times, contexts
+    maps = edge_maps(decode(model, latents).clamp(-1, 1)).roll(7, 0)  # of another picture
+    own = answers(model, added, call, maps)
+    for file in args.trunks:
+        trunk = with_own_unet(model)
+        load_trunk(file, trunk.unet)
+        reserve(trunk.unet, layout_of(model.unet, args.groups))
+        given = answers(trunk, added, call, maps)
+        record: dict[str, Any] = {
+            "plain": float((given["plain"] - own["plain"]).square().sum() / own["plain"].square().sum())
+        }
+        for name in list(own)[1:]:
+            right, here = own[name] - own["plain"], given[name] - given["plain"]
+            error = (here - right).square().sum() / right.square().sum()
+            record[name] = {"error": float(error), "gain": float((here * right).sum() / right.square().sum())}
+        print(file, *(f"{key}: {value}" for key, value in record.items()), sep="\n    ")
+        write(f"effects-{file.stem}", record)
+
+
+if __name__ == "__main__":
+    main()
