@@ -72,6 +72,7 @@ def forecasts_measure_once():
     from guardsmith.models.checkpoint import DiffusionModel, resolve
 
     estimate, timed, known = forecast.estimate, forecast.seconds_per_forward, {}
+    other = forecast.other_seconds
 
     def estimated(recipe, method, config, *, loaded=0):
         folder = resolve(recipe.base, recipe.revision)
@@ -89,7 +90,14 @@ def forecasts_measure_once():
             known[key] = timed(model)
         return known[key]
 
+    def others(spec, model):
+        key = "other", repr(spec), repr(model.unet.config)
+        if key not in known:
+            known[key] = other(spec, model)
+        return known[key]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "other_seconds", others)
         patch.setattr(forecast, "estimate", estimated)
         patch.setattr(forecast, "seconds_per_forward", seconds)
         yield

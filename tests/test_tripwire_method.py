@@ -351,3 +351,10 @@ def test_runs_of_the_earlier_tripwire_and_of_another_shape_are_refused(first_run
     for command in (add, ["verify", first, "--recipe", recipe]):
         assert "parameters of the earlier Tripwire" in (text := said(*command)) and "harden again from the base" in text
     assert not (tmp_path / "second").exists()
+
+
+def test_the_recognisers_training_is_in_the_forecast(wide_v, tmp_path):
+    settings = {"trunk": str(untaught_trunk(wide_v, tmp_path / "trunk.safetensors")), "positives": 2, "negatives": 4}
+    few, many = (TripwireConfig(**settings, steps=steps) for steps in (1, 100_000))
+    assert TRIPWIRE.cost(many, ["person"]) == 0
+    assert 0 < TRIPWIRE.other_seconds(few, wide_v) < TRIPWIRE.other_seconds(many, wide_v)

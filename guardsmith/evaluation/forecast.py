@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from math import ceil
@@ -21,7 +22,7 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from guardsmith.attacks import find_attack
-from guardsmith.config.recipe import AttackSpec, Recipe
+from guardsmith.config.recipe import AttackSpec, MethodSpec, Recipe
 from guardsmith.core.console import warn
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
 from guardsmith.diffusion.prompts import PromptBank
@@ -135,7 +136,7 @@ def forecast(
     plan.data["verification_forwards"] = forwards["verification"]
     plan.add("U-Net forwards", f"{forwards['hardening']:,} to harden, about {forwards['verification']:,} to verify "
                                "(without the checks of everyday use)")  # fmt: skip
-    hours = _hours(plan, base, forwards) if base is not None else None
+    hours = _hours(plan, base, forwards, recipe if hardens else None) if base is not None else None
     _look_at_room(plan, recipe, output, base, hardens)
     _look_at_consents(plan, registry, hours, today or present_day())
     return plan
@@ -313,9 +314,18 @@ def _timed(model: DiffusionModel, rows: int) -> float:
     return min(times)
 
 
-def _hours(plan: Forecast, base: DiffusionModel, forwards: dict[str, int]) -> float:
+def other_seconds(spec: MethodSpec, base: DiffusionModel) -> float:
+    """Seconds that a hardening takes beside its U-Net forwards (`HardeningMethod.other_seconds`)."""
+    method = find_method(spec.name)
+    return method.other_seconds(method.config(**spec.params), base)
+
+
+def _hours(plan: Forecast, base: DiffusionModel, forwards: dict[str, int], hardening: Recipe | None) -> float:
     rate = seconds_per_forward(base)
     hours = {what: count * rate / 3600 for what, count in forwards.items()}
+    if hardening is not None:
+        with suppress(UserError):  # a base that does not fit is a problem of its own
+            hours["hardening"] += other_seconds(hardening.method, base) / 3600
     plan.data |= {"seconds_per_forward": rate, "hours": hours | {"together": sum(hours.values())}}
     plan.add("time", f"{in_words(hours['hardening'])} to harden, {in_words(hours['verification'])} to verify (likewise), in one "
                      f"process at the {1 / rate:.3g} forwards a second that were measured just now")  # fmt: skip

@@ -254,6 +254,15 @@ class HardeningMethod(ABC, Generic[Config]):
             unet: the base's denoiser; its tensors may have shapes and no contents.
         """
 
+    def other_seconds(self, config: Config, model: DiffusionModel) -> float:
+        """Seconds of a run on this machine that `cost` does not count, for what is trained beside the denoiser; 0 by default.
+
+        Args:
+            config: the parameters.
+            model: the base.
+        """
+        return 0.0
+
     def capacity(self, unet: Any) -> int | None:
         """How many subjects this denoiser can be hardened for; `None`: there is no limit."""
         return None

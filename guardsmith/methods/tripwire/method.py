@@ -21,6 +21,7 @@ protects the pictures that it was taught to recognise, not a name. recipes/tripw
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -52,6 +53,7 @@ from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator, torch_seed
 
 FILE = "trunk.safetensors"
+TIMED_STEPS, TIMED_SECONDS = 3, 2.0  # of the recogniser, in a forecast
 EARLIER = frozenset({
     "batch_size", "lookalikes", "ideal_bystanders", "readout_learning_rate", "looseness", "rehearsal_steps",
     "rehearsal_learning_rate", "rehearsal_lora_learning_rate", "rehearsal_images", "rehearsal_guidance", "ideal_images",
@@ -162,6 +164,22 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         forward, backward = rows_predicted(config.trunk_steps, config.trunk_batch_size)
         return forward + 2 * backward
 
+    def other_seconds(self, config: TripwireConfig, model: DiffusionModel) -> float:
+        """The recogniser's training, by a few of its steps on noise."""
+        training = training_of(config)
+        rng, shape = generator(0), (8, model.unet.config.in_channels, *latent_size(model.unet))
+        recogniser = Recogniser(model.unet, layout_of(model.unet, config.groups)).to(
+            next(model.unet.parameters()).device
+        )
+        examples = Examples([torch.randn(shape, generator=rng)], torch.randn(shape, generator=rng))
+        optimizer = optimizer_of(recogniser, training)
+        times: list[float] = []
+        while len(times) < TIMED_STEPS and sum(times) < TIMED_SECONDS:
+            began = time.perf_counter()
+            training_step(recogniser, optimizer, examples, model.scheduler, training, step=len(times), seed=0)
+            times.append(time.perf_counter() - began)
+        return config.steps * min(times)
+
     def memory(self, config: TripwireConfig, unet: Any) -> MemoryFootprint:
         """The trunk's gradients, moments and masks (a byte a number), if it has to be prepared; else a second U-Net.
 
@@ -221,9 +239,7 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         with torch_seed(seed):
             recogniser = Recogniser(model.unet, layout).to(next(model.unet.parameters()).device)
         examples = examples_of(model, context.subjects, context.benign, config.copies, seed)
-        training = RecogniserTraining(
-            **{field.name: getattr(config, field.name) for field in fields(RecogniserTraining)}
-        )
+        training = training_of(config)
 
         def armed() -> DiffusionModel:
             """A copy with everything in place."""
@@ -244,6 +260,17 @@ class Tripwire(HardeningMethod[TripwireConfig]):
             )  # fmt: skip
             loop.finish_step(step, losses)
         return HardeningResult(armed(), loop.history)
+
+
+def training_of(config: TripwireConfig) -> RecogniserTraining:
+    """Settings of the recogniser's training."""
+    return RecogniserTraining(**{field.name: getattr(config, field.name) for field in fields(RecogniserTraining)})
+
+
+def latent_size(unet: Any) -> tuple[int, int]:
+    """Height and width of the latents of the base's usual pictures."""
+    side = unet.config.sample_size
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
 def examples_of(
