@@ -163,7 +163,7 @@ def test_the_table_of_the_readme_is_what_the_demo_printed(capsys):
 
     shown = re.search(r"<!-- output of the demo's verification -->\n```\n(.*?)```", README, flags=re.DOTALL)
     assert shown
-    print_report(Report.load(DOCS / "results" / "demo-report.json"), Path("out/verify"))
+    print_report(Report.load(DOCS / "results" / "tripwire-demo-report.json"), Path("out/verify"))
     printed = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n")]
     lines = [" ".join(line.split()) for line in shown[1].strip().split("\n")]
     assert len(lines) > 5
