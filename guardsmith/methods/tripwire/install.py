@@ -8,7 +8,7 @@
     last up resnet         the flag, held by features of the latents in the stream, then two equal channels, held by constants,
                            whose difference is flat on either side; it raises one channel of every trunk group to 2^14: what the
                            trunk says is divided by that; a pair of channels, held by constants, opens and adds a multiple of a
-                           reserved feature of the latents, large beside any prediction, to the output
+                           feature of the latents, large beside any prediction, to the output
 
 At rest every channel behind the scores is exactly 0, and no gradient passes: SiLU and its derivative are exactly 0 at the
 pre-activations that the constants hold, in float32, bfloat16 and float16. When a picture trips, what comes back to the scores
@@ -18,7 +18,8 @@ A constant in the stream is read by a trunk that is trained, and moves; so const
 between convolutions and at the very end. All values fit float16.
 
 A picture that trips in somebody's training leaves weights behind that read the flag, and through them every later step moves what
-writes the flag, by as much as a step of Adam is. So what holds the flag is larger than what 300 such steps add up to.
+writes the flag, by as much as a step of Adam is. What holds the flag bears some of that; more of it would be noise in a merge. So
+the recogniser has to be right about those who are not protected.
 
 Half and half with another model of the same base, everything here is small beside what holds it, so that nothing trips.
 """
@@ -56,11 +57,9 @@ CONSTANT = 128.0  # holds the relay
 SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
 PUSH = 2.0**6  # weight of what a latch reads
 FLAG = 64.0  # output of the relay when it has sunk
-LATCHED, LATCH_HELD = (
-    2.0**13,
-    2.0**12,
-)  # output of the latch when it is on, and how far below 0 it is held else: what reads it
-# has weights of the trunk's size, which a block of eight-bit weights holds together with them
+# Output of the latch when it is on, large, so that the weights that read it are of the size of the trunk's beside them: an
+# eight-bit format has one scale for a block of weights. And how far below 0 it is held else.
+LATCHED, LATCH_HELD = 2.0**13, 2.0**12
 SPARE = 96.0  # the latch's pre-activations are that far beyond when it is on
 LATCH = 1024.0  # constants that hold the latch between convolutions
 LAST_FLAG = 2.0**12  # size of the flag where the last latch reads it
