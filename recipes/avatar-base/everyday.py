@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from guardsmith.config.deployability import DeployabilityLimits
 from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.core.progress import quiet_libraries
@@ -28,39 +30,28 @@ from guardsmith.registry.loader import load_registry
 REGISTRY = Path(__file__).parent.parent.parent / "registries" / "demo.yaml"
 
 
-def main() -> None:
-    """Run every check, one after the other; say what each measured and how long it took."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--result", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--checks", nargs="+", choices=tuple(CHECKS), default=list(CHECKS))
-    args = parser.parse_args()
-    quiet_libraries()
+def bench_of(model: str, output: Path, quick: bool) -> tuple[Bench, DeployabilityLimits]:
+    """What the checks run on, and their limits: the embedded base and a hardened model of it, with the demo's settings."""
     recipe, base = load_recipe("demo"), load_model("builtin:avatar")
     spec = recipe.verify.deployability
-    if args.quick:
+    if quick:
         spec = spec.model_copy(update={"trained": False, "images": 8})
-    limits = recipe.gate.deployability
     prompts = [prompt.text for prompt in benign_prompts(base, VERIFICATION_TEMPLATES, 100, recipe.seed + 1)]
-    hardened, sampling = load_model(args.model), recipe.sampling
+    sampling = recipe.sampling
     bench = Bench(
-        {"base": base, "hardened": hardened}, prompts, load_judge("avatar"), spec, sampling.steps, sampling.guidance,
-        sampling.batch, args.output, load_registry(REGISTRY).controls, "zwx", recipe.verify.attacks["dreambooth"].params,
+        {"base": base, "hardened": load_model(model)}, prompts, load_judge("avatar"), spec, sampling.steps,
+        sampling.guidance, sampling.batch, output, load_registry(REGISTRY).controls, "zwx",
+        recipe.verify.attacks["dreambooth"].params,
     )  # fmt: skip
-    told: dict[str, Any] = {
-        "command": "python everyday.py MODEL OUTPUT" + (" --quick" if args.quick else ""),
-        "base_digest": weights_digest(base.folder), "model_digest": weights_digest(hardened.folder),
-        "limits": limits.model_dump(), "spec": spec.model_dump(mode="json"),
-    }  # fmt: skip
-    done: dict[str, Any] = {}
-    if args.result is not None and args.result.exists():
-        before = json.loads(args.result.read_text())
-        if all(before[key] == value for key, value in told.items()):
-            done = before["checks"]
-    for name in args.checks:
-        if CHECKS[name].trained and not spec.trained:
+    return bench, recipe.gate.deployability
+
+
+def run_checks(
+    bench: Bench, limits: DeployabilityLimits, names: Sequence[str], done: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Run the named checks, one after the other; `done` gets each, and `save` is called then."""
+    for name in names:
+        if CHECKS[name].trained and not bench.spec.trained:
             continue
         began, lines = time.process_time(), []
         for one in attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench)):
@@ -72,8 +63,37 @@ def main() -> None:
             )
         done[name] = {"cpu_seconds": round(time.process_time() - began, 1), "cases": lines}
         print(f"{name}: {done[name]['cpu_seconds']} s of one core", flush=True)
+        save()
+
+
+def main() -> None:
+    """Run every check, one after the other; say what each measured and how long it took."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--result", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--checks", nargs="+", choices=tuple(CHECKS), default=list(CHECKS))
+    args = parser.parse_args()
+    quiet_libraries()
+    bench, limits = bench_of(args.model, args.output, args.quick)
+    told: dict[str, Any] = {
+        "command": "python everyday.py MODEL OUTPUT" + (" --quick" if args.quick else ""),
+        "base_digest": weights_digest(bench.models["base"].folder),
+        "model_digest": weights_digest(bench.models["hardened"].folder),
+        "limits": limits.model_dump(), "spec": bench.spec.model_dump(mode="json"),
+    }  # fmt: skip
+    done: dict[str, Any] = {}
+    if args.result is not None and args.result.exists():
+        before = json.loads(args.result.read_text())
+        if all(before[key] == value for key, value in told.items()):
+            done = before["checks"]
+
+    def save() -> None:
         if args.result is not None:
             write_json(args.result, told | {"checks": done, "run": run_info()})
+
+    run_checks(bench, limits, args.checks, done, save)
 
 
 if __name__ == "__main__":
