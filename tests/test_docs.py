@@ -1,6 +1,7 @@
 """The documentation: its links, its generated pages, and the commands and outputs that it shows."""
 
 import ast
+import importlib
 import itertools
 import json
 import os
@@ -417,3 +418,56 @@ def test_contributing_names_files_that_exist():
     assert [place for place in places if not (ROOT / place).exists()] == []
     table = re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)
     assert [name for row in table for name in re.findall(r"`(\w+)`", row)] == list(ORDER)
+
+
+# Tables of results
+
+
+def attackers():
+    """The script that attacks every method's model, as a module."""
+    folder = ROOT / "recipes" / "avatar-base"
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module("attackers")
+
+
+def test_tables_of_attackers_are_those_of_their_data():
+    data = json.loads((DOCS / "results" / "attackers.json").read_text())
+    written = (DOCS / "results" / "attackers.md").read_text(encoding="utf-8")
+    assert written == attackers().tables(data), "run `python attackers.py` in recipes/avatar-base"
+    page = (DOCS / "results" / "README.md").read_text(encoding="utf-8").splitlines()
+    lost = [line for line in written.splitlines() if line.startswith("| `") and line not in page]
+    assert not lost, "docs/results/README.md has other figures"
+
+
+def test_tables_of_attackers_tell_protected_from_broken_and_from_not_measured():
+    def scores(mean):
+        return {"scores": [mean - 0.02, mean, mean + 0.02] * 3}
+
+    def row(base, protected, control):
+        return {
+            "base": {"protected": scores(base), "control": scores(base)},
+            "tripwire": {"protected": scores(protected), "control": scores(control)},
+        }
+
+    evasion = {
+        "plain": row(0.6, 0.0, 0.6), "negative": row(0.6, 0.5, 0.6), "crop": row(0.2, 0.0, 0.2), "tiles": row(0.6, 0.0, 0.3)
+    }  # fmt: skip
+    cut = {"tripwire": {"protected": scores(0.6) | {"removal_cost": COST}, "control": scores(0.6)}}
+    table = {
+        "attacks": {
+            "avatar-evasion": evasion, "avatar-hosted": {"plain": evasion["plain"]}, "avatar-removal": {"cut": cut}
+        }
+    }  # fmt: skip
+    text = attackers().tables(table)
+    lines = {line.split("|")[1].strip(): line for line in text.split("## Evasion")[1].splitlines() if line[:1] == "|"}
+    assert "🔴" not in lines["`plain`"] and "0.00 [" in lines["`plain`"] and "100 %" in lines["`plain`"]
+    assert "🔴 **0.50 [" in lines["`negative`"]
+    assert lines["`crop`"].count("no evidence") == 2 and "🔴" not in lines["`crop`"]
+    assert lines["`tiles`"].count("🔴") == 1 and "🔴 **49 %" in lines["`tiles`"], "counted from chance"
+    assert "not measured" in lines["`sketch`"] and "0." not in lines["`sketch`"]
+    removal = next(line for line in text.split("## Removal")[1].splitlines() if line.startswith("| `cut`"))
+    assert "| 2.5 | 1,200 | 32 | needed | 0.60, 0.60 (`plain`) | 🔴 **0.60 [" in removal
+
+
+COST = {"seconds": 2.5, "unet_forwards": 1200, "pictures": 32, "needs_base": True, "changed_weights": 0.5}

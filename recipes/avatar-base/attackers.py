@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from guardsmith.evaluation.runs import run_unit
 from guardsmith.evaluation.units import Unit, removal_cost, scores_of
 from guardsmith.gate.calibration import calibration
 from guardsmith.gate.checks import Check, with_evidence
+from guardsmith.gate.evidence import SIDES, Side
 from guardsmith.gate.rules.base_attack import check_base_attack
 from guardsmith.gate.rules.control import check_control
 from guardsmith.gate.rules.protected import check_protected
@@ -46,9 +48,10 @@ REGISTRY = ROOT / "registries" / "demo.yaml"
 RECIPES = ("avatar-evasion", "avatar-hosted", "avatar-removal")
 PLAIN = "plain"
 LITTLE = (PLAIN, "lora", "negative", "finish-with-base", "start-with-base", "one-step", "average-two")
+ROLES = ("protected", "control")
 NOT_MEASURED = "not measured"
 FURTHER = {
-    "adamw8bit": "{name: dreambooth, params: {optimizer: adamw8bit, learning_rate: 6.0e-4, steps: 45, batch_size: 2}}",
+    "adamw8bit": "{name: dreambooth, params: {optimizer: adamw8bit, learning_rate: 6.0e-4, steps: 60, batch_size: 2}}",
     "prodigy": "{name: dreambooth, params: {optimizer: prodigy, learning_rate: 1.0, steps: 100, batch_size: 2}}",
 }
 """Attacks of avatar-hosted that need guardsmith[8bit,prodigy], which a shipped recipe may not."""
@@ -67,13 +70,14 @@ def labels_of(name: str) -> list[str]:
     return [*load_recipe(name).verify.attacks, *(FURTHER if name == "avatar-hosted" else ())]
 
 
-def missing_units(plan: Plan, labels: list[str], bare: bool) -> list[Unit]:
-    """Units of these attacks; on the base those without removals, and the hardened model's unless `bare`."""
+def wanted_units(plan: Plan, label: str, sides: Sequence[str], roles: Sequence[str]) -> list[Unit]:
+    """Units of an attack on these sides and on subjects of these roles; on the base none with a removal."""
+    controls = {subject.id for subject in plan.registry.controls}
     return [
         unit
         for unit in plan_units(plan.registry, plan.recipe, plan.models, plan.policy)
-        if unit.label in labels and not (unit.side == "base" and unit.removal is not None)
-        and not (bare and unit.side == "hardened")
+        if unit.label == label and unit.side in sides and not (unit.side == "base" and unit.removal is not None)
+        and ("control" if unit.subject in controls else "protected") in roles
     ]  # fmt: skip
 
 
@@ -91,23 +95,25 @@ def run_here(units: list[Unit]) -> dict[str, str]:
     return failures
 
 
-def attack(folder: Path, method: str, name: str, base_only: bool, table: dict[str, Any]) -> None:
+def attack(
+    folder: Path, method: str, name: str, sides: Sequence[Side], roles: Sequence[str], table: dict[str, Any]
+) -> None:  # fmt: skip
     """Run what is missing of a recipe on a method's model; results go into the table after every attack."""
     recipe, registry = recipe_of(name), load_registry(REGISTRY)
     plan = preflight(registry, recipe, folder / method, base_runs=folder / "base")
-    draw_class_images(plan, ("base",) if base_only else ("base", "hardened"))
+    draw_class_images(plan, sides)
     labels = list(recipe.verify.attacks)
     labels.sort(key=lambda label: label != PLAIN)
-    roles = {subject.id: "protected" for subject in registry.subjects} | {c.id: "control" for c in registry.controls}
+    role_of = {subject.id: "protected" for subject in registry.subjects} | {c.id: "control" for c in registry.controls}
     for label in labels:
-        if not base_only and label not in LITTLE and fails_plainly(table, method):
+        if "hardened" in sides and label not in LITTLE and fails_plainly(table, method):
             continue
-        units = missing_units(plan, [label], base_only)
+        units = wanted_units(plan, label, sides, roles)
         failures = run_here(units)
         row = table["attacks"].setdefault(name, {}).setdefault(label, {})
         for unit in units:
             scores = scores_of(unit)
-            cell = row.setdefault("base" if unit.side == "base" else method, {}).setdefault(roles[unit.subject], {})
+            cell = row.setdefault("base" if unit.side == "base" else method, {}).setdefault(role_of[unit.subject], {})
             cell.clear()
             if scores is None:
                 cell["error"] = failures.get(unit.name, "")
@@ -140,7 +146,7 @@ def checks_of(row: dict[str, Any], reference: dict[str, Any], side: str) -> tupl
     """The gate's checks of an attack on a model, of protected subject and control; `None` where it was not measured."""
     levels, spec = calibration()["person"], load_recipe("demo").gate
     result: list[Check | None] = []
-    for role in ("protected", "control"):
+    for role in ROLES:
         ours, base = (each.get(role, {}).get("scores") for each in (row.get(side, {}), reference))
         if not ours or not base:
             result.append(None)
@@ -175,7 +181,7 @@ def written(check: Check | None, cell: dict[str, Any], share: bool) -> str:
 def on_base(cells: dict[str, Any]) -> str:
     """Mean similarity that an attack reaches on the base, protected subject and control."""
     means = []
-    for role in ("protected", "control"):
+    for role in ROLES:
         scores = cells.get(role, {}).get("scores")
         means.append(f"{sum(scores) / len(scores):z.2f}" if scores else NOT_MEASURED)
     return ", ".join(means)
@@ -212,7 +218,7 @@ def attack_table(chosen: list[tuple[str, str]], attacks: dict[str, Any], sides: 
         cells.append(on_base(reference) + ("" if same == label else f" (`{same}`)"))
         for side in sides:
             checks = checks_of(row, reference, side)
-            for role, check in zip(("protected", "control"), checks, strict=True):
+            for role, check in zip(ROLES, checks, strict=True):
                 cells.append(written(check, row.get(side, {}).get(role, {}), role == "control"))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -290,7 +296,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--methods", nargs="+", default=["persguard", "imma", "apdm", "tripwire"])
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--base-only", action="store_true")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), help="whom to attack")
     parser.add_argument("--everyday", nargs="*", choices=tuple(CHECKS), default=list(CHECKS))
     args = parser.parse_args()
     quiet_libraries()
@@ -310,7 +317,7 @@ def main() -> None:
             table["everyday"].pop(method, None)
         table["models"][method] = model
         for name in args.recipes:
-            attack(args.folder, method, name, args.base_only, table)
+            attack(args.folder, method, name, args.sides, args.roles, table)
         done = table["everyday"].setdefault(method, {})
         if missing := [check for check in args.everyday if check not in done]:
             bench, limits = bench_of(
