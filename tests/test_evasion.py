@@ -1,6 +1,7 @@
 """Transformed training pictures and ways of drawing: what is done, what undoes it, and that units do both."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -302,6 +303,27 @@ def test_a_unit_trains_on_transformed_pictures_and_judges_those_transformed_back
     assert torch.equal(trained[0], (-known).rot90(1, (-2, -1)))
     assert min(scores_of(unit)[1]) > 0.5, "transformed back they are the subject"
     assert bytes_of(open_pictures(unit.pictures(1), 64)[:1]) == bytes_of(reference[None]), "and kept so"
+
+
+@pytest.mark.parametrize("name", ["crop", "paint"])
+def test_what_cannot_be_undone_is_compared_with_real_pictures_after_the_same(registry, both, monkeypatch, name):
+    unit = units_of(registry, both, evasion=["negative", name])["hardened", "other", "mira"]
+    assert unit.settings["evasion"] == {"names": ["negative", name], "of_references": [name]}
+    means = []
+    for person in ("mira", "nora"):
+        photos = open_pictures([i.path for i in registry.find(person).images_of("attack")], 64)
+        drawn = -transformed(photos, [name], EvasionContext())
+
+        def draws(model, attack, params, data, *, stop, drawn=drawn, **_):
+            pictures = drawn.repeat(unit.images, 1, 1, 1)[: unit.images]
+            stop(3, pictures)
+            return {3: pictures}, [1.0]
+
+        monkeypatch.setattr(runs, "draw_during_attack", draws)
+        shutil.rmtree(unit.folder, ignore_errors=True)
+        run_unit(unit)
+        means.append(sum(scores_of(unit)[1]) / unit.images)
+    assert means[0] > 0.3 and means[1] < 0.15, "the subject is known in part, and nobody else is taken for it"
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,8 @@ def list_table(
         from guardsmith.attacks.evasion import EVASIONS
 
         for name, evasion in EVASIONS.items():
-            inverse = (
-                "exact inverse" if evasion.exact else "approximate inverse" if evasion.invert else "judged as drawn"
-            )
+            drawn = "compared with real pictures after the same" if evasion.of_references else "judged as drawn"
+            inverse = "exact inverse" if evasion.exact else "approximate inverse" if evasion.invert else drawn
             typer.echo(f"{name}\t{inverse}")
     elif what == "removals":
         from guardsmith.attacks.adaptive.removals import REMOVALS

@@ -103,7 +103,8 @@ def evasion_plan(spec: AttackSpec, subject: Subject, everyone: Sequence[Subject]
     if any(find_evasion(name).needs_stranger for name in spec.evasion):
         images = stranger_to(subject, everyone, "side_by_side").images_of("attack")
         plan |= {"images": [str(i.path) for i in images], "digest": folder_digest([i.sha256 for i in images])}
-    return plan
+    compared = [name for name in spec.evasion if find_evasion(name).of_references]
+    return plan | ({"of_references": compared} if compared else {})
 
 
 def check_others(registry: Registry, recipe: Recipe) -> None:

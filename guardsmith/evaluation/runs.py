@@ -97,6 +97,7 @@ def run_unit(unit: Unit) -> None:
     data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.noun)
     judge, level = judge_of(unit)
     references = open_pictures(unit.reference_images, judge.size or model.image_size)
+    references = transformed(references, (unit.evasion or {}).get("of_references", ()), evasion)
     cost = None
     if unit.removal is not None:
         removal = find_removal(unit.removal["name"])

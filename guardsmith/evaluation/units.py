@@ -42,7 +42,8 @@ class Unit:
         judge: who measures, where it is not the embedded encoder: name, model, level of similarity that counts as personalized.
         attacker_noun: the attacker's word for the class, where it is another one.
         precision: how the attacker's denoiser computes, where it is not float32.
-        evasion: how the attacker transforms the pictures: names; images and digest of another subject's, where one needs them.
+        evasion: how the attacker transforms the pictures: names; images and digest of another subject's, where one needs them;
+            of_references: which of them the real pictures go through too before they are compared.
         drawing: how the personalized model draws, where that is not as usual: name and, where it hands over, hand_over.
         removal: how the attacker edits the weights before: name and params.
         public: the public base, where drawing or removal needs it: model and digest.

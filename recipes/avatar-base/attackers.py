@@ -35,7 +35,7 @@ from guardsmith.evaluation.planning import plan_units
 from guardsmith.evaluation.preflight import Plan, preflight
 from guardsmith.evaluation.runs import run_unit
 from guardsmith.evaluation.units import Unit, removal_cost, scores_of
-from guardsmith.gate.calibration import calibration
+from guardsmith.gate.calibration import calibration, personalized_level
 from guardsmith.gate.checks import Check, with_evidence
 from guardsmith.gate.evidence import SIDES, Side
 from guardsmith.gate.rules.base_attack import check_base_attack
@@ -96,13 +96,14 @@ def run_here(units: list[Unit]) -> dict[str, str]:
 
 
 def attack(
-    folder: Path, method: str, name: str, sides: Sequence[Side], roles: Sequence[str], table: dict[str, Any]
+    folder: Path, method: str, name: str, sides: Sequence[Side], roles: Sequence[str], only: Sequence[str] | None,
+    table: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Run what is missing of a recipe on a method's model; results go into the table after every attack."""
+    """Run what is missing of a recipe (of these labels only) on a method's model; the table gets results after every attack."""
     recipe, registry = recipe_of(name), load_registry(REGISTRY)
     plan = preflight(registry, recipe, folder / method, base_runs=folder / "base")
     draw_class_images(plan, sides)
-    labels = list(recipe.verify.attacks)
+    labels = [label for label in recipe.verify.attacks if only is None or label in only]
     labels.sort(key=lambda label: label != PLAIN)
     role_of = {subject.id: "protected" for subject in registry.subjects} | {c.id: "control" for c in registry.controls}
     for label in labels:
@@ -178,6 +179,14 @@ def written(check: Check | None, cell: dict[str, Any], share: bool) -> str:
     return text
 
 
+def slipped(cell: dict[str, Any]) -> str:
+    """How many pictures count as personalized on their own although their mean is that of another subject."""
+    level = personalized_level(calibration()["person"], load_recipe("demo").gate)
+    scores = cell.get("scores", [])
+    shown = sum(score is not None and score >= level for score in scores)
+    return f"; {shown} of {len(scores)} show the subject" if shown else ""
+
+
 def on_base(cells: dict[str, Any]) -> str:
     """Mean similarity that an attack reaches on the base, protected subject and control."""
     means = []
@@ -219,7 +228,9 @@ def attack_table(chosen: list[tuple[str, str]], attacks: dict[str, Any], sides: 
         for side in sides:
             checks = checks_of(row, reference, side)
             for role, check in zip(ROLES, checks, strict=True):
-                cells.append(written(check, row.get(side, {}).get(role, {}), role == "control"))
+                cell = row.get(side, {}).get(role, {})
+                text = written(check, cell, role == "control")
+                cells.append(text + (slipped(cell) if role == "protected" and check and check.status != "fail" else ""))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -298,6 +309,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), help="whom to attack")
+    parser.add_argument("--attacks", nargs="+", help="labels of a recipe's attacks; by default all")
     parser.add_argument("--everyday", nargs="*", choices=tuple(CHECKS), default=list(CHECKS))
     args = parser.parse_args()
     quiet_libraries()
@@ -317,7 +329,7 @@ def main() -> None:
             table["everyday"].pop(method, None)
         table["models"][method] = model
         for name in args.recipes:
-            attack(args.folder, method, name, args.sides, args.roles, table)
+            attack(args.folder, method, name, args.sides, args.roles, args.attacks, table)
         done = table["everyday"].setdefault(method, {})
         if missing := [check for check in args.everyday if check not in done]:
             bench, limits = bench_of(

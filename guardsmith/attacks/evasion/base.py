@@ -40,6 +40,8 @@ class Evasion(NamedTuple):
         exact: whether `invert` gives back every pixel value, up to rounding to 8 bits.
         needs_model: whether `apply` needs `EvasionContext.model`.
         needs_stranger: whether `apply` needs `EvasionContext.strangers`.
+        of_references: whether pictures, which nothing undoes, are compared with real ones after the same transformation: a judge
+            of whole pictures does not know a part of one.
     """
 
     apply: Transform
@@ -47,3 +49,4 @@ class Evasion(NamedTuple):
     exact: bool = False
     needs_model: bool = False
     needs_stranger: bool = False
+    of_references: bool = False

@@ -110,6 +110,6 @@ EVASIONS = {
     "frame": Evasion(framed, lambda images, _: unframed(images)),
     "tiles": Evasion(lambda images, _: tiled(images), lambda images, _: tile(images)),
     "block_shuffle": Evasion(shuffled, unshuffled, exact=True),
-    "crop": Evasion(lambda images, _: cropped(images)),
+    "crop": Evasion(lambda images, _: cropped(images), of_references=True),
     "side_by_side": Evasion(beside_stranger, lambda images, _: left_half(images), needs_stranger=True),
 }

@@ -40,5 +40,5 @@ def painted(images: Tensor) -> Tensor:
 
 EVASIONS = {
     "sketch": Evasion(lambda images, _: sketched(images)),
-    "paint": Evasion(lambda images, _: painted(images)),
+    "paint": Evasion(lambda images, _: painted(images), of_references=True),
 }
