@@ -219,7 +219,7 @@ def attack_table(chosen: list[tuple[str, str]], attacks: dict[str, Any], sides: 
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, label in chosen:
         row = attacks.get(name, {}).get(label, {})
-        if not any(row.get(side) for side in sides):
+        if not any(row.values()):
             lines.append(f"| `{label}` |" + f" {NOT_MEASURED} |" * (len(heads) - 1))
             continue
         same, reference = reference_of(label, row, attacks)
@@ -292,7 +292,8 @@ def tables(table: dict[str, Any]) -> str:
     present = {side for rows in attacks.values() for row in rows.values() for side in row}
     methods = [side for side in ("tripwire", "persguard", "imma", "apdm") if side in present]
     little = [("avatar-hosted" if label == "lora" else "avatar-evasion", label) for label in LITTLE]
-    parts = ["## Methods", "", *attack_table(little, attacks, methods), ""]
+    parts = ["# Four methods under attack", "", "What the words mean: [results](README.md#four-methods).", ""]
+    parts += ["## Methods", "", *attack_table(little, attacks, methods), ""]
     for title, name in zip(("Evasion", "Hosted", "Removal"), RECIPES, strict=True):
         chosen = [(name, label) for label in labels_of(name)]
         parts += [f"## {title}", "", *attack_table(chosen, attacks, ["tripwire"]), ""]
