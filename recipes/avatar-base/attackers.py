@@ -248,7 +248,7 @@ def price(row: dict[str, Any], sides: list[str]) -> list[str]:
 
 
 def everyday_table(everyday: dict[str, Any]) -> list[str]:
-    """Everyday use of every method's model, a case a line."""
+    """Everyday use of every method's model, a case a line; cases that count faults only where there is one."""
     sides = list(everyday)
     cases: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for side, checks in everyday.items():
@@ -257,6 +257,8 @@ def everyday_table(everyday: dict[str, Any]) -> list[str]:
                 cases.setdefault((check, case["case"], case["measure"]), {})[side] = case
     lines = ["| | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
     for (_, name, measure), each in cases.items():
+        if measure == "faults" and not any(case["value"] != 0 for case in each.values()):
+            continue
         cells = [case_text(each.get(side)) for side in sides]
         lines.append(f"| {name}: {MEASURES[measure]} | " + " | ".join(cells) + " |")
     return lines
