@@ -167,7 +167,9 @@ def written(check: Check | None, cell: dict[str, Any], share: bool) -> str:
         return f"failed to run ({cell['error']})"
     if check is None:
         return NOT_MEASURED
-    if check.value is None or check.low is None or check.high is None:
+    without = check.status == "inconclusive" and check.sentence.startswith("no evidence")
+    # A share of nothing says nothing.
+    if check.value is None or check.low is None or check.high is None or (share and (without or check.low < -1)):
         return "no evidence"
     factor, digits, unit = (100, 0, " %") if share else (1, 2, "")
     mean, low, high = (f"{factor * each:z.{digits}f}" for each in (check.value, check.low, check.high))
@@ -175,7 +177,7 @@ def written(check: Check | None, cell: dict[str, Any], share: bool) -> str:
     if check.status == "fail":
         return f"🔴 **{text}**"
     if check.status == "inconclusive":
-        return text + (": no evidence" if check.sentence.startswith("no evidence") else ": undecided")
+        return text + (": no evidence" if without else ": undecided")
     return text
 
 
