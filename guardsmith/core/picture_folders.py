@@ -7,9 +7,11 @@ that the system hides (`.DS_Store`, and `._IMG.jpg`, which macOS writes beside I
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import SUFFIXES, open_image
@@ -116,19 +118,22 @@ def select_pictures(places: Iterable[Path]) -> Selection:
     return Selection(files, left_out, count)
 
 
-def usable(files: Iterable[Path], problems: list[str]) -> list[Path]:
-    """The pictures that can be opened.
+def opened(files: Iterable[Path], problems: list[str]) -> Iterator[tuple[Path, Image.Image]]:
+    """The pictures that can be opened, one after the other, with their files.
 
     Args:
         files: pictures.
         problems: gets a sentence for each of the others (see `open_image`).
     """
-    good = []
     for file in files:
         try:
-            open_image(file)
+            image = open_image(file)
         except UserError as error:
             problems.append(str(error))
         else:
-            good.append(file)
-    return good
+            yield file, image
+
+
+def usable(files: Iterable[Path], problems: list[str]) -> list[Path]:
+    """The files of `opened`."""
+    return [file for file, _ in opened(files, problems)]

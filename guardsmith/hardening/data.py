@@ -15,8 +15,8 @@ from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.console import warn
 from guardsmith.core.errors import UserError
-from guardsmith.core.images import fingerprint, near_duplicates, open_each, open_image, open_pictures, square, to_tensor
-from guardsmith.core.picture_folders import list_pictures, skipped_sentence
+from guardsmith.core.images import fingerprint, near_duplicates, open_each, open_pictures, square, to_tensor
+from guardsmith.core.picture_folders import list_pictures, opened, skipped_sentence
 from guardsmith.core.seeds import HARDENING_BENIGN, HARDENING_CLASS, HARDENING_REPLACEMENT
 from guardsmith.diffusion.cache import drawn_by, drawn_with_states
 from guardsmith.diffusion.prompts import HARDENING_TEMPLATES, benign_prompts, class_prompt
@@ -77,14 +77,9 @@ def load_negatives(
         return None, None
     if Path(place).is_dir() and (skipped := list_pictures(Path(place)).skipped):
         warn(skipped_sentence(place, skipped))
-    files: list[Path] = []
-    pictures, prints, problems = [], [], []
-    for file in negative_files(place):
-        try:
-            image = open_image(file)
-        except UserError as error:
-            problems.append(str(error))
-            continue
+    problems: list[str] = []
+    files, pictures, prints = [], [], []
+    for file, image in opened(negative_files(place), problems):
         files.append(file)
         pictures.append(square(image, model.image_size))
         if protected:

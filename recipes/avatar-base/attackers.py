@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,10 @@ def checks_of(row: dict[str, Any], reference: dict[str, Any], side: str) -> tupl
             if role == "protected"
             else check_control(role, "", [ours], [base], levels, spec)
         )
-        result.append(with_evidence(check, check_base_attack(role, "", [base], levels, spec)))
+        on_base = check_base_attack(role, "", [base], levels, spec)
+        if role == "control" and on_base.status != "pass":
+            check = replace(check, value=None)  # a share of nothing says nothing
+        result.append(with_evidence(check, on_base))
     return result[0], result[1]
 
 
@@ -167,9 +171,7 @@ def written(check: Check | None, cell: dict[str, Any], share: bool) -> str:
         return f"failed to run ({cell['error']})"
     if check is None:
         return NOT_MEASURED
-    without = check.status == "inconclusive" and check.sentence.startswith("no evidence")
-    # A share of nothing says nothing.
-    if check.value is None or check.low is None or check.high is None or (share and (without or check.low < -1)):
+    if check.value is None or check.low is None or check.high is None:
         return "no evidence"
     factor, digits, unit = (100, 0, " %") if share else (1, 2, "")
     mean, low, high = (f"{factor * each:z.{digits}f}" for each in (check.value, check.low, check.high))
@@ -177,7 +179,7 @@ def written(check: Check | None, cell: dict[str, Any], share: bool) -> str:
     if check.status == "fail":
         return f"🔴 **{text}**"
     if check.status == "inconclusive":
-        return text + (": no evidence" if without else ": undecided")
+        return text + (": no evidence" if check.sentence.startswith("no evidence") else ": undecided")
     return text
 
 

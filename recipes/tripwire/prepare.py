@@ -78,7 +78,8 @@ save_trunk(unet, a.groups, model.unet, a.output / "trunk.safetensors")
 write(
     f"trunk-{a.groups}-{a.steps}",
     {
-        "command": f"python prepare.py OUTPUT --groups {a.groups} --steps {a.steps} --rows {a.rows} --rate {a.rate}",
+        "command": f"python prepare.py OUTPUT --groups {a.groups} --steps {a.steps} --rows {a.rows} --rate {a.rate}"
+        f" --seed {a.seed}" + (" --start TRUNK" if a.start else ""),
         "relative_error": curve,
         "rounded": relative_error(model, unet, shown.mean, list(contexts), 5),
         "seconds": time.time() - began,

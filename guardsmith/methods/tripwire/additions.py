@@ -40,6 +40,9 @@ ADAPTER_ROWS = 4
 class Adapter:
     """A low-rank adapter, trained on the base for one picture of the store.
 
+    It hangs on hooks and is not peft's (`attacks.lora.add_adapters`), which belongs to one network and renames its parameters:
+    base and trunk share this one, and the trunk's names are those of its masks and of its checkpoint.
+
     Args:
         model: the base.
         latents: pictures of nobody in particular.
@@ -167,7 +170,8 @@ def odd_contexts(model: DiffusionModel, prompts: Sequence[str], seed: int) -> Te
     Args:
         model: the base.
         prompts: `{}` is where the word stands.
-        seed: of the embeddings: means of a few words', with noise of up to eight times their size, as learnt words have.
+        seed: of the embeddings: means of a few words', with noise of up to eight times their size, which is what
+            those of textual inversion have.
     """
     word, own = "<odd>", copy.copy(model)
     (token,) = add_words(own, {word: "a"})

@@ -35,15 +35,7 @@ import torch
 from torch import Tensor
 
 from guardsmith.methods.tripwire.layout import Layout, UpSite, down_parts, up_parts, up_sites
-from guardsmith.methods.tripwire.recogniser import (
-    DEAD,
-    REFERENCE,
-    STEEP,
-    Recogniser,
-    Resnet,
-    answer_weight,
-    sharpness,
-)
+from guardsmith.methods.tripwire.recogniser import DEAD, REFERENCE, STEEP, Recogniser, Resnet, answer_weight, sharpness
 
 HELD = 128.0  # pre-activations at rest are this far below 0
 ANSWERED = 0.75  # share of its normalised value on a trip at every place from which on the answer counts
@@ -278,10 +270,9 @@ def answer_slope(size: int, places: int) -> float:
 
 def _deepest_places(unet: Any) -> int:
     """How many places a channel of the middle block has, for pictures of the base's usual size."""
-    side = unet.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    halvings: int = 2 ** (len(unet.config.block_out_channels) - 1)
-    return -(-height // halvings) * -(-width // halvings)
+    halvings = 2 ** (len(unet.config.block_out_channels) - 1)
+    side: int = -(-unet.config.sample_size // halvings)
+    return side**2
 
 
 def _place_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:

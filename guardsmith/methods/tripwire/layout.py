@@ -12,7 +12,7 @@ reserved ones that carry something are cut from the resnet's first convolution a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,12 +48,12 @@ class Layout:
     Attributes:
         count: the last so many of `norm_groups` groups of every level of the way down and of the middle block.
         norm_groups: groups of every normalisation.
-        upward: how many of the last groups of the way up, by the level's width; `count` where a width is not in it.
+        upward: how many of the last groups of the way up, by the level's width.
     """
 
     count: int
     norm_groups: int
-    upward: Mapping[int, int] = field(default_factory=dict)
+    upward: Mapping[int, int]
 
     def channels(self, width: int) -> list[int]:
         """The reserved channels of a level of the way down, or of the middle block."""
@@ -61,7 +61,7 @@ class Layout:
 
     def up_channels(self, width: int) -> list[int]:
         """The reserved channels of a level of the way up."""
-        return self._last(width, self.upward.get(width, self.count))
+        return self._last(width, self.upward[width])
 
     def _last(self, width: int, groups: int) -> list[int]:
         return list(range(width - groups * (width // self.norm_groups), width))

@@ -167,7 +167,8 @@ class Tripwire(HardeningMethod[TripwireConfig]):
     def other_seconds(self, config: TripwireConfig, model: DiffusionModel) -> float:
         """The recogniser's training, by a few of its steps on noise."""
         training = training_of(config)
-        rng, shape = generator(0), (8, model.unet.config.in_channels, *latent_size(model.unet))
+        side, rng = int(model.unet.config.sample_size), generator(0)
+        shape = (8, int(model.unet.config.in_channels), side, side)
         recogniser = Recogniser(model.unet, layout_of(model.unet, config.groups)).to(
             next(model.unet.parameters()).device
         )
@@ -265,12 +266,6 @@ class Tripwire(HardeningMethod[TripwireConfig]):
 def training_of(config: TripwireConfig) -> RecogniserTraining:
     """Settings of the recogniser's training."""
     return RecogniserTraining(**{field.name: getattr(config, field.name) for field in fields(RecogniserTraining)})
-
-
-def latent_size(unet: Any) -> tuple[int, int]:
-    """Height and width of the latents of the base's usual pictures."""
-    side = unet.config.sample_size
-    return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
 def examples_of(

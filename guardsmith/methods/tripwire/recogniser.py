@@ -146,14 +146,11 @@ class Recogniser(nn.Module):
             self.largest[number] = float(part.between(x).abs().max()) if isinstance(part, Resnet) else 0.0
             x = part(x)
             self.sizes[number] = float(x.square().mean().sqrt())
-        self.largest[-1] = float(self.readout(F.silu(STEEP * self.norm(x))).abs().max())
+        self.largest[-1] = float(self._scores(x).abs().max())
 
-    def forward(self, x: Tensor, drift: Drift | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Scores of noised latents (n, c, h, w) on any device at every place, (n, scores, places)."""
-        x = x.to(self.readout.weight.device)
-        for part in self.body:
-            x = part(x) if drift is None else drift(part(x))
-        return self._scores(x)
+        return self._scores(self.body(x.to(self.readout.weight.device)))
 
     def scores_and_constancy(self, x: Tensor, drift: Drift) -> tuple[Tensor, Tensor]:
         """Scores, and the share of the stream that is the same in all rows, summed over the parts.
