@@ -257,10 +257,15 @@ sys.exit(code)
     assert min(seconds) < 1.5
 
 
-def test_help_and_version_are_light():
-    program = "import sys; from guardsmith.cli.app import main; main(['--version']); print({'torch', 'numpy'} & {*sys.modules})"
-    done = run("-c", program)
-    assert done.stdout == f"guardsmith {guardsmith.__version__}\nset()\n"
+def test_version_and_names_of_recipes_are_light():
+    """The shell completes the latter."""
+    program = (
+        "import sys; from guardsmith.cli.app import main; main(['--version']); main(['list', 'recipes'])\n"
+        "print({'torch', 'numpy'} & {*sys.modules})"
+    )
+    lines = run("-c", program).stdout.splitlines()
+    assert lines[0] == f"guardsmith {guardsmith.__version__}" and lines[-1] == "set()"
+    assert len(lines) > 10, "the recipes"
 
 
 @pytest.mark.parametrize(

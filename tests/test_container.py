@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from guardsmith.cli import app as cli
-from guardsmith.config.loading import recipe_names
+from guardsmith.config.shipped import recipe_names
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

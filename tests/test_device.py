@@ -21,8 +21,8 @@ from test_cloaks import defender  # noqa: F401 (a fixture)
 from test_parallel import recipe_for
 from tiny import assert_one_sentence, harden_with, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+import guardsmith as gs
 from guardsmith.attacks import ATTACKS, draw_after_attack
 from guardsmith.cli import app as cli
 from guardsmith.cloaks import CLOAKS
@@ -30,7 +30,7 @@ from guardsmith.cloaks.rid import RidTraining, train
 from guardsmith.core.errors import UserError
 from guardsmith.diffusion.sampling import generate, redraw
 from guardsmith.methods import METHODS
-from guardsmith.models.checkpoint import load_model
+from guardsmith.models.checkpoint import load_model, weights_digest
 from guardsmith.purifiers import PURIFIERS
 from guardsmith.runtime import device
 from guardsmith.runtime.device import chosen_device, moved, put
@@ -54,32 +54,77 @@ PARAMS = {
 }
 
 
+ATEN = torch.ops.aten
+
+
+def devices(args, kwargs):
+    """Where the floating-point tensors among arguments are that have a dimension: True for the meta device."""
+    found = set()
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, torch.Tensor):
+            if each.dim() and each.dtype.is_floating_point:
+                found.add(each.is_meta)
+        elif isinstance(each, list | tuple):
+            found |= devices(each, {})
+    return found
+
+
+def shape_of(value):
+    """What of an argument decides the shapes of a result."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(shape_of, value))
+    return float if isinstance(value, float) else (type(value), value)
+
+
+def empty(shape):
+    """A tensor of such a shape, see `shape_of`."""
+    return (
+        None
+        if shape == (type(None), None)
+        else torch.empty_strided(shape[0], shape[1], dtype=shape[2], device=shape[3])
+    )
+
+
 class Accelerator(TorchDispatchMode):
     """Lets numbers of the meta device be asked for, and counts how many a copy to the CPU has, in `copied`."""
 
     def __init__(self):
         super().__init__()
-        self.copied = []
+        self.copied, self.known = [], {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        to_cpu = (
-            func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", META).type == "cpu"
-        ) or (func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta)
-        if to_cpu:
-            self.copied.append(args[0].numel())
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+        if func is ATEN._local_scalar_dense.default and args[0].is_meta:
             return 0.1
-        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", META).type == "cpu":
+        if func is ATEN._to_copy.default and args[0].is_meta and kwargs.get("device", META).type == "cpu":
+            self.copied.append(args[0].numel())
             return torch.full(args[0].shape, 0.1, dtype=kwargs.get("dtype") or args[0].dtype)
-        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+        if func is ATEN.copy_.default and args[1].is_meta and not args[0].is_meta:
+            self.copied.append(args[0].numel())
             return args[0].fill_(0.1)
         # Convolutions of the meta device do not look; a real one would not take this. Numbers and places may be the CPU's.
-        there = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.dim()]
-        mixed = {each.device.type for each in there if each.dtype.is_floating_point}
-        if len(mixed) > 1 and func not in (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default):
+        if func not in (ATEN.copy_.default, ATEN._foreach_copy_.default) and len(mixed := devices(args, kwargs)) > 1:
             raise RuntimeError(f"{func}: not all tensors are on one device ({mixed})")
-        return func(*args, **kwargs)
+        if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_meta:
+            return func(*args, **kwargs)
+        return self.shaped(func, args, kwargs)
+
+    def shaped(self, func, args, kwargs):
+        """What the meta device finds out in Python for every call, a millisecond, once for all calls with the same shapes."""
+        schema = func._schema
+        if schema.is_mutable:
+            only_values = schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
+            return args[0] if only_values else func(*args, **kwargs)
+        if any(value.alias_info for value in schema.returns):  # a view
+            return func(*args, **kwargs)
+        key = func, *map(shape_of, args), *((name, shape_of(value)) for name, value in kwargs.items())
+        if key not in self.known:
+            made = func(*args, **kwargs)
+            self.known[key] = [shape_of(each) for each in made] if isinstance(made, tuple) else shape_of(made)
+        made = self.known[key]
+        return tuple(map(empty, made)) if isinstance(made, list) else empty(made)
 
 
 @pytest.fixture
@@ -263,28 +308,27 @@ def test_a_picture_is_redrawn_as_diffusers_does(tiny_v):
 DIGEST = """
 import sys, torch
 from guardsmith.cli.app import main
-from guardsmith.models.checkpoint import load_model, weights_digest
-code = main(sys.argv[2:])
-print(weights_digest(load_model(sys.argv[1]).folder), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+code = main(sys.argv[1:])
+print(torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
 sys.exit(code)
 """
 
 
 def test_deterministic_gives_the_same_bits_on_any_number_of_cores(v_folder, tmp_path):
-    told = set()
-    for threads in ("1", "2"):
-        out = tmp_path / threads
-        recipe = recipe_for("persguard", v_folder, tmp_path)
-        command = ["--deterministic", "harden", "--recipe", recipe, "--output", out]
-        done = subprocess.run(
-            [sys.executable, "-c", DIGEST, out / "model", *command], env=os.environ | {"OMP_NUM_THREADS": threads},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        told.add(done.stdout)
-        run = json.loads((out / "harden.json").read_text())["run"]
-        assert run["deterministic"] and run["threads"] == run["processes"] == 1
-    [only] = told
-    assert only.split()[1:] == ["1", "True"]
+    """By a command that may use two, and from Python in this process, which has one."""
+    recipe = recipe_for("persguard", v_folder, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST, "--deterministic", "harden", "--recipe", recipe, "--output", tmp_path / "two"],
+        env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["1", "True"]
+    registry = gs.load_registry(gs.load_recipe(recipe).subjects)
+    gs.harden(str(v_folder), registry, recipe=recipe, output=tmp_path / "one", deterministic=True)
+    two, one = (json.loads((tmp_path / name / "harden.json").read_text()) for name in ("two", "one"))
+    for record in (two, one):
+        assert record["run"]["deterministic"] and record["run"]["threads"] == record["run"]["processes"] == 1
+    assert weights_digest(tmp_path / "two/model") == weights_digest(tmp_path / "one/model") == one["model_digest"]
+    assert one["history"] == two["history"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")

@@ -17,7 +17,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from guardsmith.cli import app as cli
-from guardsmith.config.loading import recipe_names
+from guardsmith.config.shipped import recipe_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_json, largest_difference, make_checkpoint, pictures, weights
 
 from guardsmith.cli.app import main
-from guardsmith.config.loading import load_recipe, recipe_names
+from guardsmith.config.loading import load_recipe
+from guardsmith.config.shipped import recipe_names
 from guardsmith.core.images import to_pil
 from guardsmith.core.seeds import HARDENING_REPLACEMENT
 from guardsmith.diffusion import cache as drawing

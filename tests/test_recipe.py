@@ -5,9 +5,10 @@ import pytest
 import yaml
 from tiny import assert_one_sentence
 
-from guardsmith.config.loading import find_recipe, load_recipe, recipe_names
+from guardsmith.config.loading import load_recipe
 from guardsmith.config.recipe import BUDGETS, Recipe
 from guardsmith.config.renamed import RECIPE_KEYS, with_new_keys
+from guardsmith.config.shipped import find_recipe, recipe_names
 from guardsmith.core.errors import UserError
 
 FULL = """

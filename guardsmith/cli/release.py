@@ -256,7 +256,7 @@ def import_file(
 ) -> None:
     """Make a diffusers folder of a single-file checkpoint, to be used as --base."""
     from guardsmith.config.choosing import kind_of_base
-    from guardsmith.config.loading import recipe_names
+    from guardsmith.config.shipped import recipe_names
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.models.checkpoint import load_model
     from guardsmith.models.single_file import read_single_file

@@ -132,14 +132,14 @@ def complete_table(incomplete: str) -> list[str]:
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Names of shipped recipes for the shell's completion, given the first letters."""
-    from guardsmith.config.loading import recipe_names
+    from guardsmith.config.shipped import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def recipe_lines() -> list[tuple[str, str]]:
     """Every shipped recipe with the first line of its header, which says in one sentence what it is."""
-    from guardsmith.config.loading import find_recipe, recipe_names
+    from guardsmith.config.shipped import find_recipe, recipe_names
 
     lines = []
     for name in recipe_names():
