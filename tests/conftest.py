@@ -22,9 +22,11 @@ def offline():
 
 
 # The longest files, longest first: they begin first, so that no worker waits for the other at the end.
-LONG = ("test_verify", "test_parallel", "test_families", "test_deployability", "test_harden", "test_tripwire", "test_path",
-        "test_notebook", "test_attacks", "test_audit", "test_docs", "test_cli_check", "test_publish_hub", "test_vision",
-        "test_executors", "test_processes")  # fmt: skip
+LONG = ("test_verify", "test_harden", "test_families", "test_parallel", "test_deployability", "test_apdm", "test_device",
+        "test_attacks", "test_path", "test_single_file", "test_imma", "test_attack_axes", "test_notebook", "test_cloaks",
+        "test_cli_check", "test_audit", "test_docs", "test_compute", "test_odd_bases", "test_publish_hub", "test_benchmark",
+        "test_leaks", "test_purifiers", "test_tripwire_method", "test_vision", "test_api", "test_processes",
+        "test_persguard")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -71,7 +73,8 @@ def shipped_tables_are_read_once():
 @pytest.fixture(scope="session", autouse=True)
 def forecasts_measure_once():
     """Every command that hardens or plans says what it will take: memory, counted on a network of the base's shape, and time, of
-    a few timed forwards. The first of a base and method measures; test_memory.py has what these functions do."""
+    a few timed forwards. The first of a base and method measures; test_memory.py has what these functions do. How many steps and
+    pictures there are does not matter to the memory, and neither does where a copy of the base lies."""
     from guardsmith.evaluation import forecast
     from guardsmith.models.checkpoint import DiffusionModel, resolve
 
@@ -80,8 +83,10 @@ def forecasts_measure_once():
 
     def estimated(recipe, method, config, *, loaded=0):
         folder = resolve(recipe.base, recipe.revision)
-        index = (folder / "model_index.json").stat()
-        key = "GiB", str(folder), index.st_mtime_ns, recipe.method.name, repr(config), repr(recipe.compute)
+        base = [(file.relative_to(folder), file.read_bytes()) for file in sorted(folder.glob("**/*config.json"))]
+        base += [(file.relative_to(folder), file.stat().st_size) for file in sorted(folder.glob("*/*.safetensors"))]
+        settings = config.model_dump(exclude={"steps", "outer_steps", "inner_steps", "class_images", "benign_images"})
+        key = "GiB", repr(base), recipe.method.name, repr(settings), repr(recipe.compute)
         if key not in known:
             known[key] = estimate(recipe, method, config, loaded=loaded)
         return known[key]

@@ -198,7 +198,7 @@ SMALL = {
         "identifiers": ["sks"],
         "images_per_unit": 8,
         "class_images": 4,
-        "benign_images": 24,
+        "benign_images": 12,
         "deployability": {"checks": []},
     },
 }  # fmt: skip

@@ -75,8 +75,9 @@ for number, arguments in enumerate(jobs):
     if code and not os.path.exists(os.path.join(arguments[arguments.index("--output") + 1], "harden.json")):
         sys.exit(code)
 """
+# With --cpu accelerate starts one process, whatever the number; this way it starts two, which find no GPU and compute here.
 ACCELERATE = [
-    "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
     "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
 
@@ -166,6 +167,7 @@ def hardened(bases, tmp_path_factory):
         jobs.append(("harden", "--recipe", recipe, "--output", place / f"{method}-sharded"))
     command = [sys.executable, *ACCELERATE, *driver(place, *jobs)]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, timeout=300, capture_output=True, check=False)
+    assert (place / "err1").exists(), done.stderr.decode()
     streams = [[(place / f"{stream}{rank}").read_text() for stream in ("out", "err")] for rank in range(2)]
     return Launched(place, killed, len(jobs), done.returncode, streams)
 

@@ -35,7 +35,7 @@ TINY = {
         "identifiers": ["sks"],
         "images_per_unit": 8,
         "class_images": 4,
-        "benign_images": 24,
+        "benign_images": 12,
         "deployability": {"checks": []},  # which have tests of their own
     },
 }  # fmt: skip
