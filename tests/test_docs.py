@@ -424,11 +424,11 @@ def test_contributing_names_files_that_exist():
 
 
 def attackers():
-    """The script that attacks every method's model, as a module."""
+    """The tables of the script that attacks every method's model, as a module."""
     folder = ROOT / "recipes" / "avatar-base"
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    return importlib.import_module("attackers")
+    return importlib.import_module("attackers_table")
 
 
 def test_tables_of_attackers_are_those_of_their_data():
@@ -436,7 +436,7 @@ def test_tables_of_attackers_are_those_of_their_data():
     written = (DOCS / "results" / "attackers.md").read_text(encoding="utf-8")
     assert written == attackers().tables(data), "run `python attackers.py` in recipes/avatar-base"
     page = (DOCS / "results" / "README.md").read_text(encoding="utf-8").splitlines()
-    lost = [line for line in written.splitlines() if line.startswith("| `") and line not in page]
+    lost = [line for line in written.splitlines() if line.startswith("| ") and line not in page]
     assert not lost, "docs/results/README.md has other figures"
 
 
@@ -468,6 +468,43 @@ def test_tables_of_attackers_tell_protected_from_broken_and_from_not_measured():
     assert "not measured" in lines["`sketch`"] and "0." not in lines["`sketch`"]
     removal = next(line for line in text.split("## Removal")[1].splitlines() if line.startswith("| `cut`"))
     assert "| 2.5 | 1,200 | 32 | needed | 0.60, 0.60 (`plain`) | 🔴 **0.60 [" in removal
+
+
+def test_tables_of_attackers_say_when_a_method_gives_way_and_how_far_the_weights_moved():
+    def cell(mean, displacement):
+        return {"scores": [mean - 0.02, mean, mean + 0.02] * 3, "displacement": displacement}
+
+    base = {"60": cell(0.1, 0.01), "120": cell(0.5, 0.02), "600": cell(0.6, 0.1)}
+    hardened = {"60": cell(0.0, 0.03), "120": cell(0.0, 0.04), "600": cell(0.55, 0.5)}
+    sides = {"base": {"protected": base}, "tripwire": {"protected": hardened, "control": {"error": "Broken: it"}}}
+    rows = [line.split(" | ") for line in attackers().longer_table({"usual-rate": sides})[2:]]
+    assert [row[1] for row in rows] == ["60", "120", "600"], "in the order of the steps"
+    assert [row[2] for row in rows] == ["1.0 %, 3.0 %", "2.0 %, 4.0 %", "10.0 %, 50.0 %"]
+    first, second, last = (row[4] for row in rows)
+    assert "no evidence" in first and "0.00 [" in second and "🔴" not in second and "🔴 **0.55 [" in last
+    assert all("failed to run (Broken: it)" in row[5] for row in rows)
+
+
+def test_the_table_of_everyday_use_has_every_method_and_leaves_out_settings_without_a_fault():
+    def case(name, measure, value, status, part=False):
+        own = {"case": name, "measure": measure, "value": value, "status": status, "part": part}
+        return own | {"low": None, "high": None}
+
+    together = case("all settings together", "collapsed", 0.0, "pass")
+    quiet, loud = (case("LCM, 4 steps", "collapsed", value, "pass", part=True) for value in (0.0, 0.02))
+    everyday = {
+        "apdm": {"samplers": {"cases": [loud, together]}},
+        "tripwire": {"samplers": {"cases": [quiet, case("DDIM, 20 steps", "collapsed", 0.0, "pass", True), together]}},
+        "imma": {"precision": {"cases": [case("float16", "difference", 2.5, "fail")]}},
+    }
+    lines = attackers().everyday_table(everyday)
+    assert lines[0] == "| | tripwire | imma | apdm |"
+    assert lines[2].startswith("| float16: ") and lines[2].endswith("| not measured | 🔴 **2.5** | not measured |")
+    assert [line.split(":")[0].rpartition("accelerators, ")[2] for line in lines[3:]] == [
+        "LCM, 4 steps",
+        "all settings together",
+    ]
+    assert lines[3].endswith("| 0 % | not measured | 2 % |")
 
 
 COST = {"seconds": 2.5, "unet_forwards": 1200, "pictures": 32, "needs_base": True, "changed_weights": 0.5}
