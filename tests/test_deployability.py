@@ -233,6 +233,22 @@ def test_the_base_passes_against_itself(against_itself, few_steps):
     json.dumps([m.model_dump(mode="json") for m in found], allow_nan=False)
 
 
+def test_plain_pictures_are_drawn_once_and_are_those_of_one_drawing(base, tmp_path, monkeypatch):
+    bench = bench_of(base, base, tmp_path)
+    at_once, drawn, draw = bench.draw(bench.pipeline("base"), count=6), [], Bench.draw
+
+    def counted(self, *args, **options):
+        pictures = draw(self, *args, **options)
+        drawn.append(len(pictures))
+        return pictures
+
+    monkeypatch.setattr(Bench, "draw", counted)
+    few, more, few_again = (bench.plain("base", count=count) for count in (4, 6, 4))
+    assert drawn == [4, 2]
+    assert torch.equal(few, more[:4]) and torch.equal(few, few_again)
+    assert differences(more, at_once).max() < 0.1, "every picture has its own prompt and noise"
+
+
 def test_a_black_model_passes_nothing_that_looks_at_pictures(base, black, tmp_path):
     bench = bench_of(base, black, tmp_path)
     found = [m for run in (precision, controlnet, merges, quantization) for m in run.run(bench)]

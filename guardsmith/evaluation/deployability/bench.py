@@ -123,17 +123,19 @@ class Bench:
         *,
         noise: str = "second",
         count: int | None = None,
+        start: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
         prompts: Sequence[str] | None = None,
         each: Callable[[slice], dict[str, Any]] | None = None,
     ) -> Tensor:
-        """Pictures of the first `count` prompts by any pipeline, float32 (n, 3, h, w) in [-1, 1] on the CPU, or NaN.
+        """Pictures of the first `count` prompts by any pipeline, float32 (count - start, 3, h, w) in [-1, 1] on the CPU, or NaN.
 
         Args:
             pipeline: of diffusers.
             noise: see `noise`; `""` where the pipeline makes its own from generators.
             count: `spec.images` where it is not given.
+            start: how many of the first are left out.
             steps: of the solver, where they are not the usual ones.
             guidance: likewise.
             prompts: likewise.
@@ -143,8 +145,8 @@ class Bench:
         count = len(texts)
         dtype, device = _denoiser(pipeline).dtype, chosen_device()
         drawn, seeds = [], NOISE[noise or "second"].seeds(count)
-        for start in range(0, count, self.batch):
-            some = slice(start, min(start + self.batch, count))
+        for first in range(start, count, self.batch):
+            some = slice(first, min(first + self.batch, count))
             further: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds[some]]}
             if noise:
                 further["latents"] = self.noise(noise, count)[some].to(device, dtype)
@@ -171,7 +173,8 @@ class Bench:
         count = count or self.spec.images
         known = self._plain.get((side, noise), torch.empty(0))
         if len(known) < count:
-            known = self._plain[side, noise] = self.draw(self.pipeline(side), noise=noise, count=count)
+            more = self.draw(self.pipeline(side), noise=noise, count=count, start=len(known))
+            known = self._plain[side, noise] = torch.cat([known, more])
         return known[:count]
 
     @cached_property
