@@ -38,15 +38,16 @@ def checks_of(row: dict[str, Any], reference: dict[str, Any], side: str) -> tupl
     result: list[Check | None] = []
     for role in ROLES:
         ours, base = (each.get(role, {}).get("scores") for each in (row.get(side, {}), reference))
-        if not ours or not base:
+        if not ours or (role == "control" and not base):
             result.append(None)
             continue
+        units = [base] if base else []  # without the base's result a protected subject's is shown, as no evidence
         check = (
             check_protected(role, "", [ours], levels, spec)
             if role == "protected"
-            else check_control(role, "", [ours], [base], levels, spec)
+            else check_control(role, "", [ours], units, levels, spec)
         )
-        on_base = check_base_attack(role, "", [base], levels, spec)
+        on_base = check_base_attack(role, "", units, levels, spec)
         if role == "control" and on_base.status != "pass":
             check = replace(check, value=None)  # a share of nothing says nothing
         result.append(with_evidence(check, on_base))
