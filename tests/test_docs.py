@@ -484,7 +484,9 @@ def test_tables_of_attackers_say_when_a_method_gives_way_and_how_far_the_weights
     assert "no evidence" in first and "0.00 [" in second and "🔴" not in second and "🔴 **0.55 [" in last
     assert all("failed to run (Broken: it)" in row[5] for row in rows)
     alone = attackers().longer_table({"usual-rate": {"tripwire": {"protected": hardened}}})[2:]
-    assert "| not measured, 4.0 % | not measured, not measured | 0.00 [" in alone[1] and alone[1].count("no evidence") == 1
+    assert (
+        "| not measured, 4.0 % | not measured, not measured | 0.00 [" in alone[1] and alone[1].count("no evidence") == 1
+    )
 
 
 def test_the_table_of_everyday_use_has_every_method_and_leaves_out_settings_without_a_fault():

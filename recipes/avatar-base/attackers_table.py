@@ -181,12 +181,14 @@ def everyday_table(everyday: dict[str, Any]) -> list[str]:
         if quiet and (measure == "faults" or any(case["part"] for case in each.values())):
             continue
         cells = [case_text(each.get(side)) for side in sides]
-        lines.append(f"| {BEFORE.get(check, '')}{name}: {MEASURES[measure]} | " + " | ".join(cells) + " |")
+        words = UNMERGED if (check, measure) == ("merges", "difference") else MEASURES[measure]
+        lines.append(f"| {BEFORE.get(check, '')}{name}: {words} | " + " | ".join(cells) + " |")
     return lines
 
 
 BEFORE = {"merges": "merged ", "samplers": "samplers and accelerators, "}
 """Words that some checks' cases need in front of them."""
+UNMERGED = "difference, times the unmerged model's"
 MEASURES = {
     "difference": "difference, times the base's", "faults": "faults", "collapsed": "collapsed beyond the base's",
     "control": "control followed", "retention": "likeness kept",
