@@ -124,8 +124,8 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", choices=STYLES, default=STYLES, help="of the protected subjects")
     parser.add_argument("--folder", type=Path, help="of an experiment")
     args = parser.parse_args()
-    if args.negatives is not None:
-        write_bystanders(args.data, args.negatives)
+    if args.bystanders is not None:
+        write_bystanders(args.data, args.bystanders)
         return
     tensor, lines = world.load(args.data, args.set)
     pixels = tensor.permute(0, 2, 3, 1).numpy()
