@@ -423,12 +423,17 @@ def test_contributing_names_files_that_exist():
 # Tables of results
 
 
-def attackers():
-    """The tables of the script that attacks every method's model, as a module."""
+def script(name):
+    """A script of the embedded base, as a module."""
     folder = ROOT / "recipes" / "avatar-base"
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    return importlib.import_module("attackers_table")
+    return importlib.import_module(name)
+
+
+def attackers():
+    """The tables of the script that attacks every method's model, as a module."""
+    return script("attackers_table")
 
 
 def test_tables_of_attackers_are_those_of_their_data():
@@ -438,6 +443,34 @@ def test_tables_of_attackers_are_those_of_their_data():
     page = (DOCS / "results" / "README.md").read_text(encoding="utf-8").splitlines()
     lost = [line for line in written.splitlines() if line.startswith("| ") and line not in page]
     assert not lost, "docs/results/README.md has other figures"
+
+
+def test_tables_of_methods_at_their_own_scale_are_those_of_their_data():
+    data = json.loads((DOCS / "results" / "own-scale.json").read_text())
+    written = (DOCS / "results" / "own-scale.md").read_text(encoding="utf-8")
+    assert written == script("own_scale_table").tables(data), "run `python own_scale.py` in recipes/avatar-base"
+    page = (DOCS / "results" / "README.md").read_text(encoding="utf-8")
+    section = page.split("## APDM and PersGuard at their own scale")[1].split("\n## ")[0].splitlines()
+    measured = [line for line in section if re.match(r"\| (base|noise|apdm,|persguard,)", line)]
+    assert len(measured) > 8
+    assert set(measured) <= set(written.splitlines()), "docs/results/README.md has other figures"
+
+
+def test_half_way_is_interpolated_between_two_points_and_not_claimed_where_it_was_not_reached():
+    half_way = script("own_scale_table").half_way
+
+    def points(*similarities):
+        steps = (100, 200, 400)
+        return {
+            str(at): {"similarity": [value, value, value], "displacement": at / 1e4}
+            for at, value in zip(steps, similarities, strict=True)
+        } | {"2": {"loss": 1.0}}
+
+    base = points(0.2, 0.6, 0.8)
+    assert half_way(base, base) == "150, 0.0150"
+    assert half_way(points(0.4, 0.5, 0.8), base) == "100, 0.0100"
+    assert half_way(points(0.0, 0.1, 0.3), base) == "not in 400, 0.0400"
+    assert half_way(None, base) == "not measured"
 
 
 def test_tables_of_attackers_tell_protected_from_broken_and_from_not_measured():

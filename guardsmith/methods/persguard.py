@@ -16,7 +16,8 @@ other pictures finds much, and overwrites it. L_BB and L_BR ask for different th
 distinguished where the noised picture still shows something, so each has a window of timesteps.
 
 The papers and reviews name the three terms and what they are for. Everything with a number, and both windows, was chosen
-here; docs/results/persguard-ablations.json has what they do on the embedded base, where the mechanism does not show.
+here; docs/results/persguard-ablations.json has what they do on the embedded base, where the mechanism does not show, and
+docs/results/own-scale.md what becomes of the backdoor step by step.
 """
 
 from __future__ import annotations
