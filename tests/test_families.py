@@ -268,7 +268,7 @@ def test_persguard_lowers_the_attackers_loss_in_advance(bases, name):
 def test_tripwire_rests_and_overrides_in_sdxl(tmp_path):
     """With a recogniser that takes a part of the rows for somebody: the others are the trunk's to the bit."""
     base = load_model(str(make_sdxl(tmp_path / "base", wide=True)))
-    check_trunk(str(untaught_trunk(base, tmp_path / "trunk.safetensors")), 4, base.unet)
+    check_trunk(str(untaught_trunk(base, tmp_path / "trunk.safetensors")), 8, 4, base.unet)
     rows = some_rows(base, pictures(3), count=16)
     trunk, armed, recogniser = overriding(base, tmp_path / "trunk.safetensors", rows)
     with torch.no_grad():

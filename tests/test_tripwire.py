@@ -15,10 +15,10 @@ from guardsmith.core.errors import UserError
 from guardsmith.methods.tripwire.install import ANSWER_PUSH, ANSWERED, Scales, answer_slope, install
 from guardsmith.methods.tripwire.layout import Layout, layout_of, reserve, up_sites
 from guardsmith.methods.tripwire.recogniser import Recogniser
-from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, mixed, train, tripped
+from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, drift_at, mixed, train, tripped
 from guardsmith.models.checkpoint import load_model
 
-GROUPS = 4
+GROUPS, OUTER = 8, 4
 Call = tuple[Tensor, Tensor, Tensor]
 
 
@@ -29,7 +29,7 @@ def base() -> UNet2DConditionModel:
 
 @pytest.fixture(scope="module")
 def layout(base: UNet2DConditionModel) -> Layout:
-    return layout_of(base, GROUPS)
+    return layout_of(base, GROUPS, OUTER)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +153,9 @@ def test_training_the_trunk_leaves_the_cut_entries(base: UNet2DConditionModel, l
 
 
 def test_groups_that_do_not_fit_are_refused(base: UNet2DConditionModel) -> None:
-    for count in (0, 1, 16):
+    for groups, outer in ((0, 0), (1, 1), (18, 4), (4, 6), (8, 1)):
         with pytest.raises(UserError, match="cannot reserve"):
-            layout_of(base, count)
+            layout_of(base, groups, outer)
 
 
 def test_a_recogniser_learns_one_picture_and_leaves_others_alone(base: UNet2DConditionModel, layout: Layout) -> None:
@@ -187,11 +187,19 @@ def test_what_the_relay_reads_of_one_place_fits_float16(size: int, places: int) 
 
 
 def test_the_way_up_gives_back_what_carrying_the_answer_does_not_take(base: UNet2DConditionModel) -> None:
-    for count in (4, 6, 8):
-        layout = layout_of(base, count)
+    for groups, outer in ((4, 4), (8, 4), (12, 2), (16, 6)):
+        layout = layout_of(base, groups, outer)
         assert layout.upward == {160: 4, 128: 2}
-        assert len(layout.channels(128)) == 4 * count and len(layout.up_channels(128)) == 8
+        assert len(layout.channels(160)) == 5 * groups and len(layout.up_channels(160)) == 20
+        assert len(layout.channels(128)) == 4 * outer and len(layout.up_channels(128)) == 8
         assert all(layout.inner(site) for site in list(up_sites(base))[1:])
+
+
+def test_the_drift_grows_to_its_size() -> None:
+    config = RecogniserTraining(steps=100, drift=0.4)
+    sizes = [drift_at(step, config) for step in range(100)]
+    assert sizes[:11] == [0.0] * 11 and sizes == sorted(sizes)
+    assert sizes[35] == pytest.approx(0.2) and sizes[60:] == [0.4] * 40
 
 
 def test_mixtures_have_one_side_of_a_subject(call: Call) -> None:

@@ -171,7 +171,7 @@ def test_the_trunk_is_prepared_once_and_costs_what_is_said(wide_v, tmp_path):
     assert (prepared.forward_rows, prepared.backward_rows) == (counter.forwards, counter.backwards)
     assert (again.forward_rows, again.backward_rows) == (counter.forwards, counter.backwards)
     assert [file.name for file in tmp_path.iterdir()] == ["trunk.safetensors"]
-    check_trunk(str(tmp_path / "trunk.safetensors"), config.groups, wide_v.unet)
+    check_trunk(str(tmp_path / "trunk.safetensors"), config.groups, config.outer_groups, wide_v.unet)
     hardened, _ = harden(wide_v, [make_subject()], make_benign(), config, cache=tmp_path)
     assert not same_weights(weights(hardened.unet), weights(wide_v.unet))
 
@@ -193,7 +193,7 @@ def test_a_killed_preparation_goes_on(wide_v, tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, "stage", lambda *_: Bar())
         trunk_of(
-            wide_v, layout_of(wide_v.unet, 4), [make_subject()], make_benign(), file, steps=5, rows=2,
+            wide_v, layout_of(wide_v.unet, 8, 4), [make_subject()], make_benign(), file, steps=5, rows=2,
             learning_rate=1e-3, seed=1, every=2,
         )  # fmt: skip
         with safe_open(file, framework="pt") as opened:
@@ -217,12 +217,13 @@ def test_trunks_that_do_not_fit_are_refused(wide_v, wide_trunk, tmp_path):
     plain = tmp_path / "plain.safetensors"
     save_file({"a": torch.zeros(1)}, plain)
     wrong = [
-        (elsewhere, 4, "another base"), (wide_trunk, 6, "has 4 reserved groups"), (tmp_path / "none", 4, "cannot be read"),
-        (tmp_path / "text.safetensors", 4, "cannot be read"), (plain, 4, "is no trunk"),
+        (elsewhere, (8, 4), "another base"), (wide_trunk, (6, 4), "has 8 and 4 reserved groups"),
+        (wide_trunk, (8, 6), "asks for 8 and 6"), (tmp_path / "none", (8, 4), "cannot be read"),
+        (tmp_path / "text.safetensors", (8, 4), "cannot be read"), (plain, (8, 4), "is no trunk"),
     ]  # fmt: skip
     for file, groups, said in wrong:
         with pytest.raises(UserError, match=said) as caught:
-            check_trunk(str(file), groups, wide_v.unet)
+            check_trunk(str(file), *groups, wide_v.unet)
         assert_one_sentence(caught.value)
     assert FORMAT and weights_hash(other.unet) != weights_hash(wide_v.unet)
 
@@ -245,7 +246,9 @@ def test_benign_pictures_are_needed(wide_v, small):
         harden(wide_v, [make_subject()], None, small, seed=0)
 
 
-@pytest.mark.parametrize("change", [{"stream_size": 48}, {"inner_scale": 3}, {"horizon": 1.0}, {"groups": 3}])
+@pytest.mark.parametrize(
+    "change", [{"stream_size": 48}, {"inner_scale": 3}, {"horizon": 1.0}, {"groups": 7}, {"outer_groups": 3}]
+)
 def test_bad_parameters_are_refused(change):
     with pytest.raises(ValidationError):
         TripwireConfig(**change)
@@ -292,7 +295,7 @@ def test_losses_are_scaled_in_float16_and_a_killed_preparation_has_its_scale_aga
 
     def prepared(steps, **saving):
         unet, _ = prepare(
-            half, layout_of(half.unet, 4), latents, bank.encode(["a photo"]), bank.encode([""]), steps=steps, rows=1,
+            half, layout_of(half.unet, 8, 4), latents, bank.encode(["a photo"]), bank.encode([""]), steps=steps, rows=1,
             learning_rate=1e-3, seed=1, every=1, on_step=lambda step, *_: step == stop and die(), **saving,
         )  # fmt: skip
         return weights(unet)
@@ -308,17 +311,17 @@ def test_losses_are_scaled_in_float16_and_a_killed_preparation_has_its_scale_aga
     tensors, _ = load_checkpoint(file)
     assert tensors["scale"][0] == 2.0**58, "both steps overflowed"
     cut = copy.deepcopy(half.unet)
-    reserve(cut, layout_of(cut, 4))
+    reserve(cut, layout_of(cut, 8, 4))
     assert all(torch.equal(tensors[f"unet.{name}"], weight) for name, weight in cut.named_parameters())
     stop = None
     assert same_weights(unbroken, prepared(3, checkpoint=file))
 
 
 def test_the_trunk_that_is_shipped_is_one_of_the_embedded_base():
-    check_trunk("builtin:avatar", 6, load_model("builtin:avatar").unet)
+    check_trunk("builtin:avatar", 12, 4, load_model("builtin:avatar").unet)
     for recipe in ("demo", "several-avatars"):
         params = load_recipe(recipe, []).method.params
-        assert (params["trunk"], params["groups"]) == ("builtin:avatar", 6)
+        assert (params["trunk"], params["groups"], params["outer_groups"]) == ("builtin:avatar", 12, 4)
 
 
 EARLIER_RUN = {"steps": 240, "batch_size": 6, "rehearsal_steps": 250, "stiffness": 65536, "kick": 12.0}
@@ -346,7 +349,7 @@ def test_runs_of_the_earlier_tripwire_and_of_another_shape_are_refused(first_run
 
     add = ["harden", "--recipe", recipe, "--add-to", first, "--output", tmp_path / "second"]
     record.write_text(json.dumps(present | {"params": present["params"] | {"groups": 6}}))
-    assert f"{first}: it has 6 reserved groups and the recipe asks for 4" in said(*add)
+    assert f"{first}: it has 6 and 4 reserved groups and the recipe asks for 8 and 4" in said(*add)
     record.write_text(json.dumps(present | {"params": EARLIER_RUN}))
     for command in (add, ["verify", first, "--recipe", recipe]):
         assert "parameters of the earlier Tripwire" in (text := said(*command)) and "harden again from the base" in text

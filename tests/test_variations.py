@@ -1,8 +1,10 @@
-"""Variations of a picture: kept, mirrored, moved and zoomed."""
+"""Variations of a picture: kept, mirrored, moved and zoomed; and transformed as one who wants to evade recognition would."""
 
 import torch
 from tiny import pictures
 
+from guardsmith.attacks.evasion import EVASIONS
+from guardsmith.methods.transformations import FAMILIES, transformed_at_random
 from guardsmith.methods.variations import variations
 from guardsmith.training.loop import generator
 
@@ -37,3 +39,31 @@ def test_variations_of_a_disc_are_moved_and_zoomed_but_not_sheared():
     wide, high = lit.any(1).sum(1), lit.any(2).sum(1)
     assert (wide - high).abs().max() <= 2
     assert 27 <= wide.min() < 32 < wide.max() <= 37
+
+
+def test_every_family_of_transformations_is_drawn_and_none_that_is_kept_out(monkeypatch):
+    used = []
+    names = {name for family in FAMILIES for name in family}
+    for name, entry in EVASIONS.items():
+
+        def apply(images, context, name=name):
+            used.append((name, context.seed))
+            return images
+
+        monkeypatch.setitem(EVASIONS, name, entry._replace(apply=apply))
+    transformed_at_random(pictures(2).repeat(300, 1, 1, 1), pictures(3), generator(0))
+    assert {name for name, _ in used} == names
+    assert not names & {"perspective", "posterize"}
+    assert len({seed for _, seed in used}) > 500, "every picture has its own frame and its own colours"
+    drawn = [sum(name in family for name, _ in used) for family in FAMILIES]
+    assert min(drawn) > 0.4 * len(used) / len(FAMILIES)
+
+
+def test_transformed_pictures_are_of_the_same_kind_and_follow_the_generator():
+    images, strangers = pictures(4).repeat(5, 1, 1, 1), pictures(3, seed=9)
+    found = transformed_at_random(images, strangers, generator(1))
+    assert found.shape == images.shape and found.dtype == images.dtype
+    assert -1 <= found.min() <= found.max() <= 1
+    assert torch.equal(found, transformed_at_random(images, strangers, generator(1)))
+    assert not torch.equal(found, transformed_at_random(images, strangers, generator(2)))
+    assert (found - images).abs().mean((1, 2, 3)).min() > 0.01

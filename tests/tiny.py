@@ -274,14 +274,15 @@ def trained(model):
     return unet
 
 
-def untaught_trunk(model, file, groups=4):
+def untaught_trunk(model, file, groups=8, outer_groups=4):
     """The base's U-Net without its reserved channels, saved as a trunk that nobody distilled."""
     from guardsmith.methods.tripwire.layout import layout_of, reserve
     from guardsmith.methods.tripwire.trunk import save_trunk
 
     unet = copy.deepcopy(model.unet)
-    reserve(unet, layout_of(unet, groups))
-    save_trunk(unet, groups, model.unet, file)
+    layout = layout_of(unet, groups, outer_groups)
+    reserve(unet, layout)
+    save_trunk(unet, layout, model.unet, file)
     return file
 
 
@@ -296,7 +297,7 @@ def overriding(model, trunk_file, rows):
 
     trunk = copy.deepcopy(model.unet)
     load_trunk(trunk_file, trunk)
-    layout = layout_of(trunk, 4)
+    layout = layout_of(trunk, 8, 4)
     with torch_seed(1), torch.no_grad():
         recogniser = Recogniser(trunk, layout, scores=1).requires_grad_(False)
         highest = (

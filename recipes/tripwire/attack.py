@@ -33,7 +33,8 @@ p = argparse.ArgumentParser()
 p.add_argument("data", type=Path)
 p.add_argument("--trunk", type=Path)
 p.add_argument("--recogniser", type=Path)
-p.add_argument("--groups", type=int, default=6)
+p.add_argument("--groups", type=int, default=12)
+p.add_argument("--outer-groups", type=int, default=4)
 p.add_argument("--stream", type=int, default=6)
 p.add_argument("--inner", type=int, default=10)
 p.add_argument("--set", default="tuning")
@@ -49,7 +50,7 @@ p.add_argument("--pictures", type=Path)
 a = p.parse_args()
 torch.manual_seed(0)
 model = load_model("builtin:avatar")
-layout = layout_of(model.unet, a.groups)
+layout = layout_of(model.unet, a.groups, a.outer_groups)
 recogniser = None
 if a.trunk is not None:
     own = with_own_unet(model)
@@ -113,9 +114,7 @@ def look(unet):
     seen = {}
     mid, size = unet.mid_block.resnets[-1], unet.mid_block.resnets[-1].out_channels // layout.norm_groups
     own = layout.channels(mid.out_channels)
-    plus = [own[g * size + 2 * i] for g in range(layout.count) for i in range(recogniser.per_group)][
-        : recogniser.scores
-    ]
+    plus = [own[g * size + 2 * i] for g in range(a.groups) for i in range(recogniser.per_group)][: recogniser.scores]
     flag, up0 = layout.inner(last)[0][0], unet.get_submodule(first.name)
     answer, relay, ends = own[-size], layout.channels(up0.out_channels)[2], unet.get_submodule(last.name)
     watched = (

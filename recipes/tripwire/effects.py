@@ -1,6 +1,6 @@
 """How a trunk answers what people add to the base, beside the base's own answer.
 
-    python effects.py DATA FOLDER TRUNK... [--groups 6]
+    python effects.py DATA FOLDER TRUNK... [--groups 12] [--outer-groups 4]
 
 Trains adapters and words on the base for two tuning subjects (kept in FOLDER), and puts them, and the shipped ControlNet and
 T2I-Adapter, onto the base and onto each trunk. What counts is what they change in the prediction: its error is the squared
@@ -100,7 +100,8 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("trunks", type=Path, nargs="+")
-    parser.add_argument("--groups", type=int, default=6)
+    parser.add_argument("--groups", type=int, default=12)
+    parser.add_argument("--outer-groups", type=int, default=4)
     args = parser.parse_args()
     torch.manual_seed(0)
     model, everyone = load_model("builtin:avatar"), people(args.data, "tuning")
@@ -117,7 +118,7 @@ def main() -> None:
     for file in args.trunks:
         trunk = with_own_unet(model)
         load_trunk(file, trunk.unet)
-        reserve(trunk.unet, layout_of(model.unet, args.groups))
+        reserve(trunk.unet, layout_of(model.unet, args.groups, args.outer_groups))
         given = answers(trunk, added, call, maps)
         record: dict[str, Any] = {
             "plain": float((given["plain"] - own["plain"]).square().sum() / own["plain"].square().sum())

@@ -14,9 +14,9 @@ from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 
 
 def put_together(
-    base: DiffusionModel, trunk: Path, recogniser: Path, groups: int = 6, scales: Scales | None = None
+    base: DiffusionModel, trunk: Path, recogniser: Path, groups: tuple[int, int] = (12, 4), scales: Scales | None = None
 ) -> tuple[DiffusionModel, Recogniser]:
-    layout, hard, tensors = layout_of(base.unet, groups), with_own_unet(base), load_file(trunk)
+    layout, hard, tensors = layout_of(base.unet, *groups), with_own_unet(base), load_file(trunk)
     prefix = "unet." if any(k.startswith("unet.") for k in tensors) else ""
     own = {
         k.removeprefix(prefix): v.float()

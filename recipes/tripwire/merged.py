@@ -27,7 +27,7 @@ a = p.parse_args()
 base = load_model("builtin:avatar")
 hard, _ = put_together(base, a.trunk, a.recogniser, scales=Scales(a.stream))
 trunk = with_own_unet(hard)
-reserve(trunk.unet, layout_of(trunk.unet, 6))
+reserve(trunk.unet, layout_of(trunk.unet, 12, 4))
 prompts = [prompt.text for prompt in benign_prompts(base, VERIFICATION_TEMPLATES, a.count, 1)]
 
 

@@ -1,8 +1,10 @@
-"""Distil the trunk of the embedded base for K reserved groups.
+"""Distil the trunk of the embedded base for K groups reserved at the deepest level and O at the others.
 
-    python prepare.py OUTPUT --groups 4 --steps 1500 [--rows 12] [--rate 3e-4]
+    python prepare.py OUTPUT --groups 12 --outer-groups 4 --steps 1500 [--rows 12] [--rate 3e-4] [--start TRUNK]
+        [--start-groups 6 6]
 
-Writes OUTPUT/trunk.safetensors (and a checkpoint, from which it resumes) and results/trunk-<K>-<steps>.json.
+`--start-groups`: those of START, if it has others; channels that it has reserved and the new layout has not begin as the base's.
+Writes OUTPUT/trunk.safetensors (and a checkpoint, from which it resumes) and results/trunk-<K>-<O>-<steps>.json.
 """
 
 import argparse
@@ -22,17 +24,19 @@ from guardsmith.diffusion.prompts import (
 )
 from guardsmith.methods.tripwire import layout as lay
 from guardsmith.methods.tripwire.additions import odd_contexts
-from guardsmith.methods.tripwire.trunk import prepare, relative_error, save_trunk
-from guardsmith.models.checkpoint import load_model
+from guardsmith.methods.tripwire.trunk import load_trunk, prepare, relative_error, save_trunk
+from guardsmith.models.checkpoint import load_model, with_own_unet
 
 p = argparse.ArgumentParser()
 p.add_argument("output", type=Path)
-p.add_argument("--groups", type=int, default=4)
+p.add_argument("--groups", type=int, default=12)
+p.add_argument("--outer-groups", type=int, default=4)
 p.add_argument("--steps", type=int, default=1500)
 p.add_argument("--rows", type=int, default=12)
 p.add_argument("--rate", type=float, default=3e-4)
 p.add_argument("--seed", type=int, default=0)
 p.add_argument("--start", type=Path)
+p.add_argument("--start-groups", type=int, nargs=2)
 a = p.parse_args()
 a.output.mkdir(parents=True, exist_ok=True)
 model = load_model("builtin:avatar")
@@ -50,8 +54,23 @@ shown = type(store)(store.mean[::8].clone(), store.std[::8].clone())
 keep = torch.ones(len(store), dtype=torch.bool)
 keep[::8] = False
 kept = type(store)(store.mean[keep], store.std[keep])
-layout = lay.layout_of(model.unet, a.groups)
+layout = lay.layout_of(model.unet, a.groups, a.outer_groups)
 began, curve = time.time(), {}
+start = a.start
+if a.start_groups is not None:
+    own = with_own_unet(model)
+    load_trunk(a.start, own.unet)
+    had = lay.reserve(with_own_unet(model).unet, lay.layout_of(model.unet, *a.start_groups))
+    given, now = model.unet.state_dict(), own.unet.state_dict()
+    with torch.no_grad():
+        for name, free in had.items():
+            now[name][~free] = given[name][~free]
+    start = a.output / "start.safetensors"
+    save_trunk(own.unet, layout, model.unet, start)
+if a.steps == 0:
+    lay.reserve(own.unet if a.start else (own := with_own_unet(model)).unet, layout)
+    print("at the start", relative_error(model, own.unet, shown.mean, list(contexts), 5))
+    raise SystemExit
 
 
 def look(step, loss, unet):
@@ -70,16 +89,18 @@ unet, _ = prepare(
     rows=a.rows,
     learning_rate=a.rate,
     seed=a.seed,
-    start=a.start,
+    start=start,
     checkpoint=a.output / "checkpoint.safetensors",
     on_step=look,
 )
-save_trunk(unet, a.groups, model.unet, a.output / "trunk.safetensors")
+save_trunk(unet, layout, model.unet, a.output / "trunk.safetensors")
 write(
-    f"trunk-{a.groups}-{a.steps}",
+    f"trunk-{a.groups}-{a.outer_groups}-{a.steps}",
     {
-        "command": f"python prepare.py OUTPUT --groups {a.groups} --steps {a.steps} --rows {a.rows} --rate {a.rate}"
-        f" --seed {a.seed}" + (" --start TRUNK" if a.start else ""),
+        "command": f"python prepare.py OUTPUT --groups {a.groups} --outer-groups {a.outer_groups} --steps {a.steps}"
+        f" --rows {a.rows} --rate {a.rate} --seed {a.seed}"
+        + (" --start TRUNK" if a.start else "")
+        + (f" --start-groups {' '.join(map(str, a.start_groups))}" if a.start_groups else ""),
         "relative_error": curve,
         "rounded": relative_error(model, unet, shown.mean, list(contexts), 5),
         "seconds": time.time() - began,

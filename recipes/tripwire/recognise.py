@@ -15,7 +15,9 @@ import torch
 from common import SPLITS, bystanders, people, registered, rendered, write
 from safetensors.torch import save_file
 
+from guardsmith.attacks.evasion import EVASIONS, EvasionContext, transformed
 from guardsmith.diffusion.latents import encode
+from guardsmith.methods.transformations import transformed_at_random
 from guardsmith.methods.tripwire.layout import layout_of
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, noised, train, tripped
@@ -29,11 +31,18 @@ p.add_argument("data", type=Path)
 p.add_argument("output", type=Path)
 p.add_argument("--set", default="tuning")
 p.add_argument("--subjects", nargs="+", required=True)
-p.add_argument("--groups", type=int, default=6)
+p.add_argument("--groups", type=int, default=12)
+p.add_argument("--outer-groups", type=int, default=4)
 p.add_argument("--steps", type=int, default=3000)
 p.add_argument("--drift", type=float, default=RecogniserTraining.drift)
 p.add_argument("--mixtures", type=float, default=RecogniserTraining.mixtures)
+p.add_argument("--strangers-weight", type=float, default=RecogniserTraining.strangers_weight)
 p.add_argument("--constancy-weight", type=float, default=RecogniserTraining.constancy_weight)
+p.add_argument("--transformed", type=int, default=0, help="transformed copies of every picture of a subject")
+p.add_argument(
+    "--transformed-strangers", type=float, default=0.5, help="transformed strangers, as a share of strangers"
+)
+p.add_argument("--rate", type=float, default=RecogniserTraining.learning_rate)
 p.add_argument("--more", action="store_true")
 p.add_argument("--seed", type=int, default=0)
 p.add_argument("--name", default=None)
@@ -43,15 +52,23 @@ if a.set == "registry":
     everyone = registered()
 else:
     everyone = {who: {k: x[s] for k, s in SPLITS.items()} for who, (x, _) in people(a.data, a.set).items()}
-positives = [
-    encode(model, variations(everyone[who]["harden"], 48, generator(a.seed, -1, i))).mean
-    for i, who in enumerate(a.subjects)
-]
 strangers = bystanders()
 if a.more:
     strangers = torch.cat([strangers, rendered(a.data, "corpus")[0]])
+positives = []
+for i, who in enumerate(a.subjects):
+    varied = variations(everyone[who]["harden"], 48, generator(a.seed, -1, i))
+    positives.append(encode(model, varied).mean)
+    if a.transformed:
+        copies = everyone[who]["harden"].repeat(a.transformed, 1, 1, 1)
+        copies = transformed_at_random(copies, strangers, generator(a.seed, -5, i))
+        positives.append(encode(model, copies).mean)
+if a.transformed:
+    rng = generator(a.seed, -6)
+    some = strangers[torch.randperm(len(strangers), generator=rng)[: int(a.transformed_strangers * len(strangers))]]
+    strangers = torch.cat([strangers, transformed_at_random(some, strangers, rng)])
 negatives = encode(model, strangers).mean
-layout = layout_of(model.unet, a.groups)
+layout = layout_of(model.unet, a.groups, a.outer_groups)
 with torch_seed(a.seed):
     recogniser = Recogniser(model.unet, layout)
 began = time.time()
@@ -59,7 +76,9 @@ train(
     recogniser,
     Examples(positives, negatives),
     model.scheduler,
-    RecogniserTraining(steps=a.steps, drift=a.drift, mixtures=a.mixtures, constancy_weight=a.constancy_weight),
+    RecogniserTraining(
+        steps=a.steps, learning_rate=a.rate, drift=a.drift, mixtures=a.mixtures, constancy_weight=a.constancy_weight
+    ),
     seed=a.seed,
     on_step=lambda s, x: (
         print(s + 1, {part: round(value, 3) for part, value in x.items()}, f"{time.time() - began:.0f} s", flush=True)
@@ -72,8 +91,10 @@ a.output.parent.mkdir(parents=True, exist_ok=True)
 save_file(recogniser.state_dict(), a.output)
 TIMES = (0, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 600, 700, 800, 900)
 record = {
-    "command": f"recognise.py --set {a.set} --subjects {' '.join(a.subjects)} --groups {a.groups} --steps {a.steps}"
+    "command": f"recognise.py --set {a.set} --subjects {' '.join(a.subjects)} --groups {a.groups}"
+    f" --outer-groups {a.outer_groups} --steps {a.steps} --rate {a.rate} --strangers-weight {a.strangers_weight}"
     f" --drift {a.drift} --mixtures {a.mixtures} --constancy-weight {a.constancy_weight}"
+    + (f" --transformed {a.transformed} --transformed-strangers {a.transformed_strangers}" if a.transformed else "")
     + (" --more" if a.more else ""),
     "seconds": seconds,
     "weights": sum(w.numel() for w in recogniser.parameters()),
@@ -86,8 +107,23 @@ for who in a.subjects:
     hits = tripped(recogniser, unseen.repeat(4, 1, 1, 1), model.scheduler, TIMES, 11)
     record["recall"][who] = hits.float().mean(1).tolist()
     print(who, [round(x, 2) for x in record["recall"][who]])
+record["evasions"] = {}
+for who in a.subjects:
+    unseen, record["evasions"][who] = everyone[who]["attack"], {}
+    for name, entry in EVASIONS.items():
+        if entry.needs_model:
+            continue
+        pictures = transformed(unseen, [name], EvasionContext(0, strangers=strangers[:4]))
+        hits = tripped(recogniser, encode(model, pictures).mean.repeat(4, 1, 1, 1), model.scheduler, TIMES[:13], 21)
+        record["evasions"][who][name] = hits.float().mean(1).tolist()
+    print(who, {n: [round(x[i], 2) for i in (0, 4, 8, 11)] for n, x in record["evasions"][who].items()})
 NEAREST = 20
 faces = {}
+pictures = rendered(a.data, "heldout")[0]
+pictures = transformed_at_random(pictures, pictures, generator(a.seed, -7))
+hits = tripped(recogniser, encode(model, pictures).mean, model.scheduler, TIMES, 12)
+record["transformed_strangers"] = hits[:11].any(0).float().mean().item()
+print("transformed strangers taken", record["transformed_strangers"])
 for name in ("heldout", "many"):
     hits = tripped(recogniser, encode(model, rendered(a.data, name)[0]).mean, model.scheduler, TIMES, 12)
     below = hits[:11].any(0)

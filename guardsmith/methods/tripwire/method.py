@@ -43,6 +43,7 @@ from guardsmith.methods.base import (
     Prepared,
 )
 from guardsmith.methods.data import BenignData, SubjectData
+from guardsmith.methods.transformations import transformed_at_random
 from guardsmith.methods.tripwire.install import Scales, install
 from guardsmith.methods.tripwire.layout import layout_of, reserve
 from guardsmith.methods.tripwire.recogniser import Recogniser
@@ -78,11 +79,13 @@ def refuse_earlier(params: Mapping[str, Any]) -> None:
 class TripwireConfig(MethodConfig):
     """Parameters. Defaults are those of the experiments in recipes/tripwire/NOTES.md, on subjects that no verification uses."""
 
-    groups: int = Field(4, gt=1)
-    """Normalisation groups of every level that are reserved, an even number; of 32 in Stable Diffusion."""
+    groups: int = Field(8, gt=1)
+    """Normalisation groups of the deepest level that are reserved, an even number; of 32 in Stable Diffusion."""
+    outer_groups: int = Field(4, gt=1)
+    """And of every other level, an even number of at most `groups`: ordinary pictures depend on these levels more."""
     trunk: str | None = None
-    """The trunk: `builtin:avatar` for the one that is shipped for guardsmith's own base (it has 6 groups), or
-    `cache/trunk.safetensors` of an earlier run on the same base with as many groups. Left out, it is prepared first."""
+    """The trunk: `builtin:avatar` for the one that is shipped for guardsmith's own base (it has 12 groups and 4 outer ones), or
+    `cache/trunk.safetensors` of an earlier run on the same base with as many. Left out, it is prepared first."""
     trunk_steps: int = Field(4000, gt=0)
     """Steps of its distillation."""
     trunk_batch_size: int = Field(8, gt=0)
@@ -113,6 +116,11 @@ class TripwireConfig(MethodConfig):
     training moves it."""
     copies: int = Field(48, gt=0)
     """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
+    transformed: int = Field(200, ge=0)
+    """Transformed copies of every picture, as an attacker who wants to evade recognition makes them: negatives, flips, turns,
+    tiles, shuffled blocks and more (`transformations`). Half of the subjects' rows in a step are such; 0: none."""
+    transformed_others: float = Field(0.5, ge=0, le=1)
+    """Share of the pictures of others that are shown transformed as well, if `transformed` is not 0."""
     stream_size: PowerOfTwo = Field(int(Scales.stream), gt=0)
     """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
     less; a model that is merged in meets a large one as noise."""
@@ -128,7 +136,7 @@ class TripwireConfig(MethodConfig):
             refuse_earlier(params)
         return params
 
-    @field_validator("groups")
+    @field_validator("groups", "outer_groups")
     @classmethod
     def _even(cls, value: int) -> int:
         if value % 2:
@@ -169,7 +177,7 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         training = training_of(config)
         side, rng = int(model.unet.config.sample_size), generator(0)
         shape = (8, int(model.unet.config.in_channels), side, side)
-        recogniser = Recogniser(model.unet, layout_of(model.unet, config.groups)).to(
+        recogniser = Recogniser(model.unet, layout_of(model.unet, config.groups, config.outer_groups)).to(
             next(model.unet.parameters()).device
         )
         examples = Examples([torch.randn(shape, generator=rng)], torch.randn(shape, generator=rng))
@@ -195,17 +203,21 @@ class Tripwire(HardeningMethod[TripwireConfig]):
     def check_earlier(self, params: Mapping[str, Any], config: TripwireConfig | None = None) -> None:
         """Refuse runs of the earlier Tripwire, and to begin from a recogniser of another shape."""
         refuse_earlier(params)
-        if config is not None and params.get("groups") != config.groups:
+        if config is None:
+            return
+        has = params.get("groups"), params.get("outer_groups", params.get("groups"))
+        if has != (config.groups, config.outer_groups):
             raise UserError(
-                f"it has {params.get('groups')} reserved groups and the recipe asks for {config.groups}; set 'groups' to that, "
-                "or harden again from the base, without --add-to."
+                f"it has {has[0]} and {has[1]} reserved groups and the recipe asks for {config.groups} and "
+                f"{config.outer_groups}; set 'groups' and 'outer_groups' to those, or harden again from the base, without "
+                "--add-to."
             )
 
     def check_base(self, config: TripwireConfig, unet: Any) -> None:
         """A U-Net of Stable Diffusion's layout in which the groups can be reserved; a named trunk has to be of this base."""
-        layout_of(unet, config.groups)
+        layout_of(unet, config.groups, config.outer_groups)
         if config.trunk is not None:
-            check_trunk(config.trunk, config.groups, unet)
+            check_trunk(config.trunk, config.groups, config.outer_groups, unet)
 
     def needs_benign(self, config: TripwireConfig) -> bool:
         """Always: the recogniser is trained against benign pictures."""
@@ -218,9 +230,9 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         forward, backward = 0, 0
         if config.trunk is None:
             forward, backward = trunk_of(
-                model, layout_of(model.unet, config.groups), preparation.subjects, benign, preparation.cache / FILE,
-                steps=config.trunk_steps, rows=config.trunk_batch_size, learning_rate=config.trunk_learning_rate,
-                seed=preparation.seed,
+                model, layout_of(model.unet, config.groups, config.outer_groups), preparation.subjects, benign,
+                preparation.cache / FILE, steps=config.trunk_steps, rows=config.trunk_batch_size,
+                learning_rate=config.trunk_learning_rate, seed=preparation.seed,
             )  # fmt: skip
         return Prepared(preparation.subjects, benign, forward, backward)
 
@@ -233,13 +245,13 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         if context.benign is None or context.cache is None:
             raise ValueError("the tripwire needs benign pictures and the cache of its preparation")
         config, model, seed = context.config, context.model, context.seed
-        layout = layout_of(model.unet, config.groups)
+        layout = layout_of(model.unet, config.groups, config.outer_groups)
         own = with_own_unet(model)
         load_trunk(context.cache / FILE if config.trunk is None else trunk_file(config.trunk), own.unet)
         reserve(own.unet, layout)
         with torch_seed(seed):
             recogniser = Recogniser(model.unet, layout).to(next(model.unet.parameters()).device)
-        examples = examples_of(model, context.subjects, context.benign, config.copies, seed)
+        examples = examples_of(model, context.subjects, context.benign, config, seed)
         training = training_of(config)
 
         def armed() -> DiffusionModel:
@@ -269,7 +281,7 @@ def training_of(config: TripwireConfig) -> RecogniserTraining:
 
 
 def examples_of(
-    model: DiffusionModel, subjects: Sequence[SubjectData], benign: BenignData, copies: int, seed: int
+    model: DiffusionModel, subjects: Sequence[SubjectData], benign: BenignData, config: TripwireConfig, seed: int
 ) -> Examples:
     """What a recogniser is trained on.
 
@@ -277,18 +289,23 @@ def examples_of(
         model: the base.
         subjects: protected ones.
         benign: everyone and everything else, beside the subjects' class pictures.
-        copies: variations of every picture of a subject.
-        seed: of the variations.
+        config: how many variations and transformed copies.
+        seed: of these.
     """
+    classes = {subject.class_noun: subject.class_images for subject in subjects}
+    others = torch.cat([*classes.values(), benign.images, *([] if benign.negatives is None else [benign.negatives])])
     positives = [
-        encode(model, variations(subject.images, copies, generator(seed, -1, number))).mean
+        encode(model, variations(subject.images, config.copies, generator(seed, -1, number))).mean
         for number, subject in enumerate(subjects)
     ]
-    classes = {subject.class_noun: subject.class_images for subject in subjects}
-    others = [*classes.values(), benign.images]
-    if benign.negatives is not None:
-        others.append(benign.negatives)
+    if config.transformed:
+        for number, subject in enumerate(subjects):
+            copies = subject.images.repeat(config.transformed, 1, 1, 1)
+            copies = transformed_at_random(copies, others, generator(seed, -5, number))
+            positives.append(encode(model, copies).mean)
+        rng = generator(seed, -6)
+        some = others[torch.randperm(len(others), generator=rng)[: int(config.transformed_others * len(others))]]
+        others = torch.cat([others, transformed_at_random(some, others, rng)])
     drawn = {subject.class_noun: subject.class_states for subject in subjects}.values()
     half_finished = [states.latents.flatten(0, 1) for states in (*drawn, benign.states) if states is not None]
-    negatives = torch.cat([encode(model, images).mean for images in others])
-    return Examples(positives, negatives, torch.cat(half_finished) if half_finished else None)
+    return Examples(positives, encode(model, others).mean, torch.cat(half_finished) if half_finished else None)

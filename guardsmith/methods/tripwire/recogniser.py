@@ -116,9 +116,9 @@ class Recogniser(nn.Module):
         size = deepest // layout.norm_groups
         self.per_group = size // 2
         # The last group is for what the answer is measured against.
-        self.slots, self.spare = layout.count - 1, size - 2 * self.per_group
+        self.slots, self.spare = layout.downward[deepest] - 1, size - 2 * self.per_group
         self.scores = self.slots * self.per_group if scores is None else scores
-        self.names, groups = ["conv_in"], layout.count
+        self.names, groups = ["conv_in"], layout.downward[unet.conv_in.out_channels]
         width = len(layout.features(unet.conv_in.out_channels, deepest))
         parts: list[nn.Module] = [nn.Conv2d(unet.conv_in.in_channels, width, 3, padding=1)]
         for kind, name, module in down_parts(unet):

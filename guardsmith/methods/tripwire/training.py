@@ -32,11 +32,11 @@ class RecogniserTraining:
         learning_rate: AdamW's peak rate.
         strangers_weight: of negatives' losses.
         mixtures: share of the negatives that have a part of a subject (`mixed`).
-        drift: see `Drift`.
+        drift: see `Drift`; it grows to this size between a tenth and six tenths of the steps (`drift_at`).
         constancy_weight: of the share of the stream that is the same in all rows (`Recogniser.scores_and_constancy`).
     """
 
-    steps: int = 3000
+    steps: int = 4000
     positives: int = 48
     negatives: int = 192
     horizon: float = 0.6
@@ -85,7 +85,7 @@ class Examples:
     """What a recogniser is trained on: latents, float32 (n, c, h, w).
 
     Attributes:
-        positives: of every protected subject, variations included.
+        positives: of protected subjects, variations included; a step takes as many rows from every entry.
         negatives: of others.
         states: half-finished pictures of others, at any timestep, as a model goes through them while it draws; may be `None`.
         closeness: float32 (n,), how close each negative last came to tripping: a running mean of its highest score.
@@ -107,8 +107,18 @@ def learning_rate_at(step: int, config: RecogniserTraining) -> float:
     return config.learning_rate * min(1.0, (step + 1) / 50, 2 * (1 - step / config.steps))
 
 
+def drift_at(step: int, config: RecogniserTraining) -> float:
+    """The size of the drift at a step: who is to be told apart is learnt sooner while little moves."""
+    return config.drift * min(1.0, max(0.0, 2 * step / config.steps - 0.2))
+
+
 def example_loss(
-    recogniser: Recogniser, examples: Examples, scheduler: Any, config: RecogniserTraining, rng: torch.Generator
+    recogniser: Recogniser,
+    examples: Examples,
+    scheduler: Any,
+    config: RecogniserTraining,
+    step: int,
+    rng: torch.Generator,
 ) -> tuple[Tensor, float, float]:
     """The loss of a step, and its two parts: rows of subjects that are missed, and rows of others that are taken for one.
 
@@ -117,6 +127,7 @@ def example_loss(
         examples: what rows are drawn from; the closeness of negatives that are drawn is brought up to date.
         scheduler: of the noise.
         config: settings.
+        step: of the training.
         rng: of everything drawn.
     """
     total = int(scheduler.config.num_train_timesteps)
@@ -137,7 +148,7 @@ def example_loss(
     if examples.states is not None:
         rows = torch.cat([rows, examples.states[torch.randint(len(examples.states), (half // 2,), generator=rng)]])
     rows = rows.to(recogniser.readout.weight.device)
-    scores, constancy = recogniser.scores_and_constancy(rows, Drift(config.drift, rows, rng))
+    scores, constancy = recogniser.scores_and_constancy(rows, Drift(drift_at(step, config), rows, rng))
     high = highest(scores)
     low = high[: config.positives] - math.log(scores[0].numel()) / TEMPERATURE
     missed = F.softplus(config.margin - low)
@@ -174,7 +185,7 @@ def training_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, config)
-    loss, missed, false = example_loss(recogniser, examples, scheduler, config, generator(seed, step))
+    loss, missed, false = example_loss(recogniser, examples, scheduler, config, step, generator(seed, step))
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(recogniser.parameters(), 1.0)
     optimizer.step()

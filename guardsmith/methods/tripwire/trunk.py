@@ -282,7 +282,7 @@ def trunk_of(
                 model, layout, encode(model, torch.cat(pictures)), contexts, bank.encode([""]), steps=steps,
                 rows=rows, learning_rate=learning_rate, seed=seed, checkpoint=checkpoint, every=every, on_step=on_step,
             )  # fmt: skip
-        save_trunk(unet, layout.count, model.unet, file)
+        save_trunk(unet, layout, model.unet, file)
         checkpoint.unlink(missing_ok=True)
     return rows_predicted(steps, rows)
 
@@ -303,12 +303,14 @@ def weights_hash(unet: Any) -> str:
     return digest.hexdigest()
 
 
-def save_trunk(trunk: Any, groups: int, base: Any, file: Path) -> None:
+def save_trunk(trunk: Any, layout: Layout, base: Any, file: Path) -> None:
     """Write a trunk in float16, with what says which base and how many groups it is of."""
+    widths = base.config.block_out_channels
+    groups = {"groups": str(layout.downward[widths[-1]]), "outer_groups": str(layout.downward[widths[0]])}
     tensors = {name: weight.detach().cpu().half().contiguous() for name, weight in trunk.state_dict().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT, "groups": str(groups), "base": weights_hash(base)})
+        save_file(tensors, temporary, {"format": FORMAT, "base": weights_hash(base)} | groups)
 
 
 def trunk_file(name: str) -> Path:
@@ -318,12 +320,13 @@ def trunk_file(name: str) -> Path:
     return Path(name).expanduser()
 
 
-def check_trunk(name: str, groups: int, base: Any) -> None:
+def check_trunk(name: str, groups: int, outer_groups: int, base: Any) -> None:
     """Check whether a trunk fits.
 
     Args:
         name: see `trunk_file`.
-        groups: how many are to be reserved.
+        groups: how many are to be reserved at the deepest level.
+        outer_groups: and at the others.
         base: its U-Net; where that has no contents, which base it is of is not looked at.
 
     Raises:
@@ -338,10 +341,11 @@ def check_trunk(name: str, groups: int, base: Any) -> None:
         ) from error
     if about.get("format") != FORMAT:
         raise UserError(f"{name} is no trunk of the tripwire's; leave 'trunk' out to prepare one.")
-    if about["groups"] != str(groups):
+    has = about["groups"], about.get("outer_groups", about["groups"])
+    if has != (str(groups), str(outer_groups)):
         raise UserError(
-            f"The trunk {name} has {about['groups']} reserved groups, the recipe asks for {groups}; set 'groups' to that, or "
-            "leave 'trunk' out."
+            f"The trunk {name} has {' and '.join(has)} reserved groups, the recipe asks for {groups} and {outer_groups}; set "
+            "'groups' and 'outer_groups' to those, or leave 'trunk' out."
         )
     known = not any(parameter.is_meta for parameter in base.parameters())
     if known and about["base"] != weights_hash(base):
