@@ -90,7 +90,7 @@ class TripwireConfig(MethodConfig):
     """Steps of its distillation."""
     trunk_batch_size: int = Field(8, gt=0)
     """Noised pictures in such a step, each predicted with a prompt and without."""
-    trunk_learning_rate: float = Field(3e-4, gt=0)
+    trunk_learning_rate: float = Field(1e-4, gt=0)
     """Their learning rate."""
     steps: int = Field(RecogniserTraining.steps, gt=0)
     """Training steps of the recogniser."""

@@ -56,19 +56,24 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and min(parameter.shape[:2]) >= 32 and not name.startswith("time_")
 
 
+CLOSENESS = 3.0  # times the rate: the share of its distance to the base by which a weight returns in a step
+
+
 class _Training:
     """A trunk in training: Muon moves its large matrices, AdamW everything else, and neither what was cut.
 
     Args:
         unet: the trunk, whose parameters are changed.
+        base: the base's U-Net, to whose weights the trunk's are drawn.
         masks: which of their entries are the trunk's (`layout.reserve`).
         learning_rate: its peak.
         steps: of the whole training.
     """
 
-    def __init__(self, unet: Any, masks: Masks, learning_rate: float, steps: int) -> None:
+    def __init__(self, unet: Any, base: Any, masks: Masks, learning_rate: float, steps: int) -> None:
         self.unet, self.masks, self.learning_rate, self.steps = unet, masks, learning_rate, steps
         self.named = dict(unet.requires_grad_(True).named_parameters())
+        self.base = {name: weight.detach() for name, weight in base.named_parameters()}
         self.matrices = [p for n, p in self.named.items() if is_matrix(n, p)]
         self.views = [torch.nn.Parameter(p.data.view(len(p), -1)) for p in self.matrices]
         rest = [p for n, p in self.named.items() if not is_matrix(n, p)]
@@ -96,9 +101,18 @@ class _Training:
                 view.grad = None if matrix.grad is None else matrix.grad.reshape(view.shape)
             self.adamw.step()
             self.muon.step()
+            self._approach()
         self.muon.zero_grad(set_to_none=True)
         for parameter in self.named.values():
             parameter.grad = None
+
+    @torch.no_grad()
+    def _approach(self) -> None:
+        """Move the trunk's weights towards the base's, a little: what was made for the base fits the better the closer they are."""
+        share = CLOSENESS * float(self.adamw.param_groups[0]["lr"])
+        for name, weight in self.named.items():
+            away = self.base[name] - weight
+            weight.add_(away * self.masks[name] if name in self.masks else away, alpha=share)
 
     def save(self, file: Path, step: int) -> None:
         """Write everything that `load` needs to go on after so many steps."""
@@ -202,7 +216,7 @@ def prepare(
     if start is not None:
         load_trunk(start, unet)
     masks = reserve(unet, layout)
-    training, begin = _Training(unet, masks, learning_rate, steps), 0
+    training, begin = _Training(unet, model.unet, masks, learning_rate, steps), 0
     if checkpoint is not None and checkpoint.exists():
         begin = training.load(checkpoint)
     adapters = Adapters(model, latents, contexts, seed)
