@@ -108,7 +108,7 @@ class _Training:
 
     @torch.no_grad()
     def _approach(self) -> None:
-        """Move the trunk's weights towards the base's, a little: what was made for the base fits the better the closer they are."""
+        """Move the trunk's weights towards the base's, a little: the closer they are, the better fits what was made for it."""
         share = CLOSENESS * float(self.adamw.param_groups[0]["lr"])
         for name, weight in self.named.items():
             away = self.base[name] - weight
