@@ -110,11 +110,8 @@ def attack(
         failures = run_here(units)
         row = table["attacks"].setdefault(name, {}).setdefault(label, {})
         for unit in units:
-            scores = scores_of(unit)
-            cell = row.setdefault("base" if unit.side == "base" else method, {}).setdefault(role_of[unit.subject], {})
-            cell.clear()
+            cell, scores = started(row, unit, method, role_of[unit.subject], failures)
             if scores is None:
-                cell["error"] = failures.get(unit.name, "")
                 continue
             cell["scores"] = [None if score is None else round(score, 3) for score in scores[1]]
             cost = removal_cost(unit)
@@ -125,6 +122,18 @@ def attack(
             for side in row for role, cell in row[side].items() if cell.get("scores") and side in ("base", method)
         ), flush=True)  # fmt: skip
         save(table)
+
+
+def started(
+    row: dict[str, Any], unit: Unit, method: str, role: str, failures: dict[str, str]
+) -> tuple[dict[str, Any], Any]:
+    """The empty cell of a unit, and its scores; without scores the cell says why, and these are `None`."""
+    cell = row.setdefault("base" if unit.side == "base" else method, {}).setdefault(role, {})
+    cell.clear()
+    scores = scores_of(unit)
+    if scores is None:
+        cell["error"] = failures.get(unit.name, "")
+    return cell, scores
 
 
 def train_longer(
@@ -144,11 +153,8 @@ def train_longer(
         moved = displacements(units, norms)
         row = table["longer"].setdefault(label, {})
         for unit in units:
-            scores = scores_of(unit)
-            cell = row.setdefault("base" if unit.side == "base" else method, {}).setdefault(role_of[unit.subject], {})
-            cell.clear()
+            cell, scores = started(row, unit, method, role_of[unit.subject], failures)
             if scores is None:
-                cell["error"] = failures.get(unit.name, "")
                 continue
             for point, steps in unit.evaluation_points.items():
                 displacement = moved[unit.side, unit.subject, label, point].overall
