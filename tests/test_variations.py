@@ -51,7 +51,8 @@ def test_every_family_of_transformations_is_drawn_and_none_that_is_kept_out(monk
             return images
 
         monkeypatch.setitem(EVASIONS, name, entry._replace(apply=apply))
-    transformed_at_random(pictures(2).repeat(300, 1, 1, 1), pictures(3), generator(0))
+    for _ in transformed_at_random(pictures(2), 300, pictures(3), generator(0)):
+        pass
     assert {name for name, _ in used} == names
     assert not names & {"perspective", "posterize"}
     assert len({seed for _, seed in used}) > 500, "every picture has its own frame and its own colours"
@@ -60,10 +61,25 @@ def test_every_family_of_transformations_is_drawn_and_none_that_is_kept_out(monk
 
 
 def test_transformed_pictures_are_of_the_same_kind_and_follow_the_generator():
-    images, strangers = pictures(4).repeat(5, 1, 1, 1), pictures(3, seed=9)
-    found = transformed_at_random(images, strangers, generator(1))
-    assert found.shape == images.shape and found.dtype == images.dtype
+    images, strangers = pictures(4), pictures(3, seed=9)
+
+    def made(seed):
+        parts = list(transformed_at_random(images, 20, strangers, generator(seed)))
+        assert [len(part) for part in parts] == [64, 16], "not all in memory at once"
+        return torch.cat(parts)
+
+    found = made(1)
+    assert found.shape == (80, 3, 64, 64) and found.dtype == images.dtype
     assert -1 <= found.min() <= found.max() <= 1
-    assert torch.equal(found, transformed_at_random(images, strangers, generator(1)))
-    assert not torch.equal(found, transformed_at_random(images, strangers, generator(2)))
-    assert (found - images).abs().mean((1, 2, 3)).min() > 0.01
+    assert torch.equal(found, made(1)) and not torch.equal(found, made(2))
+    assert (found - images.repeat(20, 1, 1, 1)).abs().mean((1, 2, 3)).min() > 0.01
+
+
+def test_every_copy_is_of_its_picture(monkeypatch):
+    """Copies follow each other picture by picture, also across the parts, and are varied as they are drawn."""
+    monkeypatch.setattr("guardsmith.methods.transformations.FAMILIES", (("blur",),))
+    shades = torch.linspace(-0.6, 0.6, 5)
+    images = shades[:, None, None, None].expand(5, 3, 64, 64).contiguous()
+    found = torch.cat(list(transformed_at_random(images, 30, images, generator(3))))
+    means = found.mean((1, 2, 3)).view(30, 5).mean(0)
+    assert (means - shades).abs().max() < 0.06

@@ -60,13 +60,12 @@ for i, who in enumerate(a.subjects):
     varied = variations(everyone[who]["harden"], 48, generator(a.seed, -1, i))
     positives.append(encode(model, varied).mean)
     if a.transformed:
-        copies = everyone[who]["harden"].repeat(a.transformed, 1, 1, 1)
-        copies = transformed_at_random(copies, strangers, generator(a.seed, -5, i))
-        positives.append(encode(model, copies).mean)
+        copies = transformed_at_random(everyone[who]["harden"], a.transformed, strangers, generator(a.seed, -5, i))
+        positives.append(torch.cat([encode(model, part).mean for part in copies]))
 if a.transformed:
     rng = generator(a.seed, -6)
     some = strangers[torch.randperm(len(strangers), generator=rng)[: int(a.transformed_strangers * len(strangers))]]
-    strangers = torch.cat([strangers, transformed_at_random(some, strangers, rng)])
+    strangers = torch.cat([strangers, *transformed_at_random(some, 1, strangers, rng)])
 negatives = encode(model, strangers).mean
 layout = layout_of(model.unet, a.groups, a.outer_groups)
 with torch_seed(a.seed):
@@ -120,7 +119,7 @@ for who in a.subjects:
 NEAREST = 20
 faces = {}
 pictures = rendered(a.data, "heldout")[0]
-pictures = transformed_at_random(pictures, pictures, generator(a.seed, -7))
+pictures = torch.cat([*transformed_at_random(pictures, 1, pictures, generator(a.seed, -7))])
 hits = tripped(recogniser, encode(model, pictures).mean, model.scheduler, TIMES, 12)
 record["transformed_strangers"] = hits[:11].any(0).float().mean().item()
 print("transformed strangers taken", record["transformed_strangers"])

@@ -5,7 +5,7 @@ a small network of their own inside of the U-Net, if every weight between them a
 the samplers, the attention blocks' first and last projections, and what the up path reads of the skip connections.
 
 What a picture loses by that differs from level to level (recipes/tripwire/levels.py): the embedded base's prediction changes by
-0.24 of its squared size without 6 of 32 groups of the outer level, and by 0.003 without 6 of the deepest one. So most groups are
+0.25 of its squared size without 6 of 32 groups of the outer level, and by 0.003 without 6 of the deepest one. So most groups are
 reserved at the deepest level, where a recogniser has its weights, and few at the others, as many as it takes to see the latents.
 
 On the way up nothing is recognised, only the answer is carried, so fewer groups are reserved there. Resnets there normalise the

@@ -298,14 +298,14 @@ def examples_of(
         encode(model, variations(subject.images, config.copies, generator(seed, -1, number))).mean
         for number, subject in enumerate(subjects)
     ]
+    negatives = [encode(model, others).mean]
     if config.transformed:
         for number, subject in enumerate(subjects):
-            copies = subject.images.repeat(config.transformed, 1, 1, 1)
-            copies = transformed_at_random(copies, others, generator(seed, -5, number))
-            positives.append(encode(model, copies).mean)
+            copies = transformed_at_random(subject.images, config.transformed, others, generator(seed, -5, number))
+            positives.append(torch.cat([encode(model, part).mean for part in copies]))
         rng = generator(seed, -6)
         some = others[torch.randperm(len(others), generator=rng)[: int(config.transformed_others * len(others))]]
-        others = torch.cat([others, transformed_at_random(some, others, rng)])
+        negatives += [encode(model, part).mean for part in transformed_at_random(some, 1, others, rng)]
     drawn = {subject.class_noun: subject.class_states for subject in subjects}.values()
     half_finished = [states.latents.flatten(0, 1) for states in (*drawn, benign.states) if states is not None]
-    return Examples(positives, encode(model, others).mean, torch.cat(half_finished) if half_finished else None)
+    return Examples(positives, torch.cat(negatives), torch.cat(half_finished) if half_finished else None)
