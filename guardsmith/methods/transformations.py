@@ -18,7 +18,7 @@ FAMILIES = (
 """Transformations that a recogniser is trained on; every family is as likely as the others.
 
 Perspective and posterizing are kept out, to measure what it makes of new ones. Shuffled blocks and sketches are out because they
-were not learnt beside the others, and adversarial noise because it is made against a model.
+were not recognised beside the others, and adversarial noise because it is made against a model.
 """
 AT_ONCE = 64  # pictures
 

@@ -5,7 +5,7 @@
 Trains adapters and words on the base for two tuning subjects (kept in FOLDER), and puts them, and the shipped ControlNet and
 T2I-Adapter, onto the base and onto each trunk. What counts is what they change in the prediction: its error is the squared
 difference of the two changes over the square of the base's, its gain how large the trunk's is in the base's direction.
-Writes results/effects-<trunk>.json.
+Prints besides how far a trunk has gone from the base, and writes results/effects-<trunk>.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from guardsmith.config.deployability import ADAPTERS
 from guardsmith.diffusion.latents import decode, encode
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.evaluation.deployability.edges import edge_maps
-from guardsmith.methods.tripwire.layout import layout_of, reserve
+from guardsmith.methods.tripwire.layout import Masks, layout_of, reserve
 from guardsmith.methods.tripwire.training import noised
 from guardsmith.methods.tripwire.trunk import load_trunk
 from guardsmith.models.checkpoint import BUILTIN, DiffusionModel, load_model, with_own_unet
@@ -94,6 +94,16 @@ def answers(
     return given
 
 
+def weights_moved(base: Any, trunk: Any, masks: Masks) -> float:
+    """Norm of the difference between a trunk's weights and the base's, over the norm of the base's, without what was cut."""
+    difference = size = 0.0
+    for (name, ours), theirs in zip(trunk.named_parameters(), base.parameters(), strict=True):
+        free = masks.get(name, torch.ones_like(theirs, dtype=torch.bool))
+        difference += float((ours - theirs)[free].square().sum())
+        size += float(theirs[free].square().sum())
+    return float((difference / size) ** 0.5)
+
+
 def main() -> None:
     """Print and write the table."""
     parser = argparse.ArgumentParser()
@@ -118,10 +128,12 @@ def main() -> None:
     for file in args.trunks:
         trunk = with_own_unet(model)
         load_trunk(file, trunk.unet)
-        reserve(trunk.unet, layout_of(model.unet, args.groups, args.outer_groups))
+        masks = reserve(trunk.unet, layout_of(model.unet, args.groups, args.outer_groups))
         given = answers(trunk, added, call, maps)
+        moved = weights_moved(model.unet, trunk.unet, masks)
         record: dict[str, Any] = {
-            "plain": float((given["plain"] - own["plain"]).square().sum() / own["plain"].square().sum())
+            "plain": float((given["plain"] - own["plain"]).square().sum() / own["plain"].square().sum()),
+            "weights_moved": moved,
         }
         for name in list(own)[1:]:
             right, here = own[name] - own["plain"], given[name] - given["plain"]

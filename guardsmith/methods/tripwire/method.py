@@ -120,7 +120,7 @@ class TripwireConfig(MethodConfig):
     """Transformed copies of every picture, as an attacker who wants to evade recognition makes them: negatives, flips, turns,
     tiles, shuffled blocks and more (`transformations`). Half of the subjects' rows in a step are such; 0: none."""
     transformed_others: float = Field(0.5, ge=0, le=1)
-    """Share of the pictures of others that are shown transformed as well, if `transformed` is not 0."""
+    """Share of the pictures of others that it is trained on transformed as well, if `transformed` is not 0."""
     stream_size: PowerOfTwo = Field(int(Scales.stream), gt=0)
     """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
     less; a model that is merged in meets a large one as noise."""

@@ -108,7 +108,7 @@ def learning_rate_at(step: int, config: RecogniserTraining) -> float:
 
 
 def drift_at(step: int, config: RecogniserTraining) -> float:
-    """The size of the drift at a step: who is to be told apart is learnt sooner while little moves."""
+    """The size of the drift at a step: subjects are recognised after fewer steps while little moves."""
     return config.drift * min(1.0, max(0.0, 2 * step / config.steps - 0.2))
 
 
