@@ -50,3 +50,12 @@ def processes(count=None):
     finally:
         real._queue = before
         runs._model.cache_clear()
+
+
+def command(arguments):
+    """`guardsmith` with its jobs in the same process, for `forked.start`; returns the exit code."""
+    from guardsmith.cli.app import main
+    from guardsmith.runtime import executors
+
+    executors.processes = processes
+    return main(arguments)

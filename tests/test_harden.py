@@ -1,7 +1,6 @@
 """The hardening job, from registry and base to `out/model` and `out/harden.json`, in Python and from the command line."""
 
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+import forked
 import pytest
 import torch
 import yaml
@@ -304,23 +304,20 @@ def test_a_run_resumed_after_ctrl_c_equals_an_unbroken_one(run, finished_longer,
 )
 def test_a_killed_process_can_be_resumed(run, recipe, finished_longest, tmp_path, number, code):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "guardsmith", "harden", "--recipe", recipe, "--output", output, *LONGEST]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    # A test run in the background of a shell inherits an ignored SIGINT, and so would the child.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes) as child:
-        try:
-            deadline = time.monotonic() + 120
-            while not (output / "checkpoints/last.safetensors").exists():
-                assert child.poll() is None, child.communicate()[1]
-                assert time.monotonic() < deadline, "no checkpoint within two minutes"
-                time.sleep(0.005)
-            child.send_signal(number)
-            _, err = child.communicate(timeout=60)
-        finally:
-            child.kill()
-    assert child.returncode == code, err
+    command = ["harden", "--recipe", str(recipe), "--output", str(output), *LONGEST]
+    child = forked.start(main, command, streams=tmp_path / "streams")
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "checkpoints/last.safetensors").exists():
+            assert child.is_alive(), (tmp_path / "streams/err").read_text()
+            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            time.sleep(0.005)
+        os.kill(child.pid, number)
+        child.join(timeout=60)
+    finally:
+        child.kill()
+    err = (tmp_path / "streams/err").read_text()
+    assert child.exitcode == code, err
     assert "Traceback" not in err
     assert not (output / "model").exists()
     assert not (output / "harden.json").exists()

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
+import several_jobs
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -50,31 +51,6 @@ def recipe_for(method, base, folder, **params):
     return file
 
 
-DRIVER = """
-import functools, json, os, sys, torch
-import guardsmith.training.optimizers
-from guardsmith.cli.app import main
-from guardsmith.core.errors import RunFailed
-from guardsmith.evaluation import forecast
-from guardsmith.methods import METHODS
-
-def unknown(*_, **__):
-    raise RunFailed("not counted here")
-
-jobs, port, folder = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-for number, stream in ((1, "out"), (2, "err")):
-    os.dup2(os.open(os.path.join(folder, stream + os.environ["RANK"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-forecast.estimate = unknown  # of the memory, half a second for each job
-METHODS["persguard"].checkpoint_every = 5
-torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=1e-3)
-for number, arguments in enumerate(jobs):
-    if number or "MASTER_PORT" not in os.environ:  # what a launcher set serves the first job
-        os.environ |= {"MASTER_PORT": str(port + number), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    code = main(arguments)
-    # A few steps of Tripwire wreck the model, which `harden` says with code 4; the weights are what is compared.
-    if code and not os.path.exists(os.path.join(arguments[arguments.index("--output") + 1], "harden.json")):
-        sys.exit(code)
-"""
 # With --cpu accelerate starts one process, whatever the number; this way it starts two, which find no GPU and compute here.
 ACCELERATE = [
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -82,26 +58,25 @@ ACCELERATE = [
 ]  # fmt: skip
 
 
-def driver(folder, *jobs):
-    """Arguments of Python for a process of two, which does several jobs one after the other; its streams go to the folder."""
-    (folder / "driver.py").write_text(DRIVER)
+def driven(folder, *jobs):
+    """Arguments of `several_jobs.run` for a process of two, which does the jobs one after the other."""
     port = 20_000 + os.getpid() % 10_000 + len(str(jobs)) % 100
-    return [folder / "driver.py", json.dumps([[str(word) for word in job] for job in jobs]), str(port), folder]
+    return [[str(word) for word in job] for job in jobs], port, str(folder)
 
 
 def launched_as(rank, folder, job):
     """One process of two."""
     told = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.Popen([sys.executable, *driver(folder, job)], env=ENVIRONMENT | told, cwd=ROOT)
+    return forked.start(several_jobs.run, *driven(folder, job), streams=folder / f"streams{rank}", **told)
 
 
 def alone(*jobs):
-    """The same jobs in this process, with the AdamW of DRIVER: to one of the usual eps, a gradient that is nothing but rounding
-    errors is a step of any size."""
+    """The same jobs in this process, with the AdamW of several_jobs.py: to one of the usual eps, a gradient that is nothing but
+    rounding errors is a step of any size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
         for job in jobs:
-            assert main([str(word) for word in job]) in (0, 4)  # 4: see `DRIVER`
+            assert main([str(word) for word in job]) in (0, 4)  # 4: see several_jobs.py
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +95,13 @@ def killed_on_the_way(job, output):
     streams.mkdir()
     running = [launched_as(rank, streams, job) for rank in range(2)]
     until = time.monotonic() + 200
-    while not saved.exists() and time.monotonic() < until and running[0].poll() is None:
+    while not saved.exists() and time.monotonic() < until and running[0].is_alive():
         time.sleep(0.02)
-    running[1].send_signal(signal.SIGKILL)
+    running[1].kill()
     for process in running:
-        process.wait(timeout=100)
+        process.join(timeout=100)
     said = (streams / "err0").read_text()
-    return said, running[0].returncode, saved.exists() and not (output / "harden.json").exists()
+    return said, running[0].exitcode, saved.exists() and not (output / "harden.json").exists()
 
 
 @dataclasses.dataclass
@@ -165,7 +140,8 @@ def hardened(bases, tmp_path_factory):
         recipe = recipe_for(method, bases[method], place / "sharded")
         recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"compute": {"optimizer": "sharded"}}))
         jobs.append(("harden", "--recipe", recipe, "--output", place / f"{method}-sharded"))
-    command = [sys.executable, *ACCELERATE, *driver(place, *jobs)]
+    job_list, port, folder = driven(place, *jobs)
+    command = [sys.executable, *ACCELERATE, several_jobs.__file__, json.dumps(job_list), str(port), folder]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, timeout=300, capture_output=True, check=False)
     assert (place / "err1").exists(), done.stderr.decode()
     streams = [[(place / f"{stream}{rank}").read_text() for stream in ("out", "err")] for rank in range(2)]

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
+import inprocess
 import pytest
 import torch
 import yaml
@@ -477,16 +477,17 @@ def test_a_full_disk_ends_the_run_and_leaves_no_report(copied, recipe_file, tmp_
 def test_a_verification_killed_on_the_way_goes_on_with_what_is_missing(verified, recipe_file, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(verified[0], output, ignore=shutil.ignore_patterns("lora", "report*", "grid.png"))
-    command = [sys.executable, "-m", "guardsmith", "verify", output, "--recipe", recipe_file, "--workers", "1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
-        try:
-            deadline = time.monotonic() + 300
-            while not (done := list((output / "verify").glob("*/*/lora/*/*/[!.]*/scores.json"))):
-                assert child.poll() is None, child.communicate()[1]
-                assert time.monotonic() < deadline, "no unit within five minutes"
-                time.sleep(0.005)
-        finally:
-            child.kill()
+    command = ["verify", str(output), "--recipe", str(recipe_file), "--workers", "1"]
+    child = forked.start(inprocess.command, command, streams=tmp_path / "streams")
+    try:
+        deadline = time.monotonic() + 300
+        while not (done := list((output / "verify").glob("*/*/lora/*/*/[!.]*/scores.json"))):
+            assert child.is_alive(), (tmp_path / "streams/err").read_text()
+            assert time.monotonic() < deadline, "no unit within five minutes"
+            time.sleep(0.005)
+    finally:
+        child.kill()
+        child.join()
     assert len(done) < 4
     assert not (output / "verify" / "report.json").exists()
     before = {file: file.stat().st_mtime_ns for file in done}
