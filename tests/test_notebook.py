@@ -1,7 +1,9 @@
 """The tutorial's notebook runs from top to bottom, with a hardening and attacks of a few steps."""
 
+import asyncio
 import json
 import shutil
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -14,23 +16,41 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_the_notebook_runs_and_shows_pictures(tmp_path):
-    import nbformat  # here, for it takes four seconds, and every worker imports this file
-    from nbclient import NotebookClient
+async def executed(cells):
+    """Run cells one after the other as a kernel of Jupyter does, in IPython inside of a running event loop; a kernel's process of
+    its own would import everything anew.
 
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    parameters.source = (
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport inprocess\n"
-        "from guardsmith.runtime import executors\nexecutors.processes = inprocess.processes\n"  # see conftest.py
+    Returns:
+        What they print, and everything that they show, by MIME type.
+    """
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+    from traitlets.config import Config
+
+    shell, printed, shown = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False})), [], []
+    for cell in cells:
+        with shell.display_trap, capture_output() as captured:
+            done = await shell.run_cell_async(cell, transformed_cell=shell.transform_cell(cell))
+        done.raise_error()
+        printed.append(captured.stdout)
+        shown += [output.data for output in captured.outputs]
+    InteractiveShell.clear_instance()
+    return "".join(printed), shown
+
+
+def test_the_notebook_runs_and_shows_pictures(tmp_path, monkeypatch):
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert notebook["nbformat"] == 4
+    cells = {"".join(cell["source"]): cell for cell in notebook["cells"] if cell["cell_type"] == "code"}
+    [parameters] = [code for code, cell in cells.items() if "parameters" in cell["metadata"].get("tags", ())]
+    changed = (
         f"CHANGES = {SMALL}\nOUTPUT = {str(tmp_path / 'out')!r}\nREGISTRY = {str(ROOT / 'registries/demo.yaml')!r}"
     )
-    NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # which IPython replaces
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    text, shown = asyncio.run(executed([changed if code == parameters else code for code in cells]))
     assert sum("image/png" in data for data in shown) == 3, "real pictures, the figure, and one that the model draws"
-    text = "".join(output.text for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output)
     assert "protected mira" in text and "inconclusive" in text
     assert (tmp_path / "out" / "verify" / "report.html").is_file()
     shutil.rmtree(tmp_path / "out")
