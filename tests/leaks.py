@@ -47,22 +47,29 @@ def tensors_in(file):
             yield key, opened.get_tensor(key)
 
 
+def in_order(tensor):
+    """Its values from the smallest to the largest, in every precision."""
+    values = tensor.float().flatten().sort().values
+    return [values, values.half(), values.bfloat16()]
+
+
 def base_tensors_in(files, base, hardened):
     """Names of tensors in files that are, sorted and in any precision, a tensor of the base's U-Net that hardening changed."""
-    kinds = (torch.float32, torch.float16, torch.bfloat16)
     before, after = load_file(base / UNET), load_file(hardened / UNET)
     looked, found = 0, []
     changed = {}
     for name, value in before.items():
         if value.numel() >= 16 and len(value.unique()) >= 8 and not torch.equal(value, after[name].to(value.dtype)):
-            changed.setdefault(value.numel(), []).append(value.float().flatten().sort().values)
+            changed.setdefault(value.numel(), []).append(in_order(value))
     assert sum(map(len, changed.values())) > 20, "the test would find nothing"
     for file in files:
         for name, value in tensors_in(file):
             looked += 1
-            ours = value.float().flatten().sort().values
-            for theirs in changed.get(value.numel(), []):
-                if any(torch.equal(theirs.to(kind).float(), ours.to(kind).float()) for kind in kinds):
+            if value.numel() not in changed:
+                continue
+            ours = in_order(value)
+            for theirs in changed[value.numel()]:
+                if any(torch.equal(one, other) for one, other in zip(theirs, ours, strict=True)):
                     found.append(f"{file.name} {name}")
     assert looked
     return found

@@ -88,16 +88,18 @@ def single(tiny_v, tmp_path):
     return file
 
 
-@pytest.fixture
-def hardened(tiny_v, tmp_path):
+@pytest.fixture(scope="module")
+def hardened(tiny_v, tmp_path_factory):
+    """Folder of a hardened model, and the model; copy the folder before changing it."""
+    folder = tmp_path_factory.mktemp("hardened") / "out" / "model"
     own = copy.copy(tiny_v)
     own.unet = copy.deepcopy(tiny_v.unet)
     with torch.no_grad():
         for parameter in own.unet.parameters():
             parameter.add_(0.25)
         own.unet.conv_in.weight[0, 0, 0, 0] = 1e6  # what no half holds
-    save_model(own, tmp_path / "out" / "model")
-    return tmp_path / "out" / "model", own
+    save_model(own, folder)
+    return folder, own
 
 
 def test_the_names_are_those_of_the_layout(tiny_v, single):
@@ -150,9 +152,7 @@ def test_copies_of_the_unet_are_left_out_and_named(tiny_v, single, hardened, tmp
         return
     assert set(done.left_out) == set(copies)
     assert load_file(tmp_path / "new.safetensors").keys() == load_file(single).keys() - copies.keys()
-    (tmp_path / "base").mkdir()
-    save_model(tiny_v, tmp_path / "base" / "b")
-    assert not base_tensors_in([tmp_path / "new.safetensors"], tmp_path / "base" / "b", hardened[0])
+    assert not base_tensors_in([tmp_path / "new.safetensors"], tiny_v.folder, hardened[0])
 
 
 def test_diffusers_has_no_base_to_get_back_from_an_export(tiny_v, single, hardened, tmp_path):
@@ -397,9 +397,9 @@ def test_what_is_not_the_base_is_refused_and_nothing_is_written(tiny_v, single, 
 
 
 def test_the_command(tiny_v, single, hardened, tmp_path, capsys):
-    output = hardened[0].parent
+    output = shutil.copytree(hardened[0].parent, tmp_path / "out")
     record = json.loads((Path(__file__).parent.parent / "docs/results/demo-harden.json").read_text()) | {"params": {}}
-    digest = weights_digest(hardened[0])
+    digest = weights_digest(output / "model")
     (output / "harden.json").write_text(json.dumps(record | {"base": str(tiny_v.folder), "model_digest": digest}))
     command = ["export", str(output), "--like", str(single), "--output", str(tmp_path / "new.safetensors")]
     assert cli.main(command) == 2

@@ -119,7 +119,7 @@ def test_everyday_use_is_part_of_the_report_and_of_the_verdict(copied, registry,
     public = (copied / "verify" / "public" / "report.html").read_text()
     assert "failed to run (OSError)" in public and "nowhere" not in public
 
-    kept = load_recipe(str(recipe_file), [changes[1], "verify.deployability.checks=[precision]"])
+    kept = load_recipe(str(recipe_file), [changes[1], "verify.deployability.checks=[controlnet]"])
     verify(registry, kept, copied, workers=1, quiet=True)
     [file] = (copied / "verify" / "deployability").glob("*.json")
     before = file.stat().st_mtime_ns
@@ -256,13 +256,14 @@ def test_runs_on_the_base_can_be_shared(copied, tmp_path, registry, recipe_file,
     assert report.checks == verified[1].checks
 
 
+LOOKS = "verify.evaluation_points=[0.5, 1, 3]"
+
+
 @pytest.fixture(scope="module")
 def went_on(verified, registry, recipe_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("further") / "run"
     shutil.copytree(verified[0], output)
-    return output, verify(
-        registry, load_recipe(str(recipe_file), ["verify.evaluation_points=[0.5, 1, 3]"]), output, workers=1, quiet=True
-    )
+    return output, verify(registry, load_recipe(str(recipe_file), [LOOKS]), output, workers=1, quiet=True)
 
 
 def test_attackers_of_the_protected_go_on_and_others_do_not(went_on):
@@ -312,23 +313,22 @@ def test_an_attack_that_has_learnt_the_subject_goes_on_no_longer(tmp_path, regis
     assert scores_of(unit) is None
 
 
-FURTHER = [
-    "verify.displacement={attacks: [lora], rates: [0.5], just_enough: true}",
-    "verify.evaluation_points=[0.5, 1]",
-]
+FURTHER = ["verify.displacement={attacks: [lora], rates: [0.5], just_enough: true}", LOOKS]
 
 
 def test_attacks_at_other_rates_are_measured_on_the_protected_and_not_held_against_them(
-    copied, registry, recipe_file, capsys
+    went_on, registry, recipe_file, tmp_path, capsys
 ):
     """Two steps learn nothing anywhere: at another rate that is no finding, and there is no just-enough attack."""
+    copied = shutil.copytree(went_on[0], tmp_path / "run")
     recipe = load_recipe(str(recipe_file), FURTHER)
     report = verify(registry, recipe, copied, workers=1, quiet=True)
     assert "lora does not learn its subjects on the base; it has no just-enough attack" in capsys.readouterr().err
     slow = {(s.side, s.subject, s.evaluation_point): s for s in report.scores if s.attack == "lora, 0.5 x rate"}
-    assert set(slow) == {(side, "mira", point) for side in ("base", "hardened") for point in (0.5, 1.0)}
+    looks = {("base", 0.5), ("base", 1.0), ("hardened", 0.5), ("hardened", 1.0), ("hardened", 3.0)}
+    assert set(slow) == {(side, "mira", point) for side, point in looks}
     usual = {(s.side, s.subject, s.evaluation_point): s for s in report.scores if s.attack == "lora"}
-    assert len(usual) == 8
+    assert len(usual) == 9
     for key, score in slow.items():
         assert score.displacement.rate == 5e-4 and usual[key].displacement.rate == 1e-3
         assert score.displacement.steps == usual[key].displacement.steps == 2 * key[2]
