@@ -335,7 +335,7 @@ def test_attacks_at_other_rates_are_measured_on_the_protected_and_not_held_again
         assert score.displacement.largest_possible == pytest.approx(5e-4 * score.displacement.steps)
         assert 0 < score.displacement.overall < usual[key].displacement.overall < 0.1
         assert {"down", "mid", "up", "text_encoder"} <= set(score.displacement.blocks)
-    assert {c.attack for c in report.checks if c.attack} == {"lora"}
+    assert {c.attack for c in report.checks if c.attack} == {"lora", "lora, 3 x steps"}
     [search] = report.just_enough
     assert (search.attack, search.subjects, search.probes, search.result) == ("lora", ["mira"], [], None)
     assert search.genuine.displacement == pytest.approx(usual["base", "mira", 1.0].displacement.overall)
