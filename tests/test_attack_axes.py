@@ -141,9 +141,8 @@ def test_two_stages_need_somebody_else(registry):
 def units_of(registry, target, **changes):
     """Units of LoRA as it is and with these changes, by side."""
     attacks = {"plain": {"name": "lora", "params": PARAMS}, "other": {"name": "lora", "params": PARAMS} | changes}
-    recipe = load_recipe(
-        "demo", ["verify.attacks=" + json.dumps(attacks), "verify.identifiers=[zwx]", "verify.class_images=0"]
-    )
+    few = ["verify.identifiers=[zwx]", "verify.class_images=0", "verify.images_per_unit=4", "sampling.steps=2"]
+    recipe = load_recipe("demo", ["verify.attacks=" + json.dumps(attacks), *few])
     return {(unit.side, unit.label, unit.subject): unit for unit in plan_units(registry, recipe, target)}
 
 

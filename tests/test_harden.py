@@ -44,7 +44,7 @@ RECIPE = f"""\
 base: BASE
 subjects: R.yaml
 sampling: {{steps: 2, batch: 4}}
-probe: {{times: 2, pictures: 1}}
+probe: {{times: 1, pictures: 1}}
 method:
   name: apdm
   params:

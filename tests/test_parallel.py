@@ -44,7 +44,7 @@ def recipe_for(method, base, folder, **params):
     file = folder / f"{method}.yaml"
     asked = {
         "base": str(base), "subjects": str(ROOT / "registries" / "demo.yaml"),
-        "sampling": {"steps": 2, "guidance": 3.0, "batch": 32}, "probe": {"times": 2, "pictures": 1},
+        "sampling": {"steps": 2, "guidance": 3.0, "batch": 32}, "probe": {"times": 1, "pictures": 1},
         "method": {"name": method, "params": EVERY[method] | params},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(asked))

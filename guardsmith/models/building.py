@@ -45,6 +45,9 @@ from guardsmith.models.families import Family
 from guardsmith.models.reading import index_of, renamed
 from guardsmith.models.tensor_files import read_header, write_copy
 
+OPENED_TOGETHER = 2**30
+"""Bytes of the networks that `open_once` opens at the same time."""
+
 LARGEST_TEXT = 1 << 20  # bytes of a licence or a README
 OLD_NAMES = {
     "query": "to_q",
@@ -260,8 +263,29 @@ def _copy_weights(source: Path, target: Path, network_tensors: Collection[str], 
     return [*notes, f"metadata of {name} ({in_words(further)})"] if further else notes
 
 
+def _together(folder: Path, networks: Sequence[str]) -> list[list[str]]:
+    """Networks in groups whose files have at most `OPENED_TOGETHER` bytes, or which are a single network."""
+    groups: list[list[str]] = []
+    room = -1
+    for name in networks:
+        size = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+        if size > room:
+            groups.append([])
+            room = OPENED_TOGETHER
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _opened_as(folder: Path) -> torch.dtype:
+    """The precision to open a written network in: half if all of its weights are stored so."""
+    with safe_open(next(folder.glob("*.safetensors")), framework="pt") as weights:
+        kinds = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (not a dict)
+    return torch.float16 if kinds <= {"F16", "I64"} else torch.float32
+
+
 def open_once(folder: Path, networks: Sequence[str]) -> None:
-    """Open a written model as diffusers' own pipeline, one network at a time, so that it needs little memory.
+    """Open a written model as diffusers' own pipeline; large networks one at a time, so that it needs little memory.
 
     Raises:
         RunFailed: it cannot be opened.
@@ -278,17 +302,15 @@ def open_once(folder: Path, networks: Sequence[str]) -> None:
     logging.set_verbosity_error()  # that a part was left out on purpose is no news
     logging.disable_progress_bar()
     try:
-        for name in (*networks, *extra):
-            others = {other: None for other in (*networks, *extra) if other != name}
-            stored = next((folder / name).glob("*.safetensors"))
-            with safe_open(stored, framework="pt") as weights:
-                kinds = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (not a dict)
-            dtype = torch.float16 if kinds <= {"F16", "I64"} else torch.float32
+        for some in _together(folder, (*networks, *extra)):
+            others = {other: None for other in (*networks, *extra) if other not in some}
+            dtype = {name: _opened_as(folder / name) for name in some}
             pipeline = kind.from_pretrained(
                 folder, use_safetensors=True, dtype=dtype, local_files_only=True, **missing, **others
             )
-            if getattr(pipeline, name) is None:
-                raise RunFailed(f"{folder}: diffusers finds no {name} in the written model")
+            for name in some:
+                if getattr(pipeline, name) is None:
+                    raise RunFailed(f"{folder}: diffusers finds no {name} in the written model")
             del pipeline
     except RunFailed:
         raise
