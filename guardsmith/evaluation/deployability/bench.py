@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,6 +113,12 @@ class Bench:
         if side not in self._pipelines:
             self._pipelines[side] = self.load(side)
         return self._pipelines[side]
+
+    def own_denoiser(self, side: str) -> Any:
+        """The side's float32 pipeline with a copy of its denoiser, for whoever changes that alone."""
+        pipeline, name = copy.copy(self.pipeline(side)), "transformer" if self.flow else "unet"
+        setattr(pipeline, name, copy.deepcopy(getattr(pipeline, name)))
+        return pipeline
 
     def noise(self, which: str, count: int) -> Tensor:
         """Noise of the first `count` pictures, float32, as the denoiser takes it; of the "first" or the "second" set."""

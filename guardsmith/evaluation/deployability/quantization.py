@@ -72,7 +72,7 @@ def case(bench: Bench, name: str) -> Measurement:
     change, how = FORMATS[name]
     pictures = {}
     for side in SIDES:
-        pipeline = bench.load(side)
+        pipeline = bench.own_denoiser(side)
         change(pipeline.transformer if bench.flow else pipeline.unet)
         pictures[side] = bench.draw(pipeline)
     away = {side: differences(images, bench.plain(side)) for side, images in pictures.items()}

@@ -93,21 +93,21 @@ def inpainted(bench: Bench, side: str) -> Tensor:
 
 def sliced(bench: Bench, side: str) -> Tensor:
     """With attention slicing."""
-    pipeline = bench.load(side)
+    pipeline = bench.own_denoiser(side)
     pipeline.enable_attention_slicing(1)
     return bench.draw(pipeline)
 
 
 def channels_last(bench: Bench, side: str) -> Tensor:
     """With the denoiser's weights in channels-last order."""
-    pipeline = bench.load(side)
+    pipeline = bench.own_denoiser(side)
     (pipeline.transformer if bench.flow else pipeline.unet).to(memory_format=torch.channels_last)
     return bench.draw(pipeline)
 
 
 def compiled(bench: Bench, side: str) -> Tensor:
     """With the denoiser compiled: once, where both sides are networks of the same shapes. `run` forgets what was compiled."""
-    pipeline = bench.load(side)
+    pipeline = bench.own_denoiser(side)
     name = "transformer" if bench.flow else "unet"
     setattr(pipeline, name, torch.compile(getattr(pipeline, name), backend=bench.spec.compile))
     return bench.draw(pipeline, count=bench.spec.images)
