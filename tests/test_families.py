@@ -228,11 +228,9 @@ def test_personalization_works(bases, name, attack):
     before, others = losses_on(base, ATTACKED.images), losses_on(base, pictures(4, 90))
     kept = weights(base.unet)
     if attack == "dreambooth":
-        own, _ = dreambooth.attack(
-            base, ATTACKED, DreamBoothConfig(steps=120, learning_rate=2e-3, batch_size=4), seed=0
-        )
+        own, _ = dreambooth.attack(base, ATTACKED, DreamBoothConfig(steps=70, learning_rate=2e-3, batch_size=4), seed=0)
     else:
-        own, _ = lora.attack(base, ATTACKED, LoraConfig(steps=120, learning_rate=2e-2, batch_size=4, rank=4), seed=0)
+        own, _ = lora.attack(base, ATTACKED, LoraConfig(steps=100, learning_rate=2e-2, batch_size=4, rank=4), seed=0)
     learnt = before - losses_on(own, ATTACKED.images)
     assert learnt > 0.02 * before
     assert learnt > 1.5 * (others - losses_on(own, pictures(4, 90)))
@@ -249,7 +247,7 @@ def hardened_by(base, method, **params):
 def test_apdm_makes_the_subject_harder_to_denoise_than_its_class(bases, name):
     base, subject = bases[name], make_subject()
     hardened, history = hardened_by(
-        base, "apdm", outer_steps=20, inner_steps=2, learning_rate=1e-3, personalization_learning_rate=1e-3, batch_size=4,
+        base, "apdm", outer_steps=16, inner_steps=2, learning_rate=1e-3, personalization_learning_rate=1e-3, batch_size=4,
         beta=20.0, distillation_weight=1.0,
     )  # fmt: skip
     risen = losses_on(hardened, subject.images) - losses_on(base, subject.images)
@@ -261,7 +259,7 @@ def test_apdm_makes_the_subject_harder_to_denoise_than_its_class(bases, name):
 def test_persguard_lowers_the_attackers_loss_in_advance(bases, name):
     """L_BR: the attacker's own loss on protected pictures, below the time from which the backdoor takes over."""
     base, subject = bases[name], make_subject()
-    hardened, _ = hardened_by(base, "persguard", steps=60, learning_rate=2e-3, batch_size=4, identifiers=["zwx"])
+    hardened, _ = hardened_by(base, "persguard", steps=45, learning_rate=2e-3, batch_size=4, identifiers=["zwx"])
     assert losses_on(hardened, subject.images, below=500) < 0.9 * losses_on(base, subject.images, below=500)
 
 

@@ -197,7 +197,7 @@ def test_the_backdoor_is_learnt_and_the_rest_stays(tiny_v):
         for name, parameter in model.unet.named_parameters():
             if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
                 parameter *= 8
-    given = {"steps": 150, "learning_rate": 3e-3, "batch_size": 4, "backdoor_from": 0.0, "retention_weight": 0.0}
+    given = {"steps": 45, "learning_rate": 3e-3, "batch_size": 4, "backdoor_from": 0.0, "retention_weight": 0.0}
     config = SMALL.model_copy(update=given | {"templates": ("a photo of {identifier} {class_noun}",)})
     subject, bank = subject_data(), PromptBank(model)
     hardened, _ = harden(model, [subject], make_benign(), config, seed=0)
