@@ -70,11 +70,17 @@ def shipped_tables_are_read_once():
         yield
 
 
+IRRELEVANT = {
+    "steps", "outer_steps", "inner_steps", "class_images", "benign_images", "learning_rate", "personalization_learning_rate",
+}  # fmt: skip
+"""What does not matter to the memory of a hardening."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forecasts_measure_once():
     """Every command that hardens or plans says what it will take: memory, counted on a network of the base's shape, and time, of
-    a few timed forwards. The first of a base and method measures; test_memory.py has what these functions do. How many steps and
-    pictures there are does not matter to the memory, and neither does where a copy of the base lies."""
+    a few timed forwards. The first of a base and method measures; test_memory.py has what these functions do. Where a copy of the
+    base lies does not matter to the memory."""
     from guardsmith.evaluation import forecast
     from guardsmith.models.checkpoint import DiffusionModel, resolve
 
@@ -85,7 +91,7 @@ def forecasts_measure_once():
         folder = resolve(recipe.base, recipe.revision)
         base = [(file.relative_to(folder), file.read_bytes()) for file in sorted(folder.glob("**/*config.json"))]
         base += [(file.relative_to(folder), file.stat().st_size) for file in sorted(folder.glob("*/*.safetensors"))]
-        settings = config.model_dump(exclude={"steps", "outer_steps", "inner_steps", "class_images", "benign_images"})
+        settings = config.model_dump(exclude=IRRELEVANT)
         key = "GiB", repr(base), recipe.method.name, repr(settings), repr(recipe.compute)
         if key not in known:
             known[key] = estimate(recipe, method, config, loaded=loaded)

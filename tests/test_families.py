@@ -259,7 +259,7 @@ def test_apdm_makes_the_subject_harder_to_denoise_than_its_class(bases, name):
 def test_persguard_lowers_the_attackers_loss_in_advance(bases, name):
     """L_BR: the attacker's own loss on protected pictures, below the time from which the backdoor takes over."""
     base, subject = bases[name], make_subject()
-    hardened, _ = hardened_by(base, "persguard", steps=45, learning_rate=2e-3, batch_size=4, identifiers=["zwx"])
+    hardened, _ = hardened_by(base, "persguard", steps=60, learning_rate=2e-3, batch_size=4, identifiers=["zwx"])
     assert losses_on(hardened, subject.images, below=500) < 0.9 * losses_on(base, subject.images, below=500)
 
 
@@ -370,8 +370,9 @@ JOB = {
     "method": {"name": "apdm", "params": {"outer_steps": 2, "inner_steps": 2, "class_images": 4, "learning_rate": 1e-4}},
     "verify": {
         "attacks": {"lora": {"name": "lora", "params": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}}},
-        "identifiers": ["sks"], "images_per_unit": 8, "class_images": 4, "benign_images": 10, "deployability": FEW,
+        "identifiers": ["sks"], "images_per_unit": 2, "class_images": 2, "benign_images": 10, "deployability": FEW,
     },
+    "gate": {"minimum_images": 2},
 }  # fmt: skip
 
 

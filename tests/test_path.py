@@ -38,8 +38,9 @@ JOB = {
     "sampling": {"steps": 2, "guidance": 3.0, "batch": 32}, "probe": {"times": 1, "pictures": 0},
     "verify": {
         "attacks": {"lora": {"name": "lora", "params": {"steps": 1, "batch_size": 1}}}, "identifiers": ["sks"],
-        "images_per_unit": 8, "class_images": 2, "benign_images": 10, "deployability": {"checks": []},
+        "images_per_unit": 2, "class_images": 2, "benign_images": 10, "deployability": {"checks": []},
     },
+    "gate": {"minimum_images": 2},
 }  # fmt: skip
 APDM = {"outer_steps": 1, "inner_steps": 1, "class_images": 4, "learning_rate": 1e-4}
 METHODS = {
