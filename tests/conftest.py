@@ -55,7 +55,7 @@ def shipped_tables_are_read_once():
     """The embedded base's negatives are thousands of pictures, and every command that plans a run reads them for seconds."""
     from guardsmith.registry import images
 
-    read, known, shipped = images._dataset_files, {}, str(Path(images.__file__).parents[1])
+    read, known, shipped = images._dataset_files, {}, str(Path(images.__file__).parents[2])
 
     def once(entry, folder):
         if shipped not in str(entry.dataset):
