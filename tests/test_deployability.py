@@ -249,6 +249,14 @@ def test_plain_pictures_are_drawn_once_and_are_those_of_one_drawing(base, tmp_pa
     assert differences(more, at_once).max() < 0.1, "every picture has its own prompt and noise"
 
 
+def test_a_denoiser_is_changed_in_a_copy(base, tmp_path):
+    bench = bench_of(base, base, tmp_path)
+    own, usual = bench.own_denoiser("base"), bench.pipeline("base")
+    own.unet.conv_in.weight.data.zero_()
+    assert torch.equal(usual.unet.conv_in.weight, base.unet.conv_in.weight)
+    assert own.unet.conv_in.weight.count_nonzero() == 0 and own.vae is usual.vae
+
+
 def test_a_black_model_passes_nothing_that_looks_at_pictures(base, black, tmp_path):
     bench = bench_of(base, black, tmp_path)
     found = [m for run in (precision, controlnet, merges, quantization) for m in run.run(bench)]
@@ -354,7 +362,7 @@ def test_adapters_are_kept_by_the_base_and_lost_by_a_model_that_ignores_them(bas
 
     registry = load_registry(builtin_path("avatar").parents[2] / "registries" / "demo.yaml")
     adapters = {kind: {"learning_rate": RATES[kind], "steps": 40, "batch_size": 4}}
-    bench = bench_of(base, base, tmp_path, Frozen, trained=True, adapters=adapters, adapter_images=16)
+    bench = bench_of(base, base, tmp_path, Frozen, trained=True, adapters=adapters, adapter_images=8)
     bench.controls, bench.steps = registry.controls, 4
     onto_hardened, onto_base = CHECKS["adapters"].run(bench)
     assert onto_base.error is None and onto_base.value == 1 and onto_base.status(LIMITS) == "pass"

@@ -472,3 +472,23 @@ def test_a_source_may_be_hidden_but_not_the_folder(tiny_v):
     renamed = dataclasses.replace(tiny_v, source="builtin:avatar")
     assert renamed.folder == tiny_v.folder
     assert renamed.image_size == tiny_v.image_size
+
+
+def test_small_networks_are_opened_together_and_large_ones_one_at_a_time(v_folder, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    from guardsmith.models import building
+
+    opened, real = [], StableDiffusionPipeline.from_pretrained
+
+    def counted(*args, dtype, **options):
+        opened.append(list(dtype))
+        return real(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", counted)
+    networks = ["unet", "vae", "text_encoder"]
+    building.open_once(v_folder, networks)
+    assert opened == [networks]
+    monkeypatch.setattr(building, "OPENED_TOGETHER", 0)
+    building.open_once(v_folder, networks)
+    assert opened[1:] == [[name] for name in networks]
