@@ -340,7 +340,7 @@ def test_attacks_at_other_rates_are_measured_on_the_protected_and_not_held_again
     assert (search.attack, search.subjects, search.probes, search.result) == ("lora", ["mira"], [], None)
     assert search.genuine.displacement == pytest.approx(usual["base", "mira", 1.0].displacement.overall)
     [broken] = report.displacement_to_break
-    assert broken.base is None and broken.tried.steps == 2
+    assert broken.base is None and broken.tried.steps == 6
     assert len(list((copied / "verify" / "base" / "mira").glob("lora_0.5-x-rate/sks/0/*/scores.json"))) == 1
     page = (copied / "verify" / "report.html").read_text()
     assert "How far an attacker has to move the weights" in page and "lora, 0.5 x rate, 0.5 x steps" in page
