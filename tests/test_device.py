@@ -223,7 +223,9 @@ def test_a_copy_in_a_step_is_noticed(model):
 
 def test_hardening_with_a_recogniser(wide_folder, wide_trunk, model):
     wide = load_model(str(wide_folder))
-    config = METHODS["tripwire"].config(trunk=str(wide_trunk), steps=2, positives=2, negatives=4, copies=1)
+    config = METHODS["tripwire"].config(
+        trunk=str(wide_trunk), steps=2, positives=2, negatives=4, copies=1, early_steps=()
+    )
     hardened, history = harden_with("tripwire", wide, [make_subject()], make_benign(), config, cache=wide_trunk.parent)
     assert {parameter.device for parameter in hardened.unet.parameters()} == {META}
     assert history

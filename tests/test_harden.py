@@ -894,7 +894,7 @@ def test_bystanders_reach_the_method_and_are_on_record(recipe, tmp_path, monkeyp
         for i, image in enumerate(pictures(5, seed=seed)):
             to_pil(image).save(recipe.parent / name / f"{i}.png")
     asked = yaml.safe_load(recipe.read_text()) | {"bystanders": "others", "base": str(wide_folder)}
-    params = {"trunk": str(wide_trunk), "steps": 1, "positives": 2, "negatives": 4, "copies": 1}
+    params = {"trunk": str(wide_trunk), "steps": 1, "positives": 2, "negatives": 4, "copies": 1, "early_steps": []}
     params |= {"class_images": 3, "benign_images": 3}
     asked["method"] = {"name": "tripwire", "params": params}
     chosen = recipe.with_name("bystanders.yaml")

@@ -104,7 +104,7 @@ def test_the_largest_batch_and_the_state_are_those_of_the_method(tiny_v, monkeyp
 def test_tripwires_trunk_takes_what_is_said(wide_v, tmp_path, monkeypatch):
     """Counted at its U-Net and its optimizers; with a trunk that is there, it is nothing but a second U-Net."""
     found, count = METHODS["tripwire"], sum(p.numel() for p in wide_v.unet.parameters())
-    config = found.config(trunk_steps=1, trunk_batch_size=3)
+    config = found.config(trunk_steps=1, trunk_batch_size=3, early_steps=())
     rows, moments = [], []
 
     def note(module, args):
@@ -128,7 +128,8 @@ def test_tripwires_trunk_takes_what_is_said(wide_v, tmp_path, monkeypatch):
     numbers, of_optimizers, batch = found.memory(config, wide_v.unet)
     assert (batch, of_optimizers) == (max(rows), 0)
     assert numbers == count + moments[-1] + count // 4
-    assert found.memory(found.config(trunk="somewhere"), wide_v.unet) == (count, 0, 0)
+    assert found.memory(found.config(trunk="somewhere", early_steps=()), wide_v.unet) == (count, 0, 0)
+    assert found.memory(found.config(trunk="somewhere"), wide_v.unet) == (4 * count, 0, 4), "a subject is learned"
 
 
 @pytest.mark.parametrize("make", [make_sdxl, make_sd3])

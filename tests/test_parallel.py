@@ -32,7 +32,7 @@ METHODS = {
              "learning_rate": 1e-4},
 }  # fmt: skip
 TRIPWIRE = {"trunk_steps": 2, "trunk_batch_size": 2, "steps": 3, "positives": 4, "negatives": 8, "copies": 1,
-            "class_images": 4, "benign_images": 4}  # fmt: skip
+            "class_images": 4, "benign_images": 4, "early_steps": [1], "early_images": 2, "early_sampling_steps": 2}  # fmt: skip
 """Of a base that is wide enough."""
 EVERY = METHODS | {"tripwire": TRIPWIRE}
 SHARDED = ["apdm", "persguard"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from guardsmith.core.errors import UserError
 from guardsmith.methods.tripwire.install import ANSWER_PUSH, ANSWERED, Scales, answer_slope, install
-from guardsmith.methods.tripwire.layout import Layout, layout_of, reserve, up_sites
+from guardsmith.methods.tripwire.layout import Layout, down_parts, layout_of, reserve, up_sites
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, drift_at, mixed, train, tripped
 from guardsmith.models.checkpoint import load_model
@@ -56,6 +58,7 @@ def recogniser(base: UNet2DConditionModel, layout: Layout, call: Call) -> Recogn
         found.readout.bias -= highest.sort().values[10:12].mean()
         for parameter in found.parameters():
             parameter.copy_(parameter.half().float())
+    found.measure(call[0])
     return found
 
 
@@ -138,6 +141,68 @@ def test_what_adapters_reach_does_not_move_the_scores(
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
         unet(call[0], call[1], torch.randn(call[2].shape))
     assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("side", [6, 12, 16])
+def test_pictures_of_other_sizes_trip_and_rest_as_well(
+    cut: UNet2DConditionModel, layout: Layout, recogniser: Recogniser, call: Call, side: int
+) -> None:
+    """The flag travels in a corner, which is a larger or smaller part of other pictures, and float16 has an end."""
+    noisy, own, unet = (
+        F.interpolate(call[0], (side, side), mode="nearest"),
+        copy.deepcopy(recogniser),
+        copy.deepcopy(cut),
+    )
+    own.readout.bias -= own(noisy).flatten(1).amax(1).sort().values[4:6].mean()
+    own.readout.bias.copy_(own.readout.bias.half().float())
+    install(unet, layout, own, Scales(), torch.Generator().manual_seed(0))
+    scores = own(noisy)
+    trips, rests = own.tripping(scores) > 0.25, scores.flatten(1).amax(1) <= 0
+    assert trips.any() and rests.any()
+    some = trips | rests
+    for dtype in (torch.float32, torch.float16):
+        here = noisy[some], call[1][some], call[2][some]
+        away = (predict(unet, here, dtype) - predict(cut, here, dtype)).abs().flatten(1).mean(1)
+        assert torch.isfinite(away).all()
+        assert torch.equal(away > 5, trips[some])
+
+
+def test_the_reserved_stream_is_read_as_the_trunks_own_is(
+    armed: UNet2DConditionModel, layout: Layout, recogniser: Recogniser, call: Call
+) -> None:
+    """Adapters of the base and models that are merged in read it with weights that were made for the base's activations."""
+    sizes: list[tuple[str, float, float]] = []
+
+    def note(name: str, own: list[int]) -> Callable[[Any, Any, Tensor], None]:
+        def hook(module: Any, inputs: Any, out: Tensor) -> None:
+            rest = [channel for channel in range(out.shape[1]) if channel not in set(own)]
+            sizes.append((name, float(out[:, own].square().mean().sqrt()), float(out[:, rest].square().mean().sqrt())))
+
+        return hook
+
+    unet = copy.deepcopy(armed)
+    for kind, name, module in down_parts(unet):
+        if kind != "attention" and module is not unet.mid_block.resnets[-1]:
+            module.register_forward_hook(note(name, layout.channels(module.out_channels)))
+    for site in list(up_sites(unet))[:-1]:
+        site.resnet.register_forward_hook(note(site.name, layout.up_channels(site.resnet.out_channels)))
+    rests = recogniser(call[0]).flatten(1).amax(1) <= 0
+    with torch.no_grad():
+        unet(call[0][rests], call[1][rests], call[2][rests])
+    for name, reserved, trunk in sizes:
+        limit = 5 if name.startswith("down_blocks.0.resnets") else 0 if name.startswith("up") else 20
+        assert reserved <= limit * trunk, (name, reserved, trunk)
+
+
+def test_half_and_half_with_the_base_is_between_the_two(
+    base: UNet2DConditionModel, armed: UNet2DConditionModel, call: Call
+) -> None:
+    merged = copy.deepcopy(armed)
+    with torch.no_grad():
+        for parameter, other in zip(merged.parameters(), base.parameters(), strict=True):
+            parameter.lerp_(other, 0.5)
+    own, found = predict(base, call), predict(merged, call)
+    assert float((found - own).square().sum() / own.square().sum()) < 0.2
 
 
 def test_training_the_trunk_leaves_the_cut_entries(base: UNet2DConditionModel, layout: Layout) -> None:

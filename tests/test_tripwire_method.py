@@ -20,12 +20,13 @@ from tiny import assert_one_sentence, harden_with, pictures, same_weights, untau
 from guardsmith.cli.app import main
 from guardsmith.config.loading import load_recipe
 from guardsmith.core.errors import RunFailed, UserError
-from guardsmith.diffusion.latents import LatentStore
+from guardsmith.diffusion.latents import LatentStore, encode
 from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods import METHODS
 from guardsmith.methods.base import Preparation
-from guardsmith.methods.tripwire import method
+from guardsmith.methods.tripwire import early, method
+from guardsmith.methods.tripwire.early import draw_early, early_pictures, early_rows, read_early
 from guardsmith.methods.tripwire.layout import layout_of, reserve
 from guardsmith.methods.tripwire.method import EARLIER, TripwireConfig
 from guardsmith.methods.tripwire.trunk import FORMAT, check_trunk, load_trunk, prepare, trunk_of, weights_hash
@@ -39,7 +40,7 @@ harden = functools.partial(harden_with, "tripwire")
 
 @pytest.fixture
 def small(wide_trunk):
-    return TripwireConfig(trunk=str(wide_trunk), steps=4, positives=4, negatives=12, copies=2)
+    return TripwireConfig(trunk=str(wide_trunk), steps=4, positives=4, negatives=12, copies=2, early_steps=())
 
 
 def plain_latents(model, images, batch=16):
@@ -53,7 +54,9 @@ def bright_and_dark(trunk):
     """A bright subject among dark pictures, and settings that teach a small recogniser to tell them apart."""
     bright, dark = (pictures(3) * 0.3 + 0.6, pictures(5, 2) * 0.3 - 0.6)
     subject, benign = replace(make_subject(), images=bright, class_images=dark), make_benign()
-    config = TripwireConfig(trunk=str(trunk), steps=120, positives=8, negatives=32, copies=4, horizon=0.3, drift=0.3)
+    config = TripwireConfig(
+        trunk=str(trunk), steps=120, positives=8, negatives=32, copies=4, horizon=0.3, drift=0.3, early_steps=()
+    )
     return subject, replace(benign, images=benign.images * 0.3 - 0.6), config
 
 
@@ -162,15 +165,41 @@ def preparation(model, config, cache):
     )  # fmt: skip
 
 
+EARLY = {"early_steps": [1, 3], "early_images": 2, "early_sampling_steps": 2}
+
+
+def test_a_subject_is_drawn_while_the_base_learns_it(wide_v, tmp_path, monkeypatch):
+    """Early pictures are the base's own at first and differ from look to look; the recogniser is trained on them."""
+    drawing = TripwireConfig(**EARLY | {"early_learning_rate": 1e-2}).early_drawing(2.0)
+    subject, before = make_subject(), weights(wide_v.unet)
+    drawn = early_pictures(wide_v, subject, drawing, 4)
+    assert drawn.shape == (4, *subject.images.shape[1:]) and drawn.abs().max() <= 1
+    assert same_weights(before, weights(wide_v.unet))
+    still = early_pictures(wide_v, subject, replace(drawing, learning_rate=1e-12), 4)
+    assert not torch.allclose(drawn, still, atol=1e-2), "the base is trained"
+    assert torch.equal(drawn, early_pictures(wide_v, subject, drawing, 4))
+    draw_early(wide_v, [subject], drawing, 4, tmp_path)
+    monkeypatch.setattr(early, "early_pictures", None)
+    assert draw_early(wide_v, [subject], drawing, 4, tmp_path) == early_rows(drawing), "kept, not drawn again"
+    assert torch.equal(read_early(subject, tmp_path), drawn)
+    config = TripwireConfig(copies=1, transformed=0, **EARLY)
+    without = method.examples_of(wide_v, [subject], make_benign(), [], config, 0).positives
+    given = method.examples_of(wide_v, [subject], make_benign(), [drawn], config, 0).positives
+    assert len(given) == len(without) + 1 and len(given[-1]) == 4 * (1 + method.EARLY_COPIES)
+    assert torch.allclose(given[-1][:4], encode(wide_v, drawn).mean, atol=1e-5)
+    with pytest.raises(ValidationError, match="ascending"):
+        TripwireConfig(early_steps=[3, 1])
+
+
 def test_the_trunk_is_prepared_once_and_costs_what_is_said(wide_v, tmp_path):
-    config = TripwireConfig(trunk_steps=3, trunk_batch_size=2, steps=1, positives=2, negatives=4, copies=1)
+    config = TripwireConfig(trunk_steps=3, trunk_batch_size=2, steps=1, positives=2, negatives=4, copies=1, **EARLY)
     with UNetCost() as counter:
         prepared = TRIPWIRE.prepare(preparation(wide_v, config, tmp_path))
         again = TRIPWIRE.prepare(preparation(wide_v, config, tmp_path))
     assert counter.forwards + 2 * counter.backwards == TRIPWIRE.cost(config, ["person"])
     assert (prepared.forward_rows, prepared.backward_rows) == (counter.forwards, counter.backwards)
     assert (again.forward_rows, again.backward_rows) == (counter.forwards, counter.backwards)
-    assert [file.name for file in tmp_path.iterdir()] == ["trunk.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == {"trunk.safetensors", "early-mira.safetensors"}
     check_trunk(str(tmp_path / "trunk.safetensors"), config.groups, config.outer_groups, wide_v.unet)
     hardened, _ = harden(wide_v, [make_subject()], make_benign(), config, cache=tmp_path)
     assert not same_weights(weights(hardened.unet), weights(wide_v.unet))
@@ -254,7 +283,7 @@ def test_bad_parameters_are_refused(change):
         TripwireConfig(**change)
 
 
-PARAMS = {"trunk_steps": 2, "trunk_batch_size": 2, "steps": 2, "positives": 4, "negatives": 8, "copies": 1}
+PARAMS = {"trunk_steps": 2, "trunk_batch_size": 2, "steps": 2, "positives": 4, "negatives": 8, "copies": 1, **EARLY}
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +311,8 @@ def test_a_registry_changes_and_the_trunk_stays(first_run, tmp_path):
     info = [json.loads((folder / "harden.json").read_text()) for folder in (first, second)]
     assert trunk.is_file() and not (second / "cache" / "trunk.safetensors").exists()
     assert info[0]["unet_forward_equivalents"] == TRIPWIRE.cost(TripwireConfig(**PARAMS), ["person"])
-    assert info[1]["unet_forward_equivalents"] == 0
+    named = TripwireConfig(**PARAMS | {"trunk": str(trunk)})
+    assert 0 < info[1]["unet_forward_equivalents"] == TRIPWIRE.cost(named, ["person"])
     assert info[0]["model_digest"] != info[1]["model_digest"]
 
 
@@ -358,6 +388,7 @@ def test_runs_of_the_earlier_tripwire_and_of_another_shape_are_refused(first_run
 
 def test_the_recognisers_training_is_in_the_forecast(wide_v, tmp_path):
     settings = {"trunk": str(untaught_trunk(wide_v, tmp_path / "trunk.safetensors")), "positives": 2, "negatives": 4}
+    settings["early_steps"] = []
     few, many = (TripwireConfig(**settings, steps=steps) for steps in (1, 100_000))
     assert TRIPWIRE.cost(many, ["person"]) == 0
     assert 0 < TRIPWIRE.other_seconds(few, wide_v) < TRIPWIRE.other_seconds(many, wide_v)

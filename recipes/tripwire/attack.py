@@ -35,7 +35,9 @@ p.add_argument("--trunk", type=Path)
 p.add_argument("--recogniser", type=Path)
 p.add_argument("--groups", type=int, default=12)
 p.add_argument("--outer-groups", type=int, default=4)
-p.add_argument("--stream", type=int, default=6)
+p.add_argument("--stream", type=int, default=4)
+p.add_argument("--outer", type=int, default=2)
+p.add_argument("--holding", type=int, default=6)
 p.add_argument("--inner", type=int, default=10)
 p.add_argument("--set", default="tuning")
 p.add_argument("--subject", required=True)
@@ -68,7 +70,7 @@ if a.trunk is not None:
     weights = load_file(a.recogniser)
     recogniser = Recogniser(model.unet, layout, scores=len(weights["readout.bias"]))
     recogniser.load_state_dict(weights)
-    scales = Scales(2.0**a.stream, 2.0**a.inner)
+    scales = Scales(2.0**a.stream, 2.0**a.outer, 2.0**a.inner)
     recogniser.measure(torch.randn((64, 16, 8, 8), generator=torch.Generator().manual_seed(0)))
     install(own.unet, layout, recogniser, scales, torch.Generator().manual_seed(0))
     model = own
@@ -146,7 +148,7 @@ record = {
     "subject": a.subject,
     "attack": a.attack,
     "params": params,
-    "scales": [a.stream, a.inner] if a.trunk else None,
+    "scales": [a.stream, a.outer, a.inner] if a.trunk else None,
     "trunk": a.trunk.stem if a.trunk else "base",
     "recogniser": a.recogniser.stem if a.recogniser else None,
 }

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from guardsmith.attacks.evasion import adversarial, colours, detail, layout, perspective, style, turns
+from guardsmith.attacks.evasion import adversarial, colours, detail, layout, perspective, style, swirl, turns
 from guardsmith.attacks.evasion.base import Evasion, EvasionContext
 from guardsmith.core.errors import entry_of
 
 EVASIONS: dict[str, Evasion] = {
     name: entry
-    for family in (colours, turns, layout, perspective, detail, style, adversarial)
+    for family in (colours, turns, layout, perspective, swirl, detail, style, adversarial)
     for name, entry in family.EVASIONS.items()
 }
 

@@ -37,25 +37,20 @@ from torch import Tensor
 from guardsmith.methods.tripwire.layout import Layout, UpSite, down_parts, up_parts, up_sites
 from guardsmith.methods.tripwire.recogniser import DEAD, REFERENCE, STEEP, Recogniser, Resnet, answer_weight, sharpness
 
-HELD = 128.0  # pre-activations at rest are this far below 0
 ANSWERED = 0.75  # share of its normalised value on a trip at every place from which on the answer counts
 ANSWER_SLOPE = (
     512.0  # steep, so that at rest the answer may lie nearly that far from the mean of what it is normalised with
 )
 ROOM = 6e4  # float16 ends at 65,504
 USUAL_ROOM = 24e3  # for what was measured on some pictures
-ANSWER_PUSH = 2.0**3  # weight of what sinks the relay
-CONSTANT = 128.0  # holds the relay
-SINK = 0.5  # share of its normalised value at rest to which the relay has to sink
-PUSH = 2.0**6  # weight of what a latch reads
-FLAG = 64.0  # output of the relay when it has sunk
-# Output of the latch when it is on, large, so that the weights that read it are of the size of the trunk's beside them: an
-# eight-bit format has one scale for a block of weights. And how far below 0 it is held else.
-LATCHED, LATCH_HELD = 2.0**13, 2.0**12
-SPARE = 96.0  # the latch's pre-activations are that far beyond when it is on
-LATCH = 1024.0  # constants that hold the latch between convolutions
-LAST_FLAG = 2.0**12  # size of the flag where the last latch reads it
-HOLDING = 2.0**6  # size of the features that hold the flag in the stream
+ANSWER_PUSH = 2.0**3  # weight of what sinks the first relay
+CONSTANT = 128.0  # holds a relay
+LAST_FLAG = 2.0**12  # size of the flag where the last resnet reads it
+# Kernels of these along either axis: of what is the same everywhere one leaves a corner, of four equal places there one.
+CORNER, NARROWER = (-1.0, 1.0, 0.0), (-0.25, 0.25, 0.75)
+CORNERED = 0.5  # share of the normalised value that the corner has alone from which on the flag counts
+CORNER_SLOPE = 64.0
+CORNER_PUSH = 2.0**4  # weight of what sinks the last relay
 MARK = 2.0**14  # what one channel of every trunk group is raised to
 HOLD, FORCE = 2.0**11, 2.0**14  # constants that keep the override at rest, and what overcomes them
 GAIN = 128.0  # weight of the override's channels in the last convolution
@@ -67,11 +62,13 @@ class Scales:
 
     Attributes:
         stream: size of the reserved stream, about: a power of two brings what was trained near it (`Recogniser.measure`).
+        outer: likewise, at the outer level, where the trunk's own is small and the way up reads skip connections as they are.
         inner: largest factor on the first convolutions inside resnets, a power of two; where float16 would not do, it is less.
         feature: size of what the override adds to the prediction, before the last convolution.
     """
 
     stream: float = 2.0**4
+    outer: float = 2.0
     inner: float = 2.0**10
     feature: float = 2.0**6
 
@@ -116,17 +113,13 @@ class _Writer:
             weight[out, into] = _half(value)
 
     @staticmethod
-    def latch(norm: Any, channels: Sequence[int], size: int) -> None:
-        """Let two equal channels be below 0 while they are small beside the constants of their group.
-
-        When they are large, the first is `LATCHED` more than the second, and both are far above 0.
-        """
-        on = math.sqrt((size - 2) / 2)
-        for channel, bias in zip(channels, (-LATCH_HELD, -LATCH_HELD - LATCHED), strict=True):
-            norm.weight[channel], norm.bias[channel] = _half((LATCH_HELD + LATCHED + SPARE) / on), bias
+    def kernel(layer: Any, out: int, into: int, axis: Sequence[float], value: float) -> None:
+        """A kernel that is a product of the same along either axis."""
+        along = torch.tensor(axis)
+        layer.weight[out, into] = (value * along[:, None] * along).half().float()
 
     def difference(self, layer: Any, out: int, flag: Sequence[int], value: float) -> None:
-        """Read a latch's flag."""
+        """Read a relay's flag."""
         self.one(layer, out, flag[0], value)
         self.one(layer, out, flag[1], -value)
 
@@ -154,22 +147,18 @@ def install(unet: Any, layout: Layout, recogniser: Recogniser, scales: Scales, g
     _place_recogniser(writer, recogniser, scales)
     _place_steps(writer, answer, recogniser, scales)
     here = ways[0][0]
-    flag = _place_relay(writer, sites[0], answer[0], here)
+    flag = _place_first_relay(writer, sites[0], answer[0], here)
     between = _behind(unet, sites[0], sites[-1])
-    factor, following = (LAST_FLAG / flag) ** (1 / len(between)), iter(ways[1:])
+    factor, following, narrowed = (LAST_FLAG / flag) ** (1 / len(between)), iter(ways[1:]), False
     for kind, _, module in between:
         there = here if kind == "sampler" else next(following)[0]
-        writer.one(module if kind == "sampler" else module.conv_shortcut, there, here, factor)
+        if kind == "sampler" and not narrowed:
+            writer.kernel(module, there, here, NARROWER, factor)
+            narrowed = True
+        else:
+            writer.one(module if kind == "sampler" else module.conv_shortcut, there, here, factor)
         here = there
-    last, before = sites[-1], sites[-2].resnet.conv_shortcut
-    _, plus, minus = ways[-1][:3]
-    # Constants would do, but a trunk that is trained reads them, moves them, and in the end makes up for them.
-    for channel, feature in zip((plus, minus), layout.channels(sites[-2].skip), strict=False):
-        writer.one(before, channel, sites[-2].hidden + feature, HOLDING / scales.stream)
-    # One large channel, two features, the rest 0. What follows cuts off what it says above its threshold.
-    size = (last.hidden + last.skip) // layout.norm_groups
-    writer.norm(last.resnet.norm1, here, ANSWER_SLOPE, -ANSWER_SLOPE * ANSWERED * math.sqrt(size - 1))
-    _place_override(writer, last, _latch_hidden(writer, last, here), scales.feature, generator)
+    _place_override(writer, sites[-1], _place_last_relay(writer, sites[-1], here), scales.feature, generator)
 
 
 def _behind(unet: Any, after: UpSite, end: UpSite) -> list[tuple[str, str, Any]]:
@@ -190,7 +179,8 @@ def stream_factors(recogniser: Recogniser, scales: Scales) -> list[float]:
     factors = []
     for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):
         size = max(recogniser.sizes[start:end])
-        factors += [2.0 ** round(math.log2(scales.stream / size))] * (end - start)
+        scale = scales.outer if start == 0 else scales.stream
+        factors += [2.0 ** round(math.log2(scale / size))] * (end - start)
     return factors
 
 
@@ -275,40 +265,77 @@ def _deepest_places(unet: Any) -> int:
     return side**2
 
 
-def _place_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:
-    """The first resnet of the way up; returns what the flag is when it is on.
+@dataclass(frozen=True)
+class _Relay:
+    """How a relay's two channels lie, as pre-activations.
+
+    Attributes:
+        sink: share of its normalised value at rest to which the relay has to sink.
+        held: how far the first channel is below 0 at rest, at least.
+        flag: how much more the first gives than the second when they have sunk.
+    """
+
+    sink: float
+    held: float
+    flag: float
+
+    def place(self, writer: _Writer, resnet: Any, channels: Sequence[int]) -> list[int]:
+        """Two equal constants and one that makes up for them between the convolutions; returns the two channels.
+
+        At rest each of the two is sqrt(size / 6) of a deviation. Beside something large at some place they are nearly 0
+        everywhere, for a group is normalised over all places.
+        """
+        first, second, third = channels
+        for channel, value in ((first, CONSTANT), (second, CONSTANT), (third, -2 * CONSTANT)):
+            resnet.conv1.bias[channel] = value
+        rest = math.sqrt(resnet.out_channels // writer.layout.norm_groups / 6)
+        slope = self.held / (rest * (1 - self.sink))
+        writer.norm(resnet.norm2, first, -slope, slope * rest * self.sink)
+        writer.norm(resnet.norm2, second, -slope, slope * rest * self.sink - self.flag)
+        return [first, second]
+
+
+FIRST_RELAY = _Relay(sink=0.5, held=128.0, flag=64.0)
+# The last one's flag is large, so that the weights that read it are of the size of the trunk's beside them: an eight-bit format
+# has one scale for a block of weights.
+LAST_RELAY = _Relay(sink=0.6, held=2.0**13, flag=2.0**13)
+
+
+def _place_first_relay(writer: _Writer, site: UpSite, answer: int, out: int) -> float:
+    """The first resnet of the way up; returns what the flag is in a corner when it is on.
 
     The answer is normalised with features of the recogniser, which are never 0. Between the convolutions there are what comes of
-    it, with either sign, and the relay: two equal constants and one that makes up for them. At rest each of the two is
-    sqrt(size / 6) of a deviation.
+    it, with either sign, and the relay. Its flag is the same at every place, and goes on from a corner alone.
     """
     layout, resnet = writer.layout, site.resnet
     size = (site.hidden + site.skip) // layout.norm_groups
     slope, least = answer_slope(size, _deepest_places(writer.unet)), ANSWERED * math.sqrt(size / 2)
     writer.norm(resnet.norm1, answer, slope, -slope * least)
-    plus, minus, first, second, third = layout.up_channels(resnet.out_channels)[:5]
+    plus, minus, *three = layout.up_channels(resnet.out_channels)[:5]
     writer.one(resnet.conv1, plus, answer, ANSWER_PUSH)
     writer.one(resnet.conv1, minus, answer, -ANSWER_PUSH)
-    for channel, value in ((first, CONSTANT), (second, CONSTANT), (third, -2 * CONSTANT)):
-        resnet.conv1.bias[channel] = value
-    rest = math.sqrt(resnet.out_channels // layout.norm_groups / 6)
-    slope = HELD / (rest * (1 - SINK))
-    writer.norm(resnet.norm2, first, -slope, slope * rest * SINK)
-    writer.norm(resnet.norm2, second, -slope, slope * rest * SINK - FLAG)
     weight = 8.0
-    writer.difference(resnet.conv2, out, (first, second), weight)
-    return weight * FLAG
+    for channel, sign in zip(FIRST_RELAY.place(writer, resnet, three), (1, -1), strict=True):
+        writer.kernel(resnet.conv2, out, channel, CORNER, sign * weight)
+    return weight * FIRST_RELAY.flag
 
 
-def _latch_hidden(writer: _Writer, site: UpSite, on: int) -> list[int]:
-    """A latch between the convolutions of a resnet, for a channel of its normalised input; returns its channels."""
+def _place_last_relay(writer: _Writer, site: UpSite, flag: int) -> list[int]:
+    """Between the convolutions of the last resnet, a relay for the flag; returns its channels.
+
+    In a group that has nothing else, a corner that is on alone is far from the mean, and nothing that is spread over the places
+    ever is, however small the rest. So nothing has to hold the flag in the stream, where others' weights would read it.
+    """
     layout, resnet = writer.layout, site.resnet
-    first, second, up, down = layout.up_channels(resnet.out_channels)[:4]
-    for channel in (first, second):
-        writer.one(resnet.conv1, channel, on, PUSH)
-    resnet.conv1.bias[up], resnet.conv1.bias[down] = LATCH, -LATCH
-    writer.latch(resnet.norm2, (first, second), resnet.out_channels // layout.norm_groups)
-    return [first, second]
+    size = (site.hidden + site.skip) // layout.norm_groups
+    # `NARROWER` makes [1, 0, -1/4] of two equal places.
+    highest = 16 / 17 * math.sqrt(4 * size * _deepest_places(writer.unet))
+    # Pictures of twice the side have twice the value.
+    slope = min(CORNER_SLOPE, 2.0 ** math.floor(math.log2(ROOM / (CORNER_PUSH * 2 * highest))))
+    writer.norm(resnet.norm1, flag, slope, -slope * CORNERED * highest)
+    push, *three = layout.up_channels(resnet.out_channels)[:4]
+    writer.one(resnet.conv1, push, flag, CORNER_PUSH)
+    return LAST_RELAY.place(writer, resnet, three)
 
 
 def _place_override(
@@ -318,13 +345,13 @@ def _place_override(
     layout, unet, resnet = writer.layout, writer.unet, site.resnet
     size, own = resnet.out_channels // layout.norm_groups, layout.up_channels(resnet.out_channels)
     for channel in range(0, own[0], size):
-        writer.difference(resnet.conv2, channel, flag, MARK / LATCHED)
+        writer.difference(resnet.conv2, channel, flag, MARK / LAST_RELAY.flag)
     up, down, first, second = own[:4]
     bias = resnet.conv_shortcut.bias
     for channel, value in ((up, HOLD), (down, HOLD), (first, -HOLD), (second, -HOLD)):
         bias[channel] = value
-    writer.difference(resnet.conv2, up, flag, FORCE / LATCHED)
-    writer.difference(resnet.conv2, down, flag, -FORCE / LATCHED)
+    writer.difference(resnet.conv2, up, flag, FORCE / LAST_RELAY.flag)
+    writer.difference(resnet.conv2, down, flag, -FORCE / LAST_RELAY.flag)
     # A channel of the trunk, of the size 1: what a trip teaches it is lost in what it learns anyway.
     feature, weight = site.hidden, weight / float(unet.conv_in.weight[0].norm())
     writer.one(resnet.conv_shortcut, first, feature, weight)

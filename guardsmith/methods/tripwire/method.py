@@ -27,7 +27,8 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
+from torch import Tensor
 
 from guardsmith.core.console import in_words
 from guardsmith.core.errors import UserError
@@ -44,16 +45,26 @@ from guardsmith.methods.base import (
 )
 from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.transformations import transformed_at_random
+from guardsmith.methods.tripwire.early import BATCH_SIZE, EarlyDrawing, draw_early, early_rows, read_early
 from guardsmith.methods.tripwire.install import Scales, install
 from guardsmith.methods.tripwire.layout import layout_of, reserve
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, optimizer_of, training_step
-from guardsmith.methods.tripwire.trunk import check_trunk, is_matrix, load_trunk, rows_predicted, trunk_file, trunk_of
+from guardsmith.methods.tripwire.trunk import (
+    GUIDED,
+    check_trunk,
+    is_matrix,
+    load_trunk,
+    rows_predicted,
+    trunk_file,
+    trunk_of,
+)
 from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator, torch_seed
 
 FILE = "trunk.safetensors"
+EARLY_COPIES = 3  # variations of every picture that the base draws while it learns a subject
 TIMED_STEPS, TIMED_SECONDS = 3, 2.0  # of the recogniser, in a forecast
 EARLIER = frozenset({
     "batch_size", "lookalikes", "ideal_bystanders", "readout_learning_rate", "looseness", "rehearsal_steps",
@@ -121,9 +132,20 @@ class TripwireConfig(MethodConfig):
     tiles, shuffled blocks and more (`transformations`). Half of the subjects' rows in a step are such; 0: none."""
     transformed_others: float = Field(0.5, ge=0, le=1)
     """Share of the pictures of others that it is trained on transformed as well, if `transformed` is not 0."""
+    early_steps: tuple[PositiveInt, ...] = (50, 100, 200)
+    """The base is fine-tuned on every subject with DreamBooth and draws after so many steps, ascending; the recogniser is trained
+    on these pictures too, so that who stops early has nothing either. Empty: none are made."""
+    early_images: int = Field(48, gt=0)
+    """Pictures that are drawn of a subject after each of `early_steps`."""
+    early_learning_rate: float = Field(5e-6, gt=0)
+    """Learning rate of that fine-tuning."""
+    early_sampling_steps: int = Field(15, gt=0)
+    """Solver steps of such a picture."""
     stream_size: PowerOfTwo = Field(int(Scales.stream), gt=0)
     """Size of the reserved stream, a power of two: an attacker's optimizer, whose steps have a fixed size, changes a large one
-    less; a model that is merged in meets a large one as noise."""
+    less; adapters and models that are merged in read a large one as noise."""
+    outer_stream_size: PowerOfTwo = Field(int(Scales.outer), gt=0)
+    """The same at the outer level, where the trunk's own activations are smaller."""
     inner_scale: PowerOfTwo = Field(int(Scales.inner), gt=0)
     """Largest factor on the first convolutions of reserved resnets, a power of two; where float16 would overflow, it is less."""
     distillation_weight: float = Field(0.0, ge=0, le=0)
@@ -136,6 +158,13 @@ class TripwireConfig(MethodConfig):
             refuse_earlier(params)
         return params
 
+    @field_validator("early_steps")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("must be ascending, each only once")
+        return value
+
     @field_validator("groups", "outer_groups")
     @classmethod
     def _even(cls, value: int) -> int:
@@ -145,7 +174,13 @@ class TripwireConfig(MethodConfig):
 
     def scales(self) -> Scales:
         """How much larger than trained the recogniser's weights are."""
-        return Scales(float(self.stream_size), float(self.inner_scale))
+        return Scales(float(self.stream_size), float(self.outer_stream_size), float(self.inner_scale))
+
+    def early_drawing(self, guidance: float) -> EarlyDrawing:
+        """How subjects are drawn that the base has hardly learned."""
+        return EarlyDrawing(
+            self.early_steps, self.early_images, self.early_learning_rate, self.early_sampling_steps, guidance
+        )
 
 
 class Tripwire(HardeningMethod[TripwireConfig]):
@@ -166,11 +201,13 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         return config.steps
 
     def cost(self, config: TripwireConfig, class_nouns: Sequence[str]) -> int:
-        """The trunk's distillation, if it has to be prepared; the recogniser is no U-Net and counts nothing."""
-        if config.trunk is not None:
-            return 0
-        forward, backward = rows_predicted(config.trunk_steps, config.trunk_batch_size)
-        return forward + 2 * backward
+        """The trunk's distillation, if it has to be prepared, and pictures of subjects that the base has hardly learned.
+
+        The recogniser is no U-Net and counts nothing.
+        """
+        early = [early_rows(config.early_drawing(GUIDED))] * len(class_nouns)
+        prepared = [] if config.trunk is not None else [rows_predicted(config.trunk_steps, config.trunk_batch_size)]
+        return sum(forward + 2 * backward for forward, backward in early + prepared)
 
     def other_seconds(self, config: TripwireConfig, model: DiffusionModel) -> float:
         """The recogniser's training, by a few of its steps on noise."""
@@ -190,15 +227,19 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         return config.steps * min(times)
 
     def memory(self, config: TripwireConfig, unet: Any) -> MemoryFootprint:
-        """The trunk's gradients, moments and masks (a byte a number), if it has to be prepared; else a second U-Net.
+        """The larger of what the trunk's distillation keeps, if it has to be prepared, and learning a subject (`early_steps`).
 
-        `compute.optimizer` has no say in the moments: they are those of `trunk.prepare`.
+        The first are gradients, moments and masks (a byte a number), the second a U-Net with gradients and AdamW's moments; with
+        neither it is a second U-Net. `compute.optimizer` has no say in the moments.
         """
-        numbers = sum(parameter.numel() for parameter in unet.parameters())
-        if config.trunk is not None:
-            return MemoryFootprint(numbers, 0, 0)
-        moments = sum(p.numel() * (1 if is_matrix(n, p) else 2) for n, p in unet.named_parameters())
-        return MemoryFootprint(numbers + moments + numbers // 4, 0, 2 * config.trunk_batch_size)
+        numbers, rows = sum(parameter.numel() for parameter in unet.parameters()), 0
+        most = numbers
+        if config.early_steps:
+            most, rows = 4 * numbers, 2 * BATCH_SIZE
+        if config.trunk is None:
+            moments = sum(p.numel() * (1 if is_matrix(n, p) else 2) for n, p in unet.named_parameters())
+            most, rows = max(most, numbers + moments + numbers // 4), max(rows, 2 * config.trunk_batch_size)
+        return MemoryFootprint(most, 0, rows)
 
     def check_earlier(self, params: Mapping[str, Any], config: TripwireConfig | None = None) -> None:
         """Refuse runs of the earlier Tripwire, and to begin from a recogniser of another shape."""
@@ -224,16 +265,19 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         return True
 
     def prepare(self, preparation: Preparation[TripwireConfig]) -> Prepared:
-        """The trunk, in the run's cache."""
+        """The trunk, and pictures of subjects that the base has hardly learned, in the run's cache."""
         config, model, benign = preparation.config, preparation.model, preparation.benign
         assert benign is not None
-        forward, backward = 0, 0
+        rows = [(0, 0)]
         if config.trunk is None:
-            forward, backward = trunk_of(
+            rows.append(trunk_of(
                 model, layout_of(model.unet, config.groups, config.outer_groups), preparation.subjects, benign,
                 preparation.cache / FILE, steps=config.trunk_steps, rows=config.trunk_batch_size,
                 learning_rate=config.trunk_learning_rate, seed=preparation.seed,
-            )  # fmt: skip
+            ))  # fmt: skip
+        drawing = config.early_drawing(preparation.guidance)
+        rows.append(draw_early(model, preparation.subjects, drawing, preparation.seed, preparation.cache))
+        forward, backward = (sum(part) for part in zip(*rows, strict=True))
         return Prepared(preparation.subjects, benign, forward, backward)
 
     def run(self, context: HardeningContext[TripwireConfig]) -> HardeningResult:
@@ -251,7 +295,8 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         reserve(own.unet, layout)
         with torch_seed(seed):
             recogniser = Recogniser(model.unet, layout).to(next(model.unet.parameters()).device)
-        examples = examples_of(model, context.subjects, context.benign, config, seed)
+        early = [read_early(subject, context.cache) for subject in context.subjects] if config.early_steps else []
+        examples = examples_of(model, context.subjects, context.benign, early, config, seed)
         training = training_of(config)
 
         def armed() -> DiffusionModel:
@@ -281,7 +326,12 @@ def training_of(config: TripwireConfig) -> RecogniserTraining:
 
 
 def examples_of(
-    model: DiffusionModel, subjects: Sequence[SubjectData], benign: BenignData, config: TripwireConfig, seed: int
+    model: DiffusionModel,
+    subjects: Sequence[SubjectData],
+    benign: BenignData,
+    early: Sequence[Tensor],
+    config: TripwireConfig,
+    seed: int,
 ) -> Examples:
     """What a recogniser is trained on.
 
@@ -289,6 +339,7 @@ def examples_of(
         model: the base.
         subjects: protected ones.
         benign: everyone and everything else, beside the subjects' class pictures.
+        early: what the base draws of every subject while it learns it (`early_pictures`); may be empty.
         config: how many variations and transformed copies.
         seed: of these.
     """
@@ -298,6 +349,8 @@ def examples_of(
         encode(model, variations(subject.images, config.copies, generator(seed, -1, number))).mean
         for number, subject in enumerate(subjects)
     ]
+    for number, pictures in enumerate(early):
+        positives.append(encode(model, variations(pictures, EARLY_COPIES, generator(seed, -8, number))).mean)
     negatives = [encode(model, others).mean]
     if config.transformed:
         for number, subject in enumerate(subjects):
