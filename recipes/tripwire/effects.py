@@ -1,11 +1,13 @@
 """How a trunk answers what people add to the base, beside the base's own answer.
 
-    python effects.py DATA FOLDER TRUNK... [--groups 12] [--outer-groups 4]
+    python effects.py DATA FOLDER TRUNK... [--recogniser FILE] [--groups 12] [--outer-groups 4]
 
 Trains adapters and words on the base for two tuning subjects (kept in FOLDER), and puts them, and the shipped ControlNet and
 T2I-Adapter, onto the base and onto each trunk. What counts is what they change in the prediction: its error is the squared
 difference of the two changes over the square of the base's, its gain how large the trunk's is in the base's direction.
-Prints besides how far a trunk has gone from the base, and writes results/effects-<trunk>.json.
+Rows that trip are counted apart. Prints besides how far a trunk has gone from the base, and the error of the half-way merge with
+the base in its prediction. With `--recogniser` all of that is of the hardened U-Net, whose reserved channels the additions and
+the base's weights read. Writes results/effects-<trunk>[-<recogniser>].json.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from common import SPLITS, people, rendered, write
 from diffusers import ControlNetModel, T2IAdapter
+from hardened import put_together
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
@@ -94,6 +97,20 @@ def answers(
     return given
 
 
+@torch.no_grad()
+def half_merge(base: DiffusionModel, model: DiffusionModel) -> DiffusionModel:
+    """A model half of whose weights are the base's."""
+    merged = with_own_unet(base)
+    for one, other in zip(merged.unet.parameters(), model.unet.parameters(), strict=True):
+        one.lerp_(other, 0.5)
+    return merged
+
+
+def at_rest(prediction: Tensor, base: Tensor) -> Tensor:
+    """Which rows of predictions (n, c, h, w) are not overridden, bool (n,)."""
+    return (prediction - base).abs().flatten(1).mean(1) < 2
+
+
 def weights_moved(base: Any, trunk: Any, masks: Masks) -> float:
     """Norm of the difference between a trunk's weights and the base's, over the norm of the base's, without what was cut."""
     difference = size = 0.0
@@ -110,6 +127,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("trunks", type=Path, nargs="+")
+    parser.add_argument("--recogniser", type=Path)
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--outer-groups", type=int, default=4)
     args = parser.parse_args()
@@ -129,18 +147,27 @@ def main() -> None:
         trunk = with_own_unet(model)
         load_trunk(file, trunk.unet)
         masks = reserve(trunk.unet, layout_of(model.unet, args.groups, args.outer_groups))
-        given = answers(trunk, added, call, maps)
         moved = weights_moved(model.unet, trunk.unet, masks)
-        record: dict[str, Any] = {
-            "plain": float((given["plain"] - own["plain"]).square().sum() / own["plain"].square().sum()),
-            "weights_moved": moved,
-        }
+        label = file.stem
+        if args.recogniser is not None:
+            trunk, _ = put_together(model, file, args.recogniser, (args.groups, args.outer_groups))
+            label += f"-{args.recogniser.stem}"
+        given = answers(trunk, added, call, maps)
+        merged = answers(half_merge(model, trunk), {}, call, maps)["plain"]
+        record: dict[str, Any] = {"weights_moved": moved, "rows": len(latents)}
+        for name, found in (("plain", given["plain"]), ("merged", merged)):
+            rest = at_rest(found, own["plain"])
+            error = (found - own["plain"])[rest].square().sum() / own["plain"][rest].square().sum()
+            record[name] = {"error": float(error), "tripped": int((~rest).sum())}
         for name in list(own)[1:]:
-            right, here = own[name] - own["plain"], given[name] - given["plain"]
-            error = (here - right).square().sum() / right.square().sum()
-            record[name] = {"error": float(error), "gain": float((here * right).sum() / right.square().sum())}
+            rest = at_rest(given[name], own[name]) & at_rest(given["plain"], own["plain"])
+            right, here = (own[name] - own["plain"])[rest], (given[name] - given["plain"])[rest]
+            error, gain = (here - right).square().sum(), (here * right).sum()
+            tripped = int((~at_rest(given[name], own[name])).sum())
+            size = right.square().sum()
+            record[name] = {"error": float(error / size), "gain": float(gain / size), "tripped": tripped}
         print(file, *(f"{key}: {value}" for key, value in record.items()), sep="\n    ")
-        write(f"effects-{file.stem}", record)
+        write(f"effects-{label}", record)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,24 @@ import time
 from pathlib import Path
 
 import torch
-from common import SPLITS, bystanders, people, registered, rendered, write
+from common import ROOT, SPLITS, bystanders, people, registered, rendered, write
 from safetensors.torch import save_file
 
 from guardsmith.attacks.evasion import EVASIONS, EvasionContext, transformed
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.prompts import class_prompt
-from guardsmith.diffusion.sampling import generate, grid
+from guardsmith.diffusion.sampling import generate
 from guardsmith.methods.data import SubjectData
 from guardsmith.methods.transformations import transformed_at_random
 from guardsmith.methods.tripwire.early import EarlyDrawing, early_pictures
 from guardsmith.methods.tripwire.layout import layout_of
+from guardsmith.methods.tripwire.method import EARLY_COPIES
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, noised, train, tripped
 from guardsmith.methods.variations import variations
 from guardsmith.metrics.identity import embed
 from guardsmith.models.checkpoint import load_model
+from guardsmith.registry.loader import load_registry
 from guardsmith.training.loop import generator, torch_seed
 
 p = argparse.ArgumentParser()
@@ -46,9 +48,7 @@ p.add_argument("--transformed", type=int, default=0, help="transformed copies of
 p.add_argument(
     "--transformed-strangers", type=float, default=0.5, help="transformed strangers, as a share of strangers"
 )
-p.add_argument(
-    "--early", type=int, nargs="*", default=[], help="steps of DreamBooth on the base after which it draws subjects"
-)
+p.add_argument("--early", type=int, nargs="*", default=[], help="steps of DreamBooth, after which the base draws")
 p.add_argument("--early-images", type=int, default=48)
 p.add_argument("--rate", type=float, default=RecogniserTraining.learning_rate)
 p.add_argument("--more", action="store_true")
@@ -57,7 +57,8 @@ p.add_argument("--name", default=None)
 a = p.parse_args()
 model = load_model("builtin:avatar")
 if a.set == "registry":
-    everyone, nouns = registered(), {}
+    everyone = registered()
+    nouns = {subject.id: subject.class_noun for subject in load_registry(ROOT / "registries" / "avatars.yaml").subjects}
 else:
     found = people(a.data, a.set)
     everyone = {who: {k: x[s] for k, s in SPLITS.items()} for who, (x, _) in found.items()}
@@ -73,20 +74,10 @@ for i, who in enumerate(a.subjects):
         copies = transformed_at_random(everyone[who]["harden"], a.transformed, strangers, generator(a.seed, -5, i))
         positives.append(torch.cat([encode(model, part).mean for part in copies]))
     if a.early:
-        noun = nouns[who]
-        classes = generate(model, [class_prompt(noun)] * 64, range(60_000, 60_064), steps=15, guidance=3.0)
-        data = SubjectData(who, noun, (), everyone[who]["harden"], classes, classes)
+        classes = generate(model, [class_prompt(nouns[who])] * 64, range(60_000, 60_064), steps=15, guidance=3.0)
+        data = SubjectData(who, nouns[who], (), everyone[who]["harden"], classes, classes)
         pictures = early_pictures(model, data, EarlyDrawing(a.early, a.early_images, 3e-4, 15, 3.0), a.seed + i)
-        grid(pictures[:: a.early_images // 8], 8, len(a.early)).save(a.output.with_suffix(f".{who}.png"))
-        from guardsmith.metrics import load_judge
-
-        sims = load_judge("avatar").similarity(pictures, everyone[who]["reference"])
-        print(
-            "early",
-            [round(sum(sims[k : k + a.early_images]) / a.early_images, 2) for k in range(0, len(sims), a.early_images)],
-            flush=True,
-        )
-        positives.append(encode(model, variations(pictures, 3, generator(a.seed, -8, i))).mean)
+        positives.append(encode(model, variations(pictures, EARLY_COPIES, generator(a.seed, -8, i))).mean)
 if a.transformed:
     rng = generator(a.seed, -6)
     some = strangers[torch.randperm(len(strangers), generator=rng)[: int(a.transformed_strangers * len(strangers))]]
@@ -124,6 +115,7 @@ record = {
     f" --outer-groups {a.outer_groups} --steps {a.steps} --rate {a.rate} --strangers-weight {a.strangers_weight}"
     f" --drift {a.drift} --mixtures {a.mixtures} --constancy-weight {a.constancy_weight}"
     + (f" --transformed {a.transformed} --transformed-strangers {a.transformed_strangers}" if a.transformed else "")
+    + (f" --early {' '.join(map(str, a.early))} --early-images {a.early_images}" if a.early else "")
     + (" --more" if a.more else ""),
     "seconds": seconds,
     "weights": sum(w.numel() for w in recogniser.parameters()),
