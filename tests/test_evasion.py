@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from guardsmith.attacks.evasion.layout import block_order
 from guardsmith.attacks.evasion.perspective import SEEN_AT
 from guardsmith.attacks.lora import LoraConfig, merge_adapters
 from guardsmith.config.loading import load_recipe
+from guardsmith.config.recipe import AttackSpec
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures, to_pil
 from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.prompts import PromptBank
-from guardsmith.diffusion.sampling import generate
+from guardsmith.diffusion.sampling import SAMPLERS, generate, solver_for
 from guardsmith.evaluation import runs
 from guardsmith.evaluation.planning import TargetModel, plan_units
 from guardsmith.evaluation.runs import run_unit
@@ -197,6 +199,28 @@ def test_every_trick_draws_other_pictures_than_usual(tiny_v, trick):
     if trick in sampling_tricks.NEEDS_BASE:
         with pytest.raises(ValueError, match="needs the public base"):
             draw_with(tiny_v, trick=trick)
+
+
+def test_samplers_and_scales_are_what_they_say(tiny_v, monkeypatch):
+    """A picture depends on its seed and not on its batch, whatever noise the sampler adds; the names have their settings."""
+    asked = []
+
+    def note(model, prompts, seeds, **arguments):
+        asked.append(arguments)
+        return generate(model, prompts, seeds, **arguments)
+
+    monkeypatch.setattr(sampling_tricks, "generate", note)
+    plain = {"steps": 6, "guidance": 2.0, "batch": 4}
+    for name, change in sampling_tricks.SETTINGS.items():
+        together = sampling_tricks.draw(tiny_v, name, ["a photo"] * 3, [7, 8, 9], base=None, sampling=plain)
+        alone = sampling_tricks.draw(tiny_v, name, ["a photo"], [8], base=None, sampling=plain)
+        assert torch.allclose(together[1:2], alone, atol=1e-4), name
+        assert not torch.allclose(together[:1], together[1:2], atol=1e-2), name
+        assert asked[-1].items() >= (plain | change).items(), name
+    assert {type(solver_for(tiny_v, 4, name)).__name__ for name in SAMPLERS} == {
+        "DPMSolverMultistepScheduler", "DDIMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler",
+    }  # fmt: skip
+    assert set(get_args(AttackSpec.model_fields["drawing"].annotation)) == {"usual", *sampling_tricks.TRICKS}
 
 
 def test_one_step_is_the_prediction_of_the_clean_picture(tiny):

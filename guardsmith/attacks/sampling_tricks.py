@@ -1,9 +1,11 @@
-"""Ways of drawing with a personalized model that avoid what a protection does at some of the timesteps.
+"""Ways of drawing with a personalized model, some of which avoid what a protection does at some of the timesteps.
 
     finish_with_base  the personalized model draws the rough picture, the public base the details
     start_with_base   the public base draws the rough picture, the personalized model the details
     one_step          one prediction of the clean picture from pure noise, at the largest timestep
     average_two       the weights of two personalized models, of two seeds, averaged
+    ddim, euler_ancestral, lcm, few_steps, many_steps, unguided, strongly_guided
+                      other samplers, numbers of steps and guidance scales (`SETTINGS`)
 
 A protection that recognises its subject below some timestep only is avoided by not asking it there.
 """
@@ -25,9 +27,18 @@ from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.diffusion.sampling import first_noise, generate, guided
 from guardsmith.models.checkpoint import DiffusionModel
 
-TrickName = Literal["finish_with_base", "start_with_base", "one_step", "average_two"]
+TrickName = Literal[
+    "finish_with_base", "start_with_base", "one_step", "average_two", "ddim", "euler_ancestral", "lcm", "few_steps",
+    "many_steps", "unguided", "strongly_guided",
+]  # fmt: skip
 TRICKS: tuple[str, ...] = get_args(TrickName)
 NEEDS_BASE = ("finish_with_base", "start_with_base")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ddim": {"sampler": "ddim", "steps": 20}, "euler_ancestral": {"sampler": "euler_ancestral", "steps": 20},
+    "lcm": {"sampler": "lcm", "steps": 4}, "few_steps": {"steps": 4}, "many_steps": {"steps": 50},
+    "unguided": {"guidance": 1.0}, "strongly_guided": {"guidance": 12.0},
+}  # fmt: skip
+"""Arguments of `generate` for ways that are settings of the sampler."""
 HAND_OVER = 0.5
 """Share of the timesteps at which the other model takes over."""
 SECOND_SEED = SECOND_MODEL_OFFSET
@@ -151,6 +162,7 @@ def draw(
     if trick == "one_step":
         settings = {key: sampling[key] for key in ("guidance", "batch") if key in sampling}
         return one_step(model, prompts, seeds, negative_prompt=negative_prompt, **settings)
+    sampling = sampling | SETTINGS.get(trick or "", {})
     if trick in NEEDS_BASE:
         if base is None:
             raise ValueError(f"{trick} needs the public base")
@@ -163,6 +175,7 @@ __all__ = [
     "HAND_OVER",
     "NEEDS_BASE",
     "SECOND_SEED",
+    "SETTINGS",
     "TRICKS",
     "TrickName",
     "averaged",

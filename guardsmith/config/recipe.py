@@ -79,9 +79,13 @@ class AttackSpec(BaseModel):
     evasion: tuple[str, ...] = ()
     """Transformations of the training pictures (keys of `guardsmith list evasions`), in this order, which are undone on the
     pictures that the personalized model draws; a single one may be given as a word."""
-    drawing: Literal["usual", "finish_with_base", "start_with_base", "one_step", "average_two"] = "usual"
+    drawing: Literal[
+        "usual", "finish_with_base", "start_with_base", "one_step", "average_two", "ddim", "euler_ancestral", "lcm", "few_steps",
+        "many_steps", "unguided", "strongly_guided",
+    ] = "usual"  # fmt: skip
     """How the personalized model draws: as usual; the rough picture only, the public base the details; the other way round; one
-    prediction from pure noise; or with the mean of the weights of two personalized models."""
+    prediction from pure noise; with the mean of the weights of two personalized models; with DDIM or Euler ancestral in 20 steps,
+    LCM in 4, DPM++ 2M in 4 or 50; or with a guidance scale of 1 or 12."""
     hand_over: float = Field(0.5, gt=0, lt=1)
     """Share of the timesteps at which the other model takes over (`finish_with_base`, `start_with_base`)."""
     removal: RemovalSpec | None = None

@@ -6,29 +6,51 @@ Every picture has a generator of its own on the CPU, so a picture depends on its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
+from guardsmith.core.errors import UserError
 from guardsmith.core.images import to_pil
 from guardsmith.diffusion.latents import decode, encode
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.models.families import FlowSchedule
 
+SamplerName = Literal["dpm++", "ddim", "euler_ancestral", "lcm"]
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "ddim": (DDIMScheduler, {}), "euler_ancestral": (EulerAncestralDiscreteScheduler, {}), "lcm": (LCMScheduler, {}),
+}  # fmt: skip
+"""Samplers by name, with the settings that their config is changed by."""
+ADDED_NOISE = 2**31
+"""Between the seed of a picture's first noise and that of the noise which some samplers add on the way."""
 
-def solver_for(model: DiffusionModel, steps: int) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ (2M) on the model's own noise schedule, with its timesteps set."""
+
+def solver_for(model: DiffusionModel, steps: int, sampler: SamplerName = "dpm++") -> Any:
+    """A sampler on the model's own noise schedule, with its timesteps set.
+
+    Args:
+        model: whose schedule it is.
+        steps: of the sampler.
+        sampler: a key of `SAMPLERS`; DPM-Solver++ (2M) by default, and for Stable Diffusion 3 its own solver.
+
+    Raises:
+        UserError: another sampler is wanted for Stable Diffusion 3.
+    """
     if isinstance(model.scheduler, FlowSchedule):
+        if sampler != "dpm++":
+            raise UserError(
+                f"Stable Diffusion 3 draws with its own solver, not with {sampler}; leave that drawing out."
+            )
         solver = model.scheduler.solver()
         solver.set_timesteps(steps)
         return solver
-    solver = DPMSolverMultistepScheduler.from_config(
-        model.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
-    )
+    kind, settings = SAMPLERS[sampler]
+    solver = kind.from_config(model.scheduler.config, timestep_spacing="trailing", **settings)
     solver.set_timesteps(steps)
     return solver
 
@@ -74,6 +96,7 @@ def generate(
     guidance: float = 4.0,
     negative_prompt: str = "",
     batch: int = 32,
+    sampler: SamplerName = "dpm++",
     on_step: Callable[[], None] | None = None,
     on_state: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -83,10 +106,11 @@ def generate(
         model: all parts; the U-Net may be hardened or personalized.
         prompts: n prompts.
         seeds: n seeds of the initial noise.
-        steps: DPM-Solver++ (2M) steps.
+        steps: of the sampler.
         guidance: classifier-free guidance scale; 1 switches it off.
         negative_prompt: prompt of the unconditional half.
         batch: pictures per U-Net call.
+        sampler: a key of `SAMPLERS`.
         on_step: called after every solver step (progress, interruption).
         on_state: called before it with the timestep and the half-finished latents of a batch, (b, c, h, w).
     """
@@ -96,13 +120,16 @@ def generate(
         some = slice(start, start + batch)
         context = bank.encode(prompts[some])
         empty = bank.encode([negative_prompt]).expand(len(context), -1, -1)
-        solver = solver_for(model, steps)
+        solver = solver_for(model, steps, sampler)
         latents = first_noise(model, seeds[some]) * solver.init_noise_sigma
+        added = {}
+        if sampler != "dpm++":
+            added = {"generator": [torch.Generator().manual_seed(seed + ADDED_NOISE) for seed in seeds[some]]}
         for t in solver.timesteps:
             if on_state is not None:
                 on_state(int(t), latents)
             out = guided(model, solver.scale_model_input(latents, t), t, context, empty, guidance)
-            latents = solver.step(out, t, latents, return_dict=False)[0]
+            latents = solver.step(out, t, latents, return_dict=False, **added)[0]
             if on_step is not None:
                 on_step()
         pictures.append(decode(model, latents).clamp(-1, 1))

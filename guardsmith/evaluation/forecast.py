@@ -22,6 +22,7 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from guardsmith.attacks import find_attack
+from guardsmith.attacks.sampling_tricks import SETTINGS
 from guardsmith.config.recipe import AttackSpec, MethodSpec, Recipe
 from guardsmith.core.console import warn
 from guardsmith.core.errors import GuardsmithError, RunFailed, UserError
@@ -251,7 +252,8 @@ def attack_forwards(attack: AttackSpec, recipe: Recipe, steps: int) -> int:
     prior = 2 if settings.get("prior_weight", 0) else 1
     training = steps * settings.get("batch_size", 1) * settings.get("gradient_accumulation", 1) * prior * BACKWARD
     points = len(recipe.verify.evaluation_points)
-    sampling = points * recipe.verify.images_per_unit * recipe.sampling.steps * GUIDED
+    steps_drawn = SETTINGS.get(attack.drawing, {}).get("steps", recipe.sampling.steps)
+    sampling = points * recipe.verify.images_per_unit * steps_drawn * GUIDED
     return int(training * (2 if attack.two_stage else 1) + sampling)
 
 
