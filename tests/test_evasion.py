@@ -35,7 +35,7 @@ from guardsmith.registry.loader import load_registry
 
 ROOT = Path(__file__).parent.parent
 PARAMS = {"steps": 3, "batch_size": 1, "learning_rate": 1e-3}
-SAMPLING = {"steps": 4, "guidance": 3.0}
+SAMPLING = {"steps": 3, "guidance": 3.0}
 EXACT = [name for name, entry in EVASIONS.items() if entry.exact]
 INEXACT = [name for name, entry in EVASIONS.items() if entry.invert is not None and not entry.exact]
 AS_DRAWN = [name for name, entry in EVASIONS.items() if entry.invert is None]
