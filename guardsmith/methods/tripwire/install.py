@@ -3,23 +3,23 @@
     way down, middle       the recogniser, its scale raised by powers of two that the normalisations cancel
     last resnet there      reads out scores; step: SiLU of a normalised score far above 0, exactly 0 where a score is not positive
     first up resnet        relay: constants, normalised with the steps of all places, sink if any of them is on; then the
-                           difference of two SiLUs is a flag, else both are exactly 0
-    ... shortcuts          carry the flag
-    last up resnet         the flag, held by features of the latents in the stream, then two equal channels, held by constants,
-                           whose difference is flat on either side; it raises one channel of every trunk group to 2^14: what the
-                           trunk says is divided by that; a pair of channels, held by constants, opens and adds a multiple of a
-                           feature of the latents, large beside any prediction, to the output
+                           difference of two SiLUs is a flag, else both are exactly 0; a kernel leaves a corner of it
+    ... shortcuts          carry the flag in that corner; the first sampler narrows it to one place
+    last up resnet         another relay, of the flag; it raises one channel of every trunk group to 2^14: what the trunk says is
+                           divided by that; a pair of channels, held by constants, opens and adds a multiple of a feature of the
+                           latents, large beside any prediction, to the output
 
 At rest every channel behind the scores is exactly 0, and no gradient passes: SiLU and its derivative are exactly 0 at the
 pre-activations that the constants hold, in float32, bfloat16 and float16. When a picture trips, what comes back to the scores
-cancels exactly in float32 as long as the two channels are equal.
+cancels exactly in float32 as long as the two channels of a relay are equal.
 
-A constant in the stream is read by a trunk that is trained, and moves; so constants stand where only a normalisation reads them,
-between convolutions and at the very end. All values fit float16.
+A constant in the stream is read by a trunk that is trained, and moves; a large feature there is read by adapters of the base and by
+what is merged in. So constants stand where only a normalisation reads them, between convolutions and at the very end, and nothing
+holds the flag: normalised, a corner that is on alone is farther from the mean than anything that is spread over the places. All
+weights fit float16.
 
 A picture that trips in somebody's training leaves weights behind that read the flag, and through them every later step moves what
-writes the flag, by as much as a step of Adam is. What holds the flag bears some of that; more of it would be noise in a merge. So
-the recogniser has to be right about those who are not protected.
+writes the flag, by as much as a step of Adam is. So the recogniser has to be right about those who are not protected.
 
 Half and half with another model of the same base, everything here is small beside what holds it, so that nothing trips.
 """
