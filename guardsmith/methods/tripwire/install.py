@@ -13,10 +13,10 @@ At rest every channel behind the scores is exactly 0, and no gradient passes: Si
 pre-activations that the constants hold, in float32, bfloat16 and float16. When a picture trips, what comes back to the scores
 cancels exactly in float32 as long as the two channels of a relay are equal.
 
-A constant in the stream is read by a trunk that is trained, and moves; a large feature there is read by adapters of the base and by
-what is merged in. So constants stand where only a normalisation reads them, between convolutions and at the very end, and nothing
-holds the flag: normalised, a corner that is on alone is farther from the mean than anything that is spread over the places. All
-weights fit float16.
+A constant in the stream is read by a trunk that is trained, and moves; a large feature there is read by adapters of the base and
+by what is merged in. So constants stand where only a normalisation reads them, between convolutions and at the very end, and
+nothing holds the flag: normalised, a corner that is on alone is farther from the mean than anything that is spread over the
+places. All weights fit float16.
 
 A picture that trips in somebody's training leaves weights behind that read the flag, and through them every later step moves what
 writes the flag, by as much as a step of Adam is. So the recogniser has to be right about those who are not protected.
