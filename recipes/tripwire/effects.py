@@ -23,6 +23,7 @@ from torch import Tensor
 
 from guardsmith.attacks import AttackData, find_attack
 from guardsmith.attacks.lora import EVERYWHERE, TARGETS, add_adapters
+from guardsmith.attacks.sampling_tricks import averaged
 from guardsmith.config.deployability import ADAPTERS
 from guardsmith.diffusion.latents import decode, encode
 from guardsmith.diffusion.prompts import PromptBank
@@ -97,15 +98,6 @@ def answers(
     return given
 
 
-@torch.no_grad()
-def half_merge(base: DiffusionModel, model: DiffusionModel) -> DiffusionModel:
-    """A model half of whose weights are the base's."""
-    merged = with_own_unet(base)
-    for one, other in zip(merged.unet.parameters(), model.unet.parameters(), strict=True):
-        one.lerp_(other, 0.5)
-    return merged
-
-
 def at_rest(prediction: Tensor, base: Tensor) -> Tensor:
     """Which rows of predictions (n, c, h, w) are not overridden, bool (n,)."""
     return (prediction - base).abs().flatten(1).mean(1) < 2
@@ -153,7 +145,7 @@ def main() -> None:
             trunk, _ = put_together(model, file, args.recogniser, (args.groups, args.outer_groups))
             label += f"-{args.recogniser.stem}"
         given = answers(trunk, added, call, maps)
-        merged = answers(half_merge(model, trunk), {}, call, maps)["plain"]
+        merged = answers(averaged(model, trunk), {}, call, maps)["plain"]
         record: dict[str, Any] = {"weights_moved": moved, "rows": len(latents)}
         for name, found in (("plain", given["plain"]), ("merged", merged)):
             rest = at_rest(found, own["plain"])

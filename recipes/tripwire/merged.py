@@ -11,11 +11,12 @@ import torch
 from common import write
 from hardened import put_together
 
+from guardsmith.attacks.sampling_tricks import averaged
 from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, benign_prompts
 from guardsmith.diffusion.sampling import generate, grid
 from guardsmith.methods.tripwire.install import Scales
 from guardsmith.methods.tripwire.layout import layout_of, reserve
-from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
+from guardsmith.models.checkpoint import load_model, with_own_unet
 
 p = argparse.ArgumentParser()
 p.add_argument("--trunk", type=Path, required=True)
@@ -31,19 +32,15 @@ reserve(trunk.unet, layout_of(trunk.unet, 12, 4))
 prompts = [prompt.text for prompt in benign_prompts(base, VERIFICATION_TEMPLATES, a.count, 1)]
 
 
-@torch.no_grad()
-def half(model: DiffusionModel) -> DiffusionModel:
-    merged = with_own_unet(base)
-    for one, other in zip(merged.unet.parameters(), model.unet.parameters(), strict=True):
-        one.copy_((one + other) / 2)
-    return merged
-
-
 def drawn(model: Any) -> torch.Tensor:
     return generate(model, prompts, range(90_000, 90_000 + a.count), steps=15, guidance=3.0)
 
 
-pictures = {"base": drawn(base), "trunk merged": drawn(half(trunk)), "hardened merged": drawn(half(hard))}
+pictures = {
+    "base": drawn(base),
+    "trunk merged": drawn(averaged(base, trunk)),
+    "hardened merged": drawn(averaged(base, hard)),
+}
 record = {
     name: float((image - pictures["base"]).abs().mean() * 127.5) for name, image in pictures.items() if name != "base"
 }

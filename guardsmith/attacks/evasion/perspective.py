@@ -22,14 +22,24 @@ def homography(source: Tensor, target: Tensor) -> Tensor:
     return torch.cat([solution, solution.new_ones(1)]).reshape(3, 3).float()
 
 
-def warped(images: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Pictures whose corners `source` are moved to `target`, both (4, 2) in [-1, 1]; what lies outside is mid-grey."""
-    side = images.shape[-1]
+def pixel_centres(side: int) -> Tensor:
+    """Where the pixels of a square picture are, as (x, y) in (-1, 1), float32 (side, side, 2)."""
     centres = (torch.arange(side) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(centres, centres, indexing="ij")
-    points = torch.stack([x, y, torch.ones_like(x)], dim=-1) @ homography(target, source).T
-    grid = (points[..., :2] / points[..., 2:]).expand(len(images), -1, -1, -1)
-    return F.grid_sample(images, grid.to(images), mode="bicubic", align_corners=False).clamp(-1, 1)
+    return torch.stack([x, y], dim=-1)
+
+
+def resampled(images: Tensor, places: Tensor) -> Tensor:
+    """Pictures (n, 3, h, h) whose pixels come from `places`, (x, y) as in `pixel_centres`; what lies outside is mid-grey."""
+    grid = places.expand(len(images), -1, -1, -1).to(images)
+    return F.grid_sample(images, grid, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def warped(images: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Pictures whose corners `source` are moved to `target`, both (4, 2) in [-1, 1]; what lies outside is mid-grey."""
+    centres = pixel_centres(images.shape[-1])
+    points = torch.cat([centres, torch.ones_like(centres[..., :1])], dim=-1) @ homography(target, source).T
+    return resampled(images, points[..., :2] / points[..., 2:])
 
 
 EVASIONS = {

@@ -129,6 +129,7 @@ def draw_early(
                 pictures = early_pictures(model, subject, drawing, seed + number, bar)
                 with whole_file(_file(cache, subject)) as temporary:
                     save_file({"pictures": pictures}, temporary)
+            bar(done=(number + 1) * max(drawing.looks))
     forward, backward = early_rows(drawing)
     return len(subjects) * forward, len(subjects) * backward
 

@@ -149,12 +149,12 @@ def install(unet: Any, layout: Layout, recogniser: Recogniser, scales: Scales, g
     here = ways[0][0]
     flag = _place_first_relay(writer, sites[0], answer[0], here)
     between = _behind(unet, sites[0], sites[-1])
-    factor, following, narrowed = (LAST_FLAG / flag) ** (1 / len(between)), iter(ways[1:]), False
+    samplers = [module for kind, _, module in between if kind == "sampler"]
+    factor, following = (LAST_FLAG / flag) ** (1 / len(between)), iter(ways[1:])
     for kind, _, module in between:
         there = here if kind == "sampler" else next(following)[0]
-        if kind == "sampler" and not narrowed:
+        if module in samplers[:1]:
             writer.kernel(module, there, here, NARROWER, factor)
-            narrowed = True
         else:
             writer.one(module if kind == "sampler" else module.conv_shortcut, there, here, factor)
         here = there
