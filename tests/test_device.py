@@ -334,9 +334,8 @@ def test_deterministic_gives_the_same_bits_on_any_number_of_cores(v_folder, tmp_
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
-@pytest.mark.parametrize("told", [True, False])
-def test_free_memory_is_given_back(told):
-    script = f"""
+def test_free_memory_is_given_back():
+    script = """
 import torch
 from pathlib import Path
 from guardsmith.runtime.device import settle
@@ -344,8 +343,7 @@ from guardsmith.runtime.device import settle
 def held():
     return int(dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())["RssAnon"].split()[0])
 
-if {told}:
-    settle()
+settle()
 torch.ones(2**22)  # glibc now keeps blocks as large as this one
 before, small = held(), []
 large = [torch.ones(2**21) for _ in range(20)]
@@ -358,4 +356,4 @@ print(held() - before)
     kept = int(
         subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, check=True, text=True).stdout
     )
-    assert (kept < 10_000) is told  # KiB, of 163,840
+    assert kept < 10_000  # KiB, of 163,840: glibc left as it is mostly keeps them
