@@ -58,7 +58,7 @@ def bytes_of(images):
 def test_every_family_is_there():
     wanted = {
         "negative", "vertical_flip", "turn_90", "channels_bgr", "colour_matrix", "hue_rotation", "frame", "tiles",
-        "block_shuffle", "perspective", "swirl", "solarize",
+        "block_shuffle", "perspective", "swirl", "checkerboard",
         "blur", "pixelate", "posterize", "sketch", "paint", "adversarial_noise", "crop",
         "side_by_side",
     }  # fmt: skip
@@ -120,7 +120,9 @@ def test_what_the_transformations_do():
     large = transformed(images, ["pixelate"], context())
     assert torch.equal(large[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3), large)
     assert len(transformed(images, ["posterize"], context()).unique()) == 4
-    assert torch.equal(transformed(images, ["solarize"], context()), transformed(-images, ["solarize"], context()))
+    board = transformed(images, ["checkerboard"], context())
+    assert torch.equal(board[:, :, :16, :16], images[:, :, :16, :16])
+    assert torch.equal(board[:, :, :16, 16:32], -images[:, :, :16, 16:32])
     swirl = transformed(images, ["swirl"], context())
     assert torch.allclose(swirl[:, :, :4, :4], images[:, :, :4, :4], atol=1e-5), "corners stay"
     sketch = transformed(portraits(), ["sketch"], context())

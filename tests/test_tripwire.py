@@ -16,7 +16,7 @@ from torch import Tensor
 from guardsmith.core.errors import UserError
 from guardsmith.methods.tripwire.install import ANSWER_PUSH, ANSWERED, Scales, answer_slope, install
 from guardsmith.methods.tripwire.layout import Layout, down_parts, layout_of, reserve, up_sites
-from guardsmith.methods.tripwire.recogniser import Recogniser
+from guardsmith.methods.tripwire.recogniser import Drift, Recogniser, activated
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, drift_at, mixed, train, tripped
 from guardsmith.models.checkpoint import load_model
 
@@ -261,10 +261,22 @@ def test_the_way_up_gives_back_what_carrying_the_answer_does_not_take(base: UNet
 
 
 def test_the_drift_grows_to_its_size() -> None:
-    config = RecogniserTraining(steps=100, drift=0.4)
-    sizes = [drift_at(step, config) for step in range(100)]
-    assert sizes[:11] == [0.0] * 11 and sizes == sorted(sizes)
-    assert sizes[35] == pytest.approx(0.2) and sizes[60:] == [0.4] * 40
+    shares = [drift_at(step, RecogniserTraining(steps=100)) for step in range(100)]
+    assert shares[:11] == [0.0] * 11 and shares == sorted(shares)
+    assert shares[35] == pytest.approx(0.5) and shares[60:] == [1.0] * 40
+
+
+def test_the_drift_moves_gains_and_biases_of_every_channel_by_its_size(call: Call) -> None:
+    norm = torch.nn.GroupNorm(4, 16).requires_grad_(False)
+    moved = Drift(0.0, 0.1, call[0], torch.Generator().manual_seed(0)).of_norm(norm, call[0])
+    normal = F.group_norm(call[0], 4)
+    gains = (moved[1] - moved[0]).flatten(1)[:, 0] / (normal[1] - normal[0]).flatten(1)[:, 0]
+    biases = (moved - gains[None, :, None, None] * normal)[0].flatten(1).mean(1)
+    assert torch.allclose(moved, gains[None, :, None, None] * normal + biases[None, :, None, None], atol=1e-5)
+    for some in (gains, biases):
+        assert float(some.abs().mean()) > 0.04 and float(some.abs().max()) <= 0.1 + 1e-5 and some.std() > 0.03
+    still = Drift(0.0, 0.0, call[0], torch.Generator().manual_seed(0))
+    assert torch.equal(activated(norm, call[0], still), activated(norm, call[0], None))
 
 
 def test_mixtures_have_one_side_of_a_subject(call: Call) -> None:
@@ -283,11 +295,12 @@ def test_training_leaves_little_in_the_stream_that_is_the_same_in_every_picture(
 ) -> None:
     subject = torch.randn((6, 16, 8, 8), generator=torch.Generator().manual_seed(0))
     scheduler, shares = load_model("builtin:avatar").scheduler, {}
+    rng = torch.Generator().manual_seed(0)
     for weight in (0.0, 1.0):
         torch.manual_seed(2)
         found = Recogniser(base, layout)
         config = RecogniserTraining(steps=60, positives=8, negatives=16, constancy_weight=weight)
         train(found, Examples([subject], call[0]), scheduler, config, seed=0)
         with torch.no_grad():
-            shares[weight] = float(found.scores_and_constancy(call[0], lambda x: x)[1])
+            shares[weight] = float(found.scores_and_constancy(call[0], Drift(0.0, 0.0, call[0], rng))[1])
     assert shares[1.0] < 0.6 * shares[0.0]

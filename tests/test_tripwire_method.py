@@ -187,6 +187,9 @@ def test_a_subject_is_drawn_while_the_base_learns_it(wide_v, tmp_path, monkeypat
     given = method.examples_of(wide_v, [subject], make_benign(), [drawn], config, 0).positives
     assert len(given) == len(without) + 1 and len(given[-1]) == 4 * (1 + method.EARLY_COPIES)
     assert torch.allclose(given[-1][:4], encode(wide_v, drawn).mean, atol=1e-5)
+    evading = config.model_copy(update={"transformed": 2})
+    given = method.examples_of(wide_v, [subject], make_benign(), [drawn], evading, 0).positives
+    assert len(given) == 3 and len(given[2]) == 2 * len(subject.images) + method.EARLY_TRANSFORMED * len(drawn)
     with pytest.raises(ValidationError, match="ascending"):
         TripwireConfig(early_steps=[3, 1])
 

@@ -11,14 +11,14 @@ from guardsmith.attacks.evasion import EvasionContext, transformed
 from guardsmith.methods.variations import drawn_variation
 
 FAMILIES = (
-    ("negative",), ("channels_rbg", "channels_grb", "channels_gbr", "channels_brg", "channels_bgr", "hue_rotation"),
+    ("negative",), ("channels_rbg", "channels_grb", "channels_gbr", "channels_brg", "channels_bgr"), ("hue_rotation",),
     ("colour_matrix",), ("vertical_flip", "turn_180"), ("turn_90", "turn_270"), ("perspective",), ("frame",),
     ("tiles",), ("crop",), ("side_by_side",), ("blur", "pixelate"), ("posterize",), ("paint",),
 )  # fmt: skip
 """Transformations that a recogniser is trained on; every family is as likely as the others.
 
-Swirls and solarized pictures are kept out, to measure what it makes of new ones. Shuffled blocks and sketches are out because
-they were not recognised beside the others, and adversarial noise because it is made against a model.
+Swirls and checkerboards of negatives are kept out, to measure what it makes of new ones. Shuffled blocks and sketches are out
+because they were not recognised beside the others, and adversarial noise because it is made against a model.
 """
 AT_ONCE = 64  # pictures
 

@@ -23,10 +23,9 @@ from guardsmith.methods.data import SubjectData
 from guardsmith.methods.transformations import transformed_at_random
 from guardsmith.methods.tripwire.early import EarlyDrawing, early_pictures
 from guardsmith.methods.tripwire.layout import layout_of
-from guardsmith.methods.tripwire.method import EARLY_COPIES
+from guardsmith.methods.tripwire.method import TripwireConfig, positives_of
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, noised, train, tripped
-from guardsmith.methods.variations import variations
 from guardsmith.metrics.identity import embed
 from guardsmith.models.checkpoint import load_model
 from guardsmith.registry.loader import load_registry
@@ -41,6 +40,7 @@ p.add_argument("--groups", type=int, default=12)
 p.add_argument("--outer-groups", type=int, default=4)
 p.add_argument("--steps", type=int, default=3000)
 p.add_argument("--drift", type=float, default=RecogniserTraining.drift)
+p.add_argument("--norm-drift", type=float, default=RecogniserTraining.norm_drift)
 p.add_argument("--mixtures", type=float, default=RecogniserTraining.mixtures)
 p.add_argument("--strangers-weight", type=float, default=RecogniserTraining.strangers_weight)
 p.add_argument("--constancy-weight", type=float, default=RecogniserTraining.constancy_weight)
@@ -67,17 +67,14 @@ strangers = bystanders()
 if a.more:
     strangers = torch.cat([strangers, rendered(a.data, "corpus")[0]])
 positives = []
+config = TripwireConfig(transformed=a.transformed)
 for i, who in enumerate(a.subjects):
-    varied = variations(everyone[who]["harden"], 48, generator(a.seed, -1, i))
-    positives.append(encode(model, varied).mean)
-    if a.transformed:
-        copies = transformed_at_random(everyone[who]["harden"], a.transformed, strangers, generator(a.seed, -5, i))
-        positives.append(torch.cat([encode(model, part).mean for part in copies]))
+    pictures = None
     if a.early:
         classes = generate(model, [class_prompt(nouns[who])] * 64, range(60_000, 60_064), steps=15, guidance=3.0)
         data = SubjectData(who, nouns[who], (), everyone[who]["harden"], classes, classes)
         pictures = early_pictures(model, data, EarlyDrawing(a.early, a.early_images, 3e-4, 15, 3.0), a.seed + i)
-        positives.append(encode(model, variations(pictures, EARLY_COPIES, generator(a.seed, -8, i))).mean)
+    positives += positives_of(model, everyone[who]["harden"], pictures, strangers, config, a.seed, i)
 if a.transformed:
     rng = generator(a.seed, -6)
     some = strangers[torch.randperm(len(strangers), generator=rng)[: int(a.transformed_strangers * len(strangers))]]
@@ -95,6 +92,7 @@ train(
         steps=a.steps,
         learning_rate=a.rate,
         drift=a.drift,
+        norm_drift=a.norm_drift,
         mixtures=a.mixtures,
         constancy_weight=a.constancy_weight,
         strangers_weight=a.strangers_weight,
@@ -113,7 +111,7 @@ TIMES = (0, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 600, 700, 800, 900)
 record = {
     "command": f"recognise.py --set {a.set} --subjects {' '.join(a.subjects)} --groups {a.groups}"
     f" --outer-groups {a.outer_groups} --steps {a.steps} --rate {a.rate} --strangers-weight {a.strangers_weight}"
-    f" --drift {a.drift} --mixtures {a.mixtures} --constancy-weight {a.constancy_weight}"
+    f" --drift {a.drift} --norm-drift {a.norm_drift} --mixtures {a.mixtures} --constancy-weight {a.constancy_weight}"
     + (f" --transformed {a.transformed} --transformed-strangers {a.transformed_strangers}" if a.transformed else "")
     + (f" --early {' '.join(map(str, a.early))} --early-images {a.early_images}" if a.early else "")
     + (" --more" if a.more else ""),

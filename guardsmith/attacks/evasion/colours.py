@@ -1,7 +1,7 @@
-"""Linear changes of the colours: the negative, permuted channels, hue rotations and random matrices.
+"""Linear changes of the colours: the negative, permuted channels, hue rotations and random matrices; negatives in a checkerboard.
 
-Every change is a 3 x 3 matrix on (red, green, blue) in [-1, 1], where 0 is mid-grey. No row's absolute values add up to more than
-1, so no colour leaves the range and nothing has to be clipped; the inverse is the inverse matrix.
+Every change but the last is a 3 x 3 matrix on (red, green, blue) in [-1, 1], where 0 is mid-grey. No row's absolute values add up
+to more than 1, so no colour leaves the range and nothing has to be clipped; the inverse is the inverse matrix.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from guardsmith.attacks.evasion.base import Evasion, EvasionContext
 from guardsmith.training.loop import generator
 
 NEGATIVE = -torch.eye(3)
+SQUARES = 4  # of a checkerboard, along each side
 LARGEST_CONDITION = 6.0  # of random matrices: a worse one loses colours to the rounding of the VAE
 
 
@@ -70,9 +71,17 @@ def _random_inverse(images: Tensor, context: EvasionContext) -> Tensor:
     return recoloured(images, torch.linalg.inv(random_matrix(context.seed)))
 
 
+def checkered(images: Tensor) -> Tensor:
+    """Pictures of which every other square of 4 x 4 is its negative; done twice, it is undone."""
+    side = images.shape[-1]
+    square = torch.arange(side) * SQUARES // side
+    return images * (1 - 2 * ((square[:, None] + square) % 2)).to(images)
+
+
 EVASIONS = {
     "negative": by_matrix(NEGATIVE),
     **{f"channels_{order}": by_matrix(permutation(order)) for order in ("rbg", "grb", "gbr", "brg", "bgr")},
     "hue_rotation": by_matrix(hue_rotation(90)),
     "colour_matrix": Evasion(_random, _random_inverse, exact=True),
+    "checkerboard": Evasion(lambda images, _: checkered(images), lambda images, _: checkered(images), exact=True),
 }

@@ -1,4 +1,4 @@
-"""Less detail: heavy blur, pixels as large as a sixteenth of the side, four values per channel, half of the values turned over.
+"""Less detail: heavy blur, pixels as large as a sixteenth of the side, four values per channel.
 
 Nothing gives the detail back.
 """
@@ -36,14 +36,8 @@ def posterized(images: Tensor) -> Tensor:
     return ((images + 1) / 2 * (VALUES - 1)).round() / (VALUES - 1) * 2 - 1
 
 
-def solarized(images: Tensor) -> Tensor:
-    """What is brighter than mid-grey turned over, so that white is black as well."""
-    return -images.abs()
-
-
 EVASIONS = {
     "blur": Evasion(lambda images, _: blurred(images)),
     "pixelate": Evasion(lambda images, _: pixelated(images)),
     "posterize": Evasion(lambda images, _: posterized(images)),
-    "solarize": Evasion(lambda images, _: solarized(images), of_references=True),
 }

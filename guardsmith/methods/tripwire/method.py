@@ -64,7 +64,10 @@ from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.training.loop import generator, torch_seed
 
 FILE = "trunk.safetensors"
-EARLY_COPIES = 3  # variations of every picture that the base draws while it learns a subject
+EARLY_COPIES, EARLY_TRANSFORMED = (
+    3,
+    8,
+)  # variations and transformed copies of what the base draws while it learns a subject
 TIMED_STEPS, TIMED_SECONDS = 3, 2.0  # of the recogniser, in a forecast
 EARLIER = frozenset({
     "batch_size", "lookalikes", "ideal_bystanders", "readout_learning_rate", "looseness", "rehearsal_steps",
@@ -122,14 +125,17 @@ class TripwireConfig(MethodConfig):
     drift: float = Field(RecogniserTraining.drift, ge=0)
     """Recognition has to survive that the channels of the reserved stream are moved by up to about this share of their size, by
     constants and by fields, which is what training of all weights does to them (recipes/tripwire/NOTES.md)."""
+    norm_drift: float = Field(RecogniserTraining.norm_drift, ge=0)
+    """And that gains and biases of the reserved normalisations are moved by up to this much: 300 steps at a rate of 3e-4."""
     constancy_weight: float = Field(RecogniserTraining.constancy_weight, ge=0)
     """Weight of the share of the reserved stream that is the same in all pictures: it says nothing, other weights read it, and
     training moves it."""
     copies: int = Field(48, gt=0)
     """Variations of every picture that the recogniser is shown: mirrored, turned, zoomed, shifted, recoloured."""
-    transformed: int = Field(200, ge=0)
+    transformed: int = Field(400, ge=0)
     """Transformed copies of every picture, as an attacker who wants to evade recognition makes them: negatives, flips, turns,
-    tiles, shuffled blocks and more (`transformations`). Half of the subjects' rows in a step are such; 0: none."""
+    tiles and more (`transformations`); pictures of `early_steps` are transformed as well. A third of the subjects' rows in a
+    step are such; 0: none."""
     transformed_others: float = Field(0.5, ge=0, le=1)
     """Share of the pictures of others that it is trained on transformed as well, if `transformed` is not 0."""
     early_steps: tuple[PositiveInt, ...] = (50, 100, 200)
@@ -325,6 +331,40 @@ def training_of(config: TripwireConfig) -> RecogniserTraining:
     return RecogniserTraining(**{field.name: getattr(config, field.name) for field in fields(RecogniserTraining)})
 
 
+def positives_of(
+    model: DiffusionModel,
+    images: Tensor,
+    early: Tensor | None,
+    others: Tensor,
+    config: TripwireConfig,
+    seed: int,
+    number: int,
+) -> list[Tensor]:
+    """What a recogniser is trained on of one subject, as latents: variations of pictures, and transformed ones.
+
+    Args:
+        model: the base.
+        images: of the subject, float32 (n, 3, h, h) in [-1, 1].
+        early: what the base draws while it learns the subject (`early_pictures`), likewise (m, 3, h, h).
+        others: pictures of others, likewise.
+        config: how many of each.
+        seed: of these.
+        number: of the subject.
+    """
+    rows = [encode(model, variations(images, config.copies, generator(seed, -1, number))).mean]
+    if early is not None:
+        rows.append(encode(model, variations(early, EARLY_COPIES, generator(seed, -8, number))).mean)
+    if config.transformed:
+        # Who trains on transformed pictures and stops early has half-learned transformed ones.
+        evading: list[Tensor] = []
+        for pictures, copies, stream in ((images, config.transformed, -5), (early, EARLY_TRANSFORMED, -9)):
+            if pictures is not None:
+                parts = transformed_at_random(pictures, copies, others, generator(seed, stream, number))
+                evading += [encode(model, part).mean for part in parts]
+        rows.append(torch.cat(evading))
+    return rows
+
+
 def examples_of(
     model: DiffusionModel,
     subjects: Sequence[SubjectData],
@@ -346,16 +386,12 @@ def examples_of(
     classes = {subject.class_noun: subject.class_images for subject in subjects}
     others = torch.cat([*classes.values(), benign.images, *([] if benign.negatives is None else [benign.negatives])])
     positives = [
-        encode(model, variations(subject.images, config.copies, generator(seed, -1, number))).mean
+        rows
         for number, subject in enumerate(subjects)
+        for rows in positives_of(model, subject.images, early[number] if early else None, others, config, seed, number)
     ]
-    for number, pictures in enumerate(early):
-        positives.append(encode(model, variations(pictures, EARLY_COPIES, generator(seed, -8, number))).mean)
     negatives = [encode(model, others).mean]
     if config.transformed:
-        for number, subject in enumerate(subjects):
-            copies = transformed_at_random(subject.images, config.transformed, others, generator(seed, -5, number))
-            positives.append(torch.cat([encode(model, part).mean for part in copies]))
         rng = generator(seed, -6)
         some = others[torch.randperm(len(others), generator=rng)[: int(config.transformed_others * len(others))]]
         negatives += [encode(model, part).mean for part in transformed_at_random(some, 1, others, rng)]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from guardsmith.methods.tripwire.layout import Layout, down_parts
 
 SHARPEST = 512.0
-STEEP = 4.0  # factor on normalised features; SiLU is nearly a ReLU then, so that halving weights scales what comes out
+# Factor on normalised features: the larger, the less a gain or bias changes that training moves by some size.
+STEEP = 4.0
 LARGEST = 2.0**15  # float16 ends at twice that
 REFERENCE = 2.0**5  # size of what the answer is measured against, large beside what a model that is merged in writes
 DEAD = 128.0  # how far a step lies above 0: a score of at most 0 is exactly nothing
@@ -48,20 +49,22 @@ def _highest(size: int, places: int) -> float:
 
 
 class Drift:
-    """Moves the stream as training moves the reserved channels of a U-Net.
+    """Moves the stream, and what normalisations make of it, as training moves the reserved channels of a U-Net.
 
     What the trunk learns to write into them is the same in every picture to one half, since its activations have a mean far from
     zero, and differs from place to place and picture to picture to the other (measured: recipes/tripwire/NOTES.md). So every
-    channel is moved by a constant and by a field that is made of random features of the latents.
+    channel is moved by a constant and by a field that is made of random features of the latents. An optimizer whose steps have
+    a fixed size moves gains and biases, which are few and small, by more of their size than any other weight.
 
     Args:
         size: largest deviation of the constants, and of the fields, over the stream's root mean square.
+        norms: by how much gains and biases are moved at most.
         latents: noised latents of the rows, float32 (n, c, h, w).
         rng: of everything drawn.
     """
 
-    def __init__(self, size: float, latents: Tensor, rng: torch.Generator) -> None:
-        self.size, self.rng = size, rng
+    def __init__(self, size: float, norms: float, latents: Tensor, rng: torch.Generator) -> None:
+        self.size, self.norms, self.rng = size, norms, rng
         kernel = self._random(MAPS, latents.shape[1], 3, 3).to(latents) / math.sqrt(9 * latents.shape[1])
         self.maps = F.silu(F.conv2d(latents, kernel, self._random(MAPS).to(latents), padding=1))
 
@@ -78,6 +81,17 @@ class Drift:
         moved: Tensor = x + share * x.detach().square().mean().sqrt() * move
         return moved
 
+    def of_norm(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        """What is to be added to a normalisation of the stream (n, c, h, w), as it is in the U-Net (`STEEP` included)."""
+        gains, biases = (self.norms * (2 * torch.rand((1, x.shape[1], 1, 1), generator=self.rng) - 1) for _ in range(2))
+        return F.group_norm(x, norm.num_groups, eps=norm.eps) * gains.to(x) + biases.to(x)
+
+
+def activated(norm: nn.GroupNorm, x: Tensor, drift: Drift | None) -> Tensor:
+    """A normalisation of features (n, c, h, w) and SiLU, as the U-Net computes it, under a drift or without."""
+    y: Tensor = STEEP * norm(x)
+    return F.silu(y if drift is None else y + drift.of_norm(norm, x))
+
 
 class Resnet(nn.Module):
     """A resnet of reserved channels; where the width changes there is no shortcut."""
@@ -88,14 +102,14 @@ class Resnet(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(groups_out, out, eps), nn.Conv2d(out, out, 3, padding=1)
         self.adds = into == out
 
-    def between(self, x: Tensor) -> Tensor:
+    def between(self, x: Tensor, drift: Drift | None = None) -> Tensor:
         """What the first convolution gives, (n, out, h, w)."""
-        y: Tensor = self.conv1(F.silu(STEEP * self.norm1(x)))
+        y: Tensor = self.conv1(activated(self.norm1, x, drift))
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drift: Drift | None = None) -> Tensor:
         """Features, (n, out, h, w)."""
-        y: Tensor = self.conv2(F.silu(STEEP * self.norm2(self.between(x))))
+        y: Tensor = self.conv2(activated(self.norm2, self.between(x, drift), drift))
         return x + y if self.adds else y
 
 
@@ -161,13 +175,13 @@ class Recogniser(nn.Module):
         """
         x, constancy = x.to(self.readout.weight.device), []
         for part in self.body:
-            x = part(x)
+            x = part(x, drift) if isinstance(part, Resnet) else part(x)
             constancy.append(x.mean(0).square().mean() / x.square().mean())
             x = drift(x)
-        return self._scores(x), torch.stack(constancy).sum()
+        return self._scores(x, drift), torch.stack(constancy).sum()
 
-    def _scores(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.readout(F.silu(STEEP * self.norm(x)))
+    def _scores(self, x: Tensor, drift: Drift | None = None) -> Tensor:
+        scores: Tensor = self.readout(activated(self.norm, x, drift))
         return scores.flatten(2)
 
     def tripping(self, scores: Tensor) -> Tensor:

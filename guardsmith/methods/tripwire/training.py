@@ -33,6 +33,7 @@ class RecogniserTraining:
         strangers_weight: of negatives' losses.
         mixtures: share of the negatives that have a part of a subject (`mixed`).
         drift: see `Drift`; it grows to this size between a tenth and six tenths of the steps (`drift_at`).
+        norm_drift: by how much it moves gains and biases of normalisations at most, growing alike.
         constancy_weight: of the share of the stream that is the same in all rows (`Recogniser.scores_and_constancy`).
     """
 
@@ -45,6 +46,7 @@ class RecogniserTraining:
     strangers_weight: float = 3.0
     mixtures: float = 0.05
     drift: float = 0.4
+    norm_drift: float = 0.09
     constancy_weight: float = 1.0
 
 
@@ -108,8 +110,8 @@ def learning_rate_at(step: int, config: RecogniserTraining) -> float:
 
 
 def drift_at(step: int, config: RecogniserTraining) -> float:
-    """The size of the drift at a step: subjects are recognised after fewer steps while little moves."""
-    return config.drift * min(1.0, max(0.0, 2 * step / config.steps - 0.2))
+    """Which share of its size the drift has at a step: subjects are recognised after fewer steps while little moves."""
+    return min(1.0, max(0.0, 2 * step / config.steps - 0.2))
 
 
 def example_loss(
@@ -148,7 +150,9 @@ def example_loss(
     if examples.states is not None:
         rows = torch.cat([rows, examples.states[torch.randint(len(examples.states), (half // 2,), generator=rng)]])
     rows = rows.to(recogniser.readout.weight.device)
-    scores, constancy = recogniser.scores_and_constancy(rows, Drift(drift_at(step, config), rows, rng))
+    share = drift_at(step, config)
+    drift = Drift(share * config.drift, share * config.norm_drift, rows, rng)
+    scores, constancy = recogniser.scores_and_constancy(rows, drift)
     high = highest(scores)
     low = high[: config.positives] - math.log(scores[0].numel()) / TEMPERATURE
     missed = F.softplus(config.margin - low)
