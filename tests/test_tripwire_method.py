@@ -55,7 +55,15 @@ def bright_and_dark(trunk):
     bright, dark = (pictures(3) * 0.3 + 0.6, pictures(5, 2) * 0.3 - 0.6)
     subject, benign = replace(make_subject(), images=bright, class_images=dark), make_benign()
     config = TripwireConfig(
-        trunk=str(trunk), steps=120, positives=8, negatives=32, copies=4, horizon=0.3, drift=0.3, early_steps=()
+        trunk=str(trunk),
+        steps=120,
+        positives=8,
+        negatives=32,
+        copies=4,
+        horizon=0.3,
+        drift=0.3,
+        transformed=0,
+        early_steps=(),
     )
     return subject, replace(benign, images=benign.images * 0.3 - 0.6), config
 
