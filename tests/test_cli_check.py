@@ -257,6 +257,38 @@ sys.exit(code)
     assert min(seconds) < 1.5
 
 
+NETWORKS = (
+    "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "datasets",
+    "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "jinja2", "asyncio",
+)  # fmt: skip
+"""What no command needs that only reads files and prints; together they take seconds to import."""
+DATA = ("numpy", "PIL", "pydantic", "yaml", "rich")
+REPORTS = [str(ROOT / "docs" / "results" / f"{name}.json") for name in ("demo-report", "demo-longer-report")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unneeded"),
+    [
+        (["--help"], NETWORKS + DATA),
+        (["check", str(ROOT / "registries" / "demo.yaml")], NETWORKS),
+        (["registry", "schema"], NETWORKS),
+        (["report", "schema"], NETWORKS),
+        (["policy"], NETWORKS),
+        (["compare", *REPORTS], NETWORKS),
+        (["compare", "--changes", *REPORTS], NETWORKS),
+    ],
+    ids=["help", "check", "registry-schema", "report-schema", "policy", "compare", "changes"],
+)
+def test_commands_that_only_read_files_import_no_networks(arguments, unneeded):
+    program = (
+        f"import json, sys; from guardsmith.cli.app import main; code = main({arguments!r})\n"
+        f"print(json.dumps([code, sorted(set({unneeded!r}) & {{*sys.modules}})]), file=sys.stderr)"
+    )
+    done = run("-c", program)
+    assert json.loads(done.stderr.strip().split("\n")[-1]) == [0, []], done.stderr
+    assert done.stdout, "it did what it is for"
+
+
 def test_version_and_names_of_recipes_are_light():
     """The shell completes the latter."""
     program = (

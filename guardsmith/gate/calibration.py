@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from guardsmith.config.recipe import GateSpec
 from guardsmith.gate.statistics import Units
-from guardsmith.metrics.identity import JUDGES
+from guardsmith.metrics.embedded import JUDGES
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
-from torch import Tensor
 
 from guardsmith.config.judge import ClassLevels, JudgeSpec, MeasuredLevels
 from guardsmith.core.console import warn
@@ -22,6 +22,9 @@ from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures
 from guardsmith.core.picture_folders import list_pictures, skipped_sentence, usable
 from guardsmith.metrics import Judge, load_judge
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def class_levels(

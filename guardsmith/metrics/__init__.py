@@ -2,18 +2,19 @@
 
 Adding one: a file with what it measures, and a `JudgeEntry` in `JUDGES`. One of your own, without changing guardsmith, is a
 `JudgeEntry` in any module, which a policy or `--judge` names as `module:NAME`. Limits and verdicts are not here but in `gate`.
+
+The networks are imported when a judge is loaded: recipes, policies and reports need the names only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from guardsmith.core.plugins import find_entry
-from guardsmith.metrics import face, fidelity, identity
-from guardsmith.metrics.vision import DEFAULTS, load_prompt_fit, load_vision
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Judge(NamedTuple):
@@ -49,16 +50,23 @@ class JudgeEntry(NamedTuple):
 
 
 def _avatar(_: str | None) -> Judge:
+    from guardsmith.metrics import fidelity, identity
+
     return Judge(identity.similarity, fidelity.features, fidelity.fidelity, identity.SIZE)
 
 
 def _face(model: str | None) -> Judge:
+    from guardsmith.metrics import face
+    from guardsmith.metrics.vision import DEFAULTS, load_vision
+
     face.load_faces()
     return Judge(face.similarity, load_vision("dino", model or DEFAULTS["dino"]).features, no_face=face.NO_FACE)
 
 
 def _vision(name: str) -> Callable[[str | None], Judge]:
     def load(model: str | None) -> Judge:
+        from guardsmith.metrics.vision import DEFAULTS, load_vision
+
         encoder = load_vision(name, model or DEFAULTS[name])
         return Judge(encoder.similarity, encoder.features)
 
@@ -96,4 +104,8 @@ def load_judge(name: str, model: str | None = None, clip_t: str | None = None) -
         RunFailed: likewise.
     """
     judge = find_judge(name).load(model)
-    return judge if clip_t is None else judge._replace(prompt_fit=load_prompt_fit(clip_t))
+    if clip_t is None:
+        return judge
+    from guardsmith.metrics.vision import load_prompt_fit
+
+    return judge._replace(prompt_fit=load_prompt_fit(clip_t))

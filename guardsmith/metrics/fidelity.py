@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from guardsmith.metrics.identity import JUDGES, SIZE, convolutional_trunk
+from guardsmith.metrics.embedded import JUDGES
+from guardsmith.metrics.identity import SIZE, convolutional_trunk
 
 TRAITS: dict[str, tuple[str, ...]] = {
     "class": ("person", "character", "robot"),

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from guardsmith.metrics.embedded import JUDGES
+
 SIZE = 64
-JUDGES = Path(__file__).parent.parent / "builtin" / "judges"
 
 
 def convolutional_trunk() -> nn.Sequential:

@@ -11,7 +11,7 @@ from torch import Tensor
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import sha256_file
-from guardsmith.metrics import face, identity
+from guardsmith.metrics import embedded, face, identity
 from guardsmith.metrics.vision import DEFAULTS, load_vision
 
 SIZE = 512  # pictures are opened at this side for encoders of photographs
@@ -52,7 +52,7 @@ def load_encoder(name: str, model: str | None = None) -> Encoder:
         RunFailed: the Hub cannot be reached.
     """
     if name == "avatar":
-        weights = sha256_file(identity.JUDGES / "identity.safetensors")
+        weights = sha256_file(embedded.JUDGES / "identity.safetensors")
         return Encoder(identity.embed, identity.SIZE, name, folder_digest(name, weights))
     if name == "face":
         face.load_faces()

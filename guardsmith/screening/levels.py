@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from guardsmith.core.errors import UserError
-from guardsmith.metrics.identity import JUDGES
+from guardsmith.metrics.embedded import JUDGES
 
 FILE = JUDGES / "screening.json"
 GRID = tuple(10 ** (-exponent / 4) for exponent in range(4, 29))  # rates 0.1, 0.056, ... 1e-7 at which levels are kept

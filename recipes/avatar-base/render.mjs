@@ -1,6 +1,6 @@
 // Renders the embedded world: every set of avatars the recipe needs, as raw 64x64 RGB bytes plus one JSON line each.
 //
-//   node render.mjs DATA [SET ...]      (all sets without SET; a finished set is skipped)
+//   node render.mjs DATA [SET ...]      (without SET: all but `crowd`; a finished set is skipped)
 //
 // DATA/<set>.rgb    uint8, n x 64 x 64 x 3
 // DATA/<set>.jsonl  {set, style, class_noun, identity, view, background, flip, traits}
@@ -25,6 +25,7 @@ const SETS = {
   tuning: { identities: 12, views: 16 }, // subjects for searching settings
   testing: { identities: 12, views: 16 }, // subjects that only final measurements see
   registry: { identities: 6, views: 20 }, // registries/avatars.yaml
+  crowd: { identities: 2600, views: 8 }, // registries of thousands (recipes/benchmark/registry_size.py)
 };
 
 const COLOURS = {
@@ -129,20 +130,20 @@ if (!data) {
 }
 fs.mkdirSync(data, { recursive: true });
 fs.writeFileSync(path.join(data, 'colours.json'), JSON.stringify(COLOURS, null, 1));
-for (const set of wanted.length ? wanted : Object.keys(SETS)) {
+for (const set of wanted.length ? wanted : Object.keys(SETS).filter((name) => name !== 'crowd')) {
   const target = path.join(data, `${set}.jsonl`);
   if (fs.existsSync(target)) continue;
   const { identities, views } = SETS[set];
-  const pixels = [];
+  const pixels = fs.openSync(path.join(data, `${set}.rgb`), 'w'); // a large set would not fit in one buffer
   const lines = [];
   for (const style of Object.keys(STYLES))
     for (let identity = 0; identity < identities; identity++)
       for (let view = 0; view < views; view++) {
         const { rgb, line } = render(set, style, identity, view);
-        pixels.push(rgb);
+        fs.writeSync(pixels, rgb);
         lines.push(JSON.stringify(line));
       }
-  fs.writeFileSync(path.join(data, `${set}.rgb`), Buffer.concat(pixels));
+  fs.closeSync(pixels);
   fs.writeFileSync(`${target}.tmp`, lines.join('\n') + '\n');
   fs.renameSync(`${target}.tmp`, target); // the line file marks a finished set
   console.error(`${set}: ${lines.length} pictures`);
