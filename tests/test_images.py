@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
+from guardsmith.core import images
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import (
     MIN_SIDE,
+    NEAR_DUPLICATE,
     fingerprint,
     near_duplicates,
     open_image,
@@ -291,6 +293,33 @@ def test_the_same_figure_one_pixel_aside_is_not_a_near_duplicate():
 def test_distance_is_symmetric_and_zero_for_mirrors():
     (found,) = near_duplicates([fingerprint(blobs(3)), fingerprint(ImageOps.mirror(blobs(3)))])
     assert found[2] == pytest.approx(0, abs=1e-2)
+
+
+def test_near_duplicates_are_those_of_comparing_every_pair(monkeypatch):
+    """The bounds leave none out, whatever the number of pictures that are compared at once."""
+    pictures = [blobs(seed) for seed in range(150)]
+    pictures += [ImageOps.mirror(picture) for picture in pictures[::5]] + [
+        jpeg(picture, 40) for picture in pictures[::7]
+    ]
+    pictures += [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    prints = [fingerprint(picture) for picture in pictures]
+    # Every distance up to twice the limit, so that some lie close to it on either side.
+    rng = np.random.default_rng(0)
+    for size in np.linspace(0.1, 0.4, 120):
+        even, move = prints[int(rng.integers(150))][0], rng.normal(size=256)
+        moved = even + size * move / np.linalg.norm(move)
+        moved /= np.linalg.norm(moved)
+        prints.append(np.stack([moved, (moved.reshape(16, 16) * (-1.0) ** np.arange(16)).ravel()]))
+    expected = [
+        (i, j)
+        for i in range(len(prints))
+        for j in range(i + 1, len(prints))
+        if np.linalg.norm(prints[i][0] - prints[j], axis=1).min() <= NEAR_DUPLICATE
+    ]
+    assert 80 < len(expected) < 200
+    for at_once in (1, 5000, 2**22):
+        monkeypatch.setattr(images, "_COMPARED_AT_ONCE", at_once)
+        assert [pair[:2] for pair in near_duplicates(prints)] == expected
 
 
 def test_a_single_colour_has_no_fingerprint():
