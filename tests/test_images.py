@@ -7,6 +7,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from guardsmith.core import images
 from guardsmith.core.errors import RunFailed, UserError
 from guardsmith.core.images import (
+    FINGERPRINTED_AT,
     MIN_SIDE,
     NEAR_DUPLICATE,
     fingerprint,
@@ -262,6 +263,20 @@ def test_copies_are_near_duplicates(copy):
     for seed in range(5):
         pair = [fingerprint(blobs(seed)), fingerprint(COPIES[copy](blobs(seed)))]
         assert [found[:2] for found in near_duplicates(pair)] == [(0, 1)]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_photograph_is_decoded_small_for_its_fingerprint(tmp_path, share):
+    whole, file = blobs(1, 1100), tmp_path / "a.jpg"
+    whole.save(file, quality=90)
+    small = open_image(file, at_least=FINGERPRINTED_AT)
+    assert small.size == (275, 275) and open_image(file).size == (1100, 1100)
+    assert np.abs(fingerprint(small) - fingerprint(whole)).max() < 0.01
+    assert open_image(file, at_least=1101).size == (1100, 1100), "never scaled up"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    for at_least in (None, FINGERPRINTED_AT):
+        with pytest.raises(UserError, match="damaged"):
+            open_image(file, at_least=at_least)
 
 
 def test_a_smooth_picture_is_still_a_near_duplicate_of_its_copy():

@@ -62,7 +62,7 @@ HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b
 """Bytes 8 to 12 of HEIF files."""
 
 
-def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
+def open_image(path: str | Path, data: bytes | None = None, *, at_least: int | None = None) -> Image.Image:
     """Read a picture as upright 8-bit RGB.
 
     EXIF orientation is applied, transparency is composited on white, greyscale, palette and CMYK are converted, and
@@ -71,6 +71,8 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     Args:
         path: The file.
         data: Its bytes, if they are already in memory; `path` is then only its name in error messages.
+        at_least: A JPEG may come out scaled down by 2, 4 or 8, as long as both sides have so many pixels. That takes a
+            fraction of the time, and a damaged file is refused all the same.
 
     Returns:
         A loaded picture of mode RGB, without metadata.
@@ -105,6 +107,8 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
         size = f"{image.width} x {image.height}"
         raise UserError(f"{path} is {size} pixels: use a larger picture, each side must have at least {MIN_SIDE}")
     try:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -264,6 +268,11 @@ def is_whole_png(file: Path) -> bool:
             return data.read(4) == b"IEND"
     except OSError:
         return False
+
+
+FINGERPRINTED_AT = 256
+"""`open_image(at_least=...)` for `fingerprint`: photographs of 512 px scaled down by the decoder are at most 0.014 away from whole
+ones (12 photographs)."""
 
 
 def fingerprint(image: Image.Image) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from guardsmith.core.atomic_io import whole_file
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import (
+    FINGERPRINTED_AT,
     KINDS,
     fingerprint,
     is_whole_png,
@@ -152,7 +153,7 @@ def _picture(entry: ImageEntry, file: Path, known_hash: str | None, line: int, c
                 "restore the file or register this one"
             )
         if check_images:
-            looks_like = fingerprint(open_image(file, data))
+            looks_like = fingerprint(open_image(file, data, at_least=FINGERPRINTED_AT))
         known_hash = known_hash or sha256
     return Picture(Image(path=file.absolute(), sha256=known_hash, split=entry.split), str(file), line, looks_like)
 
