@@ -21,8 +21,12 @@ from guardsmith.gate.statistics import Interval
 from guardsmith.registry.loader import Subject
 from guardsmith.registry.types import Consent
 from guardsmith.registry.types import Image as Photo
-from guardsmith.reports.html import CURVE, Evidence, curve, drawn_strip, heat, may_be_shown, page_data, save_page
+from guardsmith.reports import html as page_module
+from guardsmith.reports import terminal
+from guardsmith.reports.html import CURVE, Evidence, curve, heat, may_be_shown, page_data, save_page
 from guardsmith.reports.report import Report
+from guardsmith.reports.strips import drawn_strip
+from guardsmith.reports.terminal import save_grid
 
 LEVELS = Levels(chance=0.0, chance_high=0.15, genuine=0.6)
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -114,6 +118,42 @@ def colours(text):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), float)
         found.append("RGB"[int(pixels.mean((0, 1)).argmax())])
     return "".join(found)
+
+
+def test_a_page_of_many_subjects_has_pictures_of_the_first_and_numbers_of_all(case, tmp_path, monkeypatch):
+    report, units, (mira,), controls = case
+    more = [make_subject(tmp_path, f"s{number}") for number in range(5)]
+    units = [*units, *(make_unit(tmp_path, subject.id, "hardened", colour=GREEN) for subject in more)]
+    for number, subject in enumerate(more):
+        report["checks"].append(
+            check("protected", subject.id, "lora-4", "fail", 0.4, 0.15, f"number {number} came back")
+        )
+    case = report, units, [mira, *more], controls
+    whole = made(case, tmp_path)
+    assert "to keep this page small" not in whole
+    monkeypatch.setattr(page_module, "MOST", 1)
+    text = made(case, tmp_path)
+    sections = {
+        name: text[text.index(f'id="{name}"') :].split("</details>")[0] for name in ("mira", "s0", "s4", "nora")
+    }
+    for name, with_pictures in (("mira", True), ("s0", False), ("s4", False), ("nora", True)):
+        assert ("<img" in sections[name]) == with_pictures, name
+        assert ("Pictures are left out to keep this page small." in sections[name]) != with_pictures
+    assert "Pictures of 5 more are left out to keep this page small; they are beside it" in text
+    failed = text[text.index('id="failures"') : text.index('id="matrix"')]
+    assert failed.count("<details") == 7 and all(f"number {number} came back" in failed for number in range(5))
+    assert len(re.findall("<img", failed.split("<details")[1])) and not re.findall("<img", failed.split("<details")[2])
+    assert len(text) < 0.7 * len(whole)
+
+
+def test_the_grid_has_the_first_subjects_only(case, tmp_path, monkeypatch):
+    _, units, protected, controls = case
+    heights = []
+    for most in (20, 1):
+        monkeypatch.setattr(terminal, "MOST", most)
+        save_grid(tmp_path / "grid.png", protected * 3, controls, units, 64)
+        heights.append(Image.open(tmp_path / "grid.png").height)
+    assert heights[0] > heights[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Screening of uploads: what is found, in which disguise, at which stated rate; the index is made once; the exit codes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,27 @@ def test_exit_codes_and_the_report(tmp_path, capsys):
                   [AVATARS, "--judge", "dinosaur"]):  # fmt: skip
         code, report, said = run(wrong, capsys)
         assert code == 2 and report is None and "Traceback" not in said and len(said.strip().splitlines()) == 1
+
+
+def test_pictures_are_needed_for_the_index_only(tmp_path, capsys):
+    shutil.copytree(AVATARS, tmp_path / "avatars")
+    registry = tmp_path / "registry.yaml"
+    shutil.copy(DEMO, registry)
+    command = [
+        "screen",
+        str(AVATARS / "mira" / "attack"),
+        "--subjects",
+        str(registry),
+        "--index",
+        str(tmp_path / "index"),
+    ]
+    assert main(command) == 1
+    shutil.rmtree(tmp_path / "avatars")
+    assert main(command) == 1
+    shutil.rmtree(tmp_path / "index")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_a_batch_goes_on_after_an_upload_that_cannot_be_read(tmp_path, capsys):

@@ -16,6 +16,8 @@ from guardsmith.core.errors import UserError
 
 if TYPE_CHECKING:
     from guardsmith.config.recipe import Recipe
+    from guardsmith.screening.encoders import Encoder
+    from guardsmith.screening.index import Index
     from guardsmith.screening.pipeline import Screening, ScreeningSettings
 
 
@@ -63,6 +65,8 @@ def screen(
     from guardsmith.config.loading import load_recipe
     from guardsmith.core.progress import quiet_libraries
     from guardsmith.registry.loader import load_registry
+    from guardsmith.screening.encoders import load_encoder
+    from guardsmith.screening.index import kept_index, load_index
     from guardsmith.screening.pipeline import (
         ScreeningSettings,
         check_settings,
@@ -81,11 +85,14 @@ def screen(
     if batch and len(uploads) != 1:
         raise UserError("--batch takes one folder, with one folder or file for each upload")
     entries = read_batch(uploads[0]) if batch else []
-    registry = load_registry(subjects, today=day(today))
     quiet_libraries()
-    screening = _screening(
-        registry, base_recipe, settings, uploads if not batch else entries, judge, judge_model, strangers, index
-    )
+    registry = load_registry(subjects, today=day(today), check_images=False)
+    encoder = load_encoder(judge, judge_model)
+    vectors = kept_index(registry, encoder, index)
+    if vectors is None:  # the pictures are needed once
+        registry = load_registry(subjects, today=day(today))
+        vectors = load_index(registry, encoder, index)
+    screening = _screening(vectors, encoder, base_recipe, settings, uploads if not batch else entries, judge, strangers)
     began = time.perf_counter()
     records = screen_batch(screening, entries) if batch else [screen_upload(screening, uploads)]
     report = screening_report(screening, registry, records, began)
@@ -95,26 +102,22 @@ def screen(
 
 
 def _screening(
-    registry: Any,
+    index: Index,
+    encoder: Encoder,
     recipe: Recipe,
     settings: ScreeningSettings,
     paths: list[Path],
     judge: str,
-    judge_model: str | None,
     strangers: str | None,
-    folder: Path | None,
 ) -> Screening:
     """Index, levels and, where a model was uploaded, the base."""
     from guardsmith.models.checkpoint import load_model
-    from guardsmith.screening.encoders import load_encoder
-    from guardsmith.screening.index import levels_against, load_index
+    from guardsmith.screening.index import levels_against
     from guardsmith.screening.levels import shipped_levels
     from guardsmith.screening.pipeline import Screening
     from guardsmith.screening.uploads import holds_model
     from guardsmith.screening.variants import LEVELS
 
-    encoder = load_encoder(judge, judge_model)
-    index = load_index(registry, encoder, folder)
     if strangers is not None:
         from guardsmith.core.images import open_pictures
         from guardsmith.hardening.data import negative_files

@@ -271,8 +271,7 @@ def is_whole_png(file: Path) -> bool:
 
 
 FINGERPRINTED_AT = 256
-"""`open_image(at_least=...)` for `fingerprint`: photographs of 512 px scaled down by the decoder are at most 0.014 away from whole
-ones (12 photographs)."""
+"""`open_image(at_least=...)` for `fingerprint`: at most 0.014 away from that of the whole picture (12 photographs of 512 px)."""
 
 
 def fingerprint(image: Image.Image) -> NDArray[np.float64]:

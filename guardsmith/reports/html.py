@@ -6,10 +6,9 @@ unless asked for: a report travels further than the machine it was made on.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from guardsmith.config.displacement import attack_of, rate_names
 from guardsmith.config.recipe import AttackSpec
 from guardsmith.config.threat_model import CLAIMS
 from guardsmith.core.atomic_io import write_text
-from guardsmith.core.images import open_image, square
+from guardsmith.core.images import open_image
 from guardsmith.gate.calibration import Levels
 from guardsmith.gate.checks import Check, Status, attack_at, word
 from guardsmith.gate.rules import RULES, rule_of
@@ -34,10 +33,12 @@ from guardsmith.reports.frontier import BREAK_HEADINGS, break_table, percent
 from guardsmith.reports.frontier_charts import frontiers, subject_curve
 from guardsmith.reports.limits import not_shown
 from guardsmith.reports.report import Report
+from guardsmith.reports.strips import ROW, Picture, Strip, caption_of, drawn_strip, embedded, real_strip, strip_address
 
-ROW = 4  # pictures of a row
 FAILED_ROW = 8  # where a check did not pass
-PIXELS = 128
+MOST = 1_000_000
+"""Characters of the pictures under failures, under protected subjects, and under controls: a page of hundreds of subjects has to
+open in a browser and go through the mail. The first ones have theirs; numbers are there for everybody."""
 WORDS: dict[Status, str] = {
     "pass": "Pass: the attacks below failed on this model, and no other check found it worse than its base allows.",
     "fail": "Fail: this model must not be released as protected.",
@@ -45,76 +46,9 @@ WORDS: dict[Status, str] = {
 }
 
 
-class Picture(NamedTuple):
-    """One picture on the page.
-
-    Attributes:
-        data: the picture itself, a `data:` address.
-        alt: what it is, in words.
-        caption: beneath it.
-    """
-
-    data: str
-    alt: str
-    caption: str = ""
-
-
-class Strip(NamedTuple):
-    """A row of pictures.
-
-    Attributes:
-        title: what they have in common.
-        pictures: empty where there are none, or where they are left out.
-        missing: why it is empty.
-    """
-
-    title: str
-    pictures: list[Picture]
-    missing: str = ""
-
-
 def may_be_shown(subject: Subject, include_images: bool) -> bool:
     """Whether pictures of a subject may be on the page: not those of a person, unless asked for or the person is invented."""
     return include_images or subject.kind != "person" or subject.is_invented
-
-
-def _embedded(image: Image.Image) -> str:
-    file = io.BytesIO()
-    square(image, min(PIXELS, *image.size)).save(file, "WEBP", quality=85, method=4)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _strip_address(file: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-
-
-def _caption(score: float | None) -> str:
-    return "not scored" if score is None else f"{score:z.2f}"
-
-
-def real_strip(subject: Subject) -> Strip:
-    """What the judge compares with."""
-    pictures = [
-        Picture(_embedded(open_image(image.path)), f"{subject.id}, real picture {number}")
-        for number, image in enumerate(subject.images_of("reference")[:ROW], 1)
-    ]
-    return Strip("real pictures", pictures)
-
-
-def drawn_strip(units: Sequence[AttackRun], title: str, point: float, count: int) -> Strip:
-    """What personalized models drew: the first pictures of every unit in turn, not the best ones."""
-    if not units:
-        return Strip(title, [], "not run")
-    pictures, share = [], -(-count // len(units))
-    for unit in units:
-        scores = unit.scores()
-        if scores is None:
-            continue
-        for number, file in enumerate(unit.pictures(point)[:share]):
-            caption = _caption(scores[point][number])
-            alt = f"{unit.subject} as drawn after {unit.label} {dict(SIDES)[unit.side]}, similarity {caption}"
-            pictures.append(Picture(_embedded(open_image(file)), alt, caption))
-    return Strip(title, pictures[:count], "" if pictures else "no pictures: the attack did not run")
 
 
 def released_strip(evidence: Evidence, subject: Subject, count: int) -> Strip | None:
@@ -122,9 +56,9 @@ def released_strip(evidence: Evidence, subject: Subject, count: int) -> Strip | 
     files = evidence.released.get(subject.id, ())[:count]
     if not files:
         return None
-    captions = [_caption(score) for score in evidence.report.released[subject.id][:count]]
+    captions = [caption_of(score) for score in evidence.report.released[subject.id][:count]]
     pictures = [
-        Picture(_embedded(open_image(file)), f"{subject.id} as the released weights draw it, similarity {text}", text)
+        Picture(embedded(open_image(file)), f"{subject.id} as the released weights draw it, similarity {text}", text)
         for file, text in zip(files, captions, strict=True)
     ]
     return Strip("released weights, without an attack", pictures)
@@ -180,17 +114,36 @@ class Evidence:
         """See `may_be_shown`."""
         return subject.is_invented if self.only_invented else may_be_shown(subject, self.include_images)
 
+    @cached_property
+    def _units(self) -> dict[tuple[str, str, str], list[AttackRun]]:
+        found: dict[tuple[str, str, str], list[AttackRun]] = {}
+        for unit in self.units:
+            found.setdefault((unit.subject, unit.label, unit.side), []).append(unit)
+        return found
+
+    @cached_property
+    def _intervals(self) -> dict[tuple[str, str, str, float], Interval | None]:
+        scores = self.report.scores
+        return {(each.side, each.subject, each.attack, each.evaluation_point): each.interval for each in scores}
+
+    @cached_property
+    def _checks(self) -> dict[str, list[Check]]:
+        found: dict[str, list[Check]] = {}
+        for check in self.report.checks:
+            found.setdefault(check.subject, []).append(check)
+        return found
+
     def units_of(self, subject: Subject, label: str, side: str) -> list[AttackRun]:
         """One for every identifier and seed."""
-        return [unit for unit in self.units if (unit.subject, unit.label, unit.side) == (subject.id, label, side)]
+        return self._units.get((subject.id, label, side), [])
 
     def measured(self, side: str, subject: Subject, label: str, point: float) -> Interval | None:
         """The similarity that an attack reached."""
-        key = side, subject.id, label, point
-        for score in self.report.scores:
-            if (score.side, score.subject, score.attack, score.evaluation_point) == key:
-                return score.interval
-        return None
+        return self._intervals.get((side, subject.id, label, point))
+
+    def checks_of(self, subject: Subject) -> list[Check]:
+        """Those of one subject, in the report's order."""
+        return self._checks.get(subject.id, [])
 
     def levels_of(self, subject: Subject) -> Levels:
         """Levels of its class."""
@@ -213,25 +166,30 @@ class Failure(NamedTuple):
     strips: list[Strip]
 
 
+def _length(strips: Sequence[Strip | None]) -> int:
+    return sum(len(picture.data) for strip in strips if strip is not None for picture in strip.pictures)
+
+
 def failures(evidence: Evidence, subjects: Mapping[str, Subject]) -> list[Failure]:
     """Checks that did not pass; the failed before the undecided."""
-    result = []
+    result, length = [], 0
     for status in ("fail", "inconclusive"):
         for check in (check for check in evidence.report.checks if check.status == status):
             subject, strips = subjects.get(check.subject), []
-            if subject is not None and evidence.shows(subject):
+            if subject is not None and evidence.shows(subject) and length < MOST:
                 strips = [real_strip(subject)]
                 if check.attack in evidence.columns:
                     strips += evidence.strips(subject, *evidence.columns[check.attack], FAILED_ROW)
                 elif (strip := released_strip(evidence, subject, FAILED_ROW)) is not None:
                     strips.append(strip)
+            length += _length(strips)
             result.append(Failure(check, strips))
     return result
 
 
-def subject_section(evidence: Evidence, subject: Subject, role: str) -> dict[str, Any]:
+def subject_section(evidence: Evidence, subject: Subject, role: str, has_pictures: bool) -> dict[str, Any]:
     """Everything about one subject, attack by attack."""
-    attacks = []
+    shown, attacks = has_pictures and evidence.shows(subject), []
     for label, attack in evidence.attacks.items():
         points: dict[str, dict[int, Interval]] = {}
         for side, _ in SIDES:
@@ -243,16 +201,26 @@ def subject_section(evidence: Evidence, subject: Subject, role: str) -> dict[str
             "label": label, "name": attack.name,
             "curve": subject_curve(evidence.report, label, subject.id, evidence.levels_of(subject))
             or curve(points, evidence.levels_of(subject), label),
-            "strips": evidence.strips(subject, label, 1.0, ROW) if evidence.shows(subject) else [],
-            "checks": [c for c in evidence.report.checks
-                       if c.subject == subject.id and attack_of(c.attack) == label],
+            "strips": evidence.strips(subject, label, 1.0, ROW) if shown else [],
+            "checks": [c for c in evidence.checks_of(subject) if attack_of(c.attack) == label],
         })  # fmt: skip
     return {
         "id": subject.id, "class_noun": subject.class_noun, "role": role, "attacks": attacks, "shown": evidence.shows(subject),
-        "real": real_strip(subject) if evidence.shows(subject) else None,
-        "released": released_strip(evidence, subject, ROW) if evidence.shows(subject) else None,
-        "checks": [c for c in evidence.report.checks if c.subject == subject.id and c.attack not in evidence.columns],
+        "has_pictures": has_pictures, "real": real_strip(subject) if shown else None,
+        "released": released_strip(evidence, subject, ROW) if shown else None,
+        "checks": [c for c in evidence.checks_of(subject) if c.attack not in evidence.columns],
     }  # fmt: skip
+
+
+def subject_sections(evidence: Evidence, subjects: Sequence[Subject], role: str) -> list[dict[str, Any]]:
+    """Those of all protected subjects, or of all controls; pictures are with the first ones, as many as fit (`MOST`)."""
+    sections, length = [], 0
+    for subject in subjects:
+        section = subject_section(evidence, subject, role, length < MOST)
+        strips = [section["real"], section["released"], *(s for attack in section["attacks"] for s in attack["strips"])]
+        length += _length(strips)
+        sections.append(section)
+    return sections
 
 
 class Cell(NamedTuple):
@@ -277,7 +245,7 @@ class Cell(NamedTuple):
 
 def matrix_row(evidence: Evidence, subject: Subject) -> list[Cell | None]:
     """One protected subject's row: what each attack reached, and what the gate says of it; `None` where nothing was scored."""
-    checks = [check for check in evidence.report.checks if (check.name, check.subject) == (PROTECTED.title, subject.id)]
+    checks = [check for check in evidence.checks_of(subject) if check.name == PROTECTED.title]
     statuses = {check.attack: (check.status, word(check)) for check in checks}
     cells: list[Cell | None] = []
     for name, (label, point) in evidence.columns.items():
@@ -351,11 +319,10 @@ def page_data(
         benign: prompt, the base's picture and the hardened model's, from the same noise.
     """
     report = evidence.report
-    sections = [subject_section(evidence, subject, "protected") for subject in protected]
-    sections += [subject_section(evidence, subject, "control") for subject in controls]
+    sections = subject_sections(evidence, protected, "protected") + subject_sections(evidence, controls, "control")
     pairs = [
-        (prompt, Picture(_embedded(before), f"the base's picture of: {prompt}"),
-         Picture(_embedded(after), f"the hardened model's picture of: {prompt}"))
+        (prompt, Picture(embedded(before), f"the base's picture of: {prompt}"),
+         Picture(embedded(after), f"the hardened model's picture of: {prompt}"))
         for prompt, before, after in benign
     ]  # fmt: skip
     return {
@@ -367,9 +334,10 @@ def page_data(
         "cells": [(subject.id, matrix_row(evidence, subject)) for subject in protected],
         "model_checks": [check for check in report.checks if not check.subject and not check.attack],
         "everyday": everyday.sections(
-            report, evidence.root, {subject.id: subject for subject in (*protected, *controls)}, evidence.shows, _strip_address
+            report, evidence.root, {subject.id: subject for subject in (*protected, *controls)}, evidence.shows, strip_address
         ),
         "hidden": [section["id"] for section in sections if not section["shown"]], "public": evidence.only_invented,
+        "without_room": sum(section["shown"] and not section["has_pictures"] for section in sections),
         "curve_size": CURVE, "benign": pairs, "frontiers": frontiers(report), "breaks": break_table(report),
         "break_headings": BREAK_HEADINGS, "percent": percent,
         "face_detection_failures": face_detection_failures(report, protected),

@@ -23,6 +23,8 @@ COLUMNS = 8
 TILE = 96
 LABEL = 300
 HEADER = 34
+MOST = 20
+"""Protected subjects, and controls, in the grid: a thousand would be a picture that no program opens."""
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
@@ -43,11 +45,14 @@ def save_grid(
 ) -> None:
     """One picture: per subject its real pictures, then what each attack draws on base and on hardened.
 
-    The pictures of a row are the first ones of every unit in turn, not the best ones. Where attackers of protected subjects
-    went on for longer than usual, there is one more row. Attacks at other rates are left out.
+    The first subjects of the registry are in it (`MOST`). The pictures of a row are the first ones of every unit in turn, not the
+    best ones. Where attackers of protected subjects went on for longer than usual, there is one more row. Attacks at other rates
+    are left out.
     """
     rows: dict[tuple[str, str, str, float], list[AttackRun]] = {}
-    units = [unit for unit in units if unit.label == attack_of(unit.label)]
+    protected, controls = protected[:MOST], controls[:MOST]
+    names = {subject.id for subject in (*protected, *controls)}
+    units = [unit for unit in units if unit.label == attack_of(unit.label) and unit.subject in names]
     for unit in units:
         for point in sorted({1.0, max(unit.evaluation_points)}):
             rows.setdefault((unit.subject, unit.label, unit.side, point), []).append(unit)

@@ -53,6 +53,21 @@ def index_digest(registry: Registry, encoder: Encoder) -> str:
     return folder_digest(VERSION, encoder.digest, encoder.size, people)
 
 
+def kept_index(registry: Registry, encoder: Encoder, folder: Path | None = None) -> Index | None:
+    """The index of a registry's protected subjects if it was made before, whatever has become of their pictures since.
+
+    Args:
+        registry: its pictures need not have been opened.
+        encoder: whose vectors.
+        folder: where indices are kept; by default the cache of guardsmith.
+    """
+    return _read(_file(index_digest(registry, encoder), folder))
+
+
+def _file(digest: str, folder: Path | None) -> Path:
+    return (folder or cache_folder()) / f"{digest}.safetensors"
+
+
 def load_index(registry: Registry, encoder: Encoder, folder: Path | None = None) -> Index:
     """The index of a registry's protected subjects; made if it is not there.
 
@@ -64,11 +79,10 @@ def load_index(registry: Registry, encoder: Encoder, folder: Path | None = None)
     Raises:
         UserError: a picture cannot be read, or no face is found in a subject's pictures.
     """
-    digest = index_digest(registry, encoder)
-    file = (folder or cache_folder()) / f"{digest}.safetensors"
-    cached = _read(file)
+    cached = kept_index(registry, encoder, folder)
     if cached is not None:
         return cached
+    digest = index_digest(registry, encoder)
     vectors = []
     with stage("index of the registry", len(registry.subjects)) as bar:
         for subject in registry.subjects:
@@ -84,7 +98,7 @@ def load_index(registry: Registry, encoder: Encoder, folder: Path | None = None)
         torch.stack(vectors),
         digest,
     )
-    _write(file, index)
+    _write(_file(digest, folder), index)
     return index
 
 

@@ -86,8 +86,10 @@ def check_settings(settings: ScreeningSettings) -> None:
 
 def thresholds(screening: Screening, pictures: int, rate: float) -> list[Threshold]:
     """The threshold of every subject for an upload of so many pictures."""
-    comparisons = max(1, pictures) * len(screening.index.subjects)
-    return [threshold(table_of(screening.tables, noun), rate, comparisons) for noun in screening.index.nouns]
+    nouns = screening.index.nouns
+    comparisons = max(1, pictures) * len(nouns)
+    of_class = {noun: threshold(table_of(screening.tables, noun), rate, comparisons) for noun in dict.fromkeys(nouns)}
+    return [of_class[noun] for noun in nouns]
 
 
 def decide(screening: Screening, embeddings: Tensor, names: Sequence[str], reasons: Sequence[str]) -> dict[str, Any]:
@@ -108,8 +110,9 @@ def decide(screening: Screening, embeddings: Tensor, names: Sequence[str], reaso
     if names:
         best, which = best_scores(embeddings, index.vectors)
         top = best.max(dim=0)
+        similarities, pictures = top.values.tolist(), top.indices.tolist()
         for i, subject in enumerate(index.subjects):
-            similarity, picture = float(top.values[i]), int(top.indices[i])
+            similarity, picture = similarities[i], pictures[i]
             if similarity >= review[i].level:
                 variant = LEVELS[settings.undo][int(which[picture, i])]
                 matches.append(
