@@ -22,6 +22,7 @@ SET, SIZE, VIEWS = "crowd", 64, 8
 SPLITS = {"harden": 3, "attack": 2, "reference": 2}
 CONTROLS = 30
 STRANGERS = 50  # uploads of one picture of people who are in no registry
+OTHERS = CONTROLS + STRANGERS
 KINDS = {"person": "person", "character": "character", "robot": "object"}
 
 
@@ -53,14 +54,16 @@ class World(NamedTuple):
     left_out: int
 
 
-def load_world(data: Path) -> World:
-    """The set `crowd` of render.mjs in DATA."""
+def load_world(data: Path, count: int) -> World:
+    """The set `crowd` of render.mjs in DATA, as many people as a registry of `count` needs; the last ones are in no registry."""
     with (data / f"{SET}.jsonl").open() as file:
         lines = [(line["style"], line["identity"], line["class_noun"]) for line in map(json.loads, file)]
     pixels = np.memmap(data / f"{SET}.rgb", np.uint8, "r", shape=(len(lines), SIZE, SIZE, 3))
     styles = list(dict.fromkeys(style for style, _, _ in lines))
     everyone = [Person(lines[row][1].lower(), lines[row][2], row) for row in range(0, len(lines), VIEWS)]
     everyone.sort(key=lambda person: (int(person.id.rpartition("-")[2]), styles.index(lines[person.first][0])))
+    spare = count // 50 + 20  # in the place of those that are left out
+    everyone = everyone[: count + spare] + everyone[max(count + spare, len(everyone) - OTHERS - spare) :]
     prints = [fingerprint(Image.fromarray(pixels[person.first + view])) for person in everyone for view in range(VIEWS)]
     out = {later // VIEWS for _, later, _ in near_duplicates(prints)}
     return World(pixels, [person for number, person in enumerate(everyone) if number not in out], len(out))
@@ -73,7 +76,7 @@ def write_registry(world: World, folder: Path, count: int) -> Path:
         text += _entry(world, folder, person, SPLITS)
     text.append("controls:")
     without = {split: number for split, number in SPLITS.items() if split != "harden"}
-    for person in world.people[-CONTROLS - STRANGERS : -STRANGERS]:
+    for person in world.people[-OTHERS:-STRANGERS]:
         text += _entry(world, folder, person, without)
     file = folder / f"registry-{count}.yaml"
     file.write_text("\n".join(text) + "\n")

@@ -37,8 +37,8 @@ RESULTS = HERE.parents[1] / "docs" / "results" / "registry-size.json"
 UPLOADS = 50
 SAMPLE = 300  # protected subjects attacked: if all hold, at most 1 % of the others do not (rule of three, 95 %)
 FEW = {
-    "trunk": "builtin:avatar", "early_steps": [], "copies": 4, "transformed": 4, "transformed_others": 0.1, "steps": 220,
-    "class_images": 16, "benign_images": 16, "positives": 16, "negatives": 32,
+    "groups": 12, "outer_groups": 4, "trunk": "builtin:avatar", "early_steps": [], "copies": 4, "transformed": 4,
+    "transformed_others": 0.1, "steps": 220, "class_images": 16, "benign_images": 16, "positives": 16, "negatives": 32,
 }  # fmt: skip
 """Parameters of the hardening: enough to go through everything once."""
 
@@ -100,7 +100,7 @@ def measure_screen(world: large_world.World, folder: Path, registry: Path, count
 
 def harden_command(registry: Path, output: Path) -> list[str]:
     """Tripwire with few steps."""
-    sets = [f"method.params={json.dumps(FEW)}", "probe.times=0"]
+    sets = [f"method.params={json.dumps(FEW)}", "probe.times=0", "negatives=null"]
     given = ["harden", "--recipe", "demo", "--subjects", str(registry), "--output", str(output)]
     return [*given, *(part for change in sets for part in ("--set", change))]
 
@@ -108,7 +108,8 @@ def harden_command(registry: Path, output: Path) -> list[str]:
 def measure_plan(folder: Path, registry: Path, count: int) -> dict[str, Any]:
     """The plan of the same hardening."""
     done = guardsmith(*harden_command(registry, folder / f"none-{count}"), "--dry-run", "--json")
-    return cost(done) | {"planned": json.loads(done["out"])}
+    planned = json.loads(done["out"])
+    return cost(done) | {"planned_gib": planned["memory_gib"], "planned_hours": planned["hours"]}
 
 
 def measure_harden(folder: Path, registry: Path, count: int) -> dict[str, Any]:
@@ -165,16 +166,16 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["check", "screen", "plan", "report", "harden"])
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    world = large_world.load_world(args.data)
     told = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     told |= {
         "command": "python recipes/benchmark/registry_size.py DATA FOLDER",
         "pictures_a_subject": sum(large_world.SPLITS.values()), "controls": large_world.CONTROLS,
-        "identities": len(world.people), "left_out": world.left_out,
     }  # fmt: skip
     for count in args.counts:
+        world = large_world.load_world(args.data, count)
         registry = large_world.write_registry(world, args.folder, count)
-        row = told["rows"].setdefault(str(count), {})
+        row = told["rows"].setdefault(str(count), {}) | {"left_out": world.left_out}
+        told["rows"][str(count)] = row
         for part in args.parts:
             row[part] = measure(part, world, args.folder, registry, count)
             print(count, part, json.dumps(row[part]), file=sys.stderr, flush=True)

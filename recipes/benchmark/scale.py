@@ -20,6 +20,7 @@ from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.hardening.memory import BYTES, GIB
 from guardsmith.methods import METHODS
+from guardsmith.methods.tripwire.method import EARLY_COPIES
 from guardsmith.models.families import SDUNet
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.json"
@@ -60,6 +61,13 @@ def params_for(method: str, count: int) -> dict[str, Any]:
     return params | {steps: params[steps] * count}
 
 
+def kept_latents(config: Any) -> int:
+    """How many latents of a subject a method keeps in memory: of its pictures, variations, and early pictures (Tripwire)."""
+    kept = PICTURES * (1 + getattr(config, "copies", 0) + getattr(config, "transformed", 0))
+    early = len(getattr(config, "early_steps", ())) * getattr(config, "early_images", 0)
+    return kept + early * (1 + EARLY_COPIES)
+
+
 def verification() -> dict[str, int]:
     """Forward equivalents of one unit of every attack of the recipe: training with gradients (3 a row) and guided drawing."""
     recipe = load_recipe("tripwire-sd15", [])
@@ -85,7 +93,7 @@ def estimate() -> dict[str, Any]:
             params = params_for(method, count)
             config = found.config(**params)
             forwards = found.cost(config, ["person"] * count)
-            kept = PICTURES * (1 + getattr(config, "copies", 0))
+            kept = kept_latents(config)
             rows.append({
                 "method": method, "subjects": count, "params": params, "unet_forward_equivalents": forwards,
                 "hours": forwards * flops / RATE / 3600, "latents_gib": count * kept * latent / GIB,
