@@ -20,7 +20,7 @@ from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.hardening.memory import BYTES, GIB
 from guardsmith.methods import METHODS
-from guardsmith.methods.tripwire.method import EARLY_COPIES
+from guardsmith.methods.tripwire.method import EARLY_COPIES, EARLY_TRANSFORMED
 from guardsmith.models.families import SDUNet
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.json"
@@ -65,7 +65,7 @@ def kept_latents(config: Any) -> int:
     """How many latents of a subject a method keeps in memory: of its pictures, variations, and early pictures (Tripwire)."""
     kept = PICTURES * (1 + getattr(config, "copies", 0) + getattr(config, "transformed", 0))
     early = len(getattr(config, "early_steps", ())) * getattr(config, "early_images", 0)
-    return kept + early * (1 + EARLY_COPIES)
+    return kept + early * (1 + EARLY_COPIES + (EARLY_TRANSFORMED if getattr(config, "transformed", 0) else 0))
 
 
 def verification() -> dict[str, int]:
