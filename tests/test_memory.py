@@ -246,7 +246,7 @@ def sdxl_of_full_size(tmp_path):
     ("apdm", {"path": "lora", "parameters": "cross_attention"}, {"gradient_checkpointing": True}, 19, 35),
 ])  # fmt: skip
 def test_sdxl_of_full_size_is_estimated_from_its_files_alone(sdxl_of_full_size, method, params, compute, low, high):
-    """A U-Net of 9.6 GiB, the base's in float16 and 3.4 of text encoders and VAE; PersGuard has three more of the U-Net's size."""
+    """A U-Net of 9.6 GiB, the base's in float16, 3.4 of text encoders and VAE; PersGuard has three more of the U-Net's size."""
     recipe = Recipe(
         base=str(sdxl_of_full_size), method={"name": method, "params": params}, compute=ComputeConfig(**compute)
     )
