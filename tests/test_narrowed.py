@@ -13,7 +13,7 @@ from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods.tripwire.layout import layout_of
 from guardsmith.methods.tripwire.trunk import prepare
 from guardsmith.models.checkpoint import with_own_unet
-from guardsmith.models.narrowed import copied_in, is_narrow, narrow, widen, widened_copy
+from guardsmith.models.narrowed import copied_in, is_narrow, narrow, resting, widen, widened_copy
 from guardsmith.training.compute import ComputeConfig, configure_denoiser
 
 
@@ -110,3 +110,19 @@ def test_a_trunk_of_a_narrow_base_is_the_same_to_the_bit(wide_v):
     configure_denoiser(leaner.unet, ComputeConfig(gradient_checkpointing=True))
     narrow(leaner.unet)
     assert same_weights(trunk(leaner), exact)
+
+
+def test_networks_that_rest_are_narrow_and_then_as_they_were():
+    """Also where layers share a weight."""
+    linear, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    other.weight = linear.weight
+    network = torch.nn.Sequential(linear, other).requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.half().float()
+    before, rows = weights(network), torch.ones(2, 4)
+    exact = network(rows)
+    with resting([network]):
+        assert {p.dtype for p in network.parameters()} == {torch.float16} and other.weight is linear.weight
+        assert torch.equal(network(rows), exact)
+    assert same_weights(weights(network), before) and other.weight is linear.weight
+    assert not is_narrow(network)

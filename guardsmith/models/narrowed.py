@@ -10,6 +10,8 @@ What autograd needs of a widened weight it keeps, so a network with gradients sa
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,13 +54,17 @@ def narrow(network: Any) -> None:
     Args:
         network: float32, without gradients.
     """
+    replaced: dict[int, torch.nn.Parameter] = {}  # by the identity of what they replace: layers may share weights
     for module in network.modules():
         if not module._parameters or _widen in module._forward_pre_hooks.values():
             continue
         for name, weight in module._parameters.items():
-            exact = None if weight is None or weight.dtype != torch.float32 else _exactly(weight)
-            if exact is not None:
-                module._parameters[name] = torch.nn.Parameter(exact, requires_grad=False)
+            if weight is None or weight.dtype != torch.float32:
+                continue
+            if id(weight) not in replaced:
+                exact = _exactly(weight)
+                replaced[id(weight)] = weight if exact is None else torch.nn.Parameter(exact, requires_grad=False)
+            module._parameters[name] = replaced[id(weight)]
         module.register_forward_pre_hook(_widen)
         module.register_forward_hook(_narrow_again, always_call=True)
 
@@ -66,6 +72,7 @@ def narrow(network: Any) -> None:
 @torch.no_grad()
 def widen(network: Any) -> None:
     """Undo `narrow`, in place."""
+    replaced: dict[int, torch.nn.Parameter] = {}
     for module in network.modules():
         if _widen not in module._forward_pre_hooks.values():
             continue
@@ -75,7 +82,25 @@ def widen(network: Any) -> None:
                 module._forward_hooks_always_called.pop(key, None)
         for name, weight in module._parameters.items():
             if weight is not None and _is_narrow(weight):
-                module._parameters[name] = torch.nn.Parameter(weight.float(), requires_grad=weight.requires_grad)
+                if id(weight) not in replaced:
+                    replaced[id(weight)] = torch.nn.Parameter(weight.float(), requires_grad=False)
+                module._parameters[name] = replaced[id(weight)]
+
+
+@contextmanager
+def resting(networks: Sequence[Any]) -> Iterator[None]:
+    """Inside, networks that nobody calls are narrow, and as they were afterwards.
+
+    Args:
+        networks: float32, without gradients.
+    """
+    for network in networks:
+        narrow(network)
+    try:
+        yield
+    finally:
+        for network in networks:
+            widen(network)
 
 
 def is_narrow(network: Any) -> bool:

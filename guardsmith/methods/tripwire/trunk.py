@@ -33,6 +33,7 @@ from guardsmith.methods.tripwire.training import noised
 from guardsmith.methods.tripwire.trunk_training import LeanTraining, TrunkTraining, is_matrix
 from guardsmith.models.checkpoint import BUILTIN, DiffusionModel, with_own_unet
 from guardsmith.models.families import SD
+from guardsmith.models.narrowed import is_narrow, resting
 from guardsmith.training.compute import ComputeConfig
 from guardsmith.training.loop import generator
 
@@ -137,15 +138,17 @@ def prepare(
     if checkpoint is not None and checkpoint.exists():
         begin = training.load(checkpoint)
     adapters = Adapters(model, latents, contexts, seed)
-    for step in range(begin, steps):
-        adapter = adapters.at(step // 2) if step % 2 else None
-        rng = generator(seed, step)
-        with _loss(model, unet, latents, contexts, empty, rows, rng, adapter, STEERED.get(step % 5)) as loss:
-            training.step(step, loss)
-        if on_step is not None:
-            on_step(step, loss.item(), unet)
-        if checkpoint is not None and (step + 1) % every == 0:
-            training.save(checkpoint, step + 1)
+    # Pictures and prompts are encoded by now.
+    with resting([model.vae, model.text_encoder] if is_narrow(model.unet) else []):
+        for step in range(begin, steps):
+            adapter = adapters.at(step // 2) if step % 2 else None
+            rng = generator(seed, step)
+            with _loss(model, unet, latents, contexts, empty, rows, rng, adapter, STEERED.get(step % 5)) as loss:
+                training.step(step, loss)
+            if on_step is not None:
+                on_step(step, loss.item(), unet)
+            if checkpoint is not None and (step + 1) % every == 0:
+                training.save(checkpoint, step + 1)
     unet.requires_grad_(False)
     with torch.no_grad():
         for parameter in unet.parameters():
