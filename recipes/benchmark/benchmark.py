@@ -7,8 +7,8 @@ Parts, each with its raw samples in docs/results/benchmark.json (parts that were
 
     tripwire     what the parts of a hardening by the tripwire take on the embedded base: preparing the trunk, five subjects, one
                  more, and the time for each of 1 to 50 (`tripwire_parts.py`)
-    embedded     an inner step of APDM on the embedded base, plain (`plain_apdm.py`) and guardsmith's, by turns, on the same rows;
-                 in bfloat16 as well, and where the time goes
+    embedded     an inner step of APDM on the embedded base, plain (`plain_apdm.py`) and guardsmith's, by turns, on the same rows
+    precisions   the same on one thread, in float32 and in bfloat16, also on Stable Diffusion 1.5's layout, by operation
     sd15         the same on a U-Net of Stable Diffusion 1.5's layout with random weights, at the width and size that are given
     floor        U-Net steps of the embedded base: time against FLOPs over the rate of this machine's matrix products
     memory       peak memory of short hardenings, as --dry-run estimates it and as it is
@@ -142,28 +142,56 @@ def by_turns(
     }  # fmt: skip
 
 
-def embedded(times: int = TIMES) -> dict[str, Any]:
-    """The embedded base, paths of the paper's length."""
-    config = ApdmConfig(outer_steps=1, inner_steps=20, batch_size=1, identifiers=("sks",), reduction="element", leak=True,
-                        overlap=True, learning_rate=1e-4, personalization_learning_rate=1e-4)  # fmt: skip
+EMBEDDED = ApdmConfig(outer_steps=1, inner_steps=20, batch_size=1, identifiers=("sks",), reduction="element", leak=True,
+                      overlap=True, learning_rate=1e-4, personalization_learning_rate=1e-4)  # fmt: skip
+"""Paths of the paper's length."""
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+
+
+def embedded() -> dict[str, Any]:
+    """The embedded base."""
+    return by_turns(load_model("builtin:avatar"), EMBEDDED)
+
+
+def precisions(width: int, size: int) -> dict[str, Any]:
+    """The published loop against guardsmith's on one thread and without its second one, in float32 and in bfloat16.
+
+    What counts is processor time, so that the machine may do other work meanwhile.
+
+    Args:
+        width: channels of the first block of the small Stable Diffusion 1.5.
+        size: side of its latents.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = EMBEDDED.model_copy(update={"overlap": False})
     model = load_model("builtin:avatar")
-    found = by_turns(model, config, times)
-    return found | {"bfloat16": by_turns(model, config, times, "bfloat16"), "where": where_time_goes(model, config)}
+    found: dict[str, Any] = {"embedded": {kind: by_turns(model, alone, 2, kind) for kind in PRECISIONS}}
+    found["embedded"]["where"] = {kind: where_time_goes(model, alone, kind) for kind in PRECISIONS}
+    model, one = stable_diffusion(width, size), alone.model_copy(update={"inner_steps": 1})
+    found["sd15"] = {kind: by_turns(model, one, 1, kind) for kind in PRECISIONS}
+    torch.set_num_threads(threads)
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    has = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512_fp16") if flag in flags]
+    return {"width": width, "latent_size": size, "instructions": has, **found}
 
 
-def where_time_goes(model: DiffusionModel, config: ApdmConfig) -> dict[str, Any]:
+def where_time_goes(model: DiffusionModel, config: ApdmConfig, precision: Precision = "float32") -> dict[str, Any]:
     """Shares of processor time by operation in a path of guardsmith's APDM, and the number of calls, by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     two = config.model_copy(update={"outer_steps": 2, "inner_steps": 4, "overlap": False})
+    own, compute = with_own_unet(model), ComputeConfig(precision=precision)
+    configure_denoiser(own.unet, compute)
     subject, watched = subject_of(model.image_size), profile(activities=[ProfilerActivity.CPU])
 
     def on_step(step: int, _: dict[str, float]) -> None:
         (watched.stop if step else watched.start)()
 
-    METHODS["apdm"].run(
-        HardeningContext(model=model, subjects=[subject], benign=None, config=two, seed=0, on_step=on_step)
+    context = HardeningContext(
+        model=own, subjects=[subject], benign=None, config=two, seed=0, compute=compute, on_step=on_step
     )
+    METHODS["apdm"].run(context)
     spent = sorted(watched.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
     total = sum(entry.self_cpu_time_total for entry in spent)
     return {
@@ -560,6 +588,7 @@ def cloaks() -> dict[str, Any]:
 
 PARTS = {
     "tripwire": lambda args: tripwire_parts.run(),
+    "precisions": lambda args: precisions(args.width, args.size),
     "embedded": lambda args: embedded(), "sd15": lambda args: sd15(args.width, args.size), "floor": lambda args: floor(),
     "matrix": lambda args: matrix(args.steps), "memory": lambda args: memory(args.width, args.size, SHORT),
     "memory-sd15": lambda args: memory(320, 64, LEAN),
@@ -588,7 +617,7 @@ def main() -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.what:
         settings = []
-        if part in ("sd15", "memory", "variants"):
+        if part in ("sd15", "memory", "variants", "precisions"):
             settings = ["--width", str(args.width), "--size", str(args.size)]
         elif part == "matrix":
             settings = ["--steps", str(args.steps)]

@@ -80,10 +80,11 @@ def of_one_subject(model: DiffusionModel) -> dict[str, Any]:
     short = replace(drawing, looks=(2 + SOME,), images=1)
     early_pictures(model, subject, short, 0, lambda: ends.append(time.process_time()))
     step = statistics.median(after - before for before, after in itertools.pairwise(ends[:-1]))
-    prompts, seeds = ["a photo of sks person"] * SOME, list(range(SOME))
+    batch = 4 * SOME
+    prompts, seeds = ["a photo of sks person"] * batch, list(range(batch))
     options = {"steps": drawing.sampling_steps, "guidance": drawing.guidance}
     generate(model, prompts[:1], seeds[:1], **options)
-    picture = timed(lambda: generate(model, prompts, seeds, **options)) / SOME
+    picture = timed(lambda: generate(model, prompts, seeds, **options)) / batch
     drawn = len(drawing.looks) * drawing.images
     benign = BenignData(subject.class_images[:1], ("a photo",))
     few = config.model_copy(update={"copies": 6, "transformed": 25, "transformed_others": 0.0})
@@ -94,7 +95,7 @@ def of_one_subject(model: DiffusionModel) -> dict[str, Any]:
     together = len(subject.images) * (config.copies + config.transformed)
     parts = {
         "learning it": {"timed": SOME, "of": max(drawing.looks), "seconds": step * max(drawing.looks)},
-        "drawing it early": {"timed": SOME, "of": drawn, "seconds": picture * drawn},
+        "drawing it early": {"timed": batch, "of": drawn, "seconds": picture * drawn},
         "variations": {"timed": made, "of": together, "seconds": examples / made * together},
         "variations of early pictures": {"timed": len(early), "of": drawn, "seconds": varied * drawn},
     }
