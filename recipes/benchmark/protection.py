@@ -31,9 +31,9 @@ from guardsmith.training.loop import generator
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TRUNK = Path(__file__).parents[1] / "tripwire" / "results"
-TRUNKS = ("trunk-12-4-1000", "trunk-12-4-2000")
-"""The records of the shipped trunk: the second preparation went on from the first."""
-ROWS = 8  # of both
+TRUNKS = ("trunk-12-4-1000", "trunk-12-4-2000", "trunk-12-4-2000-5000")
+"""The records of the shipped trunk: each preparation went on from the one before."""
+ROWS = 8  # of each
 RUNS = {
     "Tripwire": "tripwire-demo-report", "IMMA": "imma-avatar-report", "PersGuard": "persguard-avatar-report",
     "APDM": "apdm-avatar-report", "IMMA, five subjects": "matrix-imma-report",
@@ -57,7 +57,9 @@ def recogniser_equivalents() -> dict[str, float]:
     rows = torch.randn((count, channels, side, side), generator=generator(0))
     context = torch.zeros(1, model.tokenizer.model_max_length, model.unet.config.cross_attention_dim)
     with FlopCounterMode(display=False) as step:
-        scores, constancy = recogniser.scores_and_constancy(rows, Drift(config.drift, rows, generator(1)))
+        scores, constancy = recogniser.scores_and_constancy(
+            rows, Drift(config.drift, config.norm_drift, rows, generator(1))
+        )
         (highest(scores).mean() + constancy).backward()
     with FlopCounterMode(display=False) as row, torch.no_grad():
         model.unet(rows[:1], torch.zeros(1, dtype=torch.long), context, return_dict=False)

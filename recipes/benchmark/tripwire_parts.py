@@ -20,19 +20,18 @@ from guardsmith.diffusion.latents import encode
 from guardsmith.diffusion.prompts import PromptBank, class_prompt
 from guardsmith.diffusion.sampling import generate
 from guardsmith.methods import METHODS
-from guardsmith.methods.data import BenignData, SubjectData
+from guardsmith.methods.data import SubjectData
 from guardsmith.methods.tripwire.early import early_pictures
 from guardsmith.methods.tripwire.install import install
 from guardsmith.methods.tripwire.layout import layout_of
-from guardsmith.methods.tripwire.method import EARLY_COPIES, examples_of, training_of
+from guardsmith.methods.tripwire.method import EARLY_COPIES, EARLY_TRANSFORMED, positives_of, training_of
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, optimizer_of, training_step
 from guardsmith.methods.tripwire.trunk import prepare
-from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
 from guardsmith.training.loop import generator
 
-TRUNK = {"steps": 3000, "rows": 8}  # of the shipped one: 1,000 and 2,000 on from there
+TRUNK = {"steps": 5000, "rows": 8}  # of the shipped one: 1,000, and twice 2,000 on from there
 PERIOD = 10  # steps of a trunk's preparation after which kinds of steps come again
 SOME = 6
 COUNTS = (1, 5, 20, 50)
@@ -86,18 +85,15 @@ def of_one_subject(model: DiffusionModel) -> dict[str, Any]:
     generate(model, prompts[:1], seeds[:1], **options)
     picture = timed(lambda: generate(model, prompts, seeds, **options)) / batch
     drawn = len(drawing.looks) * drawing.images
-    benign = BenignData(subject.class_images[:1], ("a photo",))
-    few = config.model_copy(update={"copies": 6, "transformed": 25, "transformed_others": 0.0})
-    examples = timed(lambda: examples_of(model, [subject], benign, [], few, 0))
+    few = config.model_copy(update={"copies": 6, "transformed": 50})
+    others = subject.class_images
+    varied = timed(lambda: positives_of(model, subject.images, None, others, few, 0, 0))
     made = len(subject.images) * (few.copies + few.transformed)
-    early = torch.zeros((2, *subject.images.shape[1:]))
-    varied = timed(lambda: encode(model, variations(early, EARLY_COPIES, generator(0)))) / len(early)
-    together = len(subject.images) * (config.copies + config.transformed)
+    together = len(subject.images) * (config.copies + config.transformed) + drawn * (EARLY_COPIES + EARLY_TRANSFORMED)
     parts = {
         "learning it": {"timed": SOME, "of": max(drawing.looks), "seconds": step * max(drawing.looks)},
         "drawing it early": {"timed": batch, "of": drawn, "seconds": picture * drawn},
-        "variations": {"timed": made, "of": together, "seconds": examples / made * together},
-        "variations of early pictures": {"timed": len(early), "of": drawn, "seconds": varied * drawn},
+        "variations": {"timed": made, "of": together, "seconds": varied / made * together},
     }
     return {"parts": parts, "seconds": sum(part["seconds"] for part in parts.values())}
 
