@@ -19,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "benchmark"))
 import benchmark
 import full_size
 import gpu
+import lean_trunk
+import protection
 import scale
+import tripwire_parts
 from plain_apdm import Plain
 
 
@@ -108,3 +111,59 @@ def test_the_page_on_scale_says_what_the_methods_count_now():
         f"{verified['unet_forward_equivalents'] / 1e6:.0f} million forward equivalents, {verified['hours']:.0f} hours"
         in page
     )
+
+
+def test_what_protection_costs_follows_from_the_committed_records(monkeypatch):
+    committed = json.loads((protection.RESULTS / "protection-cost.json").read_text())
+    monkeypatch.setattr(protection, "recogniser_equivalents", lambda: committed["recogniser"])
+    found = protection.run()
+    assert found == committed
+    assert found["published_apdm"] == 288_000
+    own = json.loads((protection.RESULTS / "tripwire-demo-harden.json").read_text())["unet_forward_equivalents"]
+    whole = found["methods"]["Tripwire, with recogniser and trunk"]["forward_equivalents"]
+    assert whole == pytest.approx(own + found["recogniser"]["together"] + found["trunk"]["forward_equivalents"])
+    assert found["at_most_a_hundredth"] == (own <= 2_880)
+    held = {name for name, line in found["methods"].items() if line.get("protected") == line.get("of", -1)}
+    assert held == {"Tripwire", "Tripwire, with its recogniser", "Tripwire, with recogniser and trunk"}
+    assert protection.table(found).count("\n| ") == 1 + len(found["methods"]) - 1
+
+
+def test_the_recognisers_training_is_counted_by_its_flops():
+    """A step takes hundreds of small rows, there and back: more than one row through the U-Net and less than all of them."""
+    found = protection.recogniser_equivalents()
+    assert 1 < found["of_a_step"] < 3 * 288 and found["together"] == found["steps"] * found["of_a_step"]
+
+
+def test_parts_of_a_hardening_by_the_tripwire_are_scaled_to_what_a_run_has(monkeypatch):
+    for name, value in {"TRUNK": {"steps": 100, "rows": 1}, "PERIOD": 2, "SOME": 2, "COUNTS": (1, 5)}.items():
+        monkeypatch.setattr(tripwire_parts, name, value)
+    found = tripwire_parts.run()
+    assert found["trunk"]["together"] == pytest.approx(100 * found["trunk"]["seconds"])
+    assert len(found["trunk"]["samples"]) == 2
+    fixed = {n: found["hardening"][n] - n * found["subject"]["seconds"] - found["install"] for n in (1, 5)}
+    for number, seconds in fixed.items():
+        samples = found["recogniser"]["samples"][number]
+        assert seconds == pytest.approx(found["recogniser"]["of"] * sum(samples) / 2)
+    assert found["one_more_of_six"] > found["hardening"][5]
+    drawn = found["subject"]["parts"]["drawing it early"]
+    assert drawn["of"] == 3 * 48 and drawn["seconds"] > 0
+
+
+def test_a_lean_step_of_a_trunk_says_what_it_needed(wide_folder, monkeypatch):
+    monkeypatch.setattr(lean_trunk.trunk, "LeanTraining", lean_trunk.trunk.LeanTraining)  # put back afterwards
+    found = lean_trunk.step(wide_folder)
+    assert found["loss"] > 0 and found["peak_gib"] >= found["peak_gib_loaded"] > 0
+    assert found["estimated_gib"]["together"] > found["estimated_gib"]["weights"] > 0
+
+
+def test_precisions_are_compared_with_the_published_loop(tiny, monkeypatch):
+    config = ApdmConfig(
+        outer_steps=1, inner_steps=2, batch_size=1, identifiers=("sks",), reduction="element", leak=True
+    )
+    monkeypatch.setattr(benchmark, "subject_of", lambda _: make_subject())
+    exact, halved = (benchmark.by_turns(tiny, config, 1, precision) for precision in ("float32", "bfloat16"))
+    assert max(exact["losses_apart"].values()) < 1e-4
+    assert 1e-5 < max(halved["losses_apart"].values()) < 0.05
+    assert halved["precision"] == "bfloat16" and tiny.unet.precision == torch.float32
+    where = benchmark.where_time_goes(tiny, config)
+    assert 0.5 < sum(part["share"] for part in where["operations"].values()) <= 1.001

@@ -94,6 +94,7 @@ def train(
     rate_at: Callable[[int], float] | None = None,
     optimizer_name: str = "adamw",
     weight_decay: float = 1e-2,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
     """The loop of every attack; by default AdamW with weight decay 0.01, as diffusers' training scripts have it.
 
@@ -110,6 +111,7 @@ def train(
         rate_at: step -> learning rate, where it is not constant.
         optimizer_name: see `attacks.optimizers`.
         weight_decay: the optimizer's.
+        optimizer: over these parameters, in place of the one that is named.
 
     Returns:
         The loss of every step that was taken.
@@ -117,7 +119,8 @@ def train(
     Raises:
         RunFailed: a loss is not finite.
     """
-    optimizer = make_optimizer(optimizer_name, parameters, learning_rate=learning_rate, weight_decay=weight_decay)
+    if optimizer is None:
+        optimizer = make_optimizer(optimizer_name, parameters, learning_rate=learning_rate, weight_decay=weight_decay)
     scale, losses = LossScale(enabled=model.unet.precision == torch.float16), []
     for step in range(steps):
         if rate_at is not None:

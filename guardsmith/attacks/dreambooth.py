@@ -78,6 +78,7 @@ def train_on_subject(
     on_step: OnStep | None = None,
     prompts: tuple[str, str] | None = None,
     rate_at: Callable[[int], float] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
     """DreamBooth's loop over the given parameters (all of the U-Net's, or an adapter's), which change in place.
 
@@ -90,6 +91,7 @@ def train_on_subject(
         on_step: see `OnStep`.
         prompts: of the instance pictures and of the class pictures, where they are not the usual ones.
         rate_at: step -> learning rate, where it is not constant.
+        optimizer: over these parameters, in place of the one of the settings.
 
     Returns:
         The training loss of every step.
@@ -126,7 +128,7 @@ def train_on_subject(
     return train(
         model, loss_at, parameters, steps=config.steps, learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm, on_step=on_step, rate_at=rate_at, optimizer_name=config.optimizer,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay, optimizer=optimizer,
     )  # fmt: skip
 
 
@@ -139,8 +141,12 @@ def attack(
     on_step: OnStep | None = None,
     prompts: tuple[str, str] | None = None,
     rate_at: Callable[[int], float] | None = None,
+    optimizer_of: Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> tuple[DiffusionModel, list[float]]:
-    """Personalize a copy of the model; returns it, frozen again, and the loss of every step (see `train_on_subject`)."""
+    """Personalize a copy of the model; returns it, frozen again, and the loss of every step (see `train_on_subject`).
+
+    `optimizer_of` makes the optimizer over what is trained, in place of the one of the settings.
+    """
     own = with_own_unet(model)
     trained = [own.unet]
     if config.train_text_encoder:
@@ -148,8 +154,9 @@ def attack(
         trained.append(own.text_encoder)
     parameters = [p for part in trained for p in part.requires_grad_(True).parameters()]
     losses = train_on_subject(
-        own, data, config, parameters, seed=seed, on_step=on_step, prompts=prompts, rate_at=rate_at
-    )
+        own, data, config, parameters, seed=seed, on_step=on_step, prompts=prompts, rate_at=rate_at,
+        optimizer=None if optimizer_of is None else optimizer_of(parameters),
+    )  # fmt: skip
     for part in trained:
         part.requires_grad_(False)
     return own, losses

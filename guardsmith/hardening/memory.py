@@ -1,6 +1,7 @@
 """How much memory a hardening will take, from the shapes of the networks alone: nothing is loaded and nothing computed.
 
-    weights       all networks of the base, and one more denoiser that is hardened, float32
+    weights       all networks of the base, and one more denoiser that is hardened, float32; with gradient checkpointing the
+                  base's denoiser in the half precision of its files
     training      what the method keeps of the size of the weights: gradients, optimizers, snapshots (`HardeningMethod.memory`)
     activations   what the largest batch with gradients keeps for its backward pass
     pictures      what the VAE keeps of one picture on its way through, and the process of it afterwards
@@ -43,6 +44,16 @@ def stored_numbers(folder: Path) -> int:
             for key in weights.keys():  # noqa: SIM118 (not a dict)
                 total += torch.Size(weights.get_slice(key).get_shape()).numel()
     return total
+
+
+def _is_half(folder: Path) -> bool:
+    """Whether every tensor of a part is stored in half precision."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            dtypes = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (not a dict)
+        if not dtypes <= {"F16", "BF16"}:
+            return False
+    return True
 
 
 def saved_bytes(network: Any, *inputs: Tensor) -> int:
@@ -121,8 +132,11 @@ def estimate(recipe: Recipe, method: Method, config: MethodConfig, *, loaded: in
         row = saved_bytes(network, *inputs)
         numbers = sum(parameter.numel() for parameter in network.parameters())
         footprint = method.memory(config, network)
-    training = footprint.numbers * BYTES + footprint.moments * MOMENTS[recipe.compute.optimizer]
-    weights, activations = (stored + 2 * numbers) * BYTES, row * footprint.rows
+    kept = footprint.numbers - (footprint.at_once if recipe.compute.optimizer == "adamw8bit" else 0)
+    training = kept * BYTES + footprint.moments * MOMENTS[recipe.compute.optimizer]
+    narrow = recipe.compute.gradient_checkpointing and _is_half(folder / family.denoiser)
+    weights = (stored + 2 * numbers) * BYTES - (numbers * BYTES // 2 if narrow else 0)
+    activations = row * footprint.rows
     widths = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
     pictures = LAYERS * widths[0] * (side << (len(widths) - 1)) ** 2 * BYTES
     by_use = {"weights": weights, "training": training, "activations": activations, "pictures": pictures, "rest": rest}

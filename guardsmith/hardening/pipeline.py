@@ -47,6 +47,7 @@ from guardsmith.models.checkpoint import (
     stored_dtype,
     weights_digest,
 )
+from guardsmith.models.narrowed import narrow
 from guardsmith.models.saved import base_weights_in, say_what_changed, try_saving
 from guardsmith.models.tensor_files import changed_fraction
 from guardsmith.registry.loader import Registry, Subject
@@ -197,6 +198,8 @@ def _preflight(registry: Registry, recipe: Recipe, output: Path, add_to: Path | 
     if recipe.compute.optimizer == "adamw8bit":
         eight_bits()  # whether it is installed
     configure_denoiser(model.unet, recipe.compute)
+    if recipe.compute.gradient_checkpointing:
+        narrow(model.unet)
     base_digest = weights_digest(model.folder)
     settings = {
         "base": recipe.base, "base_digest": base_digest, "registry_digest": registry.digest, "seed": recipe.seed,
@@ -245,7 +248,7 @@ def _prepare(job: _Job) -> Prepared:
         preparation = Preparation(
             model=model, subjects=subjects, benign=benign, config=config, seed=recipe.seed,
             sampling_steps=recipe.sampling.steps, guidance=recipe.sampling.guidance, cache=cache,
-            draw=partial(draw_prompt, model, recipe, count=config.class_images, cache=cache),
+            draw=partial(draw_prompt, model, recipe, count=config.class_images, cache=cache), compute=recipe.compute,
         )  # fmt: skip
         return job.method.prepare(preparation)
 
@@ -344,6 +347,8 @@ def _save_hardened(job: _Job, model: DiffusionModel) -> tuple[Built, float]:
     parts = [name for name, network in model.networks.items() if network is not base.networks[name]]
     for network in model.networks.values():
         network.zero_grad(set_to_none=True)  # room for the copy that saving in another precision takes
+    if job.recipe.compute.gradient_checkpointing:
+        narrow(model.unet)  # what is stored in half precision is saved without a copy then
     folder_contents = save_model(model, folder, parts, half_variant=job.recipe.half_variant)
     changed = changed_fraction(base.folder / denoiser, folder / denoiser)
     if changed == 0:

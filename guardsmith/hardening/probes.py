@@ -25,7 +25,8 @@ from guardsmith.diffusion.losses import noise_samples, row_losses
 from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, PromptBank, class_prompt, instance_prompt
 from guardsmith.diffusion.sampling import generate, grid
 from guardsmith.methods.data import SubjectData
-from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.models.narrowed import is_narrow
 from guardsmith.training.loop import generator
 
 ROWS = 16  # of every subject and of every class
@@ -94,7 +95,8 @@ class Probes:
     @cached_property
     def before(self) -> tuple[list[torch.Tensor], list[float], list[float]]:
         """The same of the base, measured at the first probe."""
-        return self._look(self.model)
+        model = with_own_unet(self.model) if is_narrow(self.model.unet) else self.model  # gradients are float32
+        return self._look(model)
 
     def measure(self, model: DiffusionModel) -> dict[str, float]:
         """The numbers of one probe."""

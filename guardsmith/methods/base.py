@@ -59,11 +59,13 @@ class MemoryFootprint(NamedTuple):
         numbers: float32 numbers: gradients, sums of them, snapshots.
         moments: numbers that optimizers keep.
         rows: rows with gradients in the largest batch.
+        at_once: those of `numbers` that `compute.optimizer` `adamw8bit` does without: gradients that are applied at once.
     """
 
     numbers: int
     moments: int
     rows: float
+    at_once: int = 0
 
 
 class HardeningResult(NamedTuple):
@@ -108,6 +110,7 @@ class Preparation(Generic[Config]):
         guidance: classifier-free guidance scale with which it does.
         cache: folder of this run, which a resumed run finds again.
         draw: prompt -> `config.class_images` pictures by the base, float32 (n, 3, h, w) in [-1, 1], drawn once and kept.
+        compute: see `HardeningContext`.
     """
 
     model: DiffusionModel
@@ -119,6 +122,7 @@ class Preparation(Generic[Config]):
     guidance: float
     cache: Path
     draw: Callable[[str], Tensor]
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from guardsmith.models.base_checks import (
 from guardsmith.models.building import Built, build_folder, open_once, remove_folder
 from guardsmith.models.contents import EVIDENCE, HALF, is_named, list_files, weight_files
 from guardsmith.models.families import PIPELINES, SD, SDXL, Family
+from guardsmith.models.narrowed import copied_in, widened_copy
 from guardsmith.models.reading import has_halves, readable_folder
 from guardsmith.runtime.device import chosen_device, put, settle
 
@@ -275,9 +276,9 @@ def load_model(source: str, revision: str | None = None) -> DiffusionModel:
 
 
 def with_own_unet(model: DiffusionModel) -> DiffusionModel:
-    """The same model with a U-Net of its own to change; the frozen parts stay shared."""
+    """The same model with a U-Net of its own to change, float32; the frozen parts stay shared."""
     own = copy.copy(model)
-    own.unet = copy.deepcopy(model.unet)
+    own.unet = widened_copy(model.unet)
     return own
 
 
@@ -332,9 +333,9 @@ def _save_part(model: DiffusionModel, name: str, place: Path) -> None:
     """Write the weights of one part."""
     part, dtype = model.networks[name], stored_dtype(model.folder, name)
     if any(parameter.dtype != dtype for parameter in part.parameters()):  # else there may be no room for a copy
-        part = copy.deepcopy(part).to(dtype)
+        part = copied_in(part, dtype)
     if not _finite(part):
-        part = copy.deepcopy(model.networks[name]).float()
+        part = copied_in(model.networks[name], torch.float32)
     if not _finite(part):
         raise RunFailed("A weight of the hardened model is not finite; no model was written.")
     _save_weights(model, part, name, place)
@@ -342,7 +343,7 @@ def _save_part(model: DiffusionModel, name: str, place: Path) -> None:
 
 def _save_half(model: DiffusionModel, name: str, place: Path) -> bool:
     """Write the half-precision files of a part beside the others; returns whether all of its weights fit."""
-    part = copy.deepcopy(model.networks[name]).half()
+    part = copied_in(model.networks[name], torch.float16)
     if not _finite(part):
         return False
     _save_weights(model, part, name, place, variant=HALF)

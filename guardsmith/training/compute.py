@@ -22,10 +22,12 @@ class ComputeConfig(BaseModel):
     """bfloat16, float16: products and convolutions in it (autocast), in float16 with scaled losses; weights, gradients and
     optimizer stay float32. What `--mixed_precision bf16` and `fp16` are in diffusers' scripts."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Compute activations again in the backward pass instead of keeping them, and keep the base's denoiser in the half precision
+    of its files, where that is exact: less memory, a third more time."""
     optimizer: OptimizerKind = "adamw"
-    """Where AdamW's two moments of every weight are: beside the weights; there in 8 bits (extra `8bit`); in the machine's memory
-    and not the accelerator's; or shared by the processes of `accelerate launch`."""
+    """Where AdamW's two moments of every weight are: beside the weights; there in 8 bits (extra `8bit`), where the tripwire also
+    applies every gradient as soon as it is there; in the machine's memory and not the accelerator's; or shared by the processes
+    of `accelerate launch`."""
 
 
 def configure_denoiser(network: Any, compute: ComputeConfig) -> None:

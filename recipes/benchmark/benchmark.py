@@ -5,7 +5,10 @@ python recipes/benchmark/benchmark.py --what matrix
 
 Parts, each with its raw samples in docs/results/benchmark.json (parts that were not asked for stay as they are):
 
+    tripwire     what the parts of a hardening by the tripwire take on the embedded base: preparing the trunk, five subjects, one
+                 more, and the time for each of 1 to 50 (`tripwire_parts.py`)
     embedded     an inner step of APDM on the embedded base, plain (`plain_apdm.py`) and guardsmith's, by turns, on the same rows
+    precisions   the same on one thread, in float32 and in bfloat16, also on Stable Diffusion 1.5's layout, by operation
     sd15         the same on a U-Net of Stable Diffusion 1.5's layout with random weights, at the width and size that are given
     floor        U-Net steps of the embedded base: time against FLOPs over the rate of this machine's matrix products
     memory       peak memory of short hardenings, as --dry-run estimates it and as it is
@@ -36,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tripwire_parts
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peak import peak_rss
 from plain_apdm import Plain
@@ -71,7 +75,7 @@ from guardsmith.models.checkpoint import (
     with_own_unet,
 )
 from guardsmith.registry.loader import Registry, load_registry
-from guardsmith.training.compute import ComputeConfig, configure_denoiser
+from guardsmith.training.compute import ComputeConfig, Precision, configure_denoiser
 from guardsmith.training.loop import generator, optimizer_step
 from guardsmith.training.optimizers import adamw
 
@@ -87,40 +91,113 @@ def subject_of(size: int) -> SubjectData:
     return SubjectData("nobody", "person", (), pictures[:4], pictures[4:8], pictures[8:])
 
 
-def by_turns(model: DiffusionModel, config: ApdmConfig, times: int = TIMES) -> dict[str, Any]:
-    """Seconds per inner step of both, block by block, and how far their losses are apart."""
+def by_turns(
+    model: DiffusionModel, config: ApdmConfig, times: int = TIMES, precision: Precision = "float32"
+) -> dict[str, Any]:
+    """Seconds per inner step of both, block by block, and how far their losses are apart.
+
+    Args:
+        model: the base.
+        config: of APDM.
+        times: blocks of each.
+        precision: in which guardsmith's computes; the plain loop is as published, in float32.
+    """
     subject = subject_of(model.image_size)
-    plain = Plain(model, subject, config, seed=0)
+    plain, own = Plain(model, subject, config, seed=0), with_own_unet(model)
+    configure_denoiser(own.unet, ComputeConfig(precision=precision))
     theirs, ours = [], []
+    processor: tuple[list[float], list[float]] = [], []
     first = plain.step(0)  # also warms everything up
     began: list[float] = []
+    busy: list[float] = []
 
     def on_step(_: int, __: dict[str, float]) -> None:
         began.append(time.perf_counter())
+        busy.append(time.process_time())
 
     losses: list[dict[str, float]] = []
     for turn in range(times):
         began.clear()
+        busy.clear()
         two = config.model_copy(update={"outer_steps": 2})
-        context = HardeningContext(model=model, subjects=[subject], benign=None, config=two, seed=0, on_step=on_step)
+        compute = ComputeConfig(precision=precision)
+        context = HardeningContext(
+            model=own, subjects=[subject], benign=None, config=two, seed=0, compute=compute, on_step=on_step
+        )
         _, losses = METHODS["apdm"].run(context)
         ours.append((began[1] - began[0]) / config.inner_steps)
+        processor[1].append((busy[1] - busy[0]) / config.inner_steps)
+        begun = time.process_time()
         told = plain.step(turn + 1)
+        processor[0].append((time.process_time() - begun) / config.inner_steps)
         theirs.append(told[-1]["seconds"] / config.inner_steps)
     mean = {key: sum(each[key] for each in first) / len(first) for key in ("dpo", "prior")}
     apart = {key: abs(mean[key] - losses[0][key]) for key in mean}
     apart["personalization"] = abs(first[0]["personalization"] - losses[0]["personalization"])
     return {
         "plain_seconds": theirs, "guardsmith_seconds": ours, "inner_steps": config.inner_steps,
-        "ratio": statistics.median(theirs) / statistics.median(ours), "losses_apart": apart,
+        "plain_processor_seconds": processor[0], "guardsmith_processor_seconds": processor[1],
+        "ratio": statistics.median(theirs) / statistics.median(ours), "losses_apart": apart, "losses": losses[0],
+        "processor_ratio": statistics.median(processor[0]) / statistics.median(processor[1]), "precision": precision,
     }  # fmt: skip
 
 
+EMBEDDED = ApdmConfig(outer_steps=1, inner_steps=20, batch_size=1, identifiers=("sks",), reduction="element", leak=True,
+                      overlap=True, learning_rate=1e-4, personalization_learning_rate=1e-4)  # fmt: skip
+"""Paths of the paper's length."""
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+
+
 def embedded() -> dict[str, Any]:
-    """The embedded base, paths of the paper's length."""
-    config = ApdmConfig(outer_steps=1, inner_steps=20, batch_size=1, identifiers=("sks",), reduction="element", leak=True,
-                        overlap=True, learning_rate=1e-4, personalization_learning_rate=1e-4)  # fmt: skip
-    return by_turns(load_model("builtin:avatar"), config)
+    """The embedded base."""
+    return by_turns(load_model("builtin:avatar"), EMBEDDED)
+
+
+def precisions(width: int, size: int) -> dict[str, Any]:
+    """The published loop against guardsmith's on one thread and without its second one, in float32 and in bfloat16.
+
+    What counts is processor time, so that the machine may do other work meanwhile.
+
+    Args:
+        width: channels of the first block of the small Stable Diffusion 1.5.
+        size: side of its latents.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = EMBEDDED.model_copy(update={"overlap": False})
+    model = load_model("builtin:avatar")
+    found: dict[str, Any] = {"embedded": {kind: by_turns(model, alone, 2, kind) for kind in PRECISIONS}}
+    found["embedded"]["where"] = {kind: where_time_goes(model, alone, kind) for kind in PRECISIONS}
+    model, one = stable_diffusion(width, size), alone.model_copy(update={"inner_steps": 1})
+    found["sd15"] = {kind: by_turns(model, one, 1, kind) for kind in PRECISIONS}
+    torch.set_num_threads(threads)
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    has = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512_fp16") if flag in flags]
+    return {"width": width, "latent_size": size, "instructions": has, **found}
+
+
+def where_time_goes(model: DiffusionModel, config: ApdmConfig, precision: Precision = "float32") -> dict[str, Any]:
+    """Shares of processor time by operation in a path of guardsmith's APDM, and the number of calls, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    two = config.model_copy(update={"outer_steps": 2, "inner_steps": 4, "overlap": False})
+    own, compute = with_own_unet(model), ComputeConfig(precision=precision)
+    configure_denoiser(own.unet, compute)
+    subject, watched = subject_of(model.image_size), profile(activities=[ProfilerActivity.CPU])
+
+    def on_step(step: int, _: dict[str, float]) -> None:
+        (watched.stop if step else watched.start)()
+
+    context = HardeningContext(
+        model=own, subjects=[subject], benign=None, config=two, seed=0, compute=compute, on_step=on_step
+    )
+    METHODS["apdm"].run(context)
+    spent = sorted(watched.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
+    total = sum(entry.self_cpu_time_total for entry in spent)
+    return {
+        "inner_steps": two.inner_steps, "microseconds": total,
+        "operations": {e.key: {"share": round(e.self_cpu_time_total / total, 3), "calls": e.count} for e in spent[:16]},
+    }  # fmt: skip
 
 
 def stable_diffusion(width: int, size: int) -> DiffusionModel:
@@ -313,7 +390,8 @@ def part_of(registry: Registry, subjects: int, pictures: int) -> Registry:
 
 def growth() -> dict[str, Any]:
     """Short hardenings by Tripwire with 1 to 6 subjects and 1 to 4 pictures, short verifications, U-Nets of several sizes."""
-    short = ["steps=20", "copies=4", "class_images=8", "benign_images=16"]
+    short = ["steps=20", "copies=4", "class_images=8", "benign_images=16", "transformed=8"]
+    short += ["early_steps=[4,8]", "early_images=4"]
     changes = [f"method.params.{change}" for change in short] + ["probe.times=0"]
     known = load_registry(ROOT / "registries" / "avatars.yaml")
     found: dict[str, Any] = {}
@@ -424,6 +502,9 @@ def draw_classes(target: TargetModel, units: Sequence[Unit], recipe: Recipe) -> 
         )
 
 
+TRIPWIRE = {"trunk_steps": 4, "trunk_batch_size": 1, "steps": 2, "positives": 2, "negatives": 4, "benign_images": 2,
+            "copies": 2, "transformed": 2, "early_steps": [2], "early_images": 1, "early_sampling_steps": 2}  # fmt: skip
+LITTLE = {"optimizer": "adamw8bit", "gradient_checkpointing": True}
 APDM = {"outer_steps": 2, "inner_steps": 2, "batch_size": 1}  # the first path meets no moments of the outer AdamW yet
 SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm": ("apdm", APDM, {}),
@@ -434,16 +515,18 @@ SHORT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "imma": ("imma", {"steps": 4, "batch_size": 1, "benign_images": 2}, {}),
     "tripwire": (
         "tripwire",
-        {"trunk_steps": 2, "trunk_batch_size": 1, "steps": 2, "positives": 2, "negatives": 4, "benign_images": 2},
+        TRIPWIRE,
         {},
     ),
+    "tripwire, moments in 8 bits, activations computed again": ("tripwire", TRIPWIRE, LITTLE),
 }  # method, as few steps as its peak needs, how it computes
 LEAN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apdm along adapters, attention": SHORT["apdm along adapters, attention"],
     "apdm along adapters, attention, activations computed again":
         (*SHORT["apdm along adapters, attention"][:2], {"gradient_checkpointing": True}),
     "apdm, moments in 8 bits, activations computed again":
-        ("apdm", APDM, {"optimizer": "adamw8bit", "gradient_checkpointing": True}),
+        ("apdm", APDM, LITTLE),
+    "tripwire, moments in 8 bits, activations computed again": ("tripwire", TRIPWIRE, LITTLE),
 }  # fmt: skip
 
 
@@ -504,6 +587,8 @@ def cloaks() -> dict[str, Any]:
 
 
 PARTS = {
+    "tripwire": lambda args: tripwire_parts.run(),
+    "precisions": lambda args: precisions(args.width, args.size),
     "embedded": lambda args: embedded(), "sd15": lambda args: sd15(args.width, args.size), "floor": lambda args: floor(),
     "matrix": lambda args: matrix(args.steps), "memory": lambda args: memory(args.width, args.size, SHORT),
     "memory-sd15": lambda args: memory(320, 64, LEAN),
@@ -532,7 +617,7 @@ def main() -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.what:
         settings = []
-        if part in ("sd15", "memory", "variants"):
+        if part in ("sd15", "memory", "variants", "precisions"):
             settings = ["--width", str(args.width), "--size", str(args.size)]
         elif part == "matrix":
             settings = ["--steps", str(args.steps)]

@@ -77,18 +77,18 @@ class Adapter:
     def train(self) -> None:
         """A step of DreamBooth with LoRA on the base."""
         latents = self.latents.sample(self.picture.expand(ADAPTER_ROWS), self.rng)
-        with self.on(self.model.unet), torch.enable_grad():
+        with self.on(self.model.unet, learning=True), torch.enable_grad():
             rows = noise_samples(latents, self.context, self.rng)
             row_losses(self.model.unet, self.model.scheduler, rows).mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     @contextmanager
-    def on(self, unet: Any) -> Iterator[None]:
-        """Inside, a U-Net of the base's shape carries the adapter."""
+    def on(self, unet: Any, *, learning: bool = False) -> Iterator[None]:
+        """Inside, a U-Net of the base's shape carries the adapter, to which gradients flow only while it is learning."""
 
         def add(factors: tuple[Tensor, Tensor], layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            down, up = (factor.to(output.dtype) for factor in factors)
+            down, up = ((factor if learning else factor.detach()).to(output.dtype) for factor in factors)
             if isinstance(layer, nn.Conv2d):
                 assert isinstance(layer.padding, tuple)
                 return output + F.conv2d(F.conv2d(inputs[0], down, None, layer.stride, layer.padding), up)

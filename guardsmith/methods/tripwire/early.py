@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from guardsmith.diffusion.prompts import HARDENING_IDENTIFIERS, SAMPLE_TEMPLATES
 from guardsmith.diffusion.sampling import generate
 from guardsmith.methods.data import SubjectData
 from guardsmith.models.checkpoint import DiffusionModel
+from guardsmith.training.at_once import AdamWAtOnce
+from guardsmith.training.compute import ComputeConfig
 from guardsmith.training.loop import generator
 
 BATCH_SIZE = 2
@@ -63,6 +66,7 @@ def early_pictures(
     drawing: EarlyDrawing,
     seed: int,
     on_step: Callable[[], None] = lambda: None,
+    compute: ComputeConfig | None = None,
 ) -> Tensor:
     """Pictures that the base draws of a subject while it is fine-tuned on it.
 
@@ -72,6 +76,7 @@ def early_pictures(
         drawing: settings, with at least one look.
         seed: of the training and of every picture's noise.
         on_step: called after every step of the training.
+        compute: with `adamw8bit`, moments have 8 bits and gradients are applied as soon as they are there.
 
     Returns:
         float32 (looks times images, 3, h, w) in [-1, 1], on the CPU; those of the first look first.
@@ -95,7 +100,10 @@ def early_pictures(
 
     attack = find_attack("dreambooth")
     config = attack.config(learning_rate=drawing.learning_rate, steps=max(drawing.looks), batch_size=BATCH_SIZE)
-    attack.run(model, data, config, seed=seed, on_step=look)
+    more = {}
+    if compute is not None and compute.optimizer == "adamw8bit":
+        more["optimizer_of"] = partial(AdamWAtOnce, learning_rate=drawing.learning_rate)
+    attack.run(model, data, config, seed=seed, on_step=look, **more)
     return torch.cat(pictures).contiguous()
 
 
@@ -104,7 +112,12 @@ def _file(cache: Path, subject: SubjectData) -> Path:
 
 
 def draw_early(
-    model: DiffusionModel, subjects: Sequence[SubjectData], drawing: EarlyDrawing, seed: int, cache: Path
+    model: DiffusionModel,
+    subjects: Sequence[SubjectData],
+    drawing: EarlyDrawing,
+    seed: int,
+    cache: Path,
+    compute: ComputeConfig | None = None,
 ) -> tuple[int, int]:
     """Make every subject's `early_pictures` that are not in a run's cache yet, and keep them there.
 
@@ -114,6 +127,7 @@ def draw_early(
         drawing: settings; without looks nothing is made.
         seed: of the hardening.
         cache: folder of the run.
+        compute: see `early_pictures`.
 
     Returns:
         Rows that are predicted in all: forward, and backward, whether or not they were there.
@@ -126,7 +140,7 @@ def draw_early(
     with stage("what the base draws while it learns a subject", len(subjects) * max(drawing.looks)) as bar:
         for number, subject in enumerate(subjects):
             if not _file(cache, subject).exists():
-                pictures = early_pictures(model, subject, drawing, seed + number, bar)
+                pictures = early_pictures(model, subject, drawing, seed + number, bar, compute)
                 with whole_file(_file(cache, subject)) as temporary:
                     save_file({"pictures": pictures}, temporary)
             bar(done=(number + 1) * max(drawing.looks))

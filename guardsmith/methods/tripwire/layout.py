@@ -192,6 +192,7 @@ class Surgeon:
     def __init__(self, unet: Any) -> None:
         self.names = {id(p): name for name, p in unet.named_parameters()}
         self.masks: Masks = {}
+        self._planes: Masks = {}  # the same without the kernels' axes, along which all entries are alike
 
     @torch.no_grad()
     def put(
@@ -200,7 +201,13 @@ class Surgeon:
         """Set the entries of `rows`; where `columns` are given, of these columns in every row."""
         if parameter is None:
             return
-        free = self.masks.setdefault(self.names[id(parameter)], torch.ones_like(parameter, dtype=torch.bool))
+        name = self.names[id(parameter)]
+        if name not in self.masks:
+            plane = torch.ones(
+                (*parameter.shape[:2], *[1] * (parameter.ndim - 2)), dtype=torch.bool, device=parameter.device
+            )
+            self._planes[name], self.masks[name] = plane, plane.expand(parameter.shape)
+        free = self._planes[name]
         index = rows if columns is None else (slice(None), list(columns))
         parameter[index], free[index] = value, False
 

@@ -53,14 +53,15 @@ from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, o
 from guardsmith.methods.tripwire.trunk import (
     GUIDED,
     check_trunk,
-    is_matrix,
     load_trunk,
     rows_predicted,
     trunk_file,
+    trunk_footprint,
     trunk_of,
 )
 from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
+from guardsmith.models.narrowed import is_narrow, narrow, widen
 from guardsmith.training.loop import generator, torch_seed
 
 FILE = "trunk.safetensors"
@@ -235,17 +236,17 @@ class Tripwire(HardeningMethod[TripwireConfig]):
     def memory(self, config: TripwireConfig, unet: Any) -> MemoryFootprint:
         """The larger of what the trunk's distillation keeps, if it has to be prepared, and learning a subject (`early_steps`).
 
-        The first are gradients, moments and masks (a byte a number), the second a U-Net with gradients and AdamW's moments; with
-        neither it is a second U-Net. `compute.optimizer` has no say in the moments.
+        The first are gradients, moments and masks (a byte for every two-dimensional slice's entry), the second gradients and
+        AdamW's moments; with neither it is a third U-Net, which probes look at.
         """
-        numbers, rows = sum(parameter.numel() for parameter in unet.parameters()), 0
-        most = numbers
+        numbers = sum(parameter.numel() for parameter in unet.parameters())
+        found = [MemoryFootprint(numbers, 0, 0)]
         if config.early_steps:
-            most, rows = 4 * numbers, 2 * BATCH_SIZE
+            found.append(MemoryFootprint(numbers, 2 * numbers, 2 * BATCH_SIZE, numbers))
         if config.trunk is None:
-            moments = sum(p.numel() * (1 if is_matrix(n, p) else 2) for n, p in unet.named_parameters())
-            most, rows = max(most, numbers + moments + numbers // 4), max(rows, 2 * config.trunk_batch_size)
-        return MemoryFootprint(most, 0, rows)
+            found.append(trunk_footprint(config.trunk_steps, config.trunk_batch_size, unet))
+        most = max(found, key=lambda each: each.numbers + each.moments)
+        return most._replace(rows=max(each.rows for each in found))
 
     def check_earlier(self, params: Mapping[str, Any], config: TripwireConfig | None = None) -> None:
         """Refuse runs of the earlier Tripwire, and to begin from a recogniser of another shape."""
@@ -279,10 +280,13 @@ class Tripwire(HardeningMethod[TripwireConfig]):
             rows.append(trunk_of(
                 model, layout_of(model.unet, config.groups, config.outer_groups), preparation.subjects, benign,
                 preparation.cache / FILE, steps=config.trunk_steps, rows=config.trunk_batch_size,
-                learning_rate=config.trunk_learning_rate, seed=preparation.seed,
+                learning_rate=config.trunk_learning_rate, seed=preparation.seed, compute=preparation.compute,
             ))  # fmt: skip
         drawing = config.early_drawing(preparation.guidance)
-        rows.append(draw_early(model, preparation.subjects, drawing, preparation.seed, preparation.cache))
+        early = draw_early(
+            model, preparation.subjects, drawing, preparation.seed, preparation.cache, preparation.compute
+        )
+        rows.append(early)
         forward, backward = (sum(part) for part in zip(*rows, strict=True))
         return Prepared(preparation.subjects, benign, forward, backward)
 
@@ -299,15 +303,16 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         own = with_own_unet(model)
         load_trunk(context.cache / FILE if config.trunk is None else trunk_file(config.trunk), own.unet)
         reserve(own.unet, layout)
+        if is_narrow(model.unet):
+            narrow(own.unet)
         with torch_seed(seed):
             recogniser = Recogniser(model.unet, layout).to(next(model.unet.parameters()).device)
         early = [read_early(subject, context.cache) for subject in context.subjects] if config.early_steps else []
         examples = examples_of(model, context.subjects, context.benign, early, config, seed)
         training = training_of(config)
 
-        def armed() -> DiffusionModel:
-            """A copy with everything in place."""
-            ready = with_own_unet(own)
+        def armed(ready: DiffusionModel) -> DiffusionModel:
+            """The trunk with everything in place."""
             recogniser.measure(examples.noised(model.scheduler, config.horizon, generator(seed, -3)))
             install(ready.unet, layout, recogniser, config.scales(), generator(seed, -4))
             ready.unet.requires_grad_(False)
@@ -316,14 +321,15 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         optimizer = optimizer_of(recogniser, training)
         loop = context.training_loop(
             "the recogniser", config.steps, modules={"recogniser": recogniser}, optimizers={"optimizer": optimizer},
-            tensors={"closeness": examples.closeness}, released=armed,
+            tensors={"closeness": examples.closeness}, released=lambda: armed(with_own_unet(own)),
         )  # fmt: skip
         for step in loop:
             losses = training_step(
                 recogniser, optimizer, examples, model.scheduler, training, step=step, seed=seed
             )  # fmt: skip
             loop.finish_step(step, losses)
-        return HardeningResult(armed(), loop.history)
+        widen(own.unet)
+        return HardeningResult(armed(own), loop.history)
 
 
 def training_of(config: TripwireConfig) -> RecogniserTraining:

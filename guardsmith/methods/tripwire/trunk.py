@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,17 @@ from guardsmith.diffusion.prompts import (
     class_prompt,
     instance_prompt,
 )
+from guardsmith.methods.base import MemoryFootprint
 from guardsmith.methods.data import BenignData, SubjectData
 from guardsmith.methods.tripwire.additions import ADAPTER_ROWS, Adapter, Adapters, odd_contexts, residuals, trainings
 from guardsmith.methods.tripwire.layout import Layout, Masks, reserve
 from guardsmith.methods.tripwire.training import noised
-from guardsmith.models.checkpoint import BUILTIN, DiffusionModel
+from guardsmith.methods.tripwire.trunk_training import LeanTraining, TrunkTraining, is_matrix
+from guardsmith.models.checkpoint import BUILTIN, DiffusionModel, with_own_unet
 from guardsmith.models.families import SD
-from guardsmith.training.loop import (
-    generator,
-    load_checkpoint,
-    load_module_tensors,
-    load_optimizer_tensors,
-    module_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
-from guardsmith.training.scaling import LossScale
+from guardsmith.models.narrowed import is_narrow, resting
+from guardsmith.training.compute import ComputeConfig
+from guardsmith.training.loop import generator
 
 FORMAT = "guardsmith-trunk-1"
 GUIDED = 3.0  # guidance under which predictions are compared as well
@@ -51,86 +45,7 @@ STEERED = {1: False, 3: True}
 """Which of five steps steer pictures by residuals, and whether inside of the blocks."""
 
 
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon trains a parameter of the U-Net, of which it keeps one moment; AdamW trains the others and keeps two."""
-    return parameter.ndim >= 2 and min(parameter.shape[:2]) >= 32 and not name.startswith("time_")
-
-
-CLOSENESS = 3.0  # times the rate: the share of its distance to the base by which a weight returns in a step
-
-
-class _Training:
-    """A trunk in training: Muon moves its large matrices, AdamW everything else, and neither what was cut.
-
-    Args:
-        unet: the trunk, whose parameters are changed.
-        base: the base's U-Net, to whose weights the trunk's are drawn.
-        masks: which of their entries are the trunk's (`layout.reserve`).
-        learning_rate: its peak.
-        steps: of the whole training.
-    """
-
-    def __init__(self, unet: Any, base: Any, masks: Masks, learning_rate: float, steps: int) -> None:
-        self.unet, self.masks, self.learning_rate, self.steps = unet, masks, learning_rate, steps
-        self.named = dict(unet.requires_grad_(True).named_parameters())
-        self.base = {name: weight.detach() for name, weight in base.named_parameters()}
-        self.matrices = [p for n, p in self.named.items() if is_matrix(n, p)]
-        self.views = [torch.nn.Parameter(p.data.view(len(p), -1)) for p in self.matrices]
-        rest = [p for n, p in self.named.items() if not is_matrix(n, p)]
-        self.muon = torch.optim.Muon(
-            self.views, learning_rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        )
-        self.adamw = torch.optim.AdamW(rest, learning_rate, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-        self.scale = LossScale(enabled=unet.precision == torch.float16)
-
-    def step(self, step: int, loss: Tensor) -> None:
-        """Move the trunk by the gradient of a loss; where it overflows in float16, nothing moves."""
-        for group in (*self.adamw.param_groups, *self.muon.param_groups):
-            group["lr"] = self.learning_rate * min(1.0, (step + 1) / 20, 1.5 * (1 - step / self.steps))
-        self.scale.up(loss).backward()
-        self.scale.down(parameter.grad for parameter in self.named.values())
-        for name, mask in self.masks.items():
-            gradient = self.named[name].grad
-            if gradient is not None:
-                gradient *= mask
-        gradients = [parameter.grad for parameter in self.named.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.scale.takes(float(norm)):
-            torch.nn.utils.clip_grads_with_norm_(self.unet.parameters(), 1.0, norm)
-            for matrix, view in zip(self.matrices, self.views, strict=True):
-                view.grad = None if matrix.grad is None else matrix.grad.reshape(view.shape)
-            self.adamw.step()
-            self.muon.step()
-            self._approach()
-        self.muon.zero_grad(set_to_none=True)
-        for parameter in self.named.values():
-            parameter.grad = None
-
-    @torch.no_grad()
-    def _approach(self) -> None:
-        """Move the trunk's weights towards the base's, a little: the closer they are, the better fits what was made for it."""
-        share = CLOSENESS * float(self.adamw.param_groups[0]["lr"])
-        for name, weight in self.named.items():
-            away = self.base[name] - weight
-            weight.add_(away * self.masks[name] if name in self.masks else away, alpha=share)
-
-    def save(self, file: Path, step: int) -> None:
-        """Write everything that `load` needs to go on after so many steps."""
-        tensors = module_tensors(self.unet, "unet") | optimizer_tensors(self.adamw) | {"scale": self.scale.state}
-        save_checkpoint(file, tensors | optimizer_tensors(self.muon, "muon"), {"step": step})
-
-    @torch.no_grad()
-    def load(self, file: Path) -> int:
-        """Go on from what `save` wrote; returns how many steps were taken."""
-        tensors, record = load_checkpoint(file)
-        load_module_tensors(self.unet, tensors, "unet")
-        load_optimizer_tensors(self.adamw, tensors)
-        load_optimizer_tensors(self.muon, tensors, "muon")
-        if "scale" in tensors:
-            self.scale.state.copy_(tensors["scale"])
-        return int(record["step"])
-
-
+@contextmanager
 def _loss(
     model: DiffusionModel,
     unet: Any,
@@ -141,10 +56,11 @@ def _loss(
     rng: torch.Generator,
     adapter: Adapter | None = None,
     inside: bool | None = None,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Squared error of a trunk's predictions on `rows` noised pictures, with a prompt, without, and guided by both.
 
-    `adapter` is on both, and where `inside` is given, some pictures are steered (`residuals`).
+    `adapter` is on both, and where `inside` is given, some pictures are steered (`residuals`). The adapter stays on meanwhile:
+    with gradient checkpointing, the backward pass computes the forward pass again.
     """
     times = torch.randint(int(model.scheduler.config.num_train_timesteps), (rows,), generator=rng)
     noisy = noised(model.scheduler, latents.draw(rows, rng), times, rng)
@@ -162,10 +78,9 @@ def _loss(
         with torch.no_grad():
             target = model.unet(*call, **_copied(extra), return_dict=False)[0]
         error = unet(*call, **_copied(extra), return_dict=False)[0] - target
-    prompted, without = error.chunk(2)
-    guided = without + GUIDED * (prompted - without)
-    loss: Tensor = error.square().mean() + GUIDED_WEIGHT * guided.square().mean()
-    return loss
+        prompted, without = error.chunk(2)
+        guided = without + GUIDED * (prompted - without)
+        yield error.square().mean() + GUIDED_WEIGHT * guided.square().mean()
 
 
 def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +103,7 @@ def prepare(
     checkpoint: Path | None = None,
     every: int = 50,
     on_step: Callable[[int, float, Any], None] | None = None,
+    compute: ComputeConfig | None = None,
 ) -> tuple[Any, Masks]:
     """A U-Net without the reserved channels that predicts what the base predicts.
 
@@ -205,6 +121,7 @@ def prepare(
         checkpoint: file to resume from if it exists, and to save to.
         every: steps between saves.
         on_step: called after every step with its number, loss and the U-Net.
+        compute: with `adamw8bit`, see `LeanTraining`.
 
     Returns:
         The U-Net, its weights rounded to float16, and which entries are the trunk's (`layout.reserve`).
@@ -212,22 +129,26 @@ def prepare(
     Raises:
         RunFailed: gradients overflow in float16 at every scale.
     """
-    unet = copy.deepcopy(model.unet)
+    unet = with_own_unet(model).unet
     if start is not None:
         load_trunk(start, unet)
     masks = reserve(unet, layout)
-    training, begin = _Training(unet, model.unet, masks, learning_rate, steps), 0
+    lean = compute is not None and compute.optimizer == "adamw8bit"
+    training, begin = (LeanTraining if lean else TrunkTraining)(unet, model.unet, masks, learning_rate, steps), 0
     if checkpoint is not None and checkpoint.exists():
         begin = training.load(checkpoint)
     adapters = Adapters(model, latents, contexts, seed)
-    for step in range(begin, steps):
-        adapter = adapters.at(step // 2) if step % 2 else None
-        loss = _loss(model, unet, latents, contexts, empty, rows, generator(seed, step), adapter, STEERED.get(step % 5))
-        training.step(step, loss)
-        if on_step is not None:
-            on_step(step, loss.item(), unet)
-        if checkpoint is not None and (step + 1) % every == 0:
-            training.save(checkpoint, step + 1)
+    # Pictures and prompts are encoded by now.
+    with resting([model.vae, model.text_encoder] if is_narrow(model.unet) else []):
+        for step in range(begin, steps):
+            adapter = adapters.at(step // 2) if step % 2 else None
+            rng = generator(seed, step)
+            with _loss(model, unet, latents, contexts, empty, rows, rng, adapter, STEERED.get(step % 5)) as loss:
+                training.step(step, loss)
+            if on_step is not None:
+                on_step(step, loss.item(), unet)
+            if checkpoint is not None and (step + 1) % every == 0:
+                training.save(checkpoint, step + 1)
     unet.requires_grad_(False)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -247,6 +168,7 @@ def trunk_of(
     learning_rate: float,
     seed: int,
     every: int = 200,
+    compute: ComputeConfig | None = None,
 ) -> tuple[int, int]:
     """Prepare a trunk and write it, unless its file is there already; a killed preparation is resumed.
 
@@ -261,6 +183,7 @@ def trunk_of(
         learning_rate: see `prepare`.
         seed: see `prepare`.
         every: see `prepare`.
+        compute: see `prepare`.
 
     Returns:
         See `rows_predicted`.
@@ -295,6 +218,7 @@ def trunk_of(
             unet, _ = prepare(
                 model, layout, encode(model, torch.cat(pictures)), contexts, bank.encode([""]), steps=steps,
                 rows=rows, learning_rate=learning_rate, seed=seed, checkpoint=checkpoint, every=every, on_step=on_step,
+                compute=compute,
             )  # fmt: skip
         save_trunk(unet, layout, model.unet, file)
         checkpoint.unlink(missing_ok=True)
@@ -306,6 +230,22 @@ def rows_predicted(steps: int, rows: int) -> tuple[int, int]:
     steered = sum(step % 5 in STEERED for step in range(steps))
     adapters = trainings(steps // 2) * ADAPTER_ROWS
     return 4 * rows * (steps + steered) + adapters, 2 * rows * steps + adapters
+
+
+def trunk_footprint(steps: int, rows: int, unet: Any) -> MemoryFootprint:
+    """What a preparation keeps in memory beside base and trunk: gradients, moments, and a mask of every weight's first two axes.
+
+    Args:
+        steps: see `prepare`.
+        rows: see `prepare`.
+        unet: the base's; its tensors may have no contents.
+    """
+    named = dict(unet.named_parameters())
+    numbers = sum(weight.numel() for weight in named.values())
+    matrices = sum(weight.numel() for name, weight in named.items() if is_matrix(name, weight))
+    masks = sum(weight.shape[:2].numel() for weight in named.values()) // 4
+    most = max(2 * rows, ADAPTER_ROWS if trainings(steps // 2) else 0)
+    return MemoryFootprint(numbers + masks, 2 * numbers - matrices, most, matrices)
 
 
 def weights_hash(unet: Any) -> str:
