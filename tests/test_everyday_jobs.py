@@ -26,7 +26,7 @@ from guardsmith.evaluation.runs import run_job, run_units
 from guardsmith.models.checkpoint import builtin_path, load_model
 from guardsmith.registry.loader import load_registry
 
-CHEAP = ("precision", "controlnet", "quantization")
+CHEAP = ("controlnet", "quantization")
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +157,10 @@ def test_what_failed_to_run_is_in_the_report_and_tried_again(base, tmp_path, mon
 
 def test_a_measurement_of_an_earlier_version_in_one_file_is_read(base, tmp_path):
     use = use_of(base, tmp_path, checks=CHEAP)
-    one = {"check": "precision", "case": "float16", "measure": "faults", "value": 0.0, "n": 4}
+    one = {"check": "quantization", "case": "int8", "measure": "faults", "value": 0.0, "n": 4}
     use.file.parent.mkdir()
     use.file.write_text(json.dumps([one]))
-    assert not missing_checks(use) and [m.case for m in everyday_measurements(use)] == ["float16"]
+    assert not missing_checks(use) and [m.case for m in everyday_measurements(use)] == ["int8"]
 
 
 def test_every_kind_of_adapter_is_a_part_and_the_longest_checks_begin(base, tmp_path):
