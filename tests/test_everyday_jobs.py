@@ -128,6 +128,10 @@ def test_jobs_measure_what_one_bench_measures(base, tmp_path, drawn):
     assert not missing_checks(use)
     next((tmp_path / "deployability").glob("quantization-*.png")).unlink()
     assert [job.use.spec.checks for job in missing_checks(use)] == [("quantization",)], "it lost a picture"
+    lost = everyday_measurements(use)[-1]
+    assert (lost.check, lost.error) == ("quantization", "its measurements are not there"), (
+        "no check is left out silently"
+    )
 
 
 def test_pictures_that_checks_share_are_drawn_once(base, tmp_path, drawn):

@@ -175,7 +175,9 @@ def run_units(
                 raise error
             if error is not None and not known and system_errno(error) == errno.ENOSPC:
                 raise error
-            if error is not None and isinstance(job, Unit):  # a crash is a finding about that cell, not the end of the run
+            if error is not None and isinstance(
+                job, Unit
+            ):  # a crash is a finding about that cell, not the end of the run
                 failures[job.name] = str(error) if known else f"{type(error).__name__}: {error}"
             bar()
     return failures
