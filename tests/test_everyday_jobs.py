@@ -1,4 +1,4 @@
-"""Everyday use as jobs of a verification: what is kept for others, that it is the same to the bit, and that nothing is made twice."""
+"""Everyday use as jobs of a verification: what is kept is the same to the bit, and nothing is made twice."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,6 @@ from guardsmith.config.deployability import DeployabilitySpec
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.errors import RunFailed
 from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, benign_prompts
-from guardsmith.evaluation import drawing
 from guardsmith.evaluation.deployability import CHECKS, Bench, adapters, measure, parts_of
 from guardsmith.evaluation.deployability.bench import Shelf
 from guardsmith.evaluation.deployability.kept import (
@@ -199,4 +198,4 @@ def test_one_set_of_pictures_is_left_to_all_threads(base, tmp_path, monkeypatch)
     other = replace(job, file=tmp_path / "b.safetensors")
     draw_beside_each_other([job, other], "pictures", 2, "local")
     assert torch.equal(job.drawn(base), replace(job, file=tmp_path / "c.safetensors").drawn(base)), "the same bits"
-    assert other.file.is_file() and drawing.draw_beside_each_other is draw_beside_each_other
+    assert other.file.is_file()
