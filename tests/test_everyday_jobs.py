@@ -142,7 +142,8 @@ def test_pictures_that_checks_share_are_drawn_once(base, tmp_path, drawn):
     assert plain == 4, "the base's of both sets of noise and the rest for merges, and the hardened model's"
     for job in jobs:
         run_job(replace(job, use=replace(job.use, root=str(tmp_path / job.use.spec.checks[0]))))  # a bench of its own
-    assert len(drawn) - plain == 6 + 1, "three formats on both sides, and the merge"
+    # Three formats on both sides, the merge, and the reference that a verification has among its benign prompts.
+    assert len(drawn) - plain == 6 + 1 + 1
 
 
 def test_what_failed_to_run_is_in_the_report_and_tried_again(base, tmp_path, monkeypatch):
