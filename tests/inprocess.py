@@ -40,16 +40,16 @@ class Pool:
 @contextlib.contextmanager
 def processes(count=None):
     """In the place of `guardsmith.runtime.processes.processes`."""
-    from guardsmith.evaluation import runs
+    from guardsmith.evaluation import loaded
 
     before, queue = real._queue, Queue()
     real._queue = queue
-    runs._model.cache_clear()  # a new process has loaded nothing yet
+    loaded.forget()  # a new process has loaded nothing yet
     try:
         yield Pool(), queue
     finally:
         real._queue = before
-        runs._model.cache_clear()
+        loaded.forget()
 
 
 def command(arguments):

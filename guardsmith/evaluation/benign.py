@@ -10,8 +10,8 @@ from torch import Tensor
 from guardsmith.config.recipe import Recipe
 from guardsmith.core.atomic_io import folder_digest
 from guardsmith.core.seeds import BENIGN_AGAIN, BENIGN_BASE, SeedRange
-from guardsmith.diffusion.cache import drawn_by
 from guardsmith.diffusion.prompts import VERIFICATION_TEMPLATES, BenignPrompt, benign_prompts
+from guardsmith.evaluation.drawing import Drawing
 from guardsmith.evaluation.planning import TargetModel
 from guardsmith.gate.evidence import Side, Utility
 from guardsmith.metrics import Judge
@@ -26,17 +26,28 @@ SETS: tuple[tuple[str, Side, SeedRange], ...] = (
 """Name of a set of pictures, the model that draws it, and its seeds."""
 
 
-def draw_benign(models: Mapping[Side, TargetModel], recipe: Recipe) -> tuple[list[BenignPrompt], dict[str, Tensor]]:
-    """Benign prompts, and pictures of them by name of the set (`SETS`), float32 (n, 3, h, w) in [-1, 1]."""
-    prompts = benign_prompts(models["base"].model, VERIFICATION_TEMPLATES, recipe.verify.benign_images, recipe.seed + 1)
+def draw_benign(models: Mapping[Side, TargetModel], sets: Mapping[str, Drawing]) -> dict[str, Tensor]:
+    """Pictures of benign prompts by name of the set (see `benign_sets`), float32 (n, 3, h, w) in [-1, 1]."""
+    return {name: sets[name].drawn(models[side].model) for name, side, _ in SETS}
+
+
+def prompts_for(models: Mapping[Side, TargetModel], recipe: Recipe) -> list[BenignPrompt]:
+    """The benign prompts of a verification."""
+    return benign_prompts(models["base"].model, VERIFICATION_TEMPLATES, recipe.verify.benign_images, recipe.seed + 1)
+
+
+def benign_sets(
+    models: Mapping[Side, TargetModel], recipe: Recipe, prompts: Sequence[BenignPrompt]
+) -> dict[str, Drawing]:
+    """What is to be drawn of them, by name of the set, in the order of `SETS`."""
     texts = [prompt.text for prompt in prompts]
-    pictures: dict[str, Tensor] = {}
+    jobs = {}
     for name, side, seeds in SETS:
         target, seed = models[side], seeds.seeds(len(texts)).start
         key = folder_digest(target.digest, texts, seed, recipe.sampling.model_dump())
         file = target.root / f"ordinary-{key}.safetensors"
-        pictures[name] = drawn_by(target.model, recipe.sampling, texts, seed, file, f"benign prompts: {name}")
-    return prompts, pictures
+        jobs[name] = Drawing.by(target, recipe, texts, seed, file, f"benign prompts: {name}")
+    return jobs
 
 
 def measure_benign(prompts: Sequence[BenignPrompt], pictures: Mapping[str, Tensor], judge: Judge) -> Utility:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,17 @@ from torch import Tensor
 
 from guardsmith.core.progress import stage
 from guardsmith.core.seeds import ATTACK_CLASS
-from guardsmith.diffusion.cache import drawn_by
 from guardsmith.diffusion.prompts import BenignPrompt, class_prompt
-from guardsmith.evaluation.benign import draw_benign, measure_benign
-from guardsmith.evaluation.deployability.kept import measure_everyday_use
-from guardsmith.evaluation.no_attack import likeness_of, released_pictures
+from guardsmith.evaluation.benign import SETS, benign_sets, draw_benign, measure_benign, prompts_for
+from guardsmith.evaluation.deployability.kept import (
+    EverydayUse,
+    everyday_measurements,
+    everyday_use,
+    missing_checks,
+    missing_plain,
+)
+from guardsmith.evaluation.drawing import Costed, Drawing, Job, draw_beside_each_other
+from guardsmith.evaluation.no_attack import ReleasedPictures, likeness_of, released_folder, released_pictures
 from guardsmith.evaluation.planning import class_file, plan_units
 from guardsmith.evaluation.preflight import Plan
 from guardsmith.evaluation.runs import collect, run_units
@@ -50,19 +56,30 @@ class Measurements:
     deployability: Sequence[Measurement] = ()
 
 
-def draw_class_images(plan: Plan, sides: Sequence[Side] = SIDES) -> None:
-    """Pictures for the attackers' prior preservation, by each of these models of every class, unless they are there."""
+def class_sets(plan: Plan, sides: Sequence[Side] = SIDES) -> list[tuple[Side, Drawing]]:
+    """Pictures for the attackers' prior preservation that each of these models is to draw of every class."""
     verify = plan.recipe.verify
     nouns = dict.fromkeys(subject.class_noun for subject in (*plan.attacked, *plan.registry.controls))
     nouns |= dict.fromkeys(spec.class_noun for spec in verify.attacks.values() if spec.class_noun)
     seed = ATTACK_CLASS.seeds(verify.class_images).start
+    jobs = []
     for side in sides:
         target = plan.models[side]
-        target.root.mkdir(parents=True, exist_ok=True)
         for noun in nouns if verify.class_images else ():
             prompts = [class_prompt(noun)] * verify.class_images
             file = class_file(target, noun, plan.recipe)
-            drawn_by(target.model, plan.recipe.sampling, prompts, seed, file, f"class pictures ({side}): {noun}")
+            jobs.append(
+                (side, Drawing.by(target, plan.recipe, prompts, seed, file, f"class pictures ({side}): {noun}"))
+            )
+    return jobs
+
+
+def draw_class_images(plan: Plan, sides: Sequence[Side] = SIDES) -> None:
+    """Draw `class_sets`, unless they are there."""
+    for side in sides:
+        plan.models[side].root.mkdir(parents=True, exist_ok=True)
+    for side, job in class_sets(plan, sides):
+        job.drawn(plan.models[side].model)
 
 
 def measure(plan: Plan, *, workers: int | None = None, executor: str = "local") -> Measurements:
@@ -76,10 +93,14 @@ def measure(plan: Plan, *, workers: int | None = None, executor: str = "local") 
     Raises:
         RunFailed: a worker process was killed.
     """
-    draw_class_images(plan)
+    prompts = prompts_for(plan.models, plan.recipe)
+    sets = benign_sets(plan.models, plan.recipe, prompts)
+    of_base = [sets[name] for name, side, _ in SETS if side == "base"]
+    use = everyday_use(plan, of_base[0].prompts, [job.file for job in of_base])
+    _draw_first(plan, of_base, use, workers, executor)
     units = list(plan_units(plan.registry, plan.recipe, plan.models, plan.policy))
-    failures = run_units(units, workers, executor)
-    prompts, benign = draw_benign(plan.models, plan.recipe)
+    failures = run_units(units, workers, executor, _beside(plan, sets, use))
+    benign = draw_benign(plan.models, sets)
     utility = measure_benign(prompts, benign, plan.judge)
     released: dict[str, list[Path]] = {}
     released_scores: dict[str, list[float | None]] = {}
@@ -89,5 +110,32 @@ def measure(plan: Plan, *, workers: int | None = None, executor: str = "local") 
             released[subject.id] = files
             released_scores[subject.id] = likeness_of(files, subject, plan.judge, plan.judge.size or plan.image_size)
             bar()
-    everyday = measure_everyday_use(plan, [prompt.text for prompt in prompts], (benign["base"], benign["base again"]))
+    everyday = everyday_measurements(use)
     return Measurements(units, failures, collect(units), utility, released, released_scores, prompts, benign, everyday)
+
+
+def _draw_first(plan: Plan, of_base: Sequence[Drawing], use: EverydayUse, workers: int | None, executor: str) -> None:
+    """What attacks and checks of everyday use need: class pictures, and the base's pictures of benign prompts."""
+    for target in plan.models.values():
+        target.root.mkdir(parents=True, exist_ok=True)
+    checks = missing_checks(use)
+    sets = [*(job for _, job in class_sets(plan)), *(of_base if checks else ())]
+    jobs: list[Costed] = [job for job in sets if not job.file.is_file()]
+    jobs += missing_plain(use, checks)
+    draw_beside_each_other(jobs, "class pictures and benign prompts", workers, executor)
+    draw_class_images(plan)
+    if checks:
+        for job in of_base:
+            job.drawn(plan.models["base"].model)
+
+
+def _beside(plan: Plan, sets: Mapping[str, Drawing], use: EverydayUse) -> list[Job]:
+    """What is missing of that which runs in the attacks' workers, the longest first."""
+    target = plan.models["hardened"]
+    jobs: list[Job] = [*missing_checks(use)]
+    jobs += [sets[name] for name, side, _ in SETS if side == "hardened" and not sets[name].file.is_file()]
+    jobs += [
+        ReleasedPictures(target.model.place, target.digest, target.root, plan.recipe, subject) for subject in plan.attacked
+        if not released_folder(target, plan.recipe, subject).is_dir()
+    ]  # fmt: skip
+    return jobs

@@ -11,6 +11,7 @@ drawn again (SDEdit, Meng et al. 2022; hf.co/papers/2108.01073).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from guardsmith.core.images import is_whole_png, open_pictures, to_pil
 from guardsmith.core.seeds import RELEASED
 from guardsmith.diffusion.prompts import instance_prompt
 from guardsmith.diffusion.sampling import generate, redraw
+from guardsmith.evaluation.loaded import model_at
 from guardsmith.evaluation.planning import TargetModel, class_file
 from guardsmith.metrics import Judge
 from guardsmith.registry.loader import Subject
@@ -29,15 +31,26 @@ from guardsmith.registry.loader import Subject
 STRENGTH = 0.5
 
 
+def _prompts(recipe: Recipe, subject: Subject) -> list[str]:
+    names = list(dict.fromkeys((*subject.identifiers, *recipe.verify.identifiers)))
+    count = recipe.verify.images_per_unit
+    return [instance_prompt(names[i // 2 % len(names)], subject.class_noun) for i in range(count)]
+
+
+def released_folder(target: TargetModel, recipe: Recipe, subject: Subject) -> Path:
+    """Where the pictures are, or will be."""
+    sampling, class_images = recipe.sampling.model_dump(), recipe.verify.class_images
+    digest = folder_digest(target.digest, _prompts(recipe, subject), sampling, class_images, STRENGTH, RELEASED.start)
+    return target.root / "released" / subject.id / digest
+
+
 def released_pictures(target: TargetModel, recipe: Recipe, subject: Subject) -> list[Path]:
     """The pictures, drawn unless they are there; the folder appears whole."""
     count = recipe.verify.images_per_unit
     seeds = RELEASED.seeds(count)
-    names = list(dict.fromkeys((*subject.identifiers, *recipe.verify.identifiers)))
-    prompts = [instance_prompt(names[i // 2 % len(names)], subject.class_noun) for i in range(count)]
+    prompts = _prompts(recipe, subject)
     sampling, class_images = recipe.sampling.model_dump(), recipe.verify.class_images
-    digest = folder_digest(target.digest, prompts, sampling, class_images, STRENGTH, RELEASED.start)
-    folder = target.root / "released" / subject.id / digest
+    folder = released_folder(target, recipe, subject)
     unreadable = [file for file in folder.glob("*.png") if not is_whole_png(file)]
     if unreadable:
         warn(f"{unreadable[0]} cannot be read; the pictures of {folder} are generated again")
@@ -57,6 +70,21 @@ def released_pictures(target: TargetModel, recipe: Recipe, subject: Subject) -> 
             for i, image in pictures.items():
                 to_pil(image).save(place / f"{i:03d}.png")
     return sorted(folder.glob("*.png"))
+
+
+@dataclass(frozen=True)
+class ReleasedPictures:
+    """Job: `released_pictures` of one subject by the model at a place."""
+
+    place: str
+    digest: str
+    root: Path
+    recipe: Recipe
+    subject: Subject
+
+    def run(self) -> None:
+        """Draw them unless they are there."""
+        released_pictures(TargetModel(model_at(self.place), self.digest, self.root), self.recipe, self.subject)
 
 
 def likeness_of(files: Sequence[Path], subject: Subject, judge: Judge, size: int) -> list[float | None]:

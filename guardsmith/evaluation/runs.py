@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,20 +23,17 @@ from guardsmith.core.atomic_io import whole_folder, write_json
 from guardsmith.core.errors import GuardsmithError, system_errno
 from guardsmith.core.images import open_pictures, to_pil
 from guardsmith.core.progress import stage
+from guardsmith.evaluation.drawing import Job
+from guardsmith.evaluation.loaded import BENCH, model_at
 from guardsmith.evaluation.units import Unit, damaged_pictures, scores_of
 from guardsmith.gate.calibration import calibration, half_way
 from guardsmith.gate.evidence import Side
 from guardsmith.gate.statistics import Units, interval
 from guardsmith.metrics import Judge, load_judge
-from guardsmith.models.checkpoint import DiffusionModel, load_model, with_own_unet
+from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.runtime.executors import run_all
 
 FIRST_IDENTIFIER = "ktn"  # what an attacker in two stages calls whom they train on first
-
-
-@lru_cache(maxsize=2)
-def _model(source: str) -> DiffusionModel:
-    return load_model(source)
 
 
 def _in_precision(model: DiffusionModel, precision: str | None) -> DiffusionModel:
@@ -87,13 +83,13 @@ def judge_of(unit: Unit) -> tuple[Judge, float]:
 
 def run_unit(unit: Unit) -> None:
     """Attack, draw, score; the folder appears whole."""
-    target = _in_precision(_model(unit.model), unit.precision)
-    model = target if unit.trained_on is None else _in_precision(_model(unit.trained_on["model"]), unit.precision)
+    target = _in_precision(model_at(unit.model), unit.precision)
+    model = target if unit.trained_on is None else _in_precision(model_at(unit.trained_on["model"]), unit.precision)
     change = None if unit.change is None else CHANGES[unit.change]
     images = open_pictures(unit.attack_images, model.image_size, change)
     evasion, names = evasion_of(unit, model)
     images = transformed(images, names, evasion)
-    public = None if unit.public is None else _in_precision(_model(unit.public["model"]), unit.precision)
+    public = None if unit.public is None else _in_precision(model_at(unit.public["model"]), unit.precision)
     data = AttackData(images, _class_images(unit.class_pictures, unit.class_images), unit.identifier, unit.noun)
     judge, level = judge_of(unit)
     references = open_pictures(unit.reference_images, judge.size or model.image_size)
@@ -139,22 +135,50 @@ def run_unit(unit: Unit) -> None:
         write_json(folder / "scores.json", {"identity": scores, "prompts": prompts, "digest": unit.digest})
 
 
-def run_units(units: Sequence[Unit], workers: int | None = None, executor: str = "local") -> dict[str, str]:
-    """Run what is missing (see `executors.run_all`); returns unit name -> reason for those that failed."""
+def run_job(job: Unit | Job) -> None:
+    """In a worker: an attack, or what runs beside the attacks."""
+    if isinstance(job, Unit):
+        BENCH.clear()  # its memory is the attack's
+        run_unit(job)
+    else:
+        job.run()
+
+
+def run_units(
+    units: Sequence[Unit], workers: int | None = None, executor: str = "local", beside: Sequence[Job] = ()
+) -> dict[str, str]:
+    """Run what is missing, and other jobs in the same workers (see `executors.run_all`).
+
+    Args:
+        units: attacks; those whose result is there are left out.
+        workers: see `run_all`.
+        executor: likewise.
+        beside: jobs that begin before the attacks.
+
+    Returns:
+        Unit name -> reason for those that failed.
+
+    Raises:
+        Exception: what one of the other jobs raised.
+    """
     missing = [unit for unit in units if scores_of(unit) is None or damaged_pictures(unit)]
     failures: dict[str, str] = {}
-    if not missing:
+    if not missing and not beside:
         return failures
     # The longest first, so that no core waits for a single one at the end.
     missing.sort(key=lambda unit: -max(unit.evaluation_points.values()))
-    with stage("attacks", len(missing)) as bar:
-        for unit, error in run_all(run_unit, missing, executor=executor, workers=workers):
-            if isinstance(error, GuardsmithError):
-                failures[unit.name] = str(error)
-            elif error is not None:  # an attack that crashes is a finding about that cell, not the end of the run
-                if system_errno(error) == errno.ENOSPC:  # unlike a full disk
-                    raise error
-                failures[unit.name] = f"{type(error).__name__}: {error}"
+    jobs: list[Unit | Job] = [*beside, *missing]
+    with stage("attacks and checks" if beside else "attacks", len(jobs)) as bar:
+        for job, error in run_all(run_job, jobs, executor=executor, workers=workers):
+            known = isinstance(error, GuardsmithError)
+            if error is not None and not isinstance(job, Unit):
+                raise error
+            if error is not None and not known and system_errno(error) == errno.ENOSPC:
+                raise error
+            if error is not None and isinstance(
+                job, Unit
+            ):  # a crash is a finding about that cell, not the end of the run
+                failures[job.name] = str(error) if known else f"{type(error).__name__}: {error}"
             bar()
     return failures
 

@@ -44,6 +44,11 @@ def send(message: Any) -> None:
     _queue.put(message)
 
 
+def usual_count() -> int:
+    """Processes that run at the same time by default: one per usable core, one with an accelerator."""
+    return usable_cores() if chosen_device().type == "cpu" else 1
+
+
 @contextmanager
 def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     """A pool of `count` processes and the queue of their messages; by default one per usable core, one with an accelerator.
@@ -55,8 +60,7 @@ def processes(count: int | None = None) -> Iterator[tuple[ProcessPoolExecutor, A
     """
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     queue = context.SimpleQueue()  # without a thread behind it: a message is there before its sender's job ends
-    usual = usable_cores() if chosen_device().type == "cpu" else 1
-    pool = ProcessPoolExecutor(count or usual, mp_context=context, initializer=_start, initargs=(queue,))
+    pool = ProcessPoolExecutor(count or usual_count(), mp_context=context, initializer=_start, initargs=(queue,))
     try:
         yield pool, queue
         pool.shutdown()

@@ -7,11 +7,10 @@ case that failed to run. Adding a check: a file with `run(bench)`, and a line in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-from guardsmith.config.deployability import CheckName
-from guardsmith.core.progress import stage
+from guardsmith.config.deployability import CheckName, DeployabilitySpec
 from guardsmith.evaluation.deployability import adapters, controlnet, merges, precision, quantization, samplers
 from guardsmith.evaluation.deployability.bench import Bench, attempt
 from guardsmith.gate.deployability import Measurement
@@ -43,21 +42,30 @@ CHECKS: dict[CheckName, DeployabilityCheck] = {
 }
 
 
+def checks_of(spec: DeployabilitySpec) -> list[CheckName]:
+    """The checks that a specification names, in the table's order."""
+    return [name for name, check in CHECKS.items() if name in spec.checks and (spec.trained or not check.trained)]
+
+
 def measure(bench: Bench) -> list[Measurement]:
-    """Every check that the bench's specification names, in the table's order, with a progress bar."""
-    names: Sequence[CheckName] = [
-        name for name, check in CHECKS.items()
-        if name in bench.spec.checks and (bench.spec.trained or not check.trained)
-    ]  # fmt: skip
+    """Every check that the bench's specification names, in the table's order."""
     measurements: list[Measurement] = []
-    with stage("everyday use", len(names)) as bar:
-        for name in names:
-            results = attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench))  # type: ignore[misc]
-            measurements += results or [
-                Measurement(check=name, case=name, measure="faults", error="nothing was measured")
-            ]
-            bar()
+    for name in checks_of(bench.spec):
+        results = attempt(name, name, "faults", lambda name=name: CHECKS[name].run(bench))  # type: ignore[misc]
+        measurements += results or [Measurement(check=name, case=name, measure="faults", error="nothing was measured")]
     return measurements
 
 
-__all__ = ["CHECKS", "Bench", "DeployabilityCheck", "Measurement", "measure"]
+def parts_of(spec: DeployabilitySpec) -> list[DeployabilitySpec]:
+    """What a specification asks for as specifications of one check each, or of one kind of adapter, in the table's order."""
+    parts = []
+    for name in checks_of(spec):
+        one = spec.model_copy(update={"checks": (name,)})
+        if name == "adapters" and spec.adapters:
+            parts += [one.model_copy(update={"adapters": {kind: own}}) for kind, own in spec.adapters.items()]
+        else:
+            parts.append(one)
+    return parts
+
+
+__all__ = ["CHECKS", "Bench", "DeployabilityCheck", "Measurement", "checks_of", "measure", "parts_of"]

@@ -11,6 +11,7 @@ pictures. Both models draw the same prompts from the same noise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,6 @@ from guardsmith.core.images import open_pictures
 from guardsmith.evaluation.deployability.bench import SIDES, Bench, attempt
 from guardsmith.evaluation.deployability.intervals import paired_ratio
 from guardsmith.gate.deployability import Measurement
-from guardsmith.models.checkpoint import DiffusionModel
 from guardsmith.registry.loader import Subject
 
 NAMES: dict[AdapterKind, str] = {
@@ -35,42 +35,67 @@ NAMES: dict[AdapterKind, str] = {
 }  # fmt: skip
 
 
-def trained(bench: Bench, side: str, kind: AdapterKind, subject: Subject) -> tuple[DiffusionModel, Any]:
-    """A model with an adapter of this kind for the subject, trained on a side; and the settings it was trained with."""
-    model = bench.models[side]
+WORD = "word"
+"""Name of a new word's vector among an adapter's weights."""
+
+
+def config_of(bench: Bench, kind: AdapterKind) -> Any:
+    """The settings that an adapter is trained with."""
     name, own = ADAPTERS[kind]
-    attack = find_attack(name)
-    config = attack.config(**own | bench.spec.adapters[kind])
+    return find_attack(name).config(**own | bench.spec.adapters[kind])
+
+
+def identity_of(bench: Bench, kind: AdapterKind, subject: Subject) -> tuple[Any, ...]:
+    """Everything that an adapter depends on beside the model it is trained on."""
+    attack, settings = find_attack(ADAPTERS[kind][0]), config_of(bench, kind).model_dump(mode="json")
+    digests = [image.sha256 for image in subject.images_of("attack")]
+    return kind, attack.revision, settings, digests, subject.class_noun, bench.identifier, bench.seed
+
+
+def trained(bench: Bench, side: str, kind: AdapterKind, subject: Subject) -> dict[str, Tensor]:
+    """Weights of an adapter of this kind for the subject, trained on a side, by the names that `load_onto` reads."""
+    model = bench.models[side]
     images = open_pictures([image.path for image in subject.images_of("attack")], model.image_size)
     data = AttackData(images, torch.empty(0), bench.identifier, subject.class_noun)
-    return attack.run(model, data, config, seed=bench.seed)[0], config
+    found, _ = find_attack(ADAPTERS[kind][0]).run(model, data, config_of(bench, kind), seed=bench.seed)
+    if kind in ("lora", "lora_conv"):
+        return {name: value.detach().cpu() for name, value in get_peft_model_state_dict(found.unet).items()}
+    weights = {
+        name: value.detach().cpu() for name, value in found.unet.named_parameters()
+        if (kind == "loha" and "hada_" in name) or (kind == "custom_diffusion" and crossing(name))
+    }  # fmt: skip
+    if kind != "loha":
+        token = found.tokenizer.convert_tokens_to_ids(f"<{bench.identifier}>")
+        weights[WORD] = found.text_encoder.get_input_embeddings().weight[token].detach().cpu().clone()
+    return weights
 
 
-def load_onto(bench: Bench, side: str, kind: AdapterKind, source: DiffusionModel, config: Any) -> Any:
+def crossing(name: str) -> bool:
+    """Whether a parameter is of the keys or values of the cross-attention."""
+    return "attn2.to_k" in name or "attn2.to_v" in name
+
+
+def load_onto(bench: Bench, side: str, kind: AdapterKind, weights: Mapping[str, Tensor]) -> Any:
     """A pipeline of a side with an adapter that was made on either."""
     pipeline = bench.load(side)
     if kind in ("lora", "lora_conv"):
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(source.unet))
+        layers = convert_state_dict_to_diffusers(dict(weights))
         pipeline.load_lora_weights({f"unet.{name}": value for name, value in layers.items()})
     elif kind == "loha":
-        trained_parameters = dict(source.unet.named_parameters())
-        lora.add_adapters(pipeline.unet, config.rank, 0, kind="loha")
+        lora.add_adapters(pipeline.unet, config_of(bench, kind).rank, 0, kind="loha")
         with torch.no_grad():
             for name, value in pipeline.unet.named_parameters():
                 if value.requires_grad:
-                    value.copy_(trained_parameters[name])
+                    value.copy_(weights[name])
         pipeline.unet.requires_grad_(False)
     else:
         word = f"<{bench.identifier}>"
-        token = source.tokenizer.convert_tokens_to_ids(word)
-        vector = source.text_encoder.get_input_embeddings().weight[token].detach().clone()
-        pipeline.load_textual_inversion({word: vector[None]}, token=word)
+        pipeline.load_textual_inversion({word: weights[WORD][None]}, token=word)
         if kind == "custom_diffusion":
-            trained_parameters = dict(source.unet.named_parameters())
             with torch.no_grad():
                 for name, value in pipeline.unet.named_parameters():
-                    if "attn2.to_k" in name or "attn2.to_v" in name:
-                        value.copy_(trained_parameters[name])
+                    if crossing(name):
+                        value.copy_(weights[name])
     return pipeline
 
 
@@ -84,12 +109,24 @@ def similarities(bench: Bench, pictures: Tensor, subject: Subject, floor: float)
 def case(bench: Bench, kind: AdapterKind, subject: Subject) -> list[Measurement]:
     """One kind both ways."""
     floor = sum(similarities(bench, bench.plain("base"), subject, 0.0)) / bench.spec.images
-    models = {side: trained(bench, side, kind, subject) for side in SIDES}
+    identity = identity_of(bench, kind, subject)
+    adapters = {
+        side: bench.kept(side, f"adapter {kind}", partial(trained, bench, side, kind, subject), *identity)
+        for side in SIDES
+    }
     prompts = find_attack(ADAPTERS[kind][0]).prompts(bench.identifier, subject.class_noun, bench.spec.adapter_images)
     pictures, scores = {}, {}
     for maker, user in (("base", "base"), ("base", "hardened"), ("hardened", "base")):
-        pipeline = load_onto(bench, user, kind, *models[maker])
-        pictures[maker, user] = bench.draw(pipeline, prompts=prompts, count=len(prompts))
+
+        def draw(maker: str = maker, user: str = user) -> Tensor:
+            return bench.draw(load_onto(bench, user, kind, adapters[maker]), prompts=prompts, count=len(prompts))
+
+        if maker == user:
+            pictures[maker, user] = bench.pictures(
+                user, f"with {kind}", draw, *identity, count=len(prompts), prompts=prompts
+            )
+        else:  # depends on both models
+            pictures[maker, user] = draw()
         scores[maker, user] = similarities(bench, pictures[maker, user], subject, floor)
     own = scores["base", "base"]
     measurements = []

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from guardsmith.config.deployability import CheckName, DeployabilitySpec
+from guardsmith.core.atomic_io import folder_digest, read_kept, whole_file
 from guardsmith.core.images import to_pil
 from guardsmith.core.seeds import DEPLOYABILITY, DEPLOYABILITY_REFERENCE
 from guardsmith.diffusion.sampling import first_noise
@@ -36,6 +38,22 @@ TINY = 0.01
 """Levels of 255 that count as no difference, so that a ratio of two differences is always defined."""
 FLAT = 0.02
 """A picture that deviates less than this from its mean colours (of a range of 2) shows nothing."""
+REVISION = 1
+"""To be raised when the same settings give other pictures than before, so that what was kept is made again."""
+
+
+class Shelf(NamedTuple):
+    """Where what a model drew for the checks is kept.
+
+    Attributes:
+        digest: of the model's weights.
+        folder: of the files.
+        everything: whether all of it is kept, and not only what several checks need.
+    """
+
+    digest: str
+    folder: Path
+    everything: bool = True
 
 
 def broken(pictures: Tensor) -> Tensor:
@@ -70,6 +88,7 @@ class Bench:
         dreambooth: settings of DreamBooth on this base, for another fine-tune of it.
         seed: of everything that is trained.
         known: the base's pictures of the prompts from two sets of noise, where some are there already; else they are drawn.
+        shelves: side -> where its pictures are kept for other checks and other verifications; those of other sides are not.
     """
 
     models: Mapping[str, DiffusionModel]
@@ -85,6 +104,7 @@ class Bench:
     dreambooth: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     known: tuple[Tensor, Tensor] | None = None
+    shelves: Mapping[str, Shelf] = field(default_factory=dict)
     _plain: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     _pipelines: dict[str, Any] = field(default_factory=dict)
 
@@ -178,11 +198,54 @@ class Bench:
     def plain(self, side: str, noise: str = "second", count: int | None = None) -> Tensor:
         """The first benign pictures by a side in float32; none is drawn twice."""
         count = count or self.spec.images
-        known = self._plain.get((side, noise), torch.empty(0))
+        # In two parts in any order of the checks: whichever is the first, the pictures and their files are the same.
+        usual = self.spec.images
+        known = self._plain.get((side, noise), self.plain(side, noise) if count > usual else torch.empty(0))
         if len(known) < count:
-            more = self.draw(self.pipeline(side), noise=noise, count=count, start=len(known))
+            start = len(known)
+
+            def draw() -> Tensor:
+                return self.draw(self.pipeline(side), noise=noise, count=count, start=start)
+
+            more = self.pictures(side, f"plain, {noise} noise", draw, start, count=count, shared=True)
             known = self._plain[side, noise] = torch.cat([known, more])
         return known[:count]
+
+    def kept(
+        self, side: str, name: str, make: Callable[[], dict[str, Tensor]], *settings: Any, shared: bool = False
+    ) -> dict[str, Tensor]:
+        """What `make` gives, read from the side's shelf if it was made before; without a shelf it is made.
+
+        Args:
+            side: whose it is. It may depend on this model and the settings alone.
+            name: of what is made, for people.
+            make: makes it.
+            settings: everything else that it depends on, as JSON has it.
+            shared: whether several checks need it.
+        """
+        shelf = self.shelves.get(side)
+        if shelf is None or not (shelf.everything or shared):
+            return make()
+        words = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+        file = shelf.folder / f"{words}-{folder_digest(REVISION, shelf.digest, name, *settings)}.safetensors"
+        kept = read_kept(file, load_file, "what it held is made again")
+        if kept is not None:
+            return kept
+        made = {key: value.contiguous() for key, value in make().items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as temporary:
+            save_file(made, temporary)
+        return made
+
+    def pictures(
+        self, side: str, name: str, draw: Callable[[], Tensor], *settings: Any,
+        count: int | None = None, prompts: Sequence[str] | None = None, shared: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Pictures that `draw` gives, or those that the side's shelf has of it (see `kept` and the method `draw`)."""
+        texts = list(prompts or self.prompts)[: count or self.spec.images]
+        usual = self.steps, self.guidance, self.batch
+        found = self.kept(side, name, lambda: {"pictures": draw()}, texts, usual, *settings, shared=shared)
+        return found["pictures"]
 
     @cached_property
     def usual_distance(self) -> float:

@@ -6,6 +6,7 @@ how much better the pictures follow the edges with it (`edges.followed`), as a s
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def network_of(bench: Bench, setting: str) -> Any:
     return kind.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
 
 
+def digest_of(network: Any) -> str:
+    """Of a network's weights, wherever it came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def steered(bench: Bench, side: str, setting: str, network: Any, maps: Tensor) -> Tensor:
     """Pictures by a side under the control of edge maps."""
     plain = bench.pipeline(side)
@@ -71,7 +81,8 @@ def case(bench: Bench, name: str) -> Measurement:
     maps = edge_maps(bench.plain("base", "first"))
     gains, pictures = {}, {}
     for side in SIDES:
-        pictures[side] = steered(bench, side, KINDS[name], network, maps)
+        draw = partial(steered, bench, side, KINDS[name], network, maps)
+        pictures[side] = bench.pictures(side, name, draw, digest_of(network))
         gains[side] = followed(pictures[side], maps) - followed(bench.plain(side), maps)
     ratio = paired_ratio(gains["hardened"].tolist(), gains["base"].tolist())
     if ratio is None:

@@ -16,6 +16,7 @@ from guardsmith.attacks import AttackData, find_attack
 from guardsmith.core.errors import UserError
 from guardsmith.core.images import open_pictures
 from guardsmith.evaluation.deployability.bench import (
+    SIDES,
     Bench,
     attempt,
     compared_collapse,
@@ -88,7 +89,18 @@ def with_sibling(bench: Bench) -> list[Measurement]:
     config = attack.config(**dict(bench.dreambooth) | {"steps": SIBLING_STEPS, "prior_weight": 0})
     sibling, _ = attack.run(model, data, config, seed=bench.seed)
     name = "transformer" if bench.flow else "unet"
-    base, hardened = (merged(bench, side, {name: sibling.unet}) for side in ("base", "hardened"))
+    settings = (
+        config.model_dump(mode="json"),
+        [image.sha256 for image in subject.images_of("attack")],
+        subject.class_noun,
+    )
+    base, hardened = (
+        bench.pictures(
+            side, "merged with a fine-tune", partial(merged, bench, side, {name: sibling.unet}), attack.revision, *settings,
+            bench.identifier, bench.seed, count=bench.reference,
+        )
+        for side in SIDES
+    )  # fmt: skip
     return compared(bench, WITH_SIBLING, base, hardened, f"DreamBooth on an unprotected subject, {SIBLING_STEPS} steps")
 
 

@@ -60,7 +60,7 @@ def drawn_case(bench: Bench, name: str) -> list[Measurement]:
     dtype, how = getattr(torch, name), ""
     if dtype == torch.float16 and chosen_device().type == "cpu":
         how = EMULATED
-    pictures = {side: in_precision(bench, side, dtype) for side in SIDES}
+    pictures = {side: bench.pictures(side, name, partial(in_precision, bench, side, dtype), how) for side in SIDES}
     strip = bench.strip("precision", name, pictures["base"], pictures["hardened"])
     away = {side: differences(images, bench.plain(side)) for side, images in pictures.items()}
     faults = {side: int(broken(images).sum()) for side, images in pictures.items()}

@@ -70,11 +70,13 @@ FORMATS: dict[str, tuple[Callable[[Any], None], str]] = {
 def case(bench: Bench, name: str) -> Measurement:
     """One format on both sides."""
     change, how = FORMATS[name]
-    pictures = {}
-    for side in SIDES:
+
+    def draw(side: str) -> Tensor:
         pipeline = bench.own_denoiser(side)
         change(pipeline.transformer if bench.flow else pipeline.unet)
-        pictures[side] = bench.draw(pipeline)
+        return bench.draw(pipeline)
+
+    pictures = {side: bench.pictures(side, name, partial(draw, side)) for side in SIDES}
     away = {side: differences(images, bench.plain(side)) for side, images in pictures.items()}
     strip = bench.strip("quantization", name, pictures["base"], pictures["hardened"])
     return compared_difference("quantization", name, away["base"], away["hardened"], how=how, pictures=strip)

@@ -155,7 +155,7 @@ def run(bench: Bench) -> list[Measurement]:
     collapsed: dict[str, list[bool]] = {side: [] for side in SIDES}
 
     def one(name: str, draw: Draw, how: str) -> Measurement:
-        base, hardened = (draw(bench, side) for side in SIDES)
+        base, hardened = (bench.pictures(side, name, partial(draw, bench, side), how) for side in SIDES)
         measured = compared_collapse(bench, "samplers", name, base, hardened, part=True, how=how)
         for side, pictures in zip(SIDES, (base, hardened), strict=True):
             collapsed[side] += bench.collapsed(pictures).tolist()
