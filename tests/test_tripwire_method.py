@@ -25,7 +25,7 @@ from guardsmith.diffusion.losses import noise_samples, predict
 from guardsmith.diffusion.prompts import PromptBank
 from guardsmith.methods import METHODS
 from guardsmith.methods.base import Preparation
-from guardsmith.methods.tripwire import early, method
+from guardsmith.methods.tripwire import early, examples
 from guardsmith.methods.tripwire.early import draw_early, early_pictures, early_rows, read_early
 from guardsmith.methods.tripwire.layout import layout_of, reserve
 from guardsmith.methods.tripwire.method import EARLIER, TripwireConfig
@@ -91,7 +91,7 @@ def protected(wide_v, wide_trunk):
     """A hardened model, its subject, and the trunk."""
     subject, benign, config = bright_and_dark(wide_trunk)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(method, "encode", plain_latents)
+        patch.setattr(examples, "encode", plain_latents)
         hardened, history = harden(wide_v, [subject], benign, config, seed=1, cache=wide_trunk.parent)
     trunk = copy.deepcopy(wide_v.unet)
     load_trunk(wide_trunk, trunk)
@@ -123,7 +123,7 @@ def test_half_precision_protects_and_rests_as_well(wide_v, protected, precision)
 
 def test_a_subject_added_later_leaves_the_first_one_protected(wide_v, wide_trunk, tmp_path, monkeypatch, protected):
     """Beginning from the first run's end, with a second subject and hardly any training, the first one trips still."""
-    monkeypatch.setattr(method, "encode", plain_latents)
+    monkeypatch.setattr(examples, "encode", plain_latents)
     subject, benign, config = bright_and_dark(wide_trunk)
     saved, state = tmp_path / "last.safetensors", tmp_path / "state.safetensors"
     where = {"cache": wide_trunk.parent}
@@ -191,13 +191,13 @@ def test_a_subject_is_drawn_while_the_base_learns_it(wide_v, tmp_path, monkeypat
     assert draw_early(wide_v, [subject], drawing, 4, tmp_path) == early_rows(drawing), "kept, not drawn again"
     assert torch.equal(read_early(subject, tmp_path), drawn)
     config = TripwireConfig(copies=1, transformed=0, **EARLY)
-    without = method.examples_of(wide_v, [subject], make_benign(), [], config, 0).positives
-    given = method.examples_of(wide_v, [subject], make_benign(), [drawn], config, 0).positives
-    assert len(given) == len(without) + 1 and len(given[-1]) == 4 * (1 + method.EARLY_COPIES)
+    without = examples.examples_of(wide_v, [subject], make_benign(), [], config, 0).positives
+    given = examples.examples_of(wide_v, [subject], make_benign(), [drawn], config, 0).positives
+    assert len(given) == len(without) + 1 and len(given[-1]) == 4 * (1 + examples.EARLY_COPIES)
     assert torch.allclose(given[-1][:4], encode(wide_v, drawn).mean, atol=1e-5)
     evading = config.model_copy(update={"transformed": 2})
-    given = method.examples_of(wide_v, [subject], make_benign(), [drawn], evading, 0).positives
-    assert len(given) == 3 and len(given[2]) == 2 * len(subject.images) + method.EARLY_TRANSFORMED * len(drawn)
+    given = examples.examples_of(wide_v, [subject], make_benign(), [drawn], evading, 0).positives
+    assert len(given) == 3 and len(given[2]) == 2 * len(subject.images) + examples.EARLY_TRANSFORMED * len(drawn)
     with pytest.raises(ValidationError, match="ascending"):
         TripwireConfig(early_steps=[3, 1])
 

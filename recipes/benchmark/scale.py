@@ -20,7 +20,7 @@ from guardsmith.config.loading import load_recipe
 from guardsmith.core.atomic_io import write_json
 from guardsmith.hardening.memory import BYTES, GIB
 from guardsmith.methods import METHODS
-from guardsmith.methods.tripwire.method import EARLY_COPIES, EARLY_TRANSFORMED
+from guardsmith.methods.tripwire.examples import EARLY_COPIES, EARLY_TRANSFORMED
 from guardsmith.models.families import SDUNet
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "scale.json"

@@ -22,9 +22,10 @@ from guardsmith.diffusion.sampling import generate
 from guardsmith.methods import METHODS
 from guardsmith.methods.data import SubjectData
 from guardsmith.methods.tripwire.early import early_pictures
+from guardsmith.methods.tripwire.examples import EARLY_COPIES, EARLY_TRANSFORMED, positives_of
 from guardsmith.methods.tripwire.install import install
 from guardsmith.methods.tripwire.layout import layout_of
-from guardsmith.methods.tripwire.method import EARLY_COPIES, EARLY_TRANSFORMED, positives_of, training_of
+from guardsmith.methods.tripwire.method import training_of
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, optimizer_of, training_step
 from guardsmith.methods.tripwire.trunk import prepare

@@ -22,8 +22,9 @@ from guardsmith.diffusion.sampling import generate
 from guardsmith.methods.data import SubjectData
 from guardsmith.methods.transformations import transformed_at_random
 from guardsmith.methods.tripwire.early import EarlyDrawing, early_pictures
+from guardsmith.methods.tripwire.examples import positives_of
 from guardsmith.methods.tripwire.layout import layout_of
-from guardsmith.methods.tripwire.method import TripwireConfig, positives_of
+from guardsmith.methods.tripwire.method import TripwireConfig
 from guardsmith.methods.tripwire.recogniser import Recogniser
 from guardsmith.methods.tripwire.training import Examples, RecogniserTraining, noised, train, tripped
 from guardsmith.metrics.identity import embed

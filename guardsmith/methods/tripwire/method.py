@@ -28,11 +28,9 @@ from typing import Any
 
 import torch
 from pydantic import Field, PositiveInt, field_validator, model_validator
-from torch import Tensor
 
 from guardsmith.core.console import in_words
 from guardsmith.core.errors import UserError
-from guardsmith.diffusion.latents import encode
 from guardsmith.methods.base import (
     HardeningContext,
     HardeningMethod,
@@ -43,9 +41,8 @@ from guardsmith.methods.base import (
     Preparation,
     Prepared,
 )
-from guardsmith.methods.data import BenignData, SubjectData
-from guardsmith.methods.transformations import transformed_at_random
 from guardsmith.methods.tripwire.early import BATCH_SIZE, EarlyDrawing, draw_early, early_rows, read_early
+from guardsmith.methods.tripwire.examples import examples_of
 from guardsmith.methods.tripwire.install import Scales, install
 from guardsmith.methods.tripwire.layout import layout_of, reserve
 from guardsmith.methods.tripwire.recogniser import Recogniser
@@ -59,16 +56,11 @@ from guardsmith.methods.tripwire.trunk import (
     trunk_footprint,
     trunk_of,
 )
-from guardsmith.methods.variations import variations
 from guardsmith.models.checkpoint import DiffusionModel, with_own_unet
 from guardsmith.models.narrowed import is_narrow, narrow, widen
 from guardsmith.training.loop import generator, torch_seed
 
 FILE = "trunk.safetensors"
-EARLY_COPIES, EARLY_TRANSFORMED = (
-    3,
-    8,
-)  # variations and transformed copies of what the base draws while it learns a subject
 TIMED_STEPS, TIMED_SECONDS = 3, 2.0  # of the recogniser, in a forecast
 EARLIER = frozenset({
     "batch_size", "lookalikes", "ideal_bystanders", "readout_learning_rate", "looseness", "rehearsal_steps",
@@ -335,72 +327,3 @@ class Tripwire(HardeningMethod[TripwireConfig]):
 def training_of(config: TripwireConfig) -> RecogniserTraining:
     """Settings of the recogniser's training."""
     return RecogniserTraining(**{field.name: getattr(config, field.name) for field in fields(RecogniserTraining)})
-
-
-def positives_of(
-    model: DiffusionModel,
-    images: Tensor,
-    early: Tensor | None,
-    others: Tensor,
-    config: TripwireConfig,
-    seed: int,
-    number: int,
-) -> list[Tensor]:
-    """What a recogniser is trained on of one subject, as latents: variations of pictures, and transformed ones.
-
-    Args:
-        model: the base.
-        images: of the subject, float32 (n, 3, h, h) in [-1, 1].
-        early: what the base draws while it learns the subject (`early_pictures`), likewise (m, 3, h, h).
-        others: pictures of others, likewise.
-        config: how many of each.
-        seed: of these.
-        number: of the subject.
-    """
-    rows = [encode(model, variations(images, config.copies, generator(seed, -1, number))).mean]
-    if early is not None:
-        rows.append(encode(model, variations(early, EARLY_COPIES, generator(seed, -8, number))).mean)
-    if config.transformed:
-        # Who trains on transformed pictures and stops early has half-learned transformed ones.
-        evading: list[Tensor] = []
-        for pictures, copies, stream in ((images, config.transformed, -5), (early, EARLY_TRANSFORMED, -9)):
-            if pictures is not None:
-                parts = transformed_at_random(pictures, copies, others, generator(seed, stream, number))
-                evading += [encode(model, part).mean for part in parts]
-        rows.append(torch.cat(evading))
-    return rows
-
-
-def examples_of(
-    model: DiffusionModel,
-    subjects: Sequence[SubjectData],
-    benign: BenignData,
-    early: Sequence[Tensor],
-    config: TripwireConfig,
-    seed: int,
-) -> Examples:
-    """What a recogniser is trained on.
-
-    Args:
-        model: the base.
-        subjects: protected ones.
-        benign: everyone and everything else, beside the subjects' class pictures.
-        early: what the base draws of every subject while it learns it (`early_pictures`); may be empty.
-        config: how many variations and transformed copies.
-        seed: of these.
-    """
-    classes = {subject.class_noun: subject.class_images for subject in subjects}
-    others = torch.cat([*classes.values(), benign.images, *([] if benign.negatives is None else [benign.negatives])])
-    positives = [
-        rows
-        for number, subject in enumerate(subjects)
-        for rows in positives_of(model, subject.images, early[number] if early else None, others, config, seed, number)
-    ]
-    negatives = [encode(model, others).mean]
-    if config.transformed:
-        rng = generator(seed, -6)
-        some = others[torch.randperm(len(others), generator=rng)[: int(config.transformed_others * len(others))]]
-        negatives += [encode(model, part).mean for part in transformed_at_random(some, 1, others, rng)]
-    drawn = {subject.class_noun: subject.class_states for subject in subjects}.values()
-    half_finished = [states.latents.flatten(0, 1) for states in (*drawn, benign.states) if states is not None]
-    return Examples(positives, torch.cat(negatives), torch.cat(half_finished) if half_finished else None)
