@@ -47,7 +47,8 @@ OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Delete the output 
 BASE_RUNS = Annotated[
     Path | None,
     typer.Option(
-        help="Cache folder for what is done to the base: attacks, pictures, adapters; verifications can share it.  [default: in the output folder]"
+        help="Cache folder for what is done to the base (attacks, pictures, adapters); verifications can share it.  "
+        "[default: in the output folder]"
     ),
 ]
 WORKERS = Annotated[
