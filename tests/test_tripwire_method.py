@@ -29,8 +29,9 @@ from guardsmith.methods.tripwire import early, examples
 from guardsmith.methods.tripwire.early import draw_early, early_pictures, early_rows, read_early
 from guardsmith.methods.tripwire.layout import layout_of, reserve
 from guardsmith.methods.tripwire.method import EARLIER, TripwireConfig
-from guardsmith.methods.tripwire.trunk import FORMAT, check_trunk, load_trunk, prepare, trunk_of, weights_hash
+from guardsmith.methods.tripwire.trunk import FORMAT, check_trunk, load_trunk, prepare, trunk_of
 from guardsmith.models.checkpoint import load_model, with_own_unet
+from guardsmith.models.tensor_files import weights_hash
 from guardsmith.training.loop import UNetCost, generator, load_checkpoint, save_modules
 
 ROOT = Path(__file__).parent.parent

@@ -170,17 +170,21 @@ def run_units(
     jobs: list[Unit | Job] = [*beside, *missing]
     with stage("attacks and checks" if beside else "attacks", len(jobs)) as bar:
         for job, error in run_all(run_job, jobs, executor=executor, workers=workers):
-            known = isinstance(error, GuardsmithError)
-            if error is not None and not isinstance(job, Unit):
-                raise error
-            if error is not None and not known and system_errno(error) == errno.ENOSPC:
-                raise error
-            if error is not None and isinstance(
-                job, Unit
-            ):  # a crash is a finding about that cell, not the end of the run
-                failures[job.name] = str(error) if known else f"{type(error).__name__}: {error}"
+            if error is not None:
+                if not isinstance(job, Unit):
+                    raise error
+                failures[job.name] = _reason(error)
             bar()
     return failures
+
+
+def _reason(error: Exception) -> str:
+    """Why an attack failed: a crash is a finding about its cell, not the end of the run, unlike a full disk, which is raised."""
+    if isinstance(error, GuardsmithError):
+        return str(error)
+    if system_errno(error) == errno.ENOSPC:
+        raise error
+    return f"{type(error).__name__}: {error}"
 
 
 def collect(units: Sequence[Unit]) -> dict[tuple[Side, str, str, float], Units]:

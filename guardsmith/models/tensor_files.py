@@ -1,4 +1,4 @@
-"""Safetensors files, tensor by tensor.
+"""Safetensors files, tensor by tensor, and a digest of a network's tensors.
 
 The library's `save_file` takes all tensors at once and puts them into an order of its own. Text encoders of up to 19 GB (T5) are
 written while the whole model is in memory, so what does not change is copied from file to file, block by block, as it is.
@@ -6,6 +6,7 @@ written while the whole model is in memory, so what does not change is copied fr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -157,3 +158,12 @@ def changed_fraction(before: Path, after: Path) -> float:
         total += tensor.numel()
         different += int((tensor != read_new(new[key], key)).sum()) if key in new else 0
     return different / total
+
+
+def weights_hash(network: Any) -> str:
+    """SHA-256 over a network's weights as float32 numbers, whatever precision they are stored in."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(network.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -101,12 +101,12 @@ def run(width: int, size: int, folder: Path | None = None) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, __file__, "--stage", "--folder", str(place)], stdout=subprocess.PIPE, text=True, check=True
         )
-    told = json.loads(done.stdout.splitlines()[-1])
+    measured = json.loads(done.stdout.splitlines()[-1])
     return {
         "command": "python recipes/benchmark/lean_trunk.py", "width": width, "limit_gib": LIMIT,
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.machine(),
                     "torch": torch.__version__},
-        "ratio": told["estimated_gib"]["together"] / told["peak_gib"], **told,
+        "ratio": measured["estimated_gib"]["together"] / measured["peak_gib"], **measured,
     }  # fmt: skip
 
 
@@ -121,10 +121,10 @@ def main() -> None:
     if args.stage:
         print(json.dumps(step(args.folder / "base")))
         return
-    found = run(args.width, args.size, args.folder)
-    print(json.dumps(found, indent=1))
+    result = run(args.width, args.size, args.folder)
+    print(json.dumps(result, indent=1))
     if (args.width, args.size) == (320, 64):
-        write_json(RESULTS, found)
+        write_json(RESULTS, result)
 
 
 if __name__ == "__main__":

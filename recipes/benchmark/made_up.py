@@ -68,7 +68,7 @@ def measured(plan: Plan, units: list[Unit]) -> Measurements:
 def main() -> None:
     """Make up, judge, write."""
     registry_file, output, sample = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    clock, told = time.process_time, {}
+    clock, seconds = time.process_time, {}
     recipe = load_recipe("demo", [f"verify.sample={sample}", "verify.deployability.checks=[]"])
     plan = preflight(load_registry(registry_file), recipe, output, model=str(load_model("builtin:avatar").folder))
     units = list(plan_units(plan.registry, plan.recipe, plan.models, plan.policy))
@@ -80,14 +80,14 @@ def main() -> None:
         finish(unit, 0.0 if holds else 0.6, moved, rng)
     began = clock()
     measurements = measured(plan, units)
-    told["reading"] = round(clock() - began, 2)
+    seconds["reading"] = round(clock() - began, 2)
     began = clock()
     report = judged_report(plan, measurements, seconds=0.0)
-    told["judging"] = round(clock() - began, 2)
+    seconds["judging"] = round(clock() - began, 2)
     began = clock()
     write(plan, measurements, report, include_images=False)
-    told["writing"] = round(clock() - began, 2)
-    print(json.dumps({"attacked": len(plan.attacked), "units": len(units), "seconds": told}))
+    seconds["writing"] = round(clock() - began, 2)
+    print(json.dumps({"attacked": len(plan.attacked), "units": len(units), "seconds": seconds}))
     print(peak_rss())
 
 

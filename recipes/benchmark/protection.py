@@ -99,7 +99,7 @@ def of_report(name: str) -> dict[str, Any]:
 
 def own_scale() -> dict[str, dict[str, Any]]:
     """APDM and PersGuard in many steps, under the smallest attack that personalizes the base (own-scale.md)."""
-    found = {}
+    costs = {}
     models = json.loads((RESULTS / "own-scale.json").read_text())["models"]["avataaars"]
     for name, steps in (("apdm", "400"), ("persguard, target", "300")):
         about = models[name][steps]
@@ -107,12 +107,12 @@ def own_scale() -> dict[str, dict[str, Any]]:
         known = {key: value for key, value in about["hardening"]["params"].items() if key in method.config.model_fields}
         reached = about["attacks"]["unseen"]["400"]["similarity"]
         label = "APDM, 400 paths" if name == "apdm" else "PersGuard, 300 steps"
-        found[label] = {
+        costs[label] = {
             "report": "own-scale.json", "forward_equivalents": method.cost(method.config(**known), ["person"]),
             "seconds": None, "reached": reached[0],
             "reached_of_base": models["base"]["0"]["attacks"]["unseen"]["400"]["similarity"][0],
         }  # fmt: skip
-    return found
+    return costs
 
 
 def run() -> dict[str, Any]:
@@ -135,19 +135,19 @@ def run() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(found: dict[str, Any]) -> str:
+def table(costs: dict[str, Any]) -> str:
     """As Markdown, ascending by cost."""
     lines = [
         "| | forward equivalents | of APDM as published | seconds | protected | verdict |", "|---|---|---|---|---|---|"
     ]  # fmt: skip
-    for name, told in sorted(found["methods"].items(), key=lambda item: item[1]["forward_equivalents"]):
-        holds = f"{told['protected']} of {told['of']}" if "protected" in told else "no"
-        if "reached" in told:
-            holds = f"no: {told['reached']:.2f} of the base's {told['reached_of_base']:.2f}"
-        seconds = "" if told["seconds"] is None else f"{told['seconds']:,.0f}"
+    for name, row in sorted(costs["methods"].items(), key=lambda item: item[1]["forward_equivalents"]):
+        holds = f"{row['protected']} of {row['of']}" if "protected" in row else "no"
+        if "reached" in row:
+            holds = f"no: {row['reached']:.2f} of the base's {row['reached_of_base']:.2f}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:,.0f}"
         lines.append(
-            f"| {name} | {told['forward_equivalents']:,.0f} | {100 * told['of_published_apdm']:.3g} % | {seconds} | {holds} "
-            f"| {told.get('verdict', '')} |"
+            f"| {name} | {row['forward_equivalents']:,.0f} | {100 * row['of_published_apdm']:.3g} % | {seconds} | {holds} "
+            f"| {row.get('verdict', '')} |"
         )
     return "\n".join(lines)
 

@@ -80,22 +80,22 @@ def measure_screen(world: large_world.World, folder: Path, registry: Path, count
         "strangers": world.people[-large_world.STRANGERS :],
         "protected": random.Random(0).sample(world.people[:count], min(UPLOADS, count)),
     }
-    index, told = folder / f"index-{count}", {}
+    index, figures = folder / f"index-{count}", {}
     shutil.rmtree(index, ignore_errors=True)
     given = ["--subjects", str(registry), "--index", str(index), "--json"]
     for name, people in places.items():
         uploads = large_world.write_uploads(world, folder / "uploads" / name, people)
-        if not told:
+        if not figures:
             one = next(uploads.iterdir())
-            told["first"] = cost(guardsmith("screen", str(one), *given, ends=(0, 1, 3)))
-            told["one"] = cost(guardsmith("screen", str(one), *given, ends=(0, 1, 3)))
+            figures["first"] = cost(guardsmith("screen", str(one), *given, ends=(0, 1, 3)))
+            figures["one"] = cost(guardsmith("screen", str(one), *given, ends=(0, 1, 3)))
         done = guardsmith("screen", str(uploads), "--batch", *given, ends=(0, 1, 3))
         report = json.loads(done["out"])
-        told[name] = cost(done) | {
+        figures[name] = cost(done) | {
             "uploads": len(report["uploads"]), "seen": report["counts"]["seen"], "undecided": report["counts"]["undecided"],
             "stated_rate": report["uploads"][0]["false_alarm_rate"],
         }  # fmt: skip
-    return told
+    return figures
 
 
 def harden_command(registry: Path, output: Path) -> list[str]:
@@ -140,12 +140,12 @@ def measure_report(folder: Path, registry: Path, count: int) -> dict[str, Any]:
     output = folder / f"verify-{count}"
     shutil.rmtree(output, ignore_errors=True)
     done = run(str(HERE / "made_up.py"), str(registry), str(output), str(SAMPLE))
-    told: dict[str, Any] = json.loads(done["out"].rpartition("\n")[2])
+    figures: dict[str, Any] = json.loads(done["out"].rpartition("\n")[2])
     sizes = {
         name: round((output / "verify" / name).stat().st_size / 1e6, 2)
         for name in ("report.json", "report.html", "grid.png", "public/report.html", "report.junit.xml", "report.sarif")
     }
-    return told | {"mib": done["mib"], "megabytes": sizes}
+    return figures | {"mib": done["mib"], "megabytes": sizes}
 
 
 def measure(part: str, world: large_world.World, folder: Path, registry: Path, count: int) -> dict[str, Any]:
@@ -166,20 +166,20 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["check", "screen", "plan", "report", "harden"])
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    told = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
-    told |= {
+    figures = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    figures |= {
         "command": "python recipes/benchmark/registry_size.py DATA FOLDER",
         "pictures_a_subject": sum(large_world.SPLITS.values()), "controls": large_world.CONTROLS,
     }  # fmt: skip
     for count in args.counts:
         world = large_world.load_world(args.data, count)
         registry = large_world.write_registry(world, args.folder, count)
-        row = told["rows"].setdefault(str(count), {}) | {"left_out": world.left_out}
-        told["rows"][str(count)] = row
+        row = figures["rows"].setdefault(str(count), {}) | {"left_out": world.left_out}
+        figures["rows"][str(count)] = row
         for part in args.parts:
             row[part] = measure(part, world, args.folder, registry, count)
             print(count, part, json.dumps(row[part]), file=sys.stderr, flush=True)
-            write_json(RESULTS, told)
+            write_json(RESULTS, figures)
 
 
 if __name__ == "__main__":

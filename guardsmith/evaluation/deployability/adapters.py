@@ -57,16 +57,16 @@ def trained(bench: Bench, side: str, kind: AdapterKind, subject: Subject) -> dic
     model = bench.models[side]
     images = open_pictures([image.path for image in subject.images_of("attack")], model.image_size)
     data = AttackData(images, torch.empty(0), bench.identifier, subject.class_noun)
-    found, _ = find_attack(ADAPTERS[kind][0]).run(model, data, config_of(bench, kind), seed=bench.seed)
+    personalized, _ = find_attack(ADAPTERS[kind][0]).run(model, data, config_of(bench, kind), seed=bench.seed)
     if kind in ("lora", "lora_conv"):
-        return {name: value.detach().cpu() for name, value in get_peft_model_state_dict(found.unet).items()}
+        return {name: value.detach().cpu() for name, value in get_peft_model_state_dict(personalized.unet).items()}
     weights = {
-        name: value.detach().cpu() for name, value in found.unet.named_parameters()
+        name: value.detach().cpu() for name, value in personalized.unet.named_parameters()
         if (kind == "loha" and "hada_" in name) or (kind == "custom_diffusion" and crossing(name))
     }  # fmt: skip
     if kind != "loha":
-        token = found.tokenizer.convert_tokens_to_ids(f"<{bench.identifier}>")
-        weights[WORD] = found.text_encoder.get_input_embeddings().weight[token].detach().cpu().clone()
+        token = personalized.tokenizer.convert_tokens_to_ids(f"<{bench.identifier}>")
+        weights[WORD] = personalized.text_encoder.get_input_embeddings().weight[token].detach().cpu().clone()
     return weights
 
 

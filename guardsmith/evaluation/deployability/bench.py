@@ -244,8 +244,7 @@ class Bench:
         """Pictures that `draw` gives, or those that the side's shelf has of it (see `kept` and the method `draw`)."""
         texts = list(prompts or self.prompts)[: count or self.spec.images]
         usual = self.steps, self.guidance, self.batch
-        found = self.kept(side, name, lambda: {"pictures": draw()}, texts, usual, *settings, shared=shared)
-        return found["pictures"]
+        return self.kept(side, name, lambda: {"pictures": draw()}, texts, usual, *settings, shared=shared)["pictures"]
 
     @cached_property
     def usual_distance(self) -> float:

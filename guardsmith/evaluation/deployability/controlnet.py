@@ -6,7 +6,6 @@ how much better the pictures follow the edges with it (`edges.followed`), as a s
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from guardsmith.evaluation.deployability.intervals import paired_ratio
 from guardsmith.gate.deployability import Measurement
 from guardsmith.models.checkpoint import BUILTIN
 from guardsmith.models.families import SDXL
+from guardsmith.models.tensor_files import weights_hash
 
 KINDS = {"ControlNet": "controlnet", "T2I-Adapter": "t2i_adapter"}
 """What a case is called, and the setting that names its network."""
@@ -47,15 +47,6 @@ def network_of(bench: Bench, setting: str) -> Any:
             raise UserError(f"no {setting} for this base is named; set deployability.{setting} to a folder or Hub id")
     kind = ControlNetModel if setting == "controlnet" else T2IAdapter
     return kind.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
-
-
-def digest_of(network: Any) -> str:
-    """Of a network's weights, wherever it came from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def steered(bench: Bench, side: str, setting: str, network: Any, maps: Tensor) -> Tensor:
@@ -82,7 +73,7 @@ def case(bench: Bench, name: str) -> Measurement:
     gains, pictures = {}, {}
     for side in SIDES:
         draw = partial(steered, bench, side, KINDS[name], network, maps)
-        pictures[side] = bench.pictures(side, name, draw, digest_of(network))
+        pictures[side] = bench.pictures(side, name, draw, weights_hash(network))
         gains[side] = followed(pictures[side], maps) - followed(bench.plain(side), maps)
     ratio = paired_ratio(gains["hardened"].tolist(), gains["base"].tolist())
     if ratio is None:

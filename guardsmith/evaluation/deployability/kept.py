@@ -93,11 +93,11 @@ class EverydayUse:
     def measured(self) -> list[Measurement] | None:
         """What was measured; `None` unless all of it is there with its pictures."""
         try:
-            found = [Measurement.model_validate(one) for one in json.loads(self.file.read_text())]
+            measurements = [Measurement.model_validate(one) for one in json.loads(self.file.read_text())]
         except (OSError, ValueError, ValidationError):
             return None
-        whole = all(one.pictures is None or (Path(self.root) / one.pictures).is_file() for one in found)
-        return found if whole else None
+        whole = all(one.pictures is None or (Path(self.root) / one.pictures).is_file() for one in measurements)
+        return measurements if whole else None
 
     def bench(self) -> Bench:
         """Both models on a bench, loaded."""
@@ -198,7 +198,7 @@ def parts(use: EverydayUse) -> list[EverydayUse]:
 
 def missing_checks(use: EverydayUse) -> list[CheckJob]:
     """Jobs for what was not measured yet, or failed to run, the longest first."""
-    jobs = [CheckJob(one) for one in parts(use) if (found := one.measured()) is None or any(m.error for m in found)]
+    jobs = [CheckJob(one) for one in parts(use) if (earlier := one.measured()) is None or any(m.error for m in earlier)]
     names = [*LONGEST, *(name for name in checks_of(use.spec) if name not in LONGEST)]
     return sorted(jobs, key=lambda job: names.index(job.use.spec.checks[0]))
 

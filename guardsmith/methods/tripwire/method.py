@@ -232,13 +232,13 @@ class Tripwire(HardeningMethod[TripwireConfig]):
         AdamW's moments; with neither it is a third U-Net, which probes look at.
         """
         numbers = sum(parameter.numel() for parameter in unet.parameters())
-        found = [MemoryFootprint(numbers, 0, 0)]
+        footprints = [MemoryFootprint(numbers, 0, 0)]
         if config.early_steps:
-            found.append(MemoryFootprint(numbers, 2 * numbers, 2 * BATCH_SIZE, numbers))
+            footprints.append(MemoryFootprint(numbers, 2 * numbers, 2 * BATCH_SIZE, numbers))
         if config.trunk is None:
-            found.append(trunk_footprint(config.trunk_steps, config.trunk_batch_size, unet))
-        most = max(found, key=lambda each: each.numbers + each.moments)
-        return most._replace(rows=max(each.rows for each in found))
+            footprints.append(trunk_footprint(config.trunk_steps, config.trunk_batch_size, unet))
+        most = max(footprints, key=lambda each: each.numbers + each.moments)
+        return most._replace(rows=max(each.rows for each in footprints))
 
     def check_earlier(self, params: Mapping[str, Any], config: TripwireConfig | None = None) -> None:
         """Refuse runs of the earlier Tripwire, and to begin from a recogniser of another shape."""

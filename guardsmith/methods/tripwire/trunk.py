@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,6 +33,7 @@ from guardsmith.methods.tripwire.trunk_training import LeanTraining, TrunkTraini
 from guardsmith.models.checkpoint import BUILTIN, DiffusionModel, with_own_unet
 from guardsmith.models.families import SD
 from guardsmith.models.narrowed import is_narrow, resting
+from guardsmith.models.tensor_files import weights_hash
 from guardsmith.training.compute import ComputeConfig
 from guardsmith.training.loop import generator
 
@@ -246,15 +246,6 @@ def trunk_footprint(steps: int, rows: int, unet: Any) -> MemoryFootprint:
     masks = sum(weight.shape[:2].numel() for weight in named.values()) // 4
     most = max(2 * rows, ADAPTER_ROWS if trainings(steps // 2) else 0)
     return MemoryFootprint(numbers + masks, 2 * numbers - matrices, most, matrices)
-
-
-def weights_hash(unet: Any) -> str:
-    """SHA-256 over a U-Net's weights as float32 numbers, whatever precision they are stored in."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(unet.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_trunk(trunk: Any, layout: Layout, base: Any, file: Path) -> None:
